@@ -1,0 +1,145 @@
+"""A run's checkpoints, kept by Orbax: the latest and the best, each with its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
+
+from jaxvae.config import ModelConfig, TrainConfig
+from jaxvae.errors import InputError
+from jaxvae.model import Params
+from jaxvae.training import TrainState, create_train_state
+
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp
+
+Which = Literal["latest", "best"]
+
+
+def save(run_dir: str | Path, state: TrainState) -> None:
+    """Write a checkpoint of `state` into a run directory, and wait until it is whole.
+
+    Raises InputError if the directory already holds a checkpoint of this step.
+    """
+    with open_checkpoints(run_dir) as checkpoints:
+        if int(state.step) in checkpoints.all_steps():
+            raise InputError(
+                f"{run_dir} already holds a checkpoint of step {int(state.step)}: "
+                "choose another directory"
+            )
+        write(checkpoints, state)
+
+
+def restore(run_dir: str | Path, which: Which = "latest") -> TrainState:
+    """The training state of a run directory, to go on from.
+
+    Args:
+      which: "latest", or "best" by test ELBO.
+    Raises:
+      InputError: the directory holds no checkpoint.
+    """
+    import orbax.checkpoint as ocp
+
+    directory = _existing(run_dir)
+    with open_checkpoints(directory.parent) as checkpoints:
+        step = checkpoints.best_step() if which == "best" else checkpoints.latest_step()
+        if step is None:
+            raise InputError(_no_checkpoint(run_dir))
+        saved = checkpoints.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))
+        model = ModelConfig.from_dict(saved.config["model"])
+        train = TrainConfig.from_dict(saved.config["train"])
+        like = jax.eval_shape(lambda: create_train_state(jax.random.key(0), model, train))
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
+            jax.eval_shape(_to_tree, like),
+        )
+        restored = checkpoints.restore(
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        )
+        return _from_tree(restored.state, model, train)
+
+
+def load(run_dir: str | Path, which: Which = "latest") -> Params:
+    """The model of a run directory.
+
+    Args:
+      which: "latest", or "best" by test ELBO.
+    Raises:
+      InputError: the directory holds no checkpoint.
+    """
+    return restore(run_dir, which).params
+
+
+@contextmanager
+def open_checkpoints(run_dir: str | Path) -> Iterator[ocp.CheckpointManager]:
+    """The checkpoints of a run; leaving the context waits for those still being written."""
+    import orbax.checkpoint as ocp
+    from orbax.checkpoint import checkpoint_managers as policies
+
+    # Checkpoints written without metrics count as the latest only.
+    best = policies.BestN(
+        get_metric_fn=lambda metrics: metrics["elbo"], n=1, keep_checkpoints_without_metrics=False
+    )
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(1), best]),
+        best_fn=lambda metrics: metrics["elbo"],
+    )
+    directory = Path(run_dir).absolute() / "checkpoints"
+    with ocp.CheckpointManager(directory, options=options) as manager:
+        yield manager
+
+
+def write(
+    checkpoints: ocp.CheckpointManager,
+    state: TrainState,
+    metrics: Mapping[str, float] | None = None,
+) -> None:
+    """Begin to write a checkpoint; `metrics["elbo"]` decides which one is the best."""
+    import orbax.checkpoint as ocp
+
+    config = {"model": state.params.config.to_dict(), "train": state.config.to_dict()}
+    checkpoints.save(
+        int(state.step),
+        args=ocp.args.Composite(
+            state=ocp.args.StandardSave(_to_tree(state)), config=ocp.args.JsonSave(config)
+        ),
+        metrics=metrics,
+    )
+
+
+def _to_tree(state: TrainState) -> dict[str, Any]:
+    """A state as plain containers of arrays, which is what is stored."""
+    return {
+        "encoder": state.params.encoder,
+        "decoder": state.params.decoder,
+        "opt_state": jax.tree.leaves(state.opt_state),
+        "step": state.step,
+        "key": jax.random.key_data(state.key),
+    }
+
+
+def _from_tree(tree: dict[str, Any], model: ModelConfig, train: TrainConfig) -> TrainState:
+    like = jax.eval_shape(lambda: create_train_state(jax.random.key(0), model, train))
+    opt_state = jax.tree.unflatten(jax.tree.structure(like.opt_state), tree["opt_state"])
+    params = Params(tree["encoder"], tree["decoder"], model)
+    key = jax.random.wrap_key_data(tree["key"])
+    return TrainState(params, opt_state, tree["step"], key, train)
+
+
+def _existing(run_dir: str | Path) -> Path:
+    directory = Path(run_dir).absolute() / "checkpoints"
+    if not directory.is_dir():
+        raise InputError(_no_checkpoint(run_dir))
+    return directory
+
+
+def _no_checkpoint(run_dir: str | Path) -> str:
+    return (
+        f"{run_dir} holds no checkpoint: expected the run directory of `jaxvae train`, "
+        "at least one epoch old"
+    )

@@ -1,0 +1,83 @@
+"""Frozen configurations that check themselves."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Self
+
+from jaxvae.errors import InputError
+
+
+class _Config:
+    """What the configurations share: the way to and from a JSON object."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)  # type: ignore[call-overload]
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        """Build from a JSON object. Raises InputError on a missing, unknown or wrong field."""
+        if not isinstance(fields, Mapping):
+            raise InputError(f"{cls.__name__} is {fields!r}: expected an object of named fields")
+        known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        if unknown := sorted(set(fields) - known):
+            raise InputError(
+                f"{cls.__name__} has no field {unknown[0]!r}: expected {', '.join(sorted(known))}"
+            )
+        return cls(**fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(_Config):
+    """The architecture of a VAE; the defaults are the notebook's.
+
+    image_shape: (height, width, channels) of one image.
+    latent_dim: number of latents.
+    """
+
+    image_shape: tuple[int, int, int] = (28, 28, 1)
+    latent_dim: int = 2
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.image_shape, tuple | list) or len(self.image_shape) != 3:
+            raise InputError(
+                f"image_shape is {self.image_shape!r}: expected (height, width, channels)"
+            )
+        # JSON has no tuples; a jitted function needs the config hashable.
+        shape = tuple(_whole(f"image_shape[{i}]", n) for i, n in enumerate(self.image_shape))
+        object.__setattr__(self, "image_shape", shape)
+        object.__setattr__(self, "latent_dim", _whole("latent_dim", self.latent_dim))
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(_Config):
+    """How a model is trained.
+
+    batch_size: images per step, over all devices.
+    epochs: passes over the training images.
+    learning_rate: of RMSprop.
+    """
+
+    batch_size: int = 128
+    epochs: int = 10
+    learning_rate: float = 1e-3
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "batch_size", _whole("batch_size", self.batch_size))
+        object.__setattr__(self, "epochs", _whole("epochs", self.epochs))
+        rate = self.learning_rate
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < 1e6:
+            raise InputError(f"learning_rate is {rate!r}: expected a number above 0")
+        object.__setattr__(self, "learning_rate", float(rate))
+
+
+def _whole(name: str, value: Any) -> int:
+    """`value` as an int of at least 1; anything that counts as an index will do."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        whole = value.__index__()
+    except (AttributeError, TypeError):
+        raise InputError(f"{name} is {value!r}: expected a whole number of at least 1") from None
+    if whole < 1:
+        raise InputError(f"{name} is {whole}: expected at least 1")
+    return whole

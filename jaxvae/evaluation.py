@@ -1,0 +1,41 @@
+"""Test metrics."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from jaxvae.convolution import in_blocks
+from jaxvae.model import Params
+from jaxvae.objectives import elbo, example_keys, log_likelihood
+
+_BLOCK = 1000  # images at once: bounds memory, whatever the size of the test set
+
+
+@jax.jit
+def evaluate(params: Params, key: jax.Array, images: jax.Array) -> dict[str, jax.Array]:
+    """Mean metrics over a test set, one posterior sample per image.
+
+    Args:
+      key: PRNG key.
+      images: [N, height, width, channels], float32 in [0, 1] or uint8.
+    Returns:
+      `loss` (the negative ELBO), `elbo`, `log_likelihood` and `kl`, nats per image.
+    Raises:
+      InputError: images of another shape than the model's.
+    """
+    keys = example_keys(key, len(images))
+    terms = in_blocks(lambda block: elbo(params, *block), (keys, images), _BLOCK)
+    means = {name: jnp.mean(values) for name, values in terms._asdict().items()}
+    value = means.pop("value")
+    return {"loss": -value, "elbo": value, **means}
+
+
+@partial(jax.jit, static_argnames="num_samples")
+def mean_log_likelihood(
+    params: Params, key: jax.Array, images: jax.Array, num_samples: int
+) -> jax.Array:
+    """The mean of `jaxvae.log_likelihood` over a test set, in constant memory: nats per image."""
+    keys = example_keys(key, len(images))
+    estimate = partial(log_likelihood, num_samples=num_samples)
+    return jnp.mean(in_blocks(lambda block: estimate(params, *block), (keys, images), _BLOCK))
