@@ -1,8 +1,39 @@
-"""Variational autoencoders in JAX: pure functions over parameters that know their model."""
+"""Variational autoencoders in JAX: pure functions of parameters that know their model."""
+
+from jaxvae.checkpoint import load, restore, save
 from jaxvae.config import ModelConfig, TrainConfig
-from jaxvae.errors import InputError
-from jaxvae.distributions import reparameterize
-from jaxvae.model import Params, decode, encode, init, reconstruct, sample
-from jaxvae.objectives import elbo, log_likelihood
-from jaxvae.training import create_train_state, train_epoch, train_step
 from jaxvae.data import load_data
+from jaxvae.distributions import Bernoulli, Gaussian, reparameterize
+from jaxvae.errors import InputError
+from jaxvae.model import Params, decode, encode, init, reconstruct, sample
+from jaxvae.objectives import Elbo, elbo, log_likelihood
+from jaxvae.training import TrainState, create_train_state, train_epoch, train_step
+
+__version__ = "0.1.0"
+
+# In the order a reader meets them.
+__all__ = [
+    "ModelConfig",
+    "Params",
+    "init",
+    "encode",
+    "Gaussian",
+    "reparameterize",
+    "decode",
+    "Bernoulli",
+    "sample",
+    "reconstruct",
+    "Elbo",
+    "elbo",
+    "log_likelihood",
+    "TrainConfig",
+    "TrainState",
+    "create_train_state",
+    "train_step",
+    "train_epoch",
+    "save",
+    "restore",
+    "load",
+    "load_data",
+    "InputError",
+]

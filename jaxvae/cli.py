@@ -3,11 +3,126 @@
 import argparse
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from jaxvae.errors import InputError
+
+_FLAGS: dict[str, dict[str, Any]] = {
+    "--data": {"metavar": "NAME|FOLDER|FILE", "help": "mnist-5k (the default), mnist, tfds:NAME, "
+               "a folder of pictures or IDX files, or an .npz, .npy or IDX file"},
+    "--data-dir": {"metavar": "DIR", "help": "where TensorFlow Datasets keeps prepared data"},
+    "--manual-dir": {"metavar": "DIR", "help": "where data files fetched by hand lie"},
+    "--epochs": {"type": int, "metavar": "N", "help": "default 10"},
+    "--batch-size": {"type": int, "metavar": "N", "help": "default 128"},
+    "--latent-dim": {"type": int, "metavar": "N", "help": "default 2"},
+    "--learning-rate": {"type": float, "metavar": "X", "help": "default 0.001"},
+    "--seed": {"type": int, "metavar": "N", "help": "default 0"},
+}  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command. Returns the exit code: 0 done, 2 the user's input was wrong, 1 interrupted."""
+    try:
+        options = _parser().parse_args(arguments)
+        options.command(options)
+    except InputError as error:
+        print(f"jaxvae: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interrupt:
+        print(f"jaxvae: interrupted{interrupt}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _train(options: argparse.Namespace) -> None:
+    from jaxvae import run
+    from jaxvae.progress import Progress
+
+    names = [flag.strip("-").replace("-", "_") for flag in _FLAGS]
+    flags = {n: getattr(options, n) for n in names if getattr(options, n) is not None}
+    if options.resume and not options.run_dir:
+        raise InputError("--resume goes on with a run: say which, with --run-dir DIR")
+    run_dir = Path(options.run_dir or time.strftime("runs/%Y%m%d-%H%M%S"))
+    config = run.resumed(run_dir, flags) if options.resume else run.configured(flags)
+    data = run.load_run_data(config)
+    config = run.start(run_dir, config, data, resume=options.resume)
+    counts = f"{len(data.train_images):,} training and {len(data.test_images):,} test images"
+    print(f"{config.data}: {counts}; run directory {run_dir}", file=sys.stderr)
+    try:
+        run.train(run_dir, config, data, progress=Progress())
+        paths = run.draw(run_dir, data)
+    except KeyboardInterrupt:
+        hint = f"; go on with: jaxvae train --resume --run-dir {run_dir}"
+        raise KeyboardInterrupt(hint) from None
+    print(f"figures: {', '.join(map(str, paths))}", file=sys.stderr)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    import jax
+
+    from jaxvae import run
+    from jaxvae.checkpoint import restore
+    from jaxvae.evaluation import evaluate, mean_log_likelihood
+
+    _at_least_one("--num-samples", options.num_samples)
+    config = run.read_config(options.run)
+    state = restore(options.run, "best" if options.best else "latest")
+    images = jax.device_put(run.load_run_data(config).test_images)
+    _, key = run.keys(config)
+    test = evaluate(state.params, key, images)
+    log_p_x = mean_log_likelihood(state.params, key, images, options.num_samples)
+    print(f"{options.run}, step {int(state.step)}: {len(images):,} test images, nats per image")
+    print(f"  ELBO                         {test['elbo']:10.3f}")
+    print(f"  log-likelihood E[log p(x|z)] {test['log_likelihood']:10.3f}")
+    print(f"  KL(q(z|x) || p(z))           {test['kl']:10.3f}")
+    print(f"  log p(x), {options.num_samples} samples".ljust(31) + f"{log_p_x:10.3f}")
+
+
+def _sample(options: argparse.Namespace) -> None:
+    import jax
+
+    from jaxvae.checkpoint import load
+    from jaxvae.model import sample
+    from jaxvae.run import read_config
+
+    _at_least_one("--n", options.n)
+    if options.out.suffix.lower() != ".png":
+        raise InputError(f"--out is {options.out}: expected a file name ending in .png")
+    config = read_config(options.run)
+    params = load(options.run, "best" if options.best else "latest")
+    from jaxvae.figures import save_images
+
+    seed = config.seed if options.seed is None else options.seed
+    save_images(sample(params, jax.random.key(seed), options.n), options.out)
+
+
+def _figures(options: argparse.Namespace) -> None:
+    from jaxvae import run
+
+    data = run.load_run_data(run.read_config(options.run))
+    for path in run.draw(options.run, data, "best" if options.best else "latest"):
+        print(path)
+
+
+def _summary(options: argparse.Namespace) -> None:
+    from jaxvae.config import ModelConfig
+    from jaxvae.run import read_config
+    from jaxvae.summary import summary
+
+    print(summary(read_config(options.run).model if options.run else ModelConfig()))
+
+
+def _benchmark(options: argparse.Namespace) -> None:
+    from jaxvae.benchmark import benchmark
+
+    for line in benchmark():
+        print(line, flush=True)
+
+
+def _at_least_one(flag: str, value: int) -> None:
+    if value < 1:
+        raise InputError(f"{flag} is {value}: expected at least 1")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -15,44 +130,40 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see `{self.prog} --help`")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0 done, 2 the input was wrong, 1 anything else."""
-    try:
-        options = _parser().parse_args(arguments)
-        options.command(options)
-    except InputError as error:
-        print(f"jaxvae: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _train(options: argparse.Namespace) -> None:
-    from jaxvae import run
-    from jaxvae.config import ModelConfig, TrainConfig
-    from jaxvae.progress import Progress
-
-    config = run.RunConfig(
-        data=options.data or "mnist-5k", data_dir=options.data_dir, manual_dir=options.manual_dir,
-        seed=options.seed or 0,
-        train=TrainConfig(batch_size=options.batch_size or 128, epochs=options.epochs or 10),
-    )
-    data = run.load_run_data(config)
-    config = replace(config, model=ModelConfig(image_shape=data.train_images.shape[1:]))
-    run_dir = Path(options.run_dir or time.strftime("runs/%Y%m%d-%H%M%S"))
-    if not options.resume:
-        run.start(run_dir, config)
-    run.train(run_dir, config, data, progress=Progress())
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="jaxvae")
-    commands = parser.add_subparsers(required=True)
-    train = commands.add_parser("train")
-    train.set_defaults(command=_train)
-    for n in ("data","data-dir","manual-dir","run-dir"): train.add_argument("--"+n)
-    for n in ("epochs","batch-size","seed"): train.add_argument("--"+n,type=int)
-    train.add_argument("--resume", action="store_true")
-    return parser
+    from jaxvae import __version__
 
-if __name__ == "__main__":
-    sys.exit(main())
+    parser = _Parser(prog="jaxvae", description="Variational autoencoders in JAX.")
+    parser.add_argument("--version", action="version", version=f"jaxvae {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, function: Any, says: str) -> argparse.ArgumentParser:
+        one = commands.add_parser(name, help=says, description=says, allow_abbrev=False)
+        one.set_defaults(command=function)
+        return one
+
+    train = command("train", _train, "train a model and draw its figures")
+    for flag, how in _FLAGS.items():
+        train.add_argument(flag, **how)
+    train.add_argument("--run-dir", metavar="DIR", help="default runs/DATE-TIME")
+    train.add_argument("--resume", action="store_true", help="go on with the run in --run-dir")
+
+    evaluate = command("evaluate", _evaluate, "print the test metrics of a run")
+    evaluate.add_argument("--num-samples", type=int, default=100, metavar="K",
+                          help="importance samples for log p(x); default 100")  # fmt: skip
+    sample = command("sample", _sample, "draw samples of a run's model into a picture")
+    sample.add_argument("--n", type=int, required=True, metavar="N", help="how many")
+    sample.add_argument("--out", type=Path, required=True, metavar="FILE.png")
+    sample.add_argument("--seed", type=int, metavar="N", help="default: the run's")
+    figures = command("figures", _figures, "draw the figures of a run again")
+    for one in (evaluate, sample, figures):
+        one.add_argument("run", type=Path, metavar="RUN_DIR", help="made by `jaxvae train`")
+        one.add_argument("--best", action="store_true",
+                         help="the epoch of the best test ELBO instead of the latest")  # fmt: skip
+
+    summary = command(
+        "summary", _summary, "print the layer table of a run, or of the default model"
+    )
+    summary.add_argument("run", type=Path, nargs="?", metavar="RUN_DIR")
+    command("benchmark", _benchmark, "time the step against plain Flax, in one run")
+    return parser

@@ -7,7 +7,7 @@ from typing import Any, Self
 from jaxvae.errors import InputError
 
 
-class _Config:
+class Config:
     """What the configurations share: the way to and from a JSON object."""
 
     def to_dict(self) -> dict[str, Any]:
@@ -27,7 +27,7 @@ class _Config:
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig(_Config):
+class ModelConfig(Config):
     """The architecture of a VAE; the defaults are the notebook's.
 
     image_shape: (height, width, channels) of one image.
@@ -49,7 +49,7 @@ class ModelConfig(_Config):
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig(_Config):
+class TrainConfig(Config):
     """How a model is trained.
 
     batch_size: images per step, over all devices.

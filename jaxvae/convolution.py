@@ -77,9 +77,14 @@ def conv_general_dilated(
         if isinstance(padding, str)
         else padding
     )
-    lhs = jnp.pad(lhs, ((0, 0), *pads, (0, 0)))
+    edges = [(0, 0, 0), *((low, high, 0) for low, high in pads), (0, 0, 0)]
+    lhs = lax.pad(lhs, jnp.zeros((), lhs.dtype), edges)  # unlike jnp.pad, crops too
     *kernel, fan_in, fan_out = rhs.shape
-    size = tuple((n - k) // s + 1 for n, k, s in zip(lhs.shape[1:3], kernel, window_strides))
+    size = tuple(
+        (n - k) // s + 1 for n, k, s in zip(lhs.shape[1:3], kernel, window_strides, strict=True)
+    )
+    if min(size) < 1:
+        return lax.conv_general_dilated(lhs, rhs, window_strides, "VALID", **options)
 
     def shifted(x: jax.Array, i: int, j: int) -> jax.Array:
         """The pixel that filter tap (i, j) meets, for every output pixel."""
@@ -122,7 +127,10 @@ def conv_transpose(x: jax.Array, kernel: jax.Array, strides: tuple[int, int]) ->
 def _overlap_add(x: jax.Array, axis: int, kernel_axis: int, stride: int) -> jax.Array:
     """out[stride * i + k] += x[i, k] along `axis`, cropped to stride * x.shape[axis]."""
     kernel, length = x.shape[kernel_axis], x.shape[axis]
-    low = max(kernel - 1 - (kernel - 1 if stride > kernel - 1 else math.ceil((kernel + stride - 2) / 2)), 0)
+    low = max(
+        kernel - 1 - (kernel - 1 if stride > kernel - 1 else math.ceil((kernel + stride - 2) / 2)),
+        0,
+    )
     taps = jnp.moveaxis(x, kernel_axis, 0)
     # Output pixels of one residue modulo the stride all see the same taps.
     reach = -(-(low + stride * length) // stride)

@@ -36,7 +36,9 @@ class Progress:
         with bar:
             yield shown
         if shown.record:
-            self._console.print(_sentence(shown.record, epochs, images), highlight=False)
+            self._console.print(
+                _sentence(shown.record, epochs, images), highlight=False, soft_wrap=True
+            )
 
 
 class Shown:

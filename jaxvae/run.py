@@ -12,28 +12,27 @@ repeats what came after the last one that is.
 import json
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
-from jaxvae.checkpoint import open_checkpoints, restore, write
-from jaxvae.config import ModelConfig, TrainConfig, _Config
+from jaxvae.checkpoint import Which, load, open_checkpoints, restore, write
+from jaxvae.config import Config, ModelConfig, TrainConfig
 from jaxvae.data import Dataset, load_dataset
 from jaxvae.errors import InputError
 from jaxvae.evaluation import evaluate
 from jaxvae.objectives import negative_elbo
-from jaxvae.progress import Progress
+from jaxvae.progress import Progress, Shown
 from jaxvae.training import Objective, TrainState, create_train_state, shuffle, train_steps
 
 _IMAGES_PER_DISPATCH = 1024  # between two movements of the progress bar
 
 
 @dataclass(frozen=True)
-class RunConfig(_Config):
+class RunConfig(Config):
     """What a run is told: its data, its seed, its model and how it is trained."""
 
     data: str = "mnist-5k"
@@ -44,7 +43,11 @@ class RunConfig(_Config):
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
+        if (
+            isinstance(self.seed, bool)
+            or not isinstance(self.seed, int)
+            or not 0 <= self.seed < 2**32
+        ):
             raise InputError(f"seed is {self.seed!r}: expected a whole number from 0 to 2**32 - 1")
         for name, kind in (("model", ModelConfig), ("train", TrainConfig)):
             if not isinstance(getattr(self, name), kind):
@@ -56,9 +59,48 @@ def load_run_data(config: RunConfig) -> Dataset:
     return load_dataset(config.data, data_dir=config.data_dir, manual_dir=config.manual_dir)
 
 
-def start(run_dir: Path, config: RunConfig) -> None:
-    """Make a new run directory. Raises InputError if there is a run in it already."""
-    if (run_dir / "config.json").exists():
+def configured(flags: Mapping[str, Any]) -> RunConfig:
+    """The configuration of a new run; `flags` are fields of it, or of its model or training."""
+    return _with_flags(RunConfig(), flags)
+
+
+def resumed(run_dir: Path, flags: Mapping[str, Any]) -> RunConfig:
+    """The configuration of a run that goes on.
+
+    Raises InputError if the flags ask for another run than the recorded one; where the data lie
+    and for how many epochs to train may change.
+    """
+    recorded = read_config(run_dir)
+    asked = _with_flags(recorded, flags)
+    may_change = ("data_dir", "manual_dir", "epochs")
+    for name in flags:
+        was, now = _flag(recorded, name), _flag(asked, name)
+        if was != now and name not in may_change:
+            flag = "--" + name.replace("_", "-")
+            raise InputError(f"{flag} is {now}, but {run_dir} was started with {was}: leave it out")
+    return asked
+
+
+def start(run_dir: Path, config: RunConfig, data: Dataset, *, resume: bool) -> RunConfig:
+    """Make a run directory, or prepare one to go on.
+
+    Returns the configuration with the shape of the images in it. Raises InputError if there is
+    a run in the directory already and it is not to go on, if the images are not those of the
+    run, or if they are fewer than one batch.
+    """
+    model = replace(config.model, image_shape=data.train_images.shape[1:])
+    if resume and model != config.model:
+        raise InputError(
+            f"{config.data} has images of shape {model.image_shape}, "
+            f"but {run_dir} was started with {config.model.image_shape}"
+        )
+    config = replace(config, model=model)
+    if config.train.batch_size > len(data.train_images):
+        raise InputError(
+            f"batch_size is {config.train.batch_size}: expected at most the number of "
+            f"training images, {len(data.train_images)}"
+        )
+    if not resume and (run_dir / "config.json").exists():
         raise InputError(
             f"{run_dir} already holds a run: go on with it (--resume), or choose another --run-dir"
         )
@@ -67,6 +109,13 @@ def start(run_dir: Path, config: RunConfig) -> None:
         _write_whole(run_dir / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
     except OSError as error:
         raise InputError(f"{run_dir} cannot be written: {error.strerror}") from None
+    return config
+
+
+def keys(config: RunConfig) -> tuple[jax.Array, jax.Array]:
+    """The PRNG keys of a run: for training, and for measuring and drawing."""
+    train_key, test_key = jax.random.split(jax.random.key(config.seed))
+    return train_key, test_key
 
 
 def read_config(run_dir: Path) -> RunConfig:
@@ -117,7 +166,7 @@ def train(
     """
     progress = progress or Progress(quiet=True)
     train_images, test_images = jax.device_put((data.train_images, data.test_images))
-    train_key, test_key = jax.random.split(jax.random.key(config.seed))
+    train_key, test_key = keys(config)
     with open_checkpoints(run_dir) as checkpoints:
         if checkpoints.latest_step() is None:
             state = create_train_state(train_key, config.model, config.train)
@@ -132,7 +181,7 @@ def train(
             with progress.epoch(epoch, config.train.epochs, len(train_images)) as shown:
                 state, metrics = _train_one_epoch(state, train_images, objective, shown)
                 test = evaluate(state.params, test_key, test_images)
-                record = {
+                record: dict[str, Any] = {
                     "epoch": epoch,
                     "step": int(state.step),
                     "train": metrics,
@@ -147,8 +196,18 @@ def train(
     return state
 
 
+def draw(run_dir: Path, data: Dataset, which: Which = "latest") -> list[Path]:
+    """Draw the figures of a run into its directory; returns their paths."""
+    # matplotlib takes as long to import as JAX, so only what draws pays for it.
+    from jaxvae.figures import draw_all
+
+    _, key = keys(read_config(run_dir))
+    params = load(run_dir, which)
+    return draw_all(run_dir / "figures", params, data, read_metrics(run_dir), key)
+
+
 def _train_one_epoch(
-    state: TrainState, images: jax.Array, objective: Objective, shown: Any
+    state: TrainState, images: jax.Array, objective: Objective, shown: Shown
 ) -> tuple[TrainState, dict[str, float]]:
     batches = shuffle(state, len(images))
     steps, batch_size = batches.shape
@@ -161,6 +220,24 @@ def _train_one_epoch(
             totals[name] = totals.get(name, 0.0) + float(value)
         shown.advance((last - first) * batch_size, elbo=float(sums["elbo"]) / (last - first))
     return state, {name: total / steps for name, total in totals.items()}
+
+
+def _with_flags(config: RunConfig, flags: Mapping[str, Any]) -> RunConfig:
+    def own(kind: type) -> dict[str, Any]:
+        names = {item.name for item in fields(kind)} - {"model", "train"}
+        return {name: value for name, value in flags.items() if name in names}
+
+    top = own(RunConfig)
+    for name in ("data", "data_dir", "manual_dir"):
+        # A run may go on from another working directory.
+        if name in top and Path(top[name]).exists():
+            top[name] = str(Path(top[name]).resolve())
+    model = replace(config.model, **own(ModelConfig))
+    return replace(config, model=model, train=replace(config.train, **own(TrainConfig)), **top)
+
+
+def _flag(config: RunConfig, name: str) -> Any:
+    return {**vars(config.model), **vars(config.train), **vars(config)}[name]
 
 
 def _line(record: dict[str, Any]) -> str:

@@ -98,7 +98,9 @@ def main():
                 optimizer.step()
             with torch.no_grad():
                 parts = [terms(encoder, decoder, images) for images in test.split(500)]
-            log_likelihood, kl = (torch.cat(part).mean().item() for part in zip(*parts))
+            log_likelihood, kl = (
+                torch.cat(part).mean().item() for part in zip(*parts, strict=True)
+            )
             record = {
                 "epoch": epoch,
                 "step": epoch * steps,

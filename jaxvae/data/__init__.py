@@ -3,6 +3,7 @@
 import gzip
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -69,7 +70,7 @@ def _mnist_5k() -> Dataset:
 
 def _checked(data: Dataset, name: str) -> Dataset:
     """The data set with its images as uint8 or float32 in [0, 1], or InputError."""
-    splits = {}
+    splits: dict[str, Any] = {}
     for split in ("train", "test"):
         images, labels = getattr(data, f"{split}_images"), getattr(data, f"{split}_labels")
         if not images.size:

@@ -5,6 +5,7 @@ import struct
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -76,7 +77,7 @@ def _load_folder(folder: Path) -> Dataset:
         names = [file for file in files if f"idx{rank}" in file.name]
         return next((file for file in names if file.name.startswith(_SPLITS[split])), None)
 
-    parts = []
+    parts: list[Any] = []
     for split in ("train", "test"):
         file = find(split, 3) or find(split, 4)
         if file is None:

@@ -269,7 +269,7 @@ def _prepare_in_child(name: str, root: str, manual_dir: str) -> None:
         config = tfds.download.DownloadConfig(manual_dir=manual_dir or None, try_download_gcs=False)
         builder = tfds.builder(name, data_dir=root, try_gcs=False)
         builder.download_and_prepare(download_config=config, file_format="array_record")
-    except Exception as error:  # noqa: BLE001  # the parent raises it again
+    except Exception as error:  # the parent raises it again
         print(_one_line(error))
         code = _EXPLAINED
     sys.stdout.flush()

@@ -1,0 +1,259 @@
+"""What a run drew: finished figures of a trained model, as matplotlib Figures."""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+from jaxvae.data import Dataset
+from jaxvae.errors import InputError
+from jaxvae.model import Params, decode, encode, reconstruct, sample
+
+_STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "0.92",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+}
+# Paul Tol's "muted" scheme and black: ten classes that colour-blind readers can tell apart.
+_COLOURS = ["#332288", "#88CCEE", "#44AA99", "#117733", "#999933"]
+_COLOURS += ["#DDCC77", "#CC6677", "#882255", "#AA4499", "#000000"]
+_DPI = 150
+_SCATTERED = 10_000  # points beyond this only hide each other
+
+
+def draw_all(
+    folder: Path, params: Params, data: Dataset, history: Sequence[dict[str, Any]], key: jax.Array
+) -> list[Path]:
+    """Draw every figure of a run into a folder, as PNG files; returns their paths."""
+    figures = {
+        "manifold_15": partial(manifold, params, 15),
+        "manifold_20": partial(manifold, params, 20),
+        "reconstructions": partial(reconstructions, params, data),
+        "samples": partial(samples, params, key),
+        "latents": partial(latents, params, data),
+    }
+    if history:
+        figures["training"] = partial(training, history)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, draw in figures.items():
+        paths.append(folder / f"{name}.png")
+        save(draw(), paths[-1])
+    return paths
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure; the format follows from the path's suffix."""
+    figure.savefig(path, dpi=_DPI, bbox_inches="tight", pad_inches=0.15)
+
+
+def save_images(images: jax.Array, path: Path) -> None:
+    """Write images [n, H, W, C] side by side, nearly square, as a PNG without any frame.
+
+    Raises InputError if the file cannot be written.
+    """
+    n = len(images)
+    columns = math.ceil(math.sqrt(n))
+    rows = math.ceil(n / columns)
+    empty = jnp.zeros((rows * columns - n, *images.shape[1:]))
+    try:
+        Image.fromarray(_pixels(tile(jnp.concatenate([images, empty]), rows))).save(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def latent_grid(n: int) -> jax.Array:
+    """The n coordinates of the manifold's axes: the standard normal's quantiles from 0.05 to 0.95.
+
+    Equal steps of probability, so that the grid is denser where the prior is.
+    """
+    return jax.scipy.special.ndtri(jnp.linspace(0.05, 0.95, n))
+
+
+def manifold(params: Params, n: int = 15) -> Figure:
+    """The decoder's mean on an n by n grid of the first two latents, any others at 0.
+
+    The first latent grows to the right and the second upwards; a model of one latent gets one
+    row.
+    """
+    grid = latent_grid(n)
+    latent_dim = params.config.latent_dim
+    down = grid[::-1] if latent_dim > 1 else jnp.zeros(1)
+    second, first = (axis.ravel() for axis in jnp.meshgrid(down, grid, indexing="ij"))
+    z = jnp.zeros((first.size, latent_dim)).at[:, 0].set(first)
+    if latent_dim > 1:
+        z = z.at[:, 1].set(second)
+    images = decode(params, z).mean
+    title = f"Decoder means over the latent {'plane' if latent_dim > 1 else 'line'}"
+    if latent_dim > 2:
+        title += f" (z3 to z{latent_dim} at 0)"
+    figure, axes = _mosaic(images, len(down), title)
+    height, width, _ = params.config.image_shape
+    shown = np.linspace(0, n - 1, 5).round().astype(int)
+    axes.set_xticks((shown + 0.5) * width, [f"{grid[i]:.2f}" for i in shown])
+    axes.set_xlabel("z1 (quantiles 0.05 to 0.95 of the prior)")
+    if latent_dim > 1:
+        axes.set_yticks((shown + 0.5) * height, [f"{down[i]:.2f}" for i in shown])
+        axes.set_ylabel("z2")
+    return figure
+
+
+def reconstructions(params: Params, data: Dataset, n: int = 10) -> Figure:
+    """Test images above their reconstructions, one of each class where there are classes."""
+    chosen = _one_of_each(data.test_labels, len(data.test_images), n)
+    originals = jnp.asarray(data.test_images[chosen])
+    pairs = jnp.concatenate([_as_float(originals), reconstruct(params, originals)])
+    figure, axes = _mosaic(pairs, 2, "Test images and their reconstructions")
+    height = params.config.image_shape[0]
+    axes.set_yticks([height / 2, height * 3 / 2], ["image", "reconstruction"])
+    return figure
+
+
+def samples(params: Params, key: jax.Array, rows: int = 10) -> Figure:
+    """Decoder means of rows * rows draws from the prior."""
+    images = sample(params, key, rows * rows)
+    return _mosaic(images, rows, f"{rows * rows} samples: decoder means of draws from the prior")[0]
+
+
+def latents(params: Params, data: Dataset) -> Figure:
+    """The posterior of every test image, coloured by class.
+
+    The first two posterior means; with one latent, its posterior mean and standard deviation.
+    """
+    images = jnp.asarray(data.test_images[:_SCATTERED])
+    posterior = jax.jit(encode)(params, images)
+    x, y = posterior.mean[:, 0], jnp.exp(posterior.log_var[:, 0] / 2)
+    names = ("posterior mean of z1", "posterior standard deviation of z1")
+    if params.config.latent_dim > 1:
+        y, names = posterior.mean[:, 1], ("posterior mean of z1", "posterior mean of z2")
+    points = np.stack([x, y], axis=1)
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(7.2, 6.4), layout="constrained")
+        axes = figure.add_subplot()
+        axes.set(xlabel=names[0], ylabel=names[1], title=f"Latents of {len(points):,} test images")
+        if data.test_labels is None:
+            axes.scatter(
+                points[:, 0], points[:, 1], s=6, alpha=0.5, color=_COLOURS[0], linewidths=0
+            )
+            return figure
+        labels = data.test_labels[: len(points)]
+        size = 6 if len(points) > 2000 else 14
+        for i, label in enumerate(np.unique(labels)):
+            colour = _COLOURS[i % len(_COLOURS)]
+            own = points[labels == label]
+            axes.scatter(
+                own[:, 0],
+                own[:, 1],
+                s=size,
+                alpha=0.6,
+                color=colour,
+                linewidths=0,
+                label=str(label),
+            )
+        if len(np.unique(labels)) <= 2 * len(_COLOURS):
+            axes.legend(
+                title="class", loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2.5
+            ).set_in_layout(True)
+    return figure
+
+
+def training(history: Sequence[dict[str, Any]]) -> Figure:
+    """The ELBO and its two terms after each epoch; `history` holds the lines of metrics.jsonl."""
+    epochs = [record["epoch"] for record in history]
+    panels = {
+        "elbo": "ELBO",
+        "log_likelihood": "log-likelihood, E[log p(x|z)]",
+        "kl": "KL to the prior",
+    }
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(10.5, 3.6), layout="constrained")
+        for axes, (name, title) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+            for split, colour in (("train", _COLOURS[1]), ("test", _COLOURS[0])):
+                values = [record[split][name] for record in history]
+                axes.plot(epochs, values, "o-", markersize=3.5, color=colour, label=split)
+            axes.set(title=title, xlabel="epoch")
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            _leave_out_first_steps(axes, history, name)
+        figure.axes[0].set_ylabel("nats per image")
+        figure.axes[0].legend()
+    return figure
+
+
+def tile(images: jax.Array, rows: int) -> np.ndarray:
+    """Images [rows * columns, H, W, C] side by side: [rows * H, columns * W, C]."""
+    n, height, width, channels = images.shape
+    grid = np.asarray(images).reshape(rows, n // rows, height, width, channels)
+    return grid.swapaxes(1, 2).reshape(rows * height, n // rows * width, channels)
+
+
+def _mosaic(images: jax.Array, rows: int, title: str) -> tuple[Figure, Axes]:
+    """A figure of tiled images, each pixel drawn as a whole number of dots."""
+    mosaic = _pixels(tile(images, rows))
+    height, width = mosaic.shape[:2]
+    scale = max(1, round(900 / max(height, width)))
+    left, right, below, above = (0.95, 0.25, 0.65, 0.45)  # inches
+    size = (width * scale / _DPI + left + right, height * scale / _DPI + below + above)
+    with mpl.rc_context({**_STYLE, "axes.grid": False}):
+        figure = Figure(figsize=size)
+        shares = (left, below, width * scale / _DPI, height * scale / _DPI)
+        axes = figure.add_axes(tuple(np.divide(shares, size * 2)))
+        extent = (0, width, height, 0)
+        axes.imshow(mosaic, cmap="gray", vmin=0, vmax=255, interpolation="nearest", extent=extent)
+        axes.set(title=title, xticks=[], yticks=[])
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+    return figure, axes
+
+
+def _pixels(image: np.ndarray) -> np.ndarray:
+    """uint8 grey [H, W] or colour [H, W, 3]; of other numbers of channels, their mean."""
+    if image.shape[2] != 3:
+        image = image.mean(axis=2)
+    return np.round(image * 255).astype(np.uint8)
+
+
+def _one_of_each(labels: np.ndarray | None, images: int, n: int) -> np.ndarray:
+    """Indices of up to n test images: the first of each class, or the first ones."""
+    if labels is None:
+        return np.arange(min(n, images))
+    _, first = np.unique(labels, return_index=True)
+    return first[:n]
+
+
+def _as_float(images: jax.Array) -> jax.Array:
+    return images / 255 if images.dtype == jnp.uint8 else images
+
+
+def _leave_out_first_steps(axes: Axes, history: Sequence[dict[str, Any]], name: str) -> None:
+    """Scale a curve without the first epoch's training mean, which RMSprop's first steps can
+    throw off by orders of magnitude; say so where that hides it."""
+    first = history[0]["train"][name]
+    kept = [record["test"][name] for record in history]
+    kept += [record["train"][name] for record in history[1:]]
+    margin = 0.05 * (max(kept) - min(kept)) or 1.0
+    if min(kept) - 5 * margin <= first <= max(kept) + 5 * margin:
+        return
+    axes.set_ylim(min(kept) - margin, max(kept) + margin)
+    axes.annotate(
+        f"not shown: train, epoch {history[0]['epoch']}: {first:.3g}",
+        (0.98, 0.5),
+        xycoords="axes fraction",
+        ha="right",
+        fontsize=8,
+        color="0.4",
+    )
