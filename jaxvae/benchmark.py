@@ -77,7 +77,7 @@ def benchmark() -> Iterator[str]:
     params = init(key, config)
     images = jax.random.uniform(key, (_FORWARD, 28, 28, 1))
     plain_encode = jax.jit(_PlainEncoder().apply)
-    ours = partial(jax.jit(encode), params, images)
+    ours = partial(encode, params, images)
     yield _compare(f"encode {_FORWARD}", _FORWARD, ours, partial(plain_encode, plain[0], images))
 
     @jax.jit

@@ -12,6 +12,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from PIL import Image
 
 from jaxvae.data import Dataset
@@ -32,6 +33,7 @@ _STYLE = {
 # Paul Tol's "muted" scheme and black: ten classes that colour-blind readers can tell apart.
 _COLOURS = ["#332288", "#88CCEE", "#44AA99", "#117733", "#999933"]
 _COLOURS += ["#DDCC77", "#CC6677", "#882255", "#AA4499", "#000000"]
+_SPLITS = {"train": _COLOURS[1], "test": _COLOURS[0]}
 _DPI = 150
 _SCATTERED = 10_000  # points beyond this only hide each other
 
@@ -134,9 +136,10 @@ def latents(params: Params, data: Dataset) -> Figure:
     """The posterior of every test image, coloured by class.
 
     The first two posterior means; with one latent, its posterior mean and standard deviation.
+    A class's number stands at its median.
     """
     images = jnp.asarray(data.test_images[:_SCATTERED])
-    posterior = jax.jit(encode)(params, images)
+    posterior = encode(params, images)
     x, y = posterior.mean[:, 0], jnp.exp(posterior.log_var[:, 0] / 2)
     names = ("posterior mean of z1", "posterior standard deviation of z1")
     if params.config.latent_dim > 1:
@@ -151,24 +154,17 @@ def latents(params: Params, data: Dataset) -> Figure:
                 points[:, 0], points[:, 1], s=6, alpha=0.5, color=_COLOURS[0], linewidths=0
             )
             return figure
-        labels = data.test_labels[: len(points)]
+        classes, index = np.unique(data.test_labels[: len(points)], return_inverse=True)
+        colours = np.array(_COLOURS)[index % len(_COLOURS)]
+        # In the order of the data, so that no class lies on top of the others.
         size = 6 if len(points) > 2000 else 14
-        for i, label in enumerate(np.unique(labels)):
+        axes.scatter(points[:, 0], points[:, 1], s=size, alpha=0.6, c=colours, linewidths=0)
+        halo = [withStroke(linewidth=3, foreground="white")]
+        for i, label in enumerate(classes[: 2 * len(_COLOURS)]):
+            where = np.median(points[index == i], axis=0)
             colour = _COLOURS[i % len(_COLOURS)]
-            own = points[labels == label]
-            axes.scatter(
-                own[:, 0],
-                own[:, 1],
-                s=size,
-                alpha=0.6,
-                color=colour,
-                linewidths=0,
-                label=str(label),
-            )
-        if len(np.unique(labels)) <= 2 * len(_COLOURS):
-            axes.legend(
-                title="class", loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2.5
-            ).set_in_layout(True)
+            axes.text(where[0], where[1], str(label), color=colour, size=15, weight="bold", ha="center",
+                      va="center", path_effects=halo)  # fmt: skip
     return figure
 
 
@@ -183,14 +179,22 @@ def training(history: Sequence[dict[str, Any]]) -> Figure:
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(10.5, 3.6), layout="constrained")
         for axes, (name, title) in zip(figure.subplots(1, 3), panels.items(), strict=True):
-            for split, colour in (("train", _COLOURS[1]), ("test", _COLOURS[0])):
-                values = [record[split][name] for record in history]
-                axes.plot(epochs, values, "o-", markersize=3.5, color=colour, label=split)
-            axes.set(title=title, xlabel="epoch")
+            curves = {split: [record[split][name] for record in history] for split in _SPLITS}
+            hidden = _is_outlier(curves)
+            for split, colour in _SPLITS.items():
+                first = 1 if hidden and split == "train" else 0
+                style = {"markersize": 3.5, "color": colour, "label": split}
+                axes.plot(epochs[first:], curves[split][first:], "o-", **style)
+            axes.set(title=title, xlabel="epoch", xlim=(epochs[0] - 0.3, epochs[-1] + 0.3))
             axes.xaxis.get_major_locator().set_params(integer=True)
-            _leave_out_first_steps(axes, history, name)
+            if hidden:
+                says = f"train, epoch {epochs[0]}: {curves['train'][0]:.3g}, off the scale"
+                place: dict[str, Any] = {"xycoords": "axes fraction", "ha": "right", "size": 8, "color": "0.4"}
+                below = name != "kl"
+                place |= {"va": "bottom" if below else "top"}
+                axes.annotate(says, (1, 0.02 if below else 0.98), **place)
         figure.axes[0].set_ylabel("nats per image")
-        figure.axes[0].legend()
+        figure.axes[0].legend(loc="center right")
     return figure
 
 
@@ -239,21 +243,11 @@ def _as_float(images: jax.Array) -> jax.Array:
     return images / 255 if images.dtype == jnp.uint8 else images
 
 
-def _leave_out_first_steps(axes: Axes, history: Sequence[dict[str, Any]], name: str) -> None:
-    """Scale a curve without the first epoch's training mean, which RMSprop's first steps can
-    throw off by orders of magnitude; say so where that hides it."""
-    first = history[0]["train"][name]
-    kept = [record["test"][name] for record in history]
-    kept += [record["train"][name] for record in history[1:]]
-    margin = 0.05 * (max(kept) - min(kept)) or 1.0
-    if min(kept) - 5 * margin <= first <= max(kept) + 5 * margin:
-        return
-    axes.set_ylim(min(kept) - margin, max(kept) + margin)
-    axes.annotate(
-        f"not shown: train, epoch {history[0]['epoch']}: {first:.3g}",
-        (0.98, 0.5),
-        xycoords="axes fraction",
-        ha="right",
-        fontsize=8,
-        color="0.4",
-    )
+def _is_outlier(curves: dict[str, list[float]]) -> bool:
+    """Whether the first epoch's training mean is far from all else.
+
+    RMSprop's first steps can throw it off by orders of magnitude, which would flatten the rest.
+    """
+    kept = [*curves["test"], *curves["train"][1:]]
+    reach = max(kept) - min(kept)
+    return not min(kept) - reach <= curves["train"][0] <= max(kept) + reach

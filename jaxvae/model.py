@@ -50,6 +50,7 @@ def modules(config: ModelConfig) -> tuple[Encoder, Decoder]:
     return Encoder(config.latent_dim), Decoder(config.image_shape)
 
 
+@jax.jit
 def encode(params: Params, images: jax.Array) -> Gaussian:
     """The posterior q(z|x): a Gaussian whose `.mean` and `.log_var` are [batch, latent].
 
@@ -69,6 +70,7 @@ def encode(params: Params, images: jax.Array) -> Gaussian:
     return Gaussian(*in_blocks(apply, scale_images(images)))
 
 
+@jax.jit
 def decode(params: Params, z: jax.Array) -> Bernoulli:
     """The likelihood p(x|z): Bernoulli pixels of [batch, height, width, channels].
 

@@ -20,6 +20,7 @@ class Elbo(NamedTuple):
     kl: jax.Array
 
 
+@jax.jit
 def elbo(params: Params, key: jax.Array, images: jax.Array) -> Elbo:
     """The evidence lower bound on log p(x), estimated with one sample per image.
 

@@ -1,5 +1,7 @@
 """Distributions against numerical integration, SciPy and float64 NumPy."""
 
+from contextlib import contextmanager
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,15 @@ from jaxvae import InputError, reparameterize
 from jaxvae.distributions import Bernoulli, Gaussian
 
 GAUSSIANS = [(0.0, 0.0), (1.5, 0.0), (0.0, 2.0), (-3.0, -4.0), (0.3, 1.2), (6.0, -8.0), (0.1, 0.2)]
-ONE_LINE = r"\A[^\n]*expected [^\n]*\Z"
+
+
+@contextmanager
+def refused(*texts):
+    """An InputError whose message is one line that has these texts in it."""
+    with pytest.raises(InputError) as error:
+        yield
+    message = str(error.value)
+    assert "\n" not in message and all(text in message for text in texts), message
 
 
 def integrated_kl(mean, log_var):
@@ -136,15 +146,11 @@ def test_boolean_images_count_as_black_and_white():
 
 @pytest.mark.parametrize("shape", [(1, 4, 4, 1), (3, 4, 4), (3, 4, 5, 1), (3, 4, 4, 3)])
 def test_images_of_another_shape_than_the_logits_are_refused(shape):
-    with pytest.raises(InputError, match=ONE_LINE) as error:
+    with refused(str(shape), "expected the decoder's (3, 4, 4, 1)"):
         Bernoulli(jnp.zeros((3, 4, 4, 1))).log_prob(jnp.zeros(shape))
-    assert str(shape) in str(error.value) and "expected the decoder's (3, 4, 4, 1)" in str(
-        error.value
-    )
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int8, np.uint16, np.complex64])
 def test_images_of_another_type_are_refused(dtype):
-    with pytest.raises(InputError, match=ONE_LINE) as error:
+    with refused(np.dtype(dtype).name, "expected uint8, or floats between 0 and 1"):
         Bernoulli(jnp.zeros((3, 4, 4, 1))).log_prob(np.zeros((3, 4, 4, 1), dtype))
-    assert np.dtype(dtype).name in str(error.value)

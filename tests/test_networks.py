@@ -141,7 +141,7 @@ def both(keras, params):
     """One batch, one noise and one set of weights through Keras and through the library."""
     bumps = np.random.default_rng(0)
     params = jax.tree.map(
-        lambda x: x + 0.1 * bumps.normal(size=x.shape).astype("f") if x.ndim == 1 else x, params
+        lambda x: 1.5 * x if x.ndim > 1 else jnp.float32(0.1 * bumps.normal(size=x.shape)), params
     )
     encoder, decoder = notebooks_models(keras)
     images = np.random.default_rng(1).uniform(size=(3, 28, 28, 1)).astype("f")
@@ -185,7 +185,7 @@ def test_outputs_equal_keras(both, output):
 
 
 def test_the_keras_comparison_is_of_more_than_constants(both):
-    for output, spread in {"mean": 0.01, "log_var": 0.01, "p": 0.005, "loss": 1}.items():
+    for output, spread in {"mean": 0.01, "log_var": 0.01, "p": 0.05, "loss": 5}.items():
         assert np.std(both.theirs[output]) > spread
 
 

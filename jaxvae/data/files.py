@@ -47,8 +47,10 @@ def load_path(path: Path) -> Dataset:
 
 def _load_numpy(path: Path) -> Dataset:
     try:
-        loaded = np.load(path, allow_pickle=False)
-        arrays = {"images": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+        # Opened here, as np.load leaves a file open that turns out to be damaged.
+        with path.open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            arrays = {"images": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
     except (ValueError, zipfile.BadZipFile, EOFError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path} is not a NumPy file of numbers: {reason}") from None
@@ -102,7 +104,10 @@ def _read_idx(path: Path) -> np.ndarray:
         sides = file.read(4 * rank)
         shape = struct.unpack(f">{rank}I", sides) if len(sides) == 4 * rank else (0,)
         size = int(np.prod(shape, dtype=object))
-        data = file.read(size + 1)
+        data = bytearray()
+        # Never more than the header says, however much a gzip file expands to.
+        while len(data) <= size and (chunk := file.read(1 << 20)):
+            data += chunk
     if not size or len(data) != size:
         raise InputError(f"{path} is damaged: expected {size} bytes for shape {shape}")
     return np.frombuffer(data, np.uint8).reshape(shape)

@@ -1,0 +1,40 @@
+"""What every test may use."""
+
+import jax
+import numpy as np
+import pytest
+
+import jaxvae
+
+# Eight devices of one CPU, for what is shared between devices. Must come before JAX's first use.
+jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture
+def images():
+    """64 random images of 8 by 8, uint8: a batch that compiles and runs fast."""
+    return np.random.default_rng(0).integers(0, 256, (64, 8, 8, 1), np.uint8)
+
+
+@pytest.fixture
+def model_config():
+    return jaxvae.ModelConfig(image_shape=(8, 8, 1), latent_dim=2)
+
+
+@pytest.fixture(scope="session")
+def npz(tmp_path_factory):
+    """A small data set with labels, as a file: 512 training and 100 test images of 8 by 8."""
+    rng = np.random.default_rng(1)
+    path = tmp_path_factory.mktemp("data") / "small.npz"
+    labels = rng.integers(0, 3, 612)
+    # Bright where the label says, so that there is something to learn.
+    images = rng.integers(0, 60, (612, 8, 8), np.uint8)
+    images[np.arange(612), 2 * labels] += 180
+    np.savez(
+        path,
+        x_train=images[:512],
+        y_train=labels[:512],
+        x_test=images[512:],
+        y_test=labels[512:],
+    )
+    return path

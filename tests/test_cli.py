@@ -1,0 +1,153 @@
+"""The command line: what each command does, and that wrong input ends in one line and code 2."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import jaxvae
+from jaxvae.cli import main
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory, npz):
+    path = tmp_path_factory.mktemp("runs") / "run"
+    train = ["train", "--data", str(npz), "--run-dir", str(path), "--epochs", "2"]
+    assert main([*train, "--latent-dim", "3", "--learning-rate", "0.0005"]) == 0
+    return path
+
+
+def test_train_makes_a_run_directory(run_dir):
+    assert {path.name for path in run_dir.iterdir()} == {
+        "config.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "figures",
+    }
+    assert {path.name for path in (run_dir / "figures").iterdir()} == {
+        "manifold_15.png",
+        "manifold_20.png",
+        "reconstructions.png",
+        "samples.png",
+        "latents.png",
+        "training.png",
+    }
+    assert jaxvae.load(run_dir).config.latent_dim == 3
+
+
+def test_train_tells_each_epoch_in_a_line_where_there_is_no_terminal(npz, tmp_path, capsys):
+    main(["train", "--data", str(npz), "--run-dir", str(tmp_path / "run"), "--epochs", "2"])
+    told = capsys.readouterr().err.splitlines()
+    assert "512 training and 100 test images" in told[0]
+    for line, epoch in zip(told[1:3], ("1/2", "2/2"), strict=True):
+        assert line.startswith(f"epoch {epoch}  ELBO -")
+        assert line.endswith("images/s")
+    assert told[3].startswith("figures: ")
+
+
+def test_train_resume_of_a_finished_run_changes_nothing(run_dir):
+    before = (run_dir / "metrics.jsonl").read_text()
+    assert main(["train", "--resume", "--run-dir", str(run_dir)]) == 0
+    assert (run_dir / "metrics.jsonl").read_text() == before
+
+
+def test_evaluate_prints_the_recorded_test_elbo(run_dir, capsys):
+    assert main(["evaluate", str(run_dir), "--num-samples", "20"]) == 0
+    printed = capsys.readouterr().out
+    recorded = jaxvae.run.read_metrics(run_dir)[-1]["test"]
+    assert f"{recorded['elbo']:.3f}" in printed
+    assert "log p(x), 20 samples" in printed
+
+
+def test_sample_writes_a_picture_that_the_seed_decides(run_dir, tmp_path):
+    pictures = []
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        out = tmp_path / f"{name}.png"
+        assert main(["sample", str(run_dir), "--n", "9", "--out", str(out), "--seed", seed]) == 0
+        with Image.open(out) as picture:
+            pictures.append(np.asarray(picture))
+    assert pictures[0].shape == (24, 24)
+    np.testing.assert_array_equal(pictures[0], pictures[1])
+    assert not np.array_equal(pictures[0], pictures[2])
+
+
+def test_figures_draws_again(run_dir, capsys):
+    (run_dir / "figures" / "samples.png").unlink()
+    assert main(["figures", str(run_dir), "--best"]) == 0
+    assert str(run_dir / "figures" / "samples.png") in capsys.readouterr().out.splitlines()
+    assert (run_dir / "figures" / "samples.png").exists()
+
+
+def test_summary_prints_the_default_model_or_a_runs(run_dir, capsys):
+    assert main(["summary"]) == 0
+    assert capsys.readouterr().out.strip().endswith("550,629 parameters")
+    assert main(["summary", str(run_dir)]) == 0
+    assert "8 x 8 x 1" in capsys.readouterr().out
+
+
+def test_help_and_version(capsys):
+    for arguments in (["--help"], ["train", "--help"], ["--version"]):
+        with pytest.raises(SystemExit) as end:
+            main(arguments)
+        assert end.value.code == 0
+    assert capsys.readouterr().out.endswith(f"jaxvae {jaxvae.__version__}\n")
+
+
+def test_an_interrupted_training_says_how_to_go_on(npz, tmp_path, capsys, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jaxvae.run.train", interrupt)
+    path = tmp_path / "run"
+    assert main(["train", "--data", str(npz), "--run-dir", str(path)]) == 1
+    expected = f"jaxvae: interrupted; go on with: jaxvae train --resume --run-dir {path}"
+    assert capsys.readouterr().err.splitlines()[-1] == expected
+
+
+WRONG = {
+    "no command": ("", "required"),
+    "unknown command": ("fly", "invalid choice"),
+    "unknown flag": ("train --speed 3", "unrecognized arguments: --speed"),
+    "missing file": ("train --data {tmp}/none.npz", "none.npz does not exist: expected mnist-5k"),
+    "zero epochs": ("train --epochs 0", "epochs is 0: expected at least 1"),
+    "epochs in words": ("train --epochs ten", "invalid int value: 'ten'"),
+    "negative rate": ("train --learning-rate -1", "learning_rate is -1.0: expected a number above"),
+    "negative seed": ("train --seed -1", "seed is -1: expected a whole number from 0"),
+    "large batch": ("train --data {npz} --batch-size 1000", "batch_size is 1000: expected at most"),
+    "unknown data set": ("train --data tfds:no_such_set", "no data set 'no_such_set'"),
+    "NaN": ("train --data {nan}", "image 1 holds NaN or infinity"),
+    "wrong shape": ("train --data {flat}", "images of shape (4, 4): expected (images, height"),
+    "resume what": ("train --resume", "say which, with --run-dir DIR"),
+    "resume nothing": ("train --resume --run-dir {tmp}", "is not a run directory"),
+    "run over run": ("train --data {npz} --run-dir {run}", "already holds a run"),
+    "run in a file": ("train --data {npz} --run-dir {npz}/x", "cannot be written"),
+    "another batch": ("train --resume --run-dir {run} --batch-size 9", "--batch-size is 9, but"),
+    "evaluate nothing": ("evaluate {tmp}", "is not a run directory"),
+    "no samples": ("evaluate {run} --num-samples 0", "--num-samples is 0: expected at least 1"),
+    "sample none": ("sample {run} --n 0 --out {tmp}/a.png", "--n is 0: expected at least 1"),
+    "sample a jpeg": (
+        "sample {run} --n 1 --out {tmp}/a.jpg",
+        "expected a file name ending in .png",
+    ),
+    "sample nowhere": ("sample {run} --n 1 --out {tmp}/no/a.png", "cannot be written"),
+    "sample of no run": ("sample {tmp} --n 1 --out {tmp}/a.png", "is not a run directory"),
+    "figures of no run": ("figures {tmp}/none", "is not a run directory"),
+    "summary of no run": ("summary {npz}", "is not a run directory"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_ends_in_one_line_and_code_2(case, run_dir, npz, tmp_path, capsys):
+    arguments, says = WRONG[case]
+    images = np.random.default_rng(0).random((30, 4, 4))
+    images[1, 2, 2] = np.nan
+    np.savez(tmp_path / "nan.npz", x_train=images, x_test=images[2:])
+    np.save(tmp_path / "flat.npy", images[0])
+    places = {"tmp": tmp_path, "npz": npz, "run": run_dir}
+    places |= {"nan": tmp_path / "nan.npz", "flat": tmp_path / "flat.npy"}
+    capsys.readouterr()
+    assert main(arguments.format(**places).split()) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("jaxvae: ")
+    assert says in captured.err

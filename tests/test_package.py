@@ -1,0 +1,46 @@
+"""What importing jaxvae costs, and what it does not do."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jaxvae
+
+ROOT = Path(__file__).parents[1]
+
+
+def in_a_fresh_process(code):
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    return json.loads(result.stdout)
+
+
+def test_importing_loads_neither_tensorflow_nor_matplotlib_and_changes_no_setting():
+    loaded, changed = in_a_fresh_process(
+        "import json, sys, jax; before = dict(jax.config.values); import jaxvae; "
+        "heavy = {'tensorflow', 'tensorflow_datasets', 'matplotlib', 'mlxtend', 'PIL', 'torch'}; "
+        "print(json.dumps([sorted(heavy & set(sys.modules)), before != dict(jax.config.values)]))"
+    )
+    assert loaded == []
+    assert not changed
+
+
+def test_the_contracts_names_are_public():
+    contract = (
+        "ModelConfig TrainConfig Params init encode reparameterize decode sample reconstruct elbo "
+        "log_likelihood create_train_state train_step train_epoch save restore load load_data"
+    )
+    for name in contract.split():
+        assert name in jaxvae.__all__
+        assert getattr(jaxvae, name).__doc__
+
+
+def test_no_file_may_load_a_pickle():
+    sources = list((ROOT / "jaxvae").rglob("*.py"))
+    assert len(sources) > 10
+    for source in sources:
+        text = source.read_text()
+        assert "import pickle" not in text
+        assert text.count("np.load(") == text.count("allow_pickle=False")
