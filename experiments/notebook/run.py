@@ -1,8 +1,8 @@
 """The notebook's own reading of the VAE, choice by choice.
 
-    python experiments/notebook/run.py --data FOLDER --run-dir DIR \
-    python experiments/notebook/run.py --data FOLDER --run-dir DIR [--batch-size N] [--epochs N] \
-        [--seed N] [--loss notebook|elbo] [--sampling notebook|log_var]
+    python experiments/notebook/run.py --data FOLDER --run-dir DIR [--batch-size N] [--epochs N]
+        [--seed N] [--loss notebook|elbo] [--sampling notebook|log_var] [--resume]
+
 Trains as `jaxvae train` does, with another objective, and writes DIR/result.json: the test ELBO
 under both readings of the second head, and log p(x) by importance sampling, which hardly
 depends on the reading.
