@@ -107,11 +107,11 @@ def test_bernoulli_log_prob_is_the_negative_cross_entropy(scale):
 
 def test_bernoulli_log_prob_of_saturated_pixels_is_exact():
     logits, x = np.array(
-        [(l, x) for l in (-1e4, -100, 100, 1e4) for x in (0, 0.25, 1)], np.float32
+        [(logit, x) for logit in (-1e4, -100, 100, 1e4) for x in (0, 0.25, 1)], np.float32
     ).T.reshape(2, -1, 1, 1, 1)
     log_prob = Bernoulli(jnp.asarray(logits)).log_prob(x)
     np.testing.assert_allclose(log_prob, -cross_entropy(logits, x), rtol=1e-6, atol=1e-30)
-    slope = jax.grad(lambda l: Bernoulli(l).log_prob(x).sum())(jnp.asarray(logits))
+    slope = jax.grad(lambda logits: Bernoulli(logits).log_prob(x).sum())(jnp.asarray(logits))
     np.testing.assert_allclose(slope, x - special.expit(np.float64(logits)), atol=1e-6)
 
 

@@ -1,5 +1,6 @@
 """The networks against the notebook's table and against Keras itself."""
 
+from inspect import unwrap
 from types import SimpleNamespace
 
 import jax
@@ -91,9 +92,9 @@ def test_any_image_shape_and_latent_size_will_do(shape, latent_dim, platform, mo
     monkeypatch.setattr(convolution, "backend", lambda: platform)
 
     def outputs(key):
-        params = init.__wrapped__(key, ModelConfig(shape, latent_dim))
-        posterior = encode(params, jnp.zeros((11, *shape)))
-        return params, posterior, decode(params, posterior.mean).mean
+        params = unwrap(init)(key, ModelConfig(shape, latent_dim))
+        posterior = unwrap(encode)(params, jnp.zeros((11, *shape)))
+        return params, posterior, unwrap(decode)(params, posterior.mean).mean
 
     params, posterior, decoded = jax.eval_shape(outputs, jax.random.key(0))
     half = -(-shape[0] // 2) * -(-shape[1] // 2) * 64
@@ -141,7 +142,7 @@ def both(keras, params):
     """One batch, one noise and one set of weights through Keras and through the library."""
     bumps = np.random.default_rng(0)
     params = jax.tree.map(
-        lambda x: 1.5 * x if x.ndim > 1 else jnp.float32(0.1 * bumps.normal(size=x.shape)), params
+        lambda x: 2 * x if x.ndim > 1 else jnp.float32(0.2 * bumps.normal(size=x.shape)), params
     )
     encoder, decoder = notebooks_models(keras)
     images = np.random.default_rng(1).uniform(size=(3, 28, 28, 1)).astype("f")
@@ -185,7 +186,7 @@ def test_outputs_equal_keras(both, output):
 
 
 def test_the_keras_comparison_is_of_more_than_constants(both):
-    for output, spread in {"mean": 0.01, "log_var": 0.01, "p": 0.05, "loss": 5}.items():
+    for output, spread in {"mean": 0.01, "log_var": 0.01, "p": 0.05, "loss": 1}.items():
         assert np.std(both.theirs[output]) > spread
 
 
