@@ -189,7 +189,12 @@ def training(history: Sequence[dict[str, Any]]) -> Figure:
             axes.xaxis.get_major_locator().set_params(integer=True)
             if hidden:
                 says = f"train, epoch {epochs[0]}: {curves['train'][0]:.3g}, off the scale"
-                place: dict[str, Any] = {"xycoords": "axes fraction", "ha": "right", "size": 8, "color": "0.4"}
+                place: dict[str, Any] = {
+                    "xycoords": "axes fraction",
+                    "ha": "right",
+                    "size": 8,
+                    "color": "0.4",
+                }
                 below = name != "kl"
                 place |= {"va": "bottom" if below else "top"}
                 axes.annotate(says, (1, 0.02 if below else 0.98), **place)

@@ -1,8 +1,7 @@
-"""How a training goes, as a bar on a terminal and as plain lines elsewhere."""
+"""How a training goes: a bar on a terminal, a line per epoch everywhere."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,58 +12,62 @@ from rich.progress import Progress as Bar
 
 
 class Progress:
-    """Shows epochs on standard error; `quiet` shows nothing."""
+    """Shows a training on a console, by default standard error."""
 
-    def __init__(self, quiet: bool = False) -> None:
-        self._console = Console(file=sys.stderr, quiet=quiet)
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True)
 
     @contextmanager
-    def epoch(self, epoch: int, epochs: int, images: int) -> Iterator[Shown]:
-        """The progress of one epoch; leaving the context leaves its one line behind."""
+    def training(self, epochs: int, images: int, done: int) -> Iterator[Shown]:
+        """A training of `epochs` epochs of `images` images, of which `done` are over."""
         bar = Bar(
-            TextColumn(f"epoch {epoch:{len(str(epochs))}}/{epochs}"),
+            TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
             BarColumn(),
-            TextColumn("{task.completed}/{task.total} images"),
             TimeElapsedColumn(),
+            TextColumn("elapsed,"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[told]}"),
+            TextColumn("to go, {task.fields[told]}"),
             console=self._console,
             transient=True,
             disable=not self._console.is_terminal,
         )
-        shown = Shown(bar, images)
+        task = bar.add_task(
+            "",
+            total=epochs * images,
+            completed=done * images,
+            epoch=done + 1,
+            epochs=epochs,
+            told="compiling",
+        )
         with bar:
-            yield shown
-        if shown.record:
-            self._console.print(
-                _sentence(shown.record, epochs, images), highlight=False, soft_wrap=True
-            )
+            yield Shown(self._console, bar, task, epochs, images)
 
 
 class Shown:
-    """The bar of one epoch."""
+    """A training that is shown."""
 
-    def __init__(self, bar: Bar, images: int) -> None:
-        self.record: dict[str, Any] | None = None
-        self._bar = bar
-        self._task = bar.add_task("", total=images, told="compiling")
+    def __init__(self, console: Console, bar: Bar, task: Any, epochs: int, images: int) -> None:
+        self._console, self._bar, self._task = console, bar, task
+        self._epochs, self._images = epochs, images
 
     def advance(self, images: int, elbo: float) -> None:
         """`images` more are done; `elbo` is their mean, in nats per image."""
         self._bar.advance(self._task, images)
-        rate = self._bar.tasks[self._task].speed
+        rate = self._bar.tasks[0].speed
         told = f"ELBO {elbo:.1f}" + (f", {rate:.0f} images/s" if rate else "")
         self._bar.update(self._task, told=told)
 
-    def finish(self, record: dict[str, Any]) -> None:
-        """The epoch is over: `record` is its line in metrics.jsonl."""
-        self.record = record
-
-
-def _sentence(record: dict[str, Any], epochs: int, images: int) -> str:
-    return (
-        f"epoch {record['epoch']:{len(str(epochs))}}/{epochs}  "
-        f"ELBO {record['train']['elbo']:.2f} train, {record['test']['elbo']:.2f} test "
-        f"(log-likelihood {record['test']['log_likelihood']:.2f}, KL {record['test']['kl']:.2f})  "
-        f"{record['seconds']:.1f} s, {images / record['seconds']:.0f} images/s"
-    )
+    def finish_epoch(self, record: dict[str, Any]) -> None:
+        """An epoch is over: `record` is its line in metrics.jsonl."""
+        epoch, test = record["epoch"], record["test"]
+        # Images that fill no batch are left out of an epoch, not of the bar.
+        self._bar.update(
+            self._task, completed=epoch * self._images, epoch=min(epoch + 1, self._epochs)
+        )
+        line = (
+            f"epoch {epoch:{len(str(self._epochs))}}/{self._epochs}  "
+            f"ELBO {record['train']['elbo']:.2f} train, {test['elbo']:.2f} test "
+            f"(log-likelihood {test['log_likelihood']:.2f}, KL {test['kl']:.2f})  "
+            f"{record['seconds']:.1f} s, {self._images / record['seconds']:.0f} images/s"
+        )
+        self._console.print(line, highlight=False, soft_wrap=True)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from rich.console import Console
 
 from jaxvae.checkpoint import Which, load, open_checkpoints, restore, write
 from jaxvae.config import Config, ModelConfig, TrainConfig
@@ -164,7 +165,7 @@ def train(
     Raises:
       InputError: fewer training images than one batch.
     """
-    progress = progress or Progress(quiet=True)
+    progress = progress or Progress(Console(quiet=True))
     train_images, test_images = jax.device_put((data.train_images, data.test_images))
     train_key, test_key = keys(config)
     with open_checkpoints(run_dir) as checkpoints:
@@ -176,9 +177,10 @@ def train(
         done = int(state.step) // batches_per_epoch
         history = read_metrics(run_dir)[:done]
         _write_whole(run_dir / "metrics.jsonl", "".join(map(_line, history)))
-        for epoch in range(done + 1, config.train.epochs + 1):
-            began = time.perf_counter()
-            with progress.epoch(epoch, config.train.epochs, len(train_images)) as shown:
+        epochs = config.train.epochs
+        with progress.training(epochs, len(train_images), done) as shown:
+            for epoch in range(done + 1, epochs + 1):
+                began = time.perf_counter()
                 state, metrics = _train_one_epoch(state, train_images, objective, shown)
                 test = evaluate(state.params, test_key, test_images)
                 record: dict[str, Any] = {
@@ -188,11 +190,11 @@ def train(
                     "test": {name: float(value) for name, value in test.items()},
                     "seconds": round(time.perf_counter() - began, 3),
                 }
-                shown.finish(record)
-            # The line before the checkpoint: a kill in between leaves a line too many, which
-            # the resumed run takes back, and never one too few.
-            _append(run_dir / "metrics.jsonl", _line(record))
-            write(checkpoints, state, record["test"])
+                # The line before the checkpoint: a kill in between leaves a line too many,
+                # which the resumed run takes back, and never one too few.
+                _append(run_dir / "metrics.jsonl", _line(record))
+                write(checkpoints, state, record["test"])
+                shown.finish_epoch(record)
     return state
 
 

@@ -49,8 +49,9 @@ def normal(*shape, seed=0):
 
 def assert_close(ours, theirs):
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs)):
-        assert a.shape == b.shape and a.dtype == b.dtype
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert a.shape == b.shape
+        assert a.dtype == b.dtype
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * (1 + np.abs(b).max(initial=0)))
 
 
@@ -106,7 +107,7 @@ PAIRS = {
         (2, 3),
     ),
 }
-every_pair = pytest.mark.parametrize("ours, theirs, channels", PAIRS.values(), ids=PAIRS)
+every_pair = pytest.mark.parametrize(("ours", "theirs", "channels"), PAIRS.values(), ids=PAIRS)
 
 
 @every_pair
@@ -127,7 +128,7 @@ def test_second_derivatives_equal_xlas(ours, theirs, channels, platform):
     def hessian_vector_product(conv):
         def slope(primals):
             gradient = jax.grad(lambda p: jnp.mean(jnp.tanh(conv(*p))))(primals)
-            return sum(jnp.vdot(g, d) for g, d in zip(gradient, directions))
+            return sum(jnp.vdot(g, d) for g, d in zip(gradient, directions, strict=True))
 
         return jax.jit(jax.grad(slope))(primals)
 
@@ -135,7 +136,7 @@ def test_second_derivatives_equal_xlas(ours, theirs, channels, platform):
 
 
 @pytest.mark.parametrize(
-    "lhs, rhs, options",
+    ("lhs", "rhs", "options"),
     [
         ((2, 6, 5, 4), (3, 2, 4, 3), {"rhs_dilation": (2, 1)}),
         ((2, 6, 5, 4), (3, 2, 4, 3), {"lhs_dilation": (1, 2), "padding": ((1, 1), (0, 2))}),
@@ -203,7 +204,7 @@ def test_the_model_is_the_same_on_every_backend(monkeypatch):
     on = {}
     for name in "cpu", "gpu":
         monkeypatch.setattr(convolution, "backend", lambda name=name: name)
-        run = jax.jit(lambda *args: [unwrap(f)(params, x) for f, x in zip((encode, decode), args)])
+        run = jax.jit(lambda x, z: (unwrap(encode)(params, x), unwrap(decode)(params, z)))
         traced = run.trace(images, z)
         assert ("conv_general_dilated" in str(traced.jaxpr)) == (name == "gpu")
         on[name] = traced.lower().compile()(images, z)

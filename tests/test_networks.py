@@ -190,11 +190,11 @@ def test_the_keras_comparison_is_of_more_than_constants(both):
         assert np.std(both.theirs[output]) > spread
 
 
-@pytest.mark.parametrize("network, variables", [("encoder", 14), ("decoder", 6)])
+@pytest.mark.parametrize(("network", "variables"), [("encoder", 14), ("decoder", 6)])
 def test_gradients_in_every_weight_equal_keras(both, network, variables):
     ours, theirs = both.our_gradient[network], both.their_gradient[network]
     assert len(ours) == len(theirs) == variables
-    for a, b in zip(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
         scale = np.abs(b).max()
         assert scale > 0
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5 * scale)

@@ -150,7 +150,7 @@ def test_an_images_noise_is_its_keys_whatever_the_batch(estimate, params, images
         estimate = partial(log_likelihood, num_samples=3)
     estimate = jax.jit(estimate)
     keys, whole = example_keys(KEY, 7), values(KEY, images)
-    for a, b in zip(values(keys[3:5], images[3:5]), whole):
+    for a, b in zip(values(keys[3:5], images[3:5]), whole, strict=True):
         np.testing.assert_allclose(a, b[3:5], rtol=1e-4)
     assert not np.any(np.isclose(values(keys[:2], images[3:5])[0], whole[0][3:5], rtol=1e-4))
 
@@ -211,8 +211,8 @@ def test_the_importance_weighted_bound_grows_to_log_p(monkeypatch):
     errors = [gap.std(0) / np.sqrt(len(keys)) for gap in below.values()]
     assert np.all(np.abs(gaps[0] - 0.5 * np.sum(np.e - 2 + 0.09 * PRECISION)) < 4 * errors[0])
     assert np.all(gaps[2] > 4 * errors[2])
-    for wider, narrower, error in zip(gaps, gaps[1:], errors):
-        assert np.all(narrower < wider - 4 * error)
+    for k in 0, 1:
+        assert np.all(gaps[k + 1] < gaps[k] - 4 * errors[k])
     last = per_key(monkeypatch, wrong_posterior, weighted(5000))(keys[:20], images)
     np.testing.assert_allclose(last, np.tile(exact_log_p(images), (20, 1)), atol=0.1)
     np.testing.assert_allclose(last.mean(0), exact_log_p(images), atol=0.02)

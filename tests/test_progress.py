@@ -1,0 +1,38 @@
+"""What is shown of a training."""
+
+import io
+
+from rich.console import Console
+
+from jaxvae.progress import Progress
+
+RECORD = {
+    "epoch": 1,
+    "train": {"elbo": -205.0},
+    "test": {"elbo": -190.0, "log_likelihood": -186.5, "kl": 3.5},
+    "seconds": 2.0,
+}
+LINE = "epoch 1/2  ELBO -205.00 train, -190.00 test (log-likelihood -186.50, KL 3.50)  2.0 s, "
+
+
+def shown(**kind):
+    file = io.StringIO()
+    with Progress(Console(file=file, width=100, **kind)).training(2, 1000, 0) as training:
+        training.advance(500, elbo=-210.0)
+        training.advance(496, elbo=-201.5)
+        training.finish_epoch(RECORD)
+    return file.getvalue()
+
+
+def test_without_a_terminal_there_is_one_plain_line_for_each_epoch():
+    assert shown() == LINE + "500 images/s\n"
+
+
+def test_a_terminal_gets_a_bar_with_time_rate_and_elbo_as_well():
+    written = shown(force_terminal=True)
+    assert LINE in written
+    assert "epoch 2/2" in written
+    assert "elapsed" in written
+    assert "to go" in written
+    assert "ELBO -201.5" in written
+    assert "images/s" in written
