@@ -7,7 +7,6 @@ product, a convolution differentiates into matrix products too. Its patches take
 every other backend XLA's own convolution is the fast one, and the whole batch is one block.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -120,32 +119,28 @@ def conv_transpose(x: jax.Array, kernel: jax.Array, strides: tuple[int, int]) ->
     # lax.conv_transpose correlates with the filter as it lies; adding each input pixel's
     # filter into the output, as below, convolves: hence the flip.
     products = jnp.einsum("nhwi,klio->nhwklo", x, kernel[::-1, ::-1])
-    rows = _overlap_add(products, axis=1, kernel_axis=3, stride=strides[0])
-    return _overlap_add(rows, axis=2, kernel_axis=3, stride=strides[1])
+    return _overlap_add(_overlap_add(products, 1, strides[0]), 2, strides[1])
 
 
-def _overlap_add(x: jax.Array, axis: int, kernel_axis: int, stride: int) -> jax.Array:
-    """out[stride * i + k] += x[i, k] along `axis`, cropped to stride * x.shape[axis]."""
-    kernel, length = x.shape[kernel_axis], x.shape[axis]
-    low = max(
-        kernel - 1 - (kernel - 1 if stride > kernel - 1 else math.ceil((kernel + stride - 2) / 2)),
-        0,
-    )
-    taps = jnp.moveaxis(x, kernel_axis, 0)
+def _overlap_add(x: jax.Array, axis: int, stride: int) -> jax.Array:
+    """out[stride * i + k] += x[i, k], i along `axis` and k along axis 3, cropped as "SAME" is."""
+    length, kernel = x.shape[axis], x.shape[3]
+    low = max(kernel - stride, 0) // 2
+    taps = jnp.moveaxis(x, 3, 0)
     # Output pixels of one residue modulo the stride all see the same taps.
     reach = -(-(low + stride * length) // stride)
+    shape = list(taps.shape[1:])
+    shape[axis] = reach
     phases = []
-    for phase in range(stride):
-        total = jnp.zeros((), x.dtype)
-        for shift, tap in enumerate(range(phase, kernel, stride)):
-            pad = [(0, 0, 0)] * taps[0].ndim
-            pad[axis] = (shift, reach - length - shift, 0)
-            total = total + lax.pad(taps[tap], jnp.zeros((), x.dtype), pad)
-        shape = list(taps.shape[1:])
-        shape[axis] = reach
-        phases.append(jnp.broadcast_to(total, shape))
-    out = jnp.stack(phases, axis=axis + 1)
-    out = out.reshape(*out.shape[:axis], reach * stride, *out.shape[axis + 2 :])
+    for residue in range(stride):
+        total = jnp.zeros(shape, x.dtype)
+        for shift, tap in enumerate(taps[residue::stride]):
+            edges = [(0, 0, 0)] * tap.ndim
+            edges[axis] = (shift, reach - length - shift, 0)
+            total += lax.pad(tap, jnp.zeros((), x.dtype), edges)
+        phases.append(total)
+    shape[axis] *= stride
+    out = jnp.stack(phases, axis=axis + 1).reshape(shape)
     return lax.slice_in_dim(out, low, low + stride * length, axis=axis)
 
 

@@ -163,8 +163,8 @@ def latents(params: Params, data: Dataset) -> Figure:
         for i, label in enumerate(classes[: 2 * len(_COLOURS)]):
             where = np.median(points[index == i], axis=0)
             colour = _COLOURS[i % len(_COLOURS)]
-            axes.text(where[0], where[1], str(label), color=colour, size=15, weight="bold", ha="center",
-                      va="center", path_effects=halo)  # fmt: skip
+            style = {"color": colour, "size": 15, "weight": "bold", "path_effects": halo}
+            axes.text(where[0], where[1], str(label), ha="center", va="center", **style)
     return figure
 
 
