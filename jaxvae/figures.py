@@ -163,7 +163,12 @@ def latents(params: Params, data: Dataset) -> Figure:
         for i, label in enumerate(classes[: 2 * len(_COLOURS)]):
             where = np.median(points[index == i], axis=0)
             colour = _COLOURS[i % len(_COLOURS)]
-            style = {"color": colour, "size": 15, "weight": "bold", "path_effects": halo}
+            style: dict[str, Any] = {
+                "color": colour,
+                "size": 15,
+                "weight": "bold",
+                "path_effects": halo,
+            }
             axes.text(where[0], where[1], str(label), ha="center", va="center", **style)
     return figure
 

@@ -10,6 +10,14 @@ import jaxvae
 jax.config.update("jax_num_cpu_devices", 8)
 
 
+@pytest.fixture(scope="module")
+def compile_quickly():
+    """For modules that compile much and compute little: half the time, the same semantics."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture
 def images():
     """64 random images of 8 by 8, uint8: a batch that compiles and runs fast."""

@@ -10,6 +10,8 @@ import pytest
 import jaxvae
 from jaxvae.checkpoint import open_checkpoints, write
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 
 @pytest.fixture
 def state(model_config, images):

@@ -7,6 +7,8 @@ from PIL import Image
 import jaxvae
 from jaxvae.cli import main
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory, npz):

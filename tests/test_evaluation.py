@@ -8,6 +8,8 @@ import pytest
 import jaxvae
 from jaxvae import evaluation
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 
 @pytest.fixture
 def params(model_config):

@@ -10,6 +10,8 @@ import jaxvae
 from jaxvae import figures
 from jaxvae.data import Dataset
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 
 def params(image_shape=(8, 8, 1), latent_dim=2):
     return jaxvae.init(jax.random.key(0), jaxvae.ModelConfig(image_shape, latent_dim))

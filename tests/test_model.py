@@ -11,6 +11,8 @@ import pytest
 import jaxvae
 from jaxvae import InputError, ModelConfig, Params
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 CONFIG = ModelConfig((6, 5, 2), 2)
 KEY = jax.random.key(7)
 close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
@@ -55,13 +57,6 @@ def assert_equal(a, b):
 
 def row(tree, i):
     return jax.tree.map(lambda x: x[i], tree)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,8 @@ import jaxvae
 from jaxvae import run
 from jaxvae.run import RunConfig
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 
 def trained(run_dir, flags, *, resume=False):
     config = run.resumed(run_dir, flags) if resume else run.configured(flags)

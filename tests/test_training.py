@@ -13,6 +13,8 @@ import jaxvae
 from jaxvae.objectives import example_keys, negative_elbo
 from jaxvae.training import optimizer, shuffle, train_steps
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 
 def assert_trees_equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, arrays(a), arrays(b))

@@ -93,7 +93,7 @@ def test_a_folder_of_pictures_in_folders_of_classes(tmp_path):
     for split in ("train", "test"):
         for name in ("cat", "dog", "owl"):
             save_pictures(tmp_path / split / name)
-    (train, train_labels), (test, test_labels) = load_data(str(tmp_path), labels=True)
+    (train, train_labels), (test, _) = load_data(str(tmp_path), labels=True)
     assert train.shape == test.shape == (30, 6, 5, 3)
     assert train.dtype == np.uint8
     np.testing.assert_array_equal(train_labels, np.repeat([0, 1, 2], 10))
