@@ -121,7 +121,8 @@ def _prepare(builder: Any, name: str, manual_dir: PathLike | None) -> None:
         files = ", ".join(list(missing.values())[:4]) + (", ..." if len(missing) > 4 else "")
         raise InputError(
             f"{name} is not prepared in {root} and cannot be downloaded, no answer from {hosts}:"
-            f" connect to the network, or fetch {files} by hand and give their folder as manual_dir (--manual-dir)"
+            f" connect to the network, or fetch {files} by hand and give their folder as"
+            " manual_dir (--manual-dir)"
         )
     print(f"preparing {name} (once) ...", file=sys.stderr, flush=True)
     # With a GPU in sight, TensorFlow would take the memory that JAX needs.
