@@ -1,5 +1,7 @@
 """What every test may use."""
 
+from contextlib import contextmanager
+
 import jax
 import numpy as np
 import pytest
@@ -46,3 +48,14 @@ def npz(tmp_path_factory):
         y_test=labels[512:],
     )
     return path
+
+
+@contextmanager
+def refused(*texts):
+    """An InputError whose message is one line that has these texts in it."""
+    with pytest.raises(jaxvae.InputError) as error:
+        yield
+    message = str(error.value)
+    assert "\n" not in message
+    for text in texts:
+        assert text in message

@@ -1,15 +1,15 @@
 """The model's functions: what they return, and that every transformation of JAX applies."""
 
-from contextlib import contextmanager
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import refused
 
 import jaxvae
-from jaxvae import InputError, ModelConfig, Params
+from jaxvae import ModelConfig, Params
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -32,17 +32,6 @@ of_images = pytest.mark.parametrize(
     [FUNCTIONS[name] for name in ("encode", "reconstruct", "elbo", "log_likelihood")],
     ids=["encode", "reconstruct", "elbo", "log_likelihood"],
 )
-
-
-@contextmanager
-def refused(*texts):
-    """An InputError whose message is one line that has these texts in it."""
-    with pytest.raises(InputError) as error:
-        yield
-    message = str(error.value)
-    assert "\n" not in message
-    for text in texts:
-        assert text in message
 
 
 def assert_close(a, b):
