@@ -141,7 +141,8 @@ def train_steps(
         state, metrics = train_step(state, images[batches[i]], objective=objective)
         return state, jax.tree.map(jnp.add, totals, metrics)
 
-    nothing = dict.fromkeys(("loss", "elbo", "log_likelihood", "kl"), jnp.float32(0))
+    _, metrics = jax.eval_shape(partial(train_step, objective=objective), state, images[batches[0]])
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), metrics)
     return lax.fori_loop(first, last, step, (state, nothing))
 
 
