@@ -190,19 +190,10 @@ def training(history: Sequence[dict[str, Any]]) -> Figure:
                 first = 1 if hidden and split == "train" else 0
                 style = {"markersize": 3.5, "color": colour, "label": split}
                 axes.plot(epochs[first:], curves[split][first:], "o-", **style)
-            axes.set(title=title, xlabel="epoch", xlim=(epochs[0] - 0.3, epochs[-1] + 0.3))
+            note = f"\noff the scale: train, epoch {epochs[0]}, {curves['train'][0]:.3g}"
+            axes.set(title=title, xlabel="epoch" + note * hidden)
+            axes.set_xlim(epochs[0] - 0.3, epochs[-1] + 0.3)
             axes.xaxis.get_major_locator().set_params(integer=True)
-            if hidden:
-                says = f"train, epoch {epochs[0]}: {curves['train'][0]:.3g}, off the scale"
-                place: dict[str, Any] = {
-                    "xycoords": "axes fraction",
-                    "ha": "right",
-                    "size": 8,
-                    "color": "0.4",
-                }
-                below = name != "kl"
-                place |= {"va": "bottom" if below else "top"}
-                axes.annotate(says, (1, 0.02 if below else 0.98), **place)
         figure.axes[0].set_ylabel("nats per image")
         figure.axes[0].legend(loc="center right")
     return figure
