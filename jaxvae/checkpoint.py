@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +32,7 @@ def save(run_dir: str | Path, state: TrainState) -> None:
                 f"{run_dir} already holds a checkpoint of step {int(state.step)}: "
                 "choose another directory"
             )
-        write(checkpoints, state)
+        write(checkpoints, state, {})
 
 
 def restore(run_dir: str | Path, which: Which = "latest") -> TrainState:
@@ -81,13 +82,13 @@ def open_checkpoints(run_dir: str | Path) -> Iterator[ocp.CheckpointManager]:
     import orbax.checkpoint as ocp
     from orbax.checkpoint import checkpoint_managers as policies
 
-    # Checkpoints written without metrics count as the latest only.
-    best = policies.BestN(
-        get_metric_fn=lambda metrics: metrics["elbo"], n=1, keep_checkpoints_without_metrics=False
-    )
+    def elbo(metrics: Mapping[str, float]) -> float:
+        return metrics.get("elbo", -math.inf)  # saved without a measurement: the last choice
+
+    best = policies.BestN(get_metric_fn=elbo, n=1)
     options = ocp.CheckpointManagerOptions(
         preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(1), best]),
-        best_fn=lambda metrics: metrics["elbo"],
+        best_fn=elbo,
     )
     directory = Path(run_dir).absolute() / "checkpoints"
     with ocp.CheckpointManager(directory, options=options) as manager:
@@ -97,7 +98,7 @@ def open_checkpoints(run_dir: str | Path) -> Iterator[ocp.CheckpointManager]:
 def write(
     checkpoints: ocp.CheckpointManager,
     state: TrainState,
-    metrics: Mapping[str, float] | None = None,
+    metrics: Mapping[str, float],
 ) -> None:
     """Begin to write a checkpoint; `metrics["elbo"]` decides which one is the best."""
     import orbax.checkpoint as ocp
@@ -108,7 +109,7 @@ def write(
         args=ocp.args.Composite(
             state=ocp.args.StandardSave(_to_tree(state)), config=ocp.args.JsonSave(config)
         ),
-        metrics=metrics,
+        metrics=dict(metrics),
     )
 
 

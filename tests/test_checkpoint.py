@@ -63,6 +63,16 @@ def test_the_latest_and_the_best_are_kept(tmp_path, state):
     assert kept == {"1", "3"}
 
 
+def test_a_state_saved_without_a_measurement_does_not_push_out_the_best(tmp_path, state, caplog):
+    with open_checkpoints(tmp_path) as checkpoints:
+        for step, elbo in enumerate([-10.0, -30.0]):
+            write(checkpoints, replace(state, step=jnp.int32(step)), {"elbo": elbo})
+    jaxvae.save(tmp_path, state)
+    assert int(jaxvae.restore(tmp_path).step) == 4
+    assert int(jaxvae.restore(tmp_path, "best").step) == 0
+    assert not caplog.records
+
+
 def test_a_checkpoint_is_not_overwritten(tmp_path, state):
     jaxvae.save(tmp_path, state)
     with pytest.raises(jaxvae.InputError, match="already holds a checkpoint of step 4"):
