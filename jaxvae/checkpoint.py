@@ -62,7 +62,7 @@ def restore(run_dir: str | Path, which: Which = "latest") -> TrainState:
         restored = checkpoints.restore(
             step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         )
-        return _from_tree(restored.state, model, train)
+        return _from_tree(restored.state, like)
 
 
 def load(run_dir: str | Path, which: Which = "latest") -> Params:
@@ -124,12 +124,12 @@ def _to_tree(state: TrainState) -> dict[str, Any]:
     }
 
 
-def _from_tree(tree: dict[str, Any], model: ModelConfig, train: TrainConfig) -> TrainState:
-    like = jax.eval_shape(lambda: create_train_state(jax.random.key(0), model, train))
+def _from_tree(tree: dict[str, Any], like: TrainState) -> TrainState:
+    """The state whose arrays are in `tree`; `like` has its structure and configurations."""
     opt_state = jax.tree.unflatten(jax.tree.structure(like.opt_state), tree["opt_state"])
-    params = Params(tree["encoder"], tree["decoder"], model)
+    params = Params(tree["encoder"], tree["decoder"], like.params.config)
     key = jax.random.wrap_key_data(tree["key"])
-    return TrainState(params, opt_state, tree["step"], key, train)
+    return TrainState(params, opt_state, tree["step"], key, like.config)
 
 
 def _existing(run_dir: str | Path) -> Path:

@@ -16,6 +16,7 @@ from matplotlib.patheffects import withStroke
 from PIL import Image
 
 from jaxvae.data import Dataset
+from jaxvae.distributions import scale_images
 from jaxvae.errors import InputError
 from jaxvae.model import Params, decode, encode, reconstruct, sample
 
@@ -119,7 +120,7 @@ def reconstructions(params: Params, data: Dataset, n: int = 10) -> Figure:
     """Test images above their reconstructions, one of each class where there are classes."""
     chosen = _one_of_each(data.test_labels, len(data.test_images), n)
     originals = jnp.asarray(data.test_images[chosen])
-    pairs = jnp.concatenate([_as_float(originals), reconstruct(params, originals)])
+    pairs = jnp.concatenate([scale_images(originals), reconstruct(params, originals)])
     figure, axes = _mosaic(pairs, 2, "Test images and their reconstructions")
     height = params.config.image_shape[0]
     axes.set_yticks([height / 2, height * 3 / 2], ["image", "reconstruction"])
@@ -238,10 +239,6 @@ def _one_of_each(labels: np.ndarray | None, images: int, n: int) -> np.ndarray:
         return np.arange(min(n, images))
     _, first = np.unique(labels, return_index=True)
     return first[:n]
-
-
-def _as_float(images: jax.Array) -> jax.Array:
-    return images / 255 if images.dtype == jnp.uint8 else images
 
 
 def _is_outlier(curves: dict[str, list[float]]) -> bool:
