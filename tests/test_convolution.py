@@ -86,6 +86,14 @@ def test_convolution_with_explicit_padding_equals_xlas(side, kernel, stride, cha
 
 
 @few_examples
+@given(sides, st.sampled_from([(16, 16), (17, 20), (20, 6)]), st.tuples(pads, pads))
+def test_winograd_and_its_gradients_equal_xlas(side, channels, padding):
+    x, filters = normal(2, *side, channels[0]), normal(3, 3, *channels, seed=1)
+    options = {"window_strides": (1, 1), "padding": padding}
+    assert_same_function(partial(our_conv, **options), partial(lax_conv, **options), x, filters)
+
+
+@few_examples
 @given(sides, kernels, strides, channels)
 def test_transposed_convolution_and_its_gradients_equal_xlas(side, kernel, stride, channels):
     x, filters = normal(2, *side, channels[0]), normal(*kernel, *channels, seed=1)
@@ -97,10 +105,12 @@ def test_transposed_convolution_and_its_gradients_equal_xlas(side, kernel, strid
     )
 
 
-SAME = {"window_strides": (2, 1), "padding": "SAME"}
+STRIDED = {"window_strides": (2, 1), "padding": "SAME"}
+SAME = {"window_strides": (1, 1), "padding": "SAME"}
 PAIRS = {
-    "wide": (partial(our_conv, **SAME), partial(lax_conv, **SAME), (2, 3)),
+    "strided": (partial(our_conv, **STRIDED), partial(lax_conv, **STRIDED), (2, 3)),
     "narrow": (partial(our_conv, **SAME), partial(lax_conv, **SAME), (4, 1)),
+    "winograd": (partial(our_conv, **SAME), partial(lax_conv, **SAME), (16, 5)),
     "transposed": (
         partial(conv_transpose, strides=(2, 1)),
         partial(lax_conv_transpose, strides=(2, 1)),
@@ -133,6 +143,26 @@ def test_second_derivatives_equal_xlas(ours, theirs, channels, platform):
         return jax.jit(jax.grad(slope))(primals)
 
     assert_close(hessian_vector_product(ours), hessian_vector_product(theirs))
+
+
+@every_pair
+def test_rematerialised_and_sharded_batches_give_the_same(ours, theirs, channels):
+    x, filters = normal(8, 5, 4, channels[0]), normal(3, 3, *channels, seed=1)
+    devices = jax.make_mesh((8,), ("batch",), (jax.sharding.AxisType.Auto,))
+    rows = jax.NamedSharding(devices, jax.P("batch"))
+
+    def gradients(conv):
+        return jax.jit(jax.grad(lambda x, k: jnp.sum(jnp.tanh(conv(x, k))), argnums=(0, 1)))
+
+    sharded = gradients(jax.checkpoint(ours))(jax.device_put(x, rows), filters)
+    assert sharded[0].sharding.is_equivalent_to(rows, x.ndim)
+    assert_close(sharded, gradients(theirs)(x, filters))
+
+
+def test_forward_mode_is_refused_on_a_cpu():
+    x, filters = normal(2, 5, 4, 2), normal(3, 3, 2, 3)
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(lambda x: our_conv(x, filters, (1, 1), "SAME"), (x,), (x,))
 
 
 @pytest.mark.parametrize(
@@ -179,7 +209,7 @@ def test_blocks_give_what_the_whole_batch_gives(rows):
         return jnp.cumsum(batch["x"] ** 2, axis=-1), batch["n"] * 2
 
     blocks, n = in_blocks(f, batch)
-    assert max(seen) <= 8
+    assert max(seen) <= 4
     np.testing.assert_allclose(blocks, np.cumsum(np.square(batch["x"]), axis=-1), rtol=1e-5)
     np.testing.assert_array_equal(n, 2 * np.arange(rows))
 
@@ -193,8 +223,13 @@ def test_blocks_are_of_the_size_asked_for(size):
 
 
 def test_a_batch_is_one_block_except_on_a_cpu(platform):
-    assert convolution.block_size(100) == (8 if platform == "cpu" else 100)
-    assert convolution.block_size(5) == 5
+    assert convolution.block_size(100) == (4 if platform == "cpu" else 100)
+    assert convolution.block_size(3) == 3
+
+
+def test_blocks_are_larger_where_one_device_has_all_the_cores(monkeypatch):
+    monkeypatch.setattr(jax, "local_device_count", lambda: 1)
+    assert convolution.block_size(100) == 16
 
 
 def test_the_model_is_the_same_on_every_backend(monkeypatch):
