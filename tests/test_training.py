@@ -118,8 +118,13 @@ def test_old_style_keys_give_the_same_state(model_config):
     assert_trees_equal(new, old)
 
 
+def kept(state):
+    """A state of its own, for what donates the one it is given."""
+    return jax.tree.map(jnp.copy, state)
+
+
 def test_an_epoch_is_its_steps(state, images):
-    epoch, means = jaxvae.train_epoch(state, jnp.asarray(images))
+    epoch, means = jaxvae.train_epoch(kept(state), jnp.asarray(images))
     assert int(epoch.step) == 4
     steps, losses = state, []
     for indices in shuffle(state, len(images)):
@@ -132,10 +137,21 @@ def test_an_epoch_is_its_steps(state, images):
 
 def test_an_epoch_in_parts_is_the_epoch_bit_for_bit(state, images):
     batches = shuffle(state, len(images))
-    whole, _ = train_steps(state, images, batches, 0, 4)
+    whole, _ = train_steps(kept(state), images, batches, 0, 4)
     parts, _ = train_steps(state, images, batches, 0, 1)
     parts, _ = train_steps(parts, images, batches, 1, 4)
     assert_trees_equal(whole, parts)
+
+
+def test_an_epoch_takes_over_the_states_memory_and_a_step_does_not(state, images):
+    jaxvae.train_step(state, images[:16])
+    assert not any(x.is_deleted() for x in jax.tree.leaves(state))
+    after, _ = jaxvae.train_epoch(state, images)
+    assert all(x.is_deleted() for x in jax.tree.leaves(state))
+    assert not any(x.is_deleted() for x in jax.tree.leaves(after))
+    batches = shuffle(after, len(images))
+    train_steps(after, images, batches, 0, 1)
+    assert all(x.is_deleted() for x in jax.tree.leaves(after))
 
 
 def test_every_epoch_has_each_image_at_most_once_in_an_order_of_its_own(state, images):
