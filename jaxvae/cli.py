@@ -21,6 +21,8 @@ _FLAGS: dict[str, dict[str, Any]] = {
     "--epochs": {"type": int, "metavar": "N", "help": "default 10"},
     "--batch-size": {"type": int, "metavar": "N", "help": "default 128"},
     "--latent-dim": {"type": int, "metavar": "N", "help": "default 2"},
+    "--compute-dtype": {"metavar": "TYPE", "help": "float32 (the default), or bfloat16: mixed "
+                        "precision, for accelerators"},
     "--learning-rate": {"type": float, "metavar": "X", "help": "default 0.001"},
     "--seed": {"type": int, "metavar": "N", "help": "default 0"},
 }  # fmt: skip

@@ -188,6 +188,7 @@ WRONG = {
     "missing file": ("train --data {tmp}/none.npz", "none.npz does not exist: expected mnist-5k"),
     "zero epochs": ("train --epochs 0", "epochs is 0: expected at least 1"),
     "epochs in words": ("train --epochs ten", "invalid int value: 'ten'"),
+    "half precision": ("train --compute-dtype half", "compute_dtype is 'half': expected 'float32'"),
     "negative rate": ("train --learning-rate -1", "learning_rate is -1.0: expected a number above"),
     "negative seed": ("train --seed -1", "seed is -1: expected a whole number from 0"),
     "large batch": ("train --data {npz} --batch-size 1000", "batch_size is 1000: expected at most"),
@@ -199,6 +200,10 @@ WRONG = {
     "run over run": ("train --data {npz} --run-dir {run}", "already holds a run"),
     "run in a file": ("train --data {npz} --run-dir {npz}/x", "cannot be written"),
     "another batch": ("train --resume --run-dir {run} --batch-size 9", "--batch-size is 9, but"),
+    "another type": (
+        "train --resume --run-dir {run} --compute-dtype bfloat16",
+        "--compute-dtype is bfloat16, but",
+    ),
     "evaluate nothing": ("evaluate {tmp}", "is not a run directory"),
     "no samples": ("evaluate {run} --num-samples 0", "--num-samples is 0: expected at least 1"),
     "sample none": ("sample {run} --n 0 --out {tmp}/a.png", "--n is 0: expected at least 1"),

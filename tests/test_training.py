@@ -1,5 +1,6 @@
 """The state and the step."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -98,6 +99,20 @@ def test_training_learns(model_config, images):
     for _ in range(20):
         state, last = jaxvae.train_epoch(state, half)
     assert last["elbo"] > first["elbo"] + 1
+
+
+def test_training_learns_in_mixed_precision_and_keeps_a_float32_state(model_config, images):
+    config = jaxvae.TrainConfig(batch_size=32)
+    mixed = replace(model_config, compute_dtype="bfloat16")
+    state = jaxvae.create_train_state(jax.random.key(0), mixed, config)
+    half = jnp.asarray(images // 2)
+    state, first = jaxvae.train_epoch(state, half)
+    for _ in range(20):
+        state, last = jaxvae.train_epoch(state, half)
+    assert last["elbo"] > first["elbo"] + 1
+    for x in jax.tree.leaves((state.params, state.opt_state, first, last)):
+        assert x.dtype == jnp.float32
+        assert np.isfinite(x).all()
 
 
 def test_the_same_key_gives_the_same_run_and_another_key_another(model_config, images):
