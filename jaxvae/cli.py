@@ -1,12 +1,17 @@
 """The command line."""
 
 import argparse
+import os
 import sys
 import time
+import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 from jaxvae.errors import InputError
+
+_CACHE_BYTES = 2**30  # of compiled programs, kept between commands
 
 _FLAGS: dict[str, dict[str, Any]] = {
     "--data": {"metavar": "NAME|FOLDER|FILE", "help": "mnist-5k (the default), mnist, tfds:NAME, "
@@ -16,6 +21,8 @@ _FLAGS: dict[str, dict[str, Any]] = {
     "--epochs": {"type": int, "metavar": "N", "help": "default 10"},
     "--batch-size": {"type": int, "metavar": "N", "help": "default 128"},
     "--latent-dim": {"type": int, "metavar": "N", "help": "default 2"},
+    "--compute-dtype": {"metavar": "TYPE", "help": "float32 (the default), or bfloat16: mixed "
+                        "precision, for accelerators"},
     "--learning-rate": {"type": float, "metavar": "X", "help": "default 0.001"},
     "--seed": {"type": int, "metavar": "N", "help": "default 0"},
 }  # fmt: skip
@@ -25,6 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command. Returns the exit code: 0 done, 2 the user's input was wrong, 1 interrupted."""
     try:
         options = _parser().parse_args(arguments)
+        _keep_programs()
         options.command(options)
     except InputError as error:
         print(f"jaxvae: {error}", file=sys.stderr)
@@ -33,6 +41,47 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"jaxvae: interrupted{interrupt}", file=sys.stderr)
         return 1
     return 0
+
+
+def _keep_programs() -> None:
+    """Keep what XLA compiles in the user's cache folder: the next command compiles nothing.
+
+    A cache folder that the user gave JAX is taken instead, and a folder that cannot be written
+    is done without.
+    """
+    import jax
+
+    if jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
+        return
+    try:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(home).absolute() / "jaxvae" / "xla"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # RuntimeError: there is no home
+        return
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return
+    _drop_oldest(folder, _CACHE_BYTES)
+    # A damaged entry or a full disk costs a compilation, which is no news to the user.
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _drop_oldest(folder: Path, limit: int) -> None:
+    """Delete the files used longest ago, until the folder holds at most `limit` bytes.
+
+    JAX bounds its cache itself only where the filelock package is installed.
+    """
+    with suppress(OSError):  # another command may be at it
+        files = [(file, file.stat()) for file in folder.rglob("*") if file.is_file()]
+        total = sum(stat.st_size for _, stat in files)
+        for file, stat in sorted(files, key=lambda one: one[1].st_atime):
+            if total <= limit:
+                break
+            file.unlink()
+            total -= stat.st_size
 
 
 def _train(options: argparse.Namespace) -> None:

@@ -32,10 +32,13 @@ class ModelConfig(Config):
 
     image_shape: (height, width, channels) of one image.
     latent_dim: number of latents.
+    compute_dtype: "float32", or "bfloat16" for the layers' inputs, kernels and products;
+      parameters, their gradients and the terms of the ELBO are float32 all the same.
     """
 
     image_shape: tuple[int, int, int] = (28, 28, 1)
     latent_dim: int = 2
+    compute_dtype: str = "float32"
 
     def __post_init__(self) -> None:
         if not isinstance(self.image_shape, tuple | list) or len(self.image_shape) != 3:
@@ -46,6 +49,10 @@ class ModelConfig(Config):
         shape = tuple(_whole(f"image_shape[{i}]", n) for i, n in enumerate(self.image_shape))
         object.__setattr__(self, "image_shape", shape)
         object.__setattr__(self, "latent_dim", _whole("latent_dim", self.latent_dim))
+        if self.compute_dtype not in ("float32", "bfloat16"):
+            raise InputError(
+                f"compute_dtype is {self.compute_dtype!r}: expected 'float32' or 'bfloat16'"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

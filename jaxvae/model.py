@@ -47,7 +47,9 @@ def init(key: jax.Array, config: ModelConfig) -> Params:
 
 def modules(config: ModelConfig) -> tuple[Encoder, Decoder]:
     """The Flax modules of an architecture."""
-    return Encoder(config.latent_dim), Decoder(config.image_shape)
+    # None, not float32: parameters made wider are computed with as they are.
+    dtype = jnp.bfloat16 if config.compute_dtype == "bfloat16" else None
+    return Encoder(config.latent_dim, dtype), Decoder(config.image_shape, dtype)
 
 
 @jax.jit

@@ -65,6 +65,8 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """One step of RMSprop on the mean loss of a batch.
 
+    The state handed in stays usable; `jax.jit(train_step, donate_argnums=0)` gives it up.
+
     Args:
       images: [batch, height, width, channels], float32 in [0, 1] or uint8.
       axis_name: of the `pmap` whose devices share the batch, each holding its equal part in
@@ -88,7 +90,7 @@ def train_step(
     return replace(state, params=params, opt_state=opt_state, step=state.step + 1), metrics
 
 
-@partial(jax.jit, static_argnames="objective")
+@partial(jax.jit, static_argnames="objective", donate_argnames="state")
 def train_epoch(
     state: TrainState, images: jax.Array, *, objective: Objective = negative_elbo
 ) -> tuple[TrainState, Metrics]:
@@ -96,7 +98,11 @@ def train_epoch(
 
     The images that do not fill a last batch are left out; which ones differs every epoch.
 
+    The state is donated: the next one takes over its memory, and the arrays of the one handed in
+    are deleted. Go on with the one returned; `jax.tree.map(jnp.copy, state)` keeps an old one.
+
     Args:
+      state: where the epoch begins; donated.
       images: [N, height, width, channels], float32 in [0, 1] or uint8.
     Returns:
       The state after the epoch, and the metrics of `train_step` averaged over its steps.
@@ -121,7 +127,7 @@ def shuffle(state: TrainState, num_images: int) -> jax.Array:
     return order[: steps * batch_size].reshape(steps, batch_size)
 
 
-@partial(jax.jit, static_argnames="objective")
+@partial(jax.jit, static_argnames="objective", donate_argnames="state")
 def train_steps(
     state: TrainState,
     images: jax.Array,
@@ -134,6 +140,7 @@ def train_steps(
     """The steps on batches[first:last], in one dispatch; the metrics are summed over them.
 
     `first` and `last` are traced, so that one compiled program serves every part of an epoch.
+    The state is donated, as in `train_epoch`.
     """
 
     def step(i: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:

@@ -1,17 +1,32 @@
 """The command line: what each command does, and that wrong input ends in one line and code 2."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib as mpl
 import numpy as np
 import pytest
 from PIL import Image
 
 import jaxvae
-from jaxvae.cli import main
+from jaxvae.cli import _drop_oldest, main
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
+pytestmark = pytest.mark.usefixtures("compile_quickly", "keep_no_programs")
 
 
 @pytest.fixture(scope="module")
-def run_dir(tmp_path_factory, npz):
+def keep_no_programs():
+    """Leaves this process's settings and the user's cache folder alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jaxvae.cli._keep_programs", lambda: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def run_dir(keep_no_programs, tmp_path_factory, npz):
     path = tmp_path_factory.mktemp("runs") / "run"
     train = ["train", "--data", str(npz), "--run-dir", str(path), "--epochs", "2"]
     assert main([*train, "--latent-dim", "3", "--learning-rate", "0.0005"]) == 0
@@ -105,6 +120,67 @@ def test_an_interrupted_training_says_how_to_go_on(npz, tmp_path, capsys, monkey
     assert capsys.readouterr().err.splitlines()[-1] == expected
 
 
+COUNT = """
+import json, sys
+import jax
+from jaxvae.cli import main
+
+events = []
+jax.monitoring.register_event_listener(lambda event, **_: events.append(event.split("/")[-1]))
+code = main(sys.argv[1:])
+print(json.dumps([code, events.count("cache_hits"), events.count("cache_misses")]))
+"""
+
+
+def counted(arguments, **environment):
+    """A command in a process of its own: exit code, programs found and made, standard error."""
+    ours = {"PYTHONPATH": str(Path(jaxvae.__file__).parents[1]), "MPLCONFIGDIR": mpl.get_cachedir()}
+    theirs = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
+    command = [sys.executable, "-c", COUNT, *map(str, arguments)]
+    done = subprocess.run(
+        command, env=theirs | ours | environment, capture_output=True, text=True, check=True
+    )
+    return [*json.loads(done.stdout.splitlines()[-1]), done.stderr]
+
+
+def test_a_second_start_compiles_nothing(npz, tmp_path):
+    train = ["train", "--data", npz, "--epochs", "1", "--run-dir"]
+    cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    code, _, compiled, _ = counted([*train, tmp_path / "first"], **cache)
+    assert code == 0
+    assert compiled > 10
+    assert len(list((tmp_path / "cache" / "jaxvae" / "xla").glob("*-cache"))) == compiled
+    code, found, compiled_again, _ = counted([*train, tmp_path / "second"], **cache)
+    assert (code, compiled_again) == (0, 0)
+    assert found >= compiled
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(run_dir, npz, tmp_path):
+    sample = ["sample", run_dir, "--n", "1", "--out", tmp_path / "a.png"]
+    *counts, told = counted(sample, XDG_CACHE_HOME=str(npz))
+    assert counts == [0, 0, 0]
+    assert "cache" not in told
+
+
+def test_a_cache_of_the_users_own_is_taken(run_dir, tmp_path):
+    sample = ["sample", run_dir, "--n", "1", "--out", tmp_path / "a.png"]
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    environment = {"JAX_COMPILATION_CACHE_DIR": str(theirs), "XDG_CACHE_HOME": str(ours)}
+    assert counted(sample, **environment)[0] == 0
+    assert theirs.exists()
+    assert not (ours / "jaxvae").exists()
+
+
+def test_the_cache_drops_what_was_used_longest_ago(tmp_path):
+    for age, name in enumerate("abcd"):
+        (tmp_path / name).write_bytes(bytes(100))
+        os.utime(tmp_path / name, (1000 - age, 1000 - age))
+    _drop_oldest(tmp_path, 250)
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
+    _drop_oldest(tmp_path, 250)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 WRONG = {
     "no command": ("", "required"),
     "unknown command": ("fly", "invalid choice"),
@@ -112,6 +188,7 @@ WRONG = {
     "missing file": ("train --data {tmp}/none.npz", "none.npz does not exist: expected mnist-5k"),
     "zero epochs": ("train --epochs 0", "epochs is 0: expected at least 1"),
     "epochs in words": ("train --epochs ten", "invalid int value: 'ten'"),
+    "half precision": ("train --compute-dtype half", "compute_dtype is 'half': expected 'float32'"),
     "negative rate": ("train --learning-rate -1", "learning_rate is -1.0: expected a number above"),
     "negative seed": ("train --seed -1", "seed is -1: expected a whole number from 0"),
     "large batch": ("train --data {npz} --batch-size 1000", "batch_size is 1000: expected at most"),
@@ -123,6 +200,10 @@ WRONG = {
     "run over run": ("train --data {npz} --run-dir {run}", "already holds a run"),
     "run in a file": ("train --data {npz} --run-dir {npz}/x", "cannot be written"),
     "another batch": ("train --resume --run-dir {run} --batch-size 9", "--batch-size is 9, but"),
+    "another type": (
+        "train --resume --run-dir {run} --compute-dtype bfloat16",
+        "--compute-dtype is bfloat16, but",
+    ),
     "evaluate nothing": ("evaluate {tmp}", "is not a run directory"),
     "no samples": ("evaluate {run} --num-samples 0", "--num-samples is 0: expected at least 1"),
     "sample none": ("sample {run} --n 0 --out {tmp}/a.png", "--n is 0: expected at least 1"),

@@ -13,10 +13,14 @@ def test_the_defaults_are_the_notebooks_model_and_a_batch_of_128():
 
 
 def test_a_config_survives_json():
-    config = ModelConfig(image_shape=(7, 5, 3), latent_dim=9)
+    config = ModelConfig(image_shape=(7, 5, 3), latent_dim=9, compute_dtype="bfloat16")
     back = ModelConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert back == config
     assert hash(back) == hash(config)
+
+
+def test_a_field_that_an_older_file_lacks_has_its_default():
+    assert ModelConfig.from_dict({"image_shape": [28, 28, 1], "latent_dim": 2}) == ModelConfig()
 
 
 @pytest.mark.parametrize(
@@ -28,6 +32,8 @@ def test_a_config_survives_json():
         (ModelConfig, {"latent_dim": 0}, "latent_dim is 0: expected at least 1"),
         (ModelConfig, {"latent_dim": 2.5}, "latent_dim is 2.5: expected a whole number"),
         (ModelConfig, {"latent_dim": True}, "latent_dim is True: expected a whole number"),
+        (ModelConfig, {"compute_dtype": "half"}, "compute_dtype is 'half': expected 'float32' or"),
+        (ModelConfig, {"compute_dtype": None}, "compute_dtype is None: expected"),
         (TrainConfig, {"batch_size": -1}, "batch_size is -1: expected at least 1"),
         (TrainConfig, {"epochs": 0}, "epochs is 0: expected at least 1"),
         (TrainConfig, {"epochs": "ten"}, "epochs is 'ten': expected a whole number"),

@@ -1,5 +1,6 @@
 """The model's functions: what they return, and that every transformation of JAX applies."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -230,3 +231,62 @@ def test_numbers_of_samples_below_one_are_refused(n, params, images):
         jaxvae.sample(params, KEY, n)
     with refused(f"num_samples is {n}: expected at least 1"):
         jaxvae.log_likelihood(params, KEY, images, num_samples=n)
+
+
+def mixed(params):
+    """The same parameters, computed with in bfloat16."""
+    return replace(params, config=replace(params.config, compute_dtype="bfloat16"))
+
+
+def test_in_mixed_precision_every_product_is_of_bfloat16s(params, images):
+    """Forward and backward."""
+    batch = jnp.asarray(images, jnp.float32)
+
+    def loss(params):
+        return -jaxvae.elbo(params, KEY, batch).value.mean()
+
+    for model, kind in ((params, jnp.float32), (mixed(params), jnp.bfloat16)):
+        products = product_types(jax.make_jaxpr(jax.grad(loss))(model).jaxpr)
+        assert len(products) > 20
+        assert set(products) == {jnp.dtype(kind)}
+
+
+def product_types(jaxpr):
+    """The types that matrix products and convolutions in a program take."""
+    types = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+            types += [x.aval.dtype for x in equation.invars]
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            types += product_types(inner) if hasattr(inner, "eqns") else []
+    return types
+
+
+@every_function
+def test_mixed_precision_gives_float32_near_float32s(f, params, images):
+    exact, near = f(params, images), f(mixed(params), images)
+    for a, b in zip(jax.tree.leaves(exact), jax.tree.leaves(near), strict=True):
+        assert b.dtype == jnp.float32
+        # bfloat16 has 8 significant bits: 2**-8 is 0.4 %.
+        np.testing.assert_allclose(b, a, rtol=0.02, atol=0.02)
+    assert any(
+        not np.array_equal(a, b)
+        for a, b in zip(jax.tree.leaves(exact), jax.tree.leaves(near), strict=True)
+    )
+
+
+def test_gradients_in_mixed_precision_are_float32_near_float32s(params):
+    """Of large, bright images: sums over their pixels would not fit bfloat16."""
+    images = jnp.full((8, 40, 40, 1), 0.9)
+    params = jaxvae.init(KEY, ModelConfig(images.shape[1:], 2))
+
+    def loss(params):
+        return -jaxvae.elbo(params, KEY, images).value.mean()
+
+    exact, near = jax.grad(loss)(params), jax.grad(loss)(mixed(params))
+    for a, b in zip(jax.tree.leaves(exact), jax.tree.leaves(near), strict=True):
+        assert b.dtype == jnp.float32
+        assert 0 < np.linalg.norm(b - a) < 0.1 * np.linalg.norm(a)

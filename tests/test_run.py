@@ -41,7 +41,7 @@ def test_config_json_holds_what_the_run_was_told(finished, npz):
         "data_dir": None,
         "manual_dir": None,
         "seed": 3,
-        "model": {"image_shape": [8, 8, 1], "latent_dim": 2},
+        "model": {"image_shape": [8, 8, 1], "latent_dim": 2, "compute_dtype": "float32"},
         "train": {"batch_size": 64, "epochs": 2, "learning_rate": 1e-3},
     }
 
@@ -115,7 +115,11 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, npz):
             *more,
         ]
 
-    killed = subprocess.Popen(command("killed"), stderr=subprocess.DEVNULL, env=environment())
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(jaxvae.__file__).parents[1]),
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+    }
+    killed = subprocess.Popen(command("killed"), stderr=subprocess.DEVNULL, env=environment)
     metrics = tmp_path / "killed" / "metrics.jsonl"
     while not (metrics.exists() and metrics.read_text().count("\n") == 2):
         assert killed.poll() is None, "the run ended before it could be killed"
@@ -125,7 +129,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, npz):
     assert killed.wait() == -signal.SIGKILL
     assert len(run.read_metrics(tmp_path / "killed")) < 5
     for one in (command("killed", "--resume"), command("whole")):
-        subprocess.run(one, check=True, capture_output=True, env=environment())
+        subprocess.run(one, check=True, capture_output=True, env=environment)
 
     for a, b in zip(*(saved(tmp_path / name) for name in ("killed", "whole")), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -133,10 +137,6 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, npz):
     assert without_seconds(tmp_path / "killed") == without_seconds(tmp_path / "whole")
     left = [path.name for path in (tmp_path / "killed").rglob("*") if "tmp" in path.name]
     assert not left
-
-
-def environment():
-    return os.environ | {"PYTHONPATH": str(Path(jaxvae.__file__).parents[1])}
 
 
 def saved(run_dir):

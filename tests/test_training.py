@@ -1,5 +1,6 @@
 """The state and the step."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -100,6 +101,20 @@ def test_training_learns(model_config, images):
     assert last["elbo"] > first["elbo"] + 1
 
 
+def test_training_learns_in_mixed_precision_and_keeps_a_float32_state(model_config, images):
+    config = jaxvae.TrainConfig(batch_size=32)
+    mixed = replace(model_config, compute_dtype="bfloat16")
+    state = jaxvae.create_train_state(jax.random.key(0), mixed, config)
+    half = jnp.asarray(images // 2)
+    state, first = jaxvae.train_epoch(state, half)
+    for _ in range(20):
+        state, last = jaxvae.train_epoch(state, half)
+    assert last["elbo"] > first["elbo"] + 1
+    for x in jax.tree.leaves((state.params, state.opt_state, first, last)):
+        assert x.dtype == jnp.float32
+        assert np.isfinite(x).all()
+
+
 def test_the_same_key_gives_the_same_run_and_another_key_another(model_config, images):
     def run(seed):
         config = jaxvae.TrainConfig(batch_size=16)
@@ -118,8 +133,13 @@ def test_old_style_keys_give_the_same_state(model_config):
     assert_trees_equal(new, old)
 
 
+def kept(state):
+    """A state of its own, for what donates the one it is given."""
+    return jax.tree.map(jnp.copy, state)
+
+
 def test_an_epoch_is_its_steps(state, images):
-    epoch, means = jaxvae.train_epoch(state, jnp.asarray(images))
+    epoch, means = jaxvae.train_epoch(kept(state), jnp.asarray(images))
     assert int(epoch.step) == 4
     steps, losses = state, []
     for indices in shuffle(state, len(images)):
@@ -132,10 +152,21 @@ def test_an_epoch_is_its_steps(state, images):
 
 def test_an_epoch_in_parts_is_the_epoch_bit_for_bit(state, images):
     batches = shuffle(state, len(images))
-    whole, _ = train_steps(state, images, batches, 0, 4)
+    whole, _ = train_steps(kept(state), images, batches, 0, 4)
     parts, _ = train_steps(state, images, batches, 0, 1)
     parts, _ = train_steps(parts, images, batches, 1, 4)
     assert_trees_equal(whole, parts)
+
+
+def test_an_epoch_takes_over_the_states_memory_and_a_step_does_not(state, images):
+    jaxvae.train_step(state, images[:16])
+    assert not any(x.is_deleted() for x in jax.tree.leaves(state))
+    after, _ = jaxvae.train_epoch(state, images)
+    assert all(x.is_deleted() for x in jax.tree.leaves(state))
+    assert not any(x.is_deleted() for x in jax.tree.leaves(after))
+    batches = shuffle(after, len(images))
+    train_steps(after, images, batches, 0, 1)
+    assert all(x.is_deleted() for x in jax.tree.leaves(after))
 
 
 def test_every_epoch_has_each_image_at_most_once_in_an_order_of_its_own(state, images):
