@@ -35,13 +35,13 @@ def save(run_dir: str | Path, state: TrainState) -> None:
         write(checkpoints, state, {})
 
 
-def restore(run_dir: str | Path, which: Which = "latest") -> TrainState:
+def restore(run_dir: str | Path, which: Which | int = "latest") -> TrainState:
     """The training state of a run directory, to go on from.
 
     Args:
-      which: "latest", or "best" by test ELBO.
+      which: "latest", "best" by test ELBO, or the number of steps taken.
     Raises:
-      InputError: the directory holds no checkpoint.
+      InputError: the directory holds no checkpoint, or none of that step.
     """
     import orbax.checkpoint as ocp
 
@@ -50,6 +50,10 @@ def restore(run_dir: str | Path, which: Which = "latest") -> TrainState:
         step = checkpoints.best_step() if which == "best" else checkpoints.latest_step()
         if step is None:
             raise InputError(_no_checkpoint(run_dir))
+        if isinstance(which, int):
+            if which not in checkpoints.all_steps():
+                raise InputError(f"{run_dir} holds no checkpoint of step {which}, only of {step}")
+            step = which
         saved = checkpoints.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))
         model = ModelConfig.from_dict(saved.config["model"])
         train = TrainConfig.from_dict(saved.config["train"])
@@ -77,8 +81,11 @@ def load(run_dir: str | Path, which: Which = "latest") -> Params:
 
 
 @contextmanager
-def open_checkpoints(run_dir: str | Path) -> Iterator[ocp.CheckpointManager]:
-    """The checkpoints of a run; leaving the context waits for those still being written."""
+def open_checkpoints(run_dir: str | Path, latest: int = 1) -> Iterator[ocp.CheckpointManager]:
+    """The checkpoints of a run; leaving the context waits for those still being written.
+
+    latest: how many of the last ones to keep, beside the best.
+    """
     import orbax.checkpoint as ocp
     from orbax.checkpoint import checkpoint_managers as policies
 
@@ -87,7 +94,7 @@ def open_checkpoints(run_dir: str | Path) -> Iterator[ocp.CheckpointManager]:
 
     best = policies.BestN(get_metric_fn=elbo, n=1)
     options = ocp.CheckpointManagerOptions(
-        preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(1), best]),
+        preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(latest), best]),
         best_fn=elbo,
     )
     directory = Path(run_dir).absolute() / "checkpoints"

@@ -23,7 +23,10 @@ _FLAGS: dict[str, dict[str, Any]] = {
     "--latent-dim": {"type": int, "metavar": "N", "help": "default 2"},
     "--compute-dtype": {"metavar": "TYPE", "help": "float32 (the default), or bfloat16: mixed "
                         "precision, for accelerators"},
-    "--learning-rate": {"type": float, "metavar": "X", "help": "default 0.001"},
+    "--learning-rate": {"type": float, "nargs": "+", "metavar": "X", "help": "default 0.001"},
+    "--beta": {"type": float, "nargs": "+", "metavar": "X",
+               "help": "weight of the KL term; default 1. Several learning rates or betas: a model "
+               "for every combination and seed, all trained at once"},
     "--seed": {"type": int, "metavar": "N", "help": "default 0"},
 }  # fmt: skip
 
@@ -85,26 +88,74 @@ def _drop_oldest(folder: Path, limit: int) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from jaxvae import run
-    from jaxvae.progress import Progress
+    from jaxvae import run, sweep
 
     names = [flag.strip("-").replace("-", "_") for flag in _FLAGS]
-    flags = {n: getattr(options, n) for n in names if getattr(options, n) is not None}
+    flags = {n: getattr(options, n) for n in (*names, "seeds") if getattr(options, n) is not None}
     if options.resume and not options.run_dir:
         raise InputError("--resume goes on with a run: say which, with --run-dir DIR")
     run_dir = Path(options.run_dir or time.strftime("runs/%Y%m%d-%H%M%S"))
-    config = run.resumed(run_dir, flags) if options.resume else run.configured(flags)
-    data = run.load_run_data(config)
-    config = run.start(run_dir, config, data, resume=options.resume)
-    counts = f"{len(data.train_images):,} training and {len(data.test_images):,} test images"
-    print(f"{config.data}: {counts}; run directory {run_dir}", file=sys.stderr)
+    if not options.resume:
+        seeds = flags.pop("seeds", 1)
+        models = sweep.configured(flags, seeds)
+    elif (run_dir / "sweep.json").exists():
+        models = sweep.resumed(run_dir, flags)
+    else:
+        models = {"": run.resumed(run_dir, _of_one_model(flags, run_dir))}
+    data = run.load_run_data(next(iter(models.values())))
     try:
-        run.train(run_dir, config, data, progress=Progress())
-        paths = run.draw(run_dir, data)
+        if len(models) > 1:
+            paths = _train_many(run_dir, models, data, options.resume)
+        else:
+            (config,) = models.values()
+            paths = _train_one(run_dir, config, data, options.resume)
     except KeyboardInterrupt:
         hint = f"; go on with: jaxvae train --resume --run-dir {run_dir}"
         raise KeyboardInterrupt(hint) from None
     print(f"figures: {', '.join(map(str, paths))}", file=sys.stderr)
+
+
+def _train_one(run_dir: Path, config: Any, data: Any, resume: bool) -> list[Path]:
+    from jaxvae import run
+    from jaxvae.progress import Progress
+
+    config = run.start(run_dir, config, data, resume=resume)
+    _tell_start(config.data, data, f"run directory {run_dir}")
+    run.train(run_dir, config, data, progress=Progress())
+    return run.draw(run_dir, data)
+
+
+def _train_many(run_dir: Path, models: Any, data: Any, resume: bool) -> list[Path]:
+    from jaxvae import run, sweep
+    from jaxvae.progress import Progress
+
+    models = sweep.start(run_dir, models, data, resume=resume)
+    name = next(iter(models.values())).data
+    _tell_start(
+        name, data, f"{len(models)} models; run directories {run_dir}/{next(iter(models))}, ..."
+    )
+    sweep.train(run_dir, models, data, progress=Progress())
+    for line in sweep.results(run_dir, models):
+        print(line, file=sys.stderr)
+    return [path for name in models for path in run.draw(run_dir / name, data)]
+
+
+def _tell_start(name: str, data: Any, where: str) -> None:
+    counts = f"{len(data.train_images):,} training and {len(data.test_images):,} test images"
+    print(f"{name}: {counts}; {where}", file=sys.stderr)
+
+
+def _of_one_model(flags: dict[str, Any], run_dir: Path) -> dict[str, Any]:
+    """The flags with each value alone, or InputError where they ask for several models."""
+    single = {}
+    for name, value in flags.items():
+        values = value if isinstance(value, list) else [value]
+        if len(values) > 1 or (name == "seeds" and value != 1):
+            flag = "--" + name.replace("_", "-")
+            raise InputError(f"{flag} asks for many models, but {run_dir} is a run of one")
+        single[name] = values[0]
+    single.pop("seeds", None)
+    return single
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -194,6 +245,8 @@ def _parser() -> argparse.ArgumentParser:
     train = command("train", _train, "train a model and draw its figures")
     for flag, how in _FLAGS.items():
         train.add_argument(flag, **how)
+    train.add_argument("--seeds", type=int, metavar="N",
+                       help="train N models at once, seeds from --seed on; default 1")  # fmt: skip
     train.add_argument("--run-dir", metavar="DIR", help="default runs/DATE-TIME")
     train.add_argument("--resume", action="store_true", help="go on with the run in --run-dir")
 

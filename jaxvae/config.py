@@ -62,19 +62,28 @@ class TrainConfig(Config):
     batch_size: images per step, over all devices.
     epochs: passes over the training images.
     learning_rate: of RMSprop.
+    beta: weight of the KL term in the loss; at 1 the loss is the negative ELBO.
     """
 
     batch_size: int = 128
     epochs: int = 10
     learning_rate: float = 1e-3
+    beta: float = 1.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "batch_size", _whole("batch_size", self.batch_size))
         object.__setattr__(self, "epochs", _whole("epochs", self.epochs))
-        rate = self.learning_rate
-        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < 1e6:
+        rate, beta = self.learning_rate, self.beta
+        if not _is_number(rate) or not 0 < rate < 1e6:
             raise InputError(f"learning_rate is {rate!r}: expected a number above 0")
+        if not _is_number(beta) or not 0 <= beta < 1e6:
+            raise InputError(f"beta is {beta!r}: expected a number of at least 0")
         object.__setattr__(self, "learning_rate", float(rate))
+        object.__setattr__(self, "beta", float(beta))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _whole(name: str, value: Any) -> int:

@@ -44,10 +44,17 @@ def elbo(params: Params, key: jax.Array, images: jax.Array) -> Elbo:
     return Elbo(log_likelihood - kl, log_likelihood, kl)
 
 
-def negative_elbo(params: Params, key: jax.Array, images: jax.Array) -> tuple[jax.Array, Elbo]:
-    """The loss that training minimises: -ELBO, [batch], nats per image, and its terms."""
+def negative_elbo(
+    params: Params, key: jax.Array, images: jax.Array, beta: jax.Array | float = 1.0
+) -> tuple[jax.Array, Elbo]:
+    """The loss that training minimises, [batch], nats per image, and the terms of the ELBO.
+
+        loss = -(E_q(z|x)[log p(x|z)] - beta KL(q(z|x) || p(z)))
+
+    Higgins et al. (2017), beta-VAE, equation 4; at beta 1 the negative ELBO.
+    """
     terms = elbo(params, key, images)
-    return -terms.value, terms
+    return -(terms.log_likelihood - beta * terms.kl), terms
 
 
 @partial(jax.jit, static_argnames="num_samples")

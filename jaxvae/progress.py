@@ -64,9 +64,10 @@ class Shown:
         self._bar.update(
             self._task, completed=epoch * self._images, epoch=min(epoch + 1, self._epochs)
         )
+        spread = f" ± {record['test_sd']['elbo']:.2f}" if "test_sd" in record else ""
         line = (
             f"epoch {epoch:{len(str(self._epochs))}}/{self._epochs}  "
-            f"ELBO {record['train']['elbo']:.2f} train, {test['elbo']:.2f} test "
+            f"ELBO {record['train']['elbo']:.2f} train, {test['elbo']:.2f}{spread} test "
             f"(log-likelihood {test['log_likelihood']:.2f}, KL {test['kl']:.2f})  "
             f"{record['seconds']:.1f} s, {self._images / record['seconds']:.0f} images/s"
         )

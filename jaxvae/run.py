@@ -12,10 +12,10 @@ repeats what came after the last one that is.
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from rich.console import Console
@@ -25,11 +25,12 @@ from jaxvae.config import Config, ModelConfig, TrainConfig
 from jaxvae.data import Dataset, load_dataset
 from jaxvae.errors import InputError
 from jaxvae.evaluation import evaluate
-from jaxvae.objectives import negative_elbo
 from jaxvae.progress import Progress, Shown
 from jaxvae.training import Objective, TrainState, create_train_state, shuffle, train_steps
 
 _IMAGES_PER_DISPATCH = 1024  # between two movements of the progress bar
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,11 @@ def resumed(run_dir: Path, flags: Mapping[str, Any]) -> RunConfig:
     Raises InputError if the flags ask for another run than the recorded one; where the data lie
     and for how many epochs to train may change.
     """
-    recorded = read_config(run_dir)
+    return going_on(read_config(run_dir), flags, run_dir)
+
+
+def going_on(recorded: RunConfig, flags: Mapping[str, Any], run_dir: Path) -> RunConfig:
+    """A recorded configuration with flags, or InputError where they ask for another run."""
     asked = _with_flags(recorded, flags)
     may_change = ("data_dir", "manual_dir", "epochs")
     for name in flags:
@@ -89,28 +94,35 @@ def start(run_dir: Path, config: RunConfig, data: Dataset, *, resume: bool) -> R
     a run in the directory already and it is not to go on, if the images are not those of the
     run, or if they are fewer than one batch.
     """
+    config = fitted(run_dir, config, data, resume=resume)
+    if not resume:
+        refuse_another(run_dir)
+    write_json(run_dir / "config.json", config.to_dict())
+    return config
+
+
+def fitted(run_dir: Path, config: RunConfig, data: Dataset, *, resume: bool) -> RunConfig:
+    """The configuration with the shape of the images in it, or InputError as of `start`."""
     model = replace(config.model, image_shape=data.train_images.shape[1:])
     if resume and model != config.model:
         raise InputError(
             f"{config.data} has images of shape {model.image_shape}, "
             f"but {run_dir} was started with {config.model.image_shape}"
         )
-    config = replace(config, model=model)
     if config.train.batch_size > len(data.train_images):
         raise InputError(
             f"batch_size is {config.train.batch_size}: expected at most the number of "
             f"training images, {len(data.train_images)}"
         )
-    if not resume and (run_dir / "config.json").exists():
+    return replace(config, model=model)
+
+
+def refuse_another(run_dir: Path) -> None:
+    """Raises InputError if there is a run, or a sweep, in the directory already."""
+    if any((run_dir / name).exists() for name in ("config.json", "sweep.json")):
         raise InputError(
             f"{run_dir} already holds a run: go on with it (--resume), or choose another --run-dir"
         )
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        _write_whole(run_dir / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
-    except OSError as error:
-        raise InputError(f"{run_dir} cannot be written: {error.strerror}") from None
-    return config
 
 
 def keys(config: RunConfig) -> tuple[jax.Array, jax.Array]:
@@ -121,15 +133,31 @@ def keys(config: RunConfig) -> tuple[jax.Array, jax.Array]:
 
 def read_config(run_dir: Path) -> RunConfig:
     """What a run was told. Raises InputError if the directory is not a run."""
+    if not (run_dir / "config.json").exists() and (run_dir / "sweep.json").exists():
+        raise InputError(f"{run_dir} holds many models: name the run directory of one, in it")
+    return read_json(run_dir / "config.json", RunConfig.from_dict)
+
+
+def read_json(path: Path, parse: Callable[[Any], T]) -> T:
+    """What a file of a run directory says, or InputError if it is not there or is damaged."""
     try:
-        return RunConfig.from_dict(json.loads((run_dir / "config.json").read_text()))
+        return parse(json.loads(path.read_text()))
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(
-            f"{run_dir} is not a run directory: expected one made by `jaxvae train`, "
-            "with a config.json"
+            f"{path.parent} is not a run directory: expected one made by `jaxvae train`, "
+            f"with a {path.name}"
         ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, InputError, TypeError) as error:
-        raise InputError(f"{run_dir / 'config.json'} is damaged: {error}") from None
+    except (OSError, ValueError, TypeError) as error:  # InputError and JSON's are ValueErrors
+        raise InputError(f"{path} is damaged: {error}") from None
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a file of a run directory, and make the directory."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_whole(path, json.dumps(content, indent=2) + "\n")
+    except OSError as error:
+        raise InputError(f"{path.parent} cannot be written: {error.strerror}") from None
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -142,12 +170,25 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
+def write_history(run_dir: Path, history: list[dict[str, Any]]) -> None:
+    """Make metrics.jsonl hold these lines."""
+    _write_whole(run_dir / "metrics.jsonl", "".join(map(_line, history)))
+
+
+def append_history(run_dir: Path, record: dict[str, Any]) -> None:
+    """Add a line to metrics.jsonl, on the disk before this returns."""
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write(_line(record))
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def train(
     run_dir: Path,
     config: RunConfig,
     data: Dataset,
     *,
-    objective: Objective = negative_elbo,
+    objective: Objective | None = None,
     progress: Progress | None = None,
 ) -> TrainState:
     """Train from the run's last whole checkpoint, or from the start, to its last epoch.
@@ -158,7 +199,7 @@ def train(
       run_dir: made by `start`.
       config: what it was told; its `train.epochs` may have grown since.
       data: as `load_run_data` gives it.
-      objective: what to minimise; by default the negative ELBO.
+      objective: what to minimise; by default that of `train_step`.
       progress: where to show how it goes.
     Returns:
       The state after the last epoch.
@@ -175,8 +216,7 @@ def train(
             state = replace(restore(run_dir), config=config.train)
         batches_per_epoch = len(shuffle(state, len(train_images)))
         done = int(state.step) // batches_per_epoch
-        history = read_metrics(run_dir)[:done]
-        _write_whole(run_dir / "metrics.jsonl", "".join(map(_line, history)))
+        write_history(run_dir, read_metrics(run_dir)[:done])
         epochs = config.train.epochs
         with progress.training(epochs, len(train_images), done) as shown:
             for epoch in range(done + 1, epochs + 1):
@@ -192,7 +232,7 @@ def train(
                 }
                 # The line before the checkpoint: a kill in between leaves a line too many,
                 # which the resumed run takes back, and never one too few.
-                _append(run_dir / "metrics.jsonl", _line(record))
+                append_history(run_dir, record)
                 write(checkpoints, state, record["test"])
                 shown.finish_epoch(record)
     return state
@@ -209,7 +249,7 @@ def draw(run_dir: Path, data: Dataset, which: Which = "latest") -> list[Path]:
 
 
 def _train_one_epoch(
-    state: TrainState, images: jax.Array, objective: Objective, shown: Shown
+    state: TrainState, images: jax.Array, objective: Objective | None, shown: Shown
 ) -> tuple[TrainState, dict[str, float]]:
     batches = shuffle(state, len(images))
     steps, batch_size = batches.shape
@@ -244,13 +284,6 @@ def _flag(config: RunConfig, name: str) -> Any:
 
 def _line(record: dict[str, Any]) -> str:
     return json.dumps(record) + "\n"
-
-
-def _append(path: Path, text: str) -> None:
-    with path.open("a") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _write_whole(path: Path, text: str) -> None:

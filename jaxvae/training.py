@@ -38,9 +38,15 @@ class TrainState:
     config: TrainConfig = field(metadata={"static": True})
 
 
-def optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """RMSprop with Keras's defaults: decay 0.9, epsilon 1e-7 inside the root, no momentum."""
-    return optax.rmsprop(config.learning_rate, decay=0.9, eps=1e-7, eps_in_sqrt=True)
+def optimizer(
+    config: TrainConfig, learning_rate: jax.Array | float | None = None
+) -> optax.GradientTransformation:
+    """RMSprop with Keras's defaults: decay 0.9, epsilon 1e-7 inside the root, no momentum.
+
+    learning_rate: instead of the configuration's; may be traced.
+    """
+    rate = config.learning_rate if learning_rate is None else learning_rate
+    return optax.rmsprop(rate, decay=0.9, eps=1e-7, eps_in_sqrt=True)
 
 
 def create_train_state(
@@ -61,7 +67,9 @@ def train_step(
     images: jax.Array,
     *,
     axis_name: str | None = None,
-    objective: Objective = negative_elbo,
+    objective: Objective | None = None,
+    learning_rate: jax.Array | float | None = None,
+    beta: jax.Array | float | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One step of RMSprop on the mean loss of a batch.
 
@@ -71,7 +79,9 @@ def train_step(
       images: [batch, height, width, channels], float32 in [0, 1] or uint8.
       axis_name: of the `pmap` whose devices share the batch, each holding its equal part in
         order; gradients and metrics are then averaged over it.
-      objective: what to minimise; by default the negative ELBO.
+      objective: what to minimise; by default the negative ELBO, its KL term weighted by beta.
+      learning_rate, beta: instead of the configuration's. They are traced, so that under `vmap`
+        each model can have its own; an objective of one's own takes no beta.
     Returns:
       The next state, and `loss`, `elbo`, `log_likelihood`, `kl`: means over the whole batch,
       nats per image.
@@ -82,17 +92,25 @@ def train_step(
     batch = images.shape[0]
     first = lax.axis_index(axis_name) * batch if axis_name else 0
     keys = example_keys(_noise_key(state), batch, first)
+    if objective is None:
+        objective = partial(negative_elbo, beta=state.config.beta if beta is None else beta)
     grads, metrics = _mean_gradient(objective, state.params, keys, images)
     if axis_name:
         grads, metrics = lax.pmean((grads, metrics), axis_name)
-    updates, opt_state = optimizer(state.config).update(grads, state.opt_state)
+    rms_prop = optimizer(state.config, learning_rate)
+    updates, opt_state = rms_prop.update(grads, state.opt_state)
     params = optax.apply_updates(state.params, updates)  # type: ignore[arg-type]
     return replace(state, params=params, opt_state=opt_state, step=state.step + 1), metrics
 
 
 @partial(jax.jit, static_argnames="objective", donate_argnames="state")
 def train_epoch(
-    state: TrainState, images: jax.Array, *, objective: Objective = negative_elbo
+    state: TrainState,
+    images: jax.Array,
+    *,
+    objective: Objective | None = None,
+    learning_rate: jax.Array | float | None = None,
+    beta: jax.Array | float | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Shuffle the images and take every step of an epoch, in one dispatch.
 
@@ -104,13 +122,23 @@ def train_epoch(
     Args:
       state: where the epoch begins; donated.
       images: [N, height, width, channels], float32 in [0, 1] or uint8.
+      objective, learning_rate, beta: as in `train_step`.
     Returns:
       The state after the epoch, and the metrics of `train_step` averaged over its steps.
     Raises:
       InputError: fewer images than one batch, or images of another shape than the model's.
     """
     batches = shuffle(state, len(images))
-    state, totals = train_steps(state, images, batches, 0, len(batches), objective=objective)
+    state, totals = train_steps(
+        state,
+        images,
+        batches,
+        0,
+        len(batches),
+        objective=objective,
+        learning_rate=learning_rate,
+        beta=beta,
+    )
     return state, jax.tree.map(lambda total: total / len(batches), totals)
 
 
@@ -135,20 +163,23 @@ def train_steps(
     first: jax.Array | int,
     last: jax.Array | int,
     *,
-    objective: Objective = negative_elbo,
+    objective: Objective | None = None,
+    learning_rate: jax.Array | float | None = None,
+    beta: jax.Array | float | None = None,
 ) -> tuple[TrainState, Metrics]:
     """The steps on batches[first:last], in one dispatch; the metrics are summed over them.
 
     `first` and `last` are traced, so that one compiled program serves every part of an epoch.
     The state is donated, as in `train_epoch`.
     """
+    one = partial(train_step, objective=objective, learning_rate=learning_rate, beta=beta)
 
     def step(i: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
         state, totals = carry
-        state, metrics = train_step(state, images[batches[i]], objective=objective)
+        state, metrics = one(state, images[batches[i]])
         return state, jax.tree.map(jnp.add, totals, metrics)
 
-    _, metrics = jax.eval_shape(partial(train_step, objective=objective), state, images[batches[0]])
+    _, metrics = jax.eval_shape(one, state, images[batches[0]])
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), metrics)
     return lax.fori_loop(first, last, step, (state, nothing))
 

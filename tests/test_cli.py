@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,42 @@ def test_train_resume_of_a_finished_run_changes_nothing(run_dir):
     before = (run_dir / "metrics.jsonl").read_text()
     assert main(["train", "--resume", "--run-dir", str(run_dir)]) == 0
     assert (run_dir / "metrics.jsonl").read_text() == before
+
+
+@pytest.fixture(scope="module")
+def many(keep_no_programs, tmp_path_factory, npz):
+    path = tmp_path_factory.mktemp("runs") / "many"
+    train = ["train", "--data", str(npz), "--run-dir", str(path), "--epochs", "1"]
+    assert main([*train, "--seeds", "2", "--beta", "0.5", "--learning-rate", "1e-3"]) == 0
+    return path
+
+
+def test_train_of_many_seeds_makes_a_run_directory_of_each(many, tmp_path, capsys):
+    assert {path.name for path in many.iterdir()} == {
+        "sweep.json",
+        "metrics.jsonl",
+        "seed-0",
+        "seed-1",
+    }
+    for name in ("seed-0", "seed-1"):
+        assert len(list((many / name / "figures").iterdir())) == 6
+        assert main(["evaluate", str(many / name), "--num-samples", "2"]) == 0
+        recorded = jaxvae.run.read_metrics(many / name)[-1]["test"]
+        assert f"{recorded['elbo']:.3f}" in capsys.readouterr().out
+        out = tmp_path / f"{name}.png"
+        assert main(["sample", str(many / name), "--n", "1", "--out", str(out)]) == 0
+
+
+def test_train_of_many_goes_on_and_tells_mean_and_spread(many, tmp_path, capsys):
+    copy = shutil.copytree(many, tmp_path / "copy")
+    assert main(["train", "--resume", "--run-dir", str(copy), "--epochs", "2"]) == 0
+    told = capsys.readouterr().err.splitlines()
+    line = jaxvae.run.read_metrics(copy)[-1]
+    spread = f"{line['test']['elbo']:.2f} ± {line['test_sd']['elbo']:.2f}"
+    assert f"2 models; run directories {copy}/seed-0, ..." in told[0]
+    assert told[1].startswith("epoch 2/2  ELBO ")
+    assert f"{spread} test" in told[1]
+    assert told[2] == f"learning rate 0.001, beta 0.5: test ELBO {spread} over 2 seeds"
 
 
 def test_evaluate_prints_the_recorded_test_elbo(run_dir, capsys):
@@ -136,6 +173,7 @@ def counted(arguments, **environment):
     """A command in a process of its own: exit code, programs found and made, standard error."""
     ours = {"PYTHONPATH": str(Path(jaxvae.__file__).parents[1]), "MPLCONFIGDIR": mpl.get_cachedir()}
     theirs = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
+    theirs["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # as compile_quickly
     command = [sys.executable, "-c", COUNT, *map(str, arguments)]
     done = subprocess.run(
         command, env=theirs | ours | environment, capture_output=True, text=True, check=True
@@ -190,6 +228,24 @@ WRONG = {
     "epochs in words": ("train --epochs ten", "invalid int value: 'ten'"),
     "half precision": ("train --compute-dtype half", "compute_dtype is 'half': expected 'float32'"),
     "negative rate": ("train --learning-rate -1", "learning_rate is -1.0: expected a number above"),
+    "negative rate of two": (
+        "train --learning-rate 1e-3 -1",
+        "learning_rate is -1.0: expected a number above",
+    ),
+    "negative beta": ("train --beta -1", "beta is -1.0: expected a number of at least 0"),
+    "beta twice": ("train --beta 1 4 1", "--beta has a value twice: expected each value once"),
+    "no seeds": ("train --seeds 0", "--seeds is 0: expected at least 1"),
+    "large batch of many": ("train --data {npz} --seeds 2 --batch-size 1000", "batch_size is 1000"),
+    "many over one": ("train --data {npz} --seeds 2 --run-dir {run}", "already holds a run"),
+    "one over many": ("train --data {npz} --run-dir {many}", "already holds a run"),
+    "one goes on as many": ("train --resume --run-dir {run} --seeds 2", "--seeds asks for many"),
+    "one of two rates": (
+        "train --resume --run-dir {run} --learning-rate 1 2",
+        "--learning-rate asks for many models, but",
+    ),
+    "more seeds": ("train --resume --run-dir {many} --seeds 3", "--seeds was settled when"),
+    "evaluate many": ("evaluate {many}", "holds many models: name the run directory of one"),
+    "figures of many": ("figures {many}", "holds many models"),
     "negative seed": ("train --seed -1", "seed is -1: expected a whole number from 0"),
     "large batch": ("train --data {npz} --batch-size 1000", "batch_size is 1000: expected at most"),
     "unknown data set": ("train --data tfds:no_such_set", "no data set 'no_such_set'"),
@@ -219,13 +275,13 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_input_ends_in_one_line_and_code_2(case, run_dir, npz, tmp_path, capsys):
+def test_wrong_input_ends_in_one_line_and_code_2(case, run_dir, many, npz, tmp_path, capsys):
     arguments, says = WRONG[case]
     images = np.random.default_rng(0).random((30, 4, 4))
     images[1, 2, 2] = np.nan
     np.savez(tmp_path / "nan.npz", x_train=images, x_test=images[2:])
     np.save(tmp_path / "flat.npy", images[0])
-    places = {"tmp": tmp_path, "npz": npz, "run": run_dir}
+    places = {"tmp": tmp_path, "npz": npz, "run": run_dir, "many": many}
     places |= {"nan": tmp_path / "nan.npz", "flat": tmp_path / "flat.npy"}
     capsys.readouterr()
     assert main(arguments.format(**places).split()) == 2

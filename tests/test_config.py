@@ -21,6 +21,7 @@ def test_a_config_survives_json():
 
 def test_a_field_that_an_older_file_lacks_has_its_default():
     assert ModelConfig.from_dict({"image_shape": [28, 28, 1], "latent_dim": 2}) == ModelConfig()
+    assert TrainConfig.from_dict({"learning_rate": 1e-3}) == TrainConfig(beta=1.0)
 
 
 @pytest.mark.parametrize(
@@ -40,6 +41,9 @@ def test_a_field_that_an_older_file_lacks_has_its_default():
         (TrainConfig, {"learning_rate": 0}, "learning_rate is 0: expected a number above 0"),
         (TrainConfig, {"learning_rate": float("nan")}, "learning_rate is nan"),
         (TrainConfig, {"learning_rate": "fast"}, "learning_rate is 'fast'"),
+        (TrainConfig, {"beta": -0.1}, "beta is -0.1: expected a number of at least 0"),
+        (TrainConfig, {"beta": float("nan")}, "beta is nan"),
+        (TrainConfig, {"beta": True}, "beta is True"),
         (TrainConfig, {"momentum": 0.9}, "TrainConfig has no field 'momentum': expected batch_"),
     ],
 )

@@ -28,6 +28,13 @@ def test_without_a_terminal_there_is_one_plain_line_for_each_epoch():
     assert shown() == LINE + "500 images/s\n"
 
 
+def test_the_spread_of_many_models_is_told_beside_their_mean():
+    file = io.StringIO()
+    with Progress(Console(file=file, width=100)).training(2, 1000, 0) as training:
+        training.finish_epoch({**RECORD, "test_sd": {"elbo": 1.25}})
+    assert "ELBO -205.00 train, -190.00 ± 1.25 test (" in file.getvalue()
+
+
 def test_a_terminal_gets_a_bar_with_time_rate_and_elbo_as_well():
     written = shown(force_terminal=True)
     assert LINE in written

@@ -42,7 +42,7 @@ def test_config_json_holds_what_the_run_was_told(finished, npz):
         "manual_dir": None,
         "seed": 3,
         "model": {"image_shape": [8, 8, 1], "latent_dim": 2, "compute_dtype": "float32"},
-        "train": {"batch_size": 64, "epochs": 2, "learning_rate": 1e-3},
+        "train": {"batch_size": 64, "epochs": 2, "learning_rate": 1e-3, "beta": 1.0},
     }
 
 

@@ -207,6 +207,36 @@ def test_seeds_can_be_trained_at_once_under_vmap(model_config, images):
         np.testing.assert_allclose(a, b, atol=2e-4)
 
 
+def test_the_kl_term_is_weighted_by_beta(state, images):
+    config = replace(state.config, beta=4.0)
+    _, metrics = jaxvae.train_step(replace(state, config=config), images[:16])
+    loss = 4 * metrics["kl"] - metrics["log_likelihood"]
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)
+    elbo = metrics["log_likelihood"] - metrics["kl"]
+    np.testing.assert_allclose(metrics["elbo"], elbo, rtol=1e-6)
+
+
+def test_learning_rates_and_betas_can_differ_under_vmap(state, images):
+    """And are the configuration's, had it been theirs."""
+    rates, betas = jnp.array([1e-3, 1e-3, 1e-4]), jnp.array([1.0, 8.0, 8.0])
+
+    def epoch(learning_rate, beta):
+        return jaxvae.train_epoch(kept(state), images, learning_rate=learning_rate, beta=beta)[0]
+
+    together = jax.vmap(epoch)(rates, betas)
+    before = np.concatenate([np.ravel(x) for x in jax.tree.leaves(state.params)])
+    ends = []
+    for i, (rate, beta) in enumerate(zip(rates, betas, strict=True)):
+        config = replace(state.config, learning_rate=float(rate), beta=float(beta))
+        alone, _ = jaxvae.train_epoch(replace(kept(state), config=config), images)
+        one = np.concatenate([np.ravel(x[i]) for x in jax.tree.leaves(together.params)])
+        other = np.concatenate([np.ravel(x) for x in jax.tree.leaves(alone.params)])
+        ends.append(one)
+        assert np.linalg.norm(one - other) < 1e-2 * np.linalg.norm(one - before)
+    assert np.linalg.norm(ends[0] - ends[1]) > 0.05 * np.linalg.norm(ends[0] - before)
+    assert np.linalg.norm(ends[2] - before) < 0.2 * np.linalg.norm(ends[1] - before)
+
+
 def as_float64(tree):
     def wide(x):
         return x.astype(jnp.float64) if x.dtype == jnp.float32 else x

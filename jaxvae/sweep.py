@@ -1,0 +1,229 @@
+"""Many models trained at once, in one program: every learning rate and beta with every seed.
+
+    sweep.json       the configuration of every model
+    metrics.jsonl    a line per epoch: means over the models, standard deviations, each model's
+    seed-0/, ...     a run directory for every model, as if it had been trained alone
+
+Like a run, it can be killed at any instant: the models go on from the last epoch of which all
+have a whole checkpoint.
+"""
+
+import itertools
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from jaxvae import run
+from jaxvae.checkpoint import open_checkpoints, restore, write
+from jaxvae.data import Dataset
+from jaxvae.errors import InputError
+from jaxvae.evaluation import evaluate
+from jaxvae.progress import Progress, Shown
+from jaxvae.run import RunConfig
+from jaxvae.training import TrainState, create_train_state, shuffle, train_steps
+
+_IMAGES_PER_DISPATCH = 8192  # of all models, between two movements of the progress bar
+
+_train_steps = jax.jit(jax.vmap(train_steps, in_axes=(0, None, 0, None, None)), donate_argnums=0)
+_evaluate = jax.jit(jax.vmap(evaluate, in_axes=(0, 0, None)))
+
+Values = dict[str, np.ndarray]  # of a metric: [models]
+
+
+def configured(flags: Mapping[str, Any], seeds: int = 1) -> dict[str, RunConfig]:
+    """The models of a new sweep by name, at least one: every combination times every seed.
+
+    Args:
+      flags: as of `run.configured`, but `learning_rate` and `beta` are lists of values.
+      seeds: how many, from the one in `flags` on.
+    """
+    if seeds < 1:
+        raise InputError(f"--seeds is {seeds}: expected at least 1")
+    several = ("learning_rate", "beta")
+    base = run.configured({name: value for name, value in flags.items() if name not in several})
+    choices = {name: flags.get(name, [getattr(base.train, name)]) for name in several}
+    for name, values in choices.items():
+        if len(set(values)) < len(values):
+            raise InputError(f"{_flag(name)} has a value twice: expected each value once")
+    choices["seed"] = range(base.seed, base.seed + seeds)
+    models = {}
+    for values in itertools.product(*choices.values()):
+        chosen = dict(zip(choices, values, strict=True))
+        parts = [n for n in choices if n == "seed" or len(choices[n]) > 1]
+        name = "_".join(f"{_flag(n).strip('-')}-{chosen[n]}" for n in parts)
+        models[name] = run.configured({**flags, **chosen})
+    return models
+
+
+def resumed(run_dir: Path, flags: Mapping[str, Any]) -> dict[str, RunConfig]:
+    """The models of a sweep that goes on.
+
+    Raises InputError if the flags ask for other models than the recorded ones; where the data
+    lie and for how many epochs to train may change.
+    """
+    for name in ("seeds", "seed", "learning_rate", "beta"):
+        if name in flags:
+            raise InputError(f"{_flag(name)} was settled when {run_dir} was started: leave it out")
+    recorded = run.read_json(run_dir / "sweep.json", lambda models: {
+        name: RunConfig.from_dict(config) for name, config in dict(models).items()
+    })  # fmt: skip
+    return {name: run.going_on(config, flags, run_dir) for name, config in recorded.items()}
+
+
+def start(
+    run_dir: Path, models: Mapping[str, RunConfig], data: Dataset, *, resume: bool
+) -> dict[str, RunConfig]:
+    """Make the directory of a sweep and those of its models, or prepare them to go on.
+
+    Returns and raises what `run.start` does, for every model.
+    """
+    fitted = {name: run.fitted(run_dir, models[name], data, resume=resume) for name in models}
+    if not resume:
+        for place in (run_dir, *(run_dir / name for name in fitted)):
+            run.refuse_another(place)
+    recorded = {name: config.to_dict() for name, config in fitted.items()}
+    run.write_json(run_dir / "sweep.json", recorded)
+    for name, config in recorded.items():
+        run.write_json(run_dir / name / "config.json", config)
+    return fitted
+
+
+def train(
+    run_dir: Path,
+    models: Mapping[str, RunConfig],
+    data: Dataset,
+    *,
+    progress: Progress | None = None,
+) -> TrainState:
+    """Train every model at once, from their last common checkpoint to their last epoch.
+
+    Every epoch ends with each model's test metrics, a line in each metrics.jsonl, and a
+    checkpoint of each model.
+
+    Args:
+      run_dir: made by `start`.
+      models: as `start` returned them; they differ in seed, learning rate and beta.
+      data: as `run.load_run_data` gives it.
+      progress: where to show how it goes.
+    Returns:
+      The models' states after the last epoch, stacked: every array has a first axis [models].
+    """
+    progress = progress or Progress(Console(quiet=True))
+    train_images, test_images = jax.device_put((data.train_images, data.test_images))
+    folders = [run_dir / name for name in models]
+    configs = list(models.values())
+    shared = configs[0].train
+    hyper = {
+        "learning_rate": jnp.array([config.train.learning_rate for config in configs]),
+        "beta": jnp.array([config.train.beta for config in configs]),
+    }
+    train_keys, test_keys = map(jnp.stack, zip(*map(run.keys, configs), strict=True))
+    with ExitStack() as stack:
+        # Two epochs are kept: a kill can leave some models one epoch ahead of the others.
+        checkpoints = [stack.enter_context(open_checkpoints(f, latest=2)) for f in folders]
+        steps = [manager.latest_step() for manager in checkpoints]
+        if None in steps:
+            ones = [create_train_state(key, configs[0].model, shared) for key in train_keys]
+        else:
+            ones = [restore(folder, min(steps)) for folder in folders]
+        states = _stacked([replace(state, config=shared) for state in ones])
+        epochs, images = shared.epochs, len(train_images)
+        done = int(states.step[0]) // (images // shared.batch_size)
+        for folder in (run_dir, *folders):
+            run.write_history(folder, run.read_metrics(folder)[:done])
+        with progress.training(epochs, images * len(models), done) as shown:
+            for epoch in range(done + 1, epochs + 1):
+                began = time.perf_counter()
+                states, metrics = _train_one_epoch(states, train_images, hyper, shown)
+                test = jax.device_get(_evaluate(states.params, test_keys, test_images))
+                about = {"epoch": epoch, "step": int(states.step[0])}
+                seconds = round(time.perf_counter() - began, 3)
+                ours = _records(metrics, test, len(models))
+                record = {
+                    **about,
+                    **_moments({"train": metrics, "test": test}),
+                    "seconds": seconds,
+                    "models": dict(zip(models, ours, strict=True)),
+                }
+                run.append_history(run_dir, record)
+                # No model begins its next checkpoint before all have their last one whole.
+                for manager in checkpoints:
+                    manager.wait_until_finished()
+                for i, (folder, config) in enumerate(zip(folders, configs, strict=True)):
+                    run.append_history(folder, {**about, **ours[i], "seconds": seconds})
+                    state = replace(_unstacked(states, i), config=config.train)
+                    write(checkpoints[i], state, ours[i]["test"])
+                shown.finish_epoch(record)
+    return states
+
+
+def results(run_dir: Path, models: Mapping[str, RunConfig]) -> Iterator[str]:
+    """A line for every learning rate and beta: mean and standard deviation over its seeds."""
+    last = run.read_metrics(run_dir)[-1]["models"]
+    groups: dict[tuple[float, float], list[float]] = {}
+    for name, config in models.items():
+        group = groups.setdefault((config.train.learning_rate, config.train.beta), [])
+        group.append(last[name]["test"]["elbo"])
+    for (rate, beta), elbos in groups.items():
+        spread = f" ± {np.std(elbos, ddof=1):.2f} over {len(elbos)} seeds" * (len(elbos) > 1)
+        yield f"learning rate {rate:g}, beta {beta:g}: test ELBO {np.mean(elbos):.2f}{spread}"
+
+
+def _train_one_epoch(
+    states: TrainState, images: jax.Array, hyper: dict[str, jax.Array], shown: Shown
+) -> tuple[TrainState, Values]:
+    batches = jax.vmap(partial(shuffle, num_images=len(images)))(states)
+    models, steps, batch_size = batches.shape
+    at_once = max(1, _IMAGES_PER_DISPATCH // (models * batch_size))
+    totals: Values = {}
+    for first in range(0, steps, at_once):
+        last = min(first + at_once, steps)
+        states, sums = _train_steps(states, images, batches, first, last, **hyper)
+        for name, values in jax.device_get(sums).items():
+            totals[name] = totals.get(name, 0.0) + values.astype(np.float64)
+        elbo = float(np.mean(sums["elbo"])) / (last - first)
+        shown.advance((last - first) * batch_size * models, elbo=elbo)
+    return states, {name: total / steps for name, total in totals.items()}
+
+
+def _stacked(states: list[TrainState]) -> TrainState:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+
+
+def _unstacked(states: TrainState, i: int) -> TrainState:
+    return jax.tree.map(lambda x: x[i], states)
+
+
+def _records(train: Values, test: Values, models: int) -> list[dict[str, dict[str, float]]]:
+    """Each model's metrics, as in a run's metrics.jsonl."""
+    splits = {"train": train, "test": test}
+    return [
+        {
+            split: {name: float(x[i]) for name, x in values.items()}
+            for split, values in splits.items()
+        }
+        for i in range(models)
+    ]
+
+
+def _moments(splits: Mapping[str, Values]) -> dict[str, dict[str, float]]:
+    """Means over the models, and standard deviations as `train_sd` and `test_sd`."""
+    means = {split: {k: float(np.mean(x)) for k, x in v.items()} for split, v in splits.items()}
+    sds = {
+        f"{split}_sd": {k: float(np.std(x, ddof=1)) for k, x in v.items()}
+        for split, v in splits.items()
+    }
+    return means | sds
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
