@@ -220,10 +220,11 @@ def test_learning_rates_and_betas_can_differ_under_vmap(state, images):
     """And are the configuration's, had it been theirs."""
     rates, betas = jnp.array([1e-3, 1e-3, 1e-4]), jnp.array([1.0, 8.0, 8.0])
 
-    def epoch(learning_rate, beta):
-        return jaxvae.train_epoch(kept(state), images, learning_rate=learning_rate, beta=beta)[0]
+    def epoch(state, learning_rate, beta):
+        return jaxvae.train_epoch(state, images, learning_rate=learning_rate, beta=beta)[0]
 
-    together = jax.vmap(epoch)(rates, betas)
+    three = jax.tree.map(lambda x: jnp.stack([x] * 3), state)
+    together = jax.vmap(epoch)(three, rates, betas)
     before = np.concatenate([np.ravel(x) for x in jax.tree.leaves(state.params)])
     ends = []
     for i, (rate, beta) in enumerate(zip(rates, betas, strict=True)):
