@@ -111,10 +111,12 @@ def write(
     import orbax.checkpoint as ocp
 
     config = {"model": state.params.config.to_dict(), "train": state.config.to_dict()}
+    # A copy: while it is being written, the next steps take over the memory of the state.
+    tree = jax.device_put(_to_tree(state), jax.local_devices()[0], may_alias=False)
     checkpoints.save(
         int(state.step),
         args=ocp.args.Composite(
-            state=ocp.args.StandardSave(_to_tree(state)), config=ocp.args.JsonSave(config)
+            state=ocp.args.StandardSave(tree), config=ocp.args.JsonSave(config)
         ),
         metrics=dict(metrics),
     )

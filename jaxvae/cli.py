@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jaxvae.errors import InputError
+from jaxvae.parallel import make_cores_devices
 
 _CACHE_BYTES = 2**30  # of compiled programs, kept between commands
 
@@ -35,6 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command. Returns the exit code: 0 done, 2 the user's input was wrong, 1 interrupted."""
     try:
         options = _parser().parse_args(arguments)
+        make_cores_devices()
         _keep_programs()
         options.command(options)
     except InputError as error:

@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,8 +26,9 @@ from jaxvae.config import Config, ModelConfig, TrainConfig
 from jaxvae.data import Dataset, load_dataset
 from jaxvae.errors import InputError
 from jaxvae.evaluation import evaluate
+from jaxvae.parallel import devices_for, everywhere, share
 from jaxvae.progress import Progress, Shown
-from jaxvae.training import Objective, TrainState, create_train_state, shuffle, train_steps
+from jaxvae.training import Metrics, Objective, TrainState, create_train_state, shuffle, train_steps
 
 _IMAGES_PER_DISPATCH = 1024  # between two movements of the progress bar
 
@@ -207,13 +209,18 @@ def train(
       InputError: fewer training images than one batch.
     """
     progress = progress or Progress(Console(quiet=True))
-    train_images, test_images = jax.device_put((data.train_images, data.test_images))
     train_key, test_key = keys(config)
+    devices, test_devices = devices_for(config.train.batch_size), devices_for(len(data.test_images))
+    take_steps = share(partial(train_steps, objective=objective), devices, donate_argnums=(0,))
+    measure = share(evaluate, test_devices)
+    train_images = jax.device_put(data.train_images, everywhere(devices))
+    test = jax.device_put((test_key, data.test_images), everywhere(test_devices))
     with open_checkpoints(run_dir) as checkpoints:
         if checkpoints.latest_step() is None:
             state = create_train_state(train_key, config.model, config.train)
         else:
             state = replace(restore(run_dir), config=config.train)
+        state = jax.device_put(state, everywhere(devices))
         batches_per_epoch = len(shuffle(state, len(train_images)))
         done = int(state.step) // batches_per_epoch
         write_history(run_dir, read_metrics(run_dir)[:done])
@@ -221,13 +228,14 @@ def train(
         with progress.training(epochs, len(train_images), done) as shown:
             for epoch in range(done + 1, epochs + 1):
                 began = time.perf_counter()
-                state, metrics = _train_one_epoch(state, train_images, objective, shown)
-                test = evaluate(state.params, test_key, test_images)
+                state, metrics = _train_one_epoch(take_steps, state, train_images, shown)
+                params = jax.device_put(state.params, everywhere(test_devices))
+                measured = measure(params, *test)
                 record: dict[str, Any] = {
                     "epoch": epoch,
                     "step": int(state.step),
                     "train": metrics,
-                    "test": {name: float(value) for name, value in test.items()},
+                    "test": {name: float(value) for name, value in measured.items()},
                     "seconds": round(time.perf_counter() - began, 3),
                 }
                 # The line before the checkpoint: a kill in between leaves a line too many,
@@ -235,7 +243,7 @@ def train(
                 append_history(run_dir, record)
                 write(checkpoints, state, record["test"])
                 shown.finish_epoch(record)
-    return state
+    return jax.device_put(state, jax.local_devices()[0])
 
 
 def draw(run_dir: Path, data: Dataset, which: Which = "latest") -> list[Path]:
@@ -249,7 +257,10 @@ def draw(run_dir: Path, data: Dataset, which: Which = "latest") -> list[Path]:
 
 
 def _train_one_epoch(
-    state: TrainState, images: jax.Array, objective: Objective | None, shown: Shown
+    take_steps: Callable[..., tuple[TrainState, Metrics]],
+    state: TrainState,
+    images: jax.Array,
+    shown: Shown,
 ) -> tuple[TrainState, dict[str, float]]:
     batches = shuffle(state, len(images))
     steps, batch_size = batches.shape
@@ -257,7 +268,7 @@ def _train_one_epoch(
     totals: dict[str, float] = {}
     for first in range(0, steps, at_once):
         last = min(first + at_once, steps)
-        state, sums = train_steps(state, images, batches, first, last, objective=objective)
+        state, sums = take_steps(state, images, batches, first, last)
         for name, value in sums.items():
             totals[name] = totals.get(name, 0.0) + float(value)
         shown.advance((last - first) * batch_size, elbo=float(sums["elbo"]) / (last - first))

@@ -10,7 +10,7 @@ have a whole checkpoint.
 
 import itertools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -24,17 +24,16 @@ from rich.console import Console
 
 from jaxvae import run
 from jaxvae.checkpoint import open_checkpoints, restore, write
+from jaxvae.convolution import backend, in_blocks
 from jaxvae.data import Dataset
 from jaxvae.errors import InputError
 from jaxvae.evaluation import evaluate
+from jaxvae.parallel import AXIS, devices_for, everywhere
 from jaxvae.progress import Progress, Shown
 from jaxvae.run import RunConfig
-from jaxvae.training import TrainState, create_train_state, shuffle, train_steps
+from jaxvae.training import Metrics, TrainState, create_train_state, shuffle, train_steps
 
 _IMAGES_PER_DISPATCH = 8192  # of all models, between two movements of the progress bar
-
-_train_steps = jax.jit(jax.vmap(train_steps, in_axes=(0, None, 0, None, None)), donate_argnums=0)
-_evaluate = jax.jit(jax.vmap(evaluate, in_axes=(0, 0, None)))
 
 Values = dict[str, np.ndarray]  # of a metric: [models]
 
@@ -118,7 +117,11 @@ def train(
       The models' states after the last epoch, stacked: every array has a first axis [models].
     """
     progress = progress or Progress(Console(quiet=True))
-    train_images, test_images = jax.device_put((data.train_images, data.test_images))
+    devices = devices_for(len(models), least=1)
+    take_steps, measure = _on(devices, _take_steps, (0,)), _on(devices, _measure)
+    train_images, test_images = jax.device_put(
+        (data.train_images, data.test_images), everywhere(devices)
+    )
     folders = [run_dir / name for name in models]
     configs = list(models.values())
     shared = configs[0].train
@@ -136,6 +139,8 @@ def train(
         else:
             ones = [restore(folder, min(steps)) for folder in folders]
         states = _stacked([replace(state, config=shared) for state in ones])
+        one_part_each = jax.NamedSharding(devices, jax.P(AXIS))
+        states, hyper, test_keys = jax.device_put((states, hyper, test_keys), one_part_each)
         epochs, images = shared.epochs, len(train_images)
         done = int(states.step[0]) // (images // shared.batch_size)
         for folder in (run_dir, *folders):
@@ -143,8 +148,8 @@ def train(
         with progress.training(epochs, images * len(models), done) as shown:
             for epoch in range(done + 1, epochs + 1):
                 began = time.perf_counter()
-                states, metrics = _train_one_epoch(states, train_images, hyper, shown)
-                test = jax.device_get(_evaluate(states.params, test_keys, test_images))
+                states, metrics = _train_one_epoch(take_steps, states, hyper, train_images, shown)
+                test = jax.device_get(measure((states.params, test_keys), test_images))
                 about = {"epoch": epoch, "step": int(states.step[0])}
                 seconds = round(time.perf_counter() - began, 3)
                 ours = _records(metrics, test, len(models))
@@ -179,7 +184,11 @@ def results(run_dir: Path, models: Mapping[str, RunConfig]) -> Iterator[str]:
 
 
 def _train_one_epoch(
-    states: TrainState, images: jax.Array, hyper: dict[str, jax.Array], shown: Shown
+    take_steps: Callable[..., tuple[TrainState, Metrics]],
+    states: TrainState,
+    hyper: dict[str, jax.Array],
+    images: jax.Array,
+    shown: Shown,
 ) -> tuple[TrainState, Values]:
     batches = jax.vmap(partial(shuffle, num_images=len(images)))(states)
     models, steps, batch_size = batches.shape
@@ -187,12 +196,45 @@ def _train_one_epoch(
     totals: Values = {}
     for first in range(0, steps, at_once):
         last = min(first + at_once, steps)
-        states, sums = _train_steps(states, images, batches, first, last, **hyper)
+        states, sums = take_steps((states, batches, hyper), images, first, last)
         for name, values in jax.device_get(sums).items():
             totals[name] = totals.get(name, 0.0) + values.astype(np.float64)
         elbo = float(np.mean(sums["elbo"])) / (last - first)
         shown.advance((last - first) * batch_size * models, elbo=elbo)
     return states, {name: total / steps for name, total in totals.items()}
+
+
+def _take_steps(models: Any, images: jax.Array, first: Any, last: Any) -> Any:
+    def one(model: Any) -> tuple[TrainState, Metrics]:
+        state, batches, hyper = model
+        return train_steps(state, images, batches, first, last, **hyper)
+
+    return _for_each(one, models)
+
+
+def _measure(models: Any, images: jax.Array) -> Metrics:
+    return _for_each(lambda model: evaluate(*model, images), models)
+
+
+def _for_each(f: Callable[[Any], Any], models: Any) -> Any:
+    """f of every model: all at once, but on a CPU one by one, to keep what f needs in cache."""
+    size = 1 if backend() == "cpu" else len(jax.tree.leaves(models)[0])
+    return in_blocks(jax.vmap(f), models, size)
+
+
+def _on(
+    devices: jax.sharding.Mesh, f: Callable[..., Any], donate: tuple[int, ...] = ()
+) -> Callable[..., Any]:
+    """f(models, *rest) on all devices, each of which takes its part of the models."""
+
+    def shared(models: Any, *rest: Any) -> Any:
+        each = (jax.P(AXIS), *(jax.P() for _ in rest))
+        parts = jax.shard_map(
+            f, mesh=devices, in_specs=each, out_specs=jax.P(AXIS), check_vma=False
+        )
+        return parts(models, *rest)
+
+    return jax.jit(shared, donate_argnums=donate)
 
 
 def _stacked(states: list[TrainState]) -> TrainState:

@@ -15,6 +15,7 @@ from jaxvae.convolution import block_size
 from jaxvae.errors import InputError
 from jaxvae.model import Params, init
 from jaxvae.objectives import Elbo, example_keys, negative_elbo
+from jaxvae.parallel import own_part
 
 # (params, keys [batch], images [batch, ...]) -> (loss [batch], the terms it is made of)
 Objective = Callable[[Params, jax.Array, jax.Array], tuple[jax.Array, Elbo]]
@@ -103,11 +104,12 @@ def train_step(
     return replace(state, params=params, opt_state=opt_state, step=state.step + 1), metrics
 
 
-@partial(jax.jit, static_argnames="objective", donate_argnames="state")
+@partial(jax.jit, static_argnames=("axis_name", "objective"), donate_argnames="state")
 def train_epoch(
     state: TrainState,
     images: jax.Array,
     *,
+    axis_name: str | None = None,
     objective: Objective | None = None,
     learning_rate: jax.Array | float | None = None,
     beta: jax.Array | float | None = None,
@@ -122,6 +124,8 @@ def train_epoch(
     Args:
       state: where the epoch begins; donated.
       images: [N, height, width, channels], float32 in [0, 1] or uint8.
+      axis_name: of the `pmap` whose devices share every batch; each is handed all the images
+        and takes its own part.
       objective, learning_rate, beta: as in `train_step`.
     Returns:
       The state after the epoch, and the metrics of `train_step` averaged over its steps.
@@ -135,6 +139,7 @@ def train_epoch(
         batches,
         0,
         len(batches),
+        axis_name=axis_name,
         objective=objective,
         learning_rate=learning_rate,
         beta=beta,
@@ -155,7 +160,7 @@ def shuffle(state: TrainState, num_images: int) -> jax.Array:
     return order[: steps * batch_size].reshape(steps, batch_size)
 
 
-@partial(jax.jit, static_argnames="objective", donate_argnames="state")
+@partial(jax.jit, static_argnames=("axis_name", "objective"), donate_argnames="state")
 def train_steps(
     state: TrainState,
     images: jax.Array,
@@ -163,6 +168,7 @@ def train_steps(
     first: jax.Array | int,
     last: jax.Array | int,
     *,
+    axis_name: str | None = None,
     objective: Objective | None = None,
     learning_rate: jax.Array | float | None = None,
     beta: jax.Array | float | None = None,
@@ -172,7 +178,14 @@ def train_steps(
     `first` and `last` are traced, so that one compiled program serves every part of an epoch.
     The state is donated, as in `train_epoch`.
     """
-    one = partial(train_step, objective=objective, learning_rate=learning_rate, beta=beta)
+    one = partial(
+        train_step,
+        axis_name=axis_name,
+        objective=objective,
+        learning_rate=learning_rate,
+        beta=beta,
+    )
+    batches = own_part(batches, axis_name, axis=1)
 
     def step(i: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
         state, totals = carry
@@ -207,6 +220,8 @@ def _mean_gradient(
     batch = images.shape[0]
     size = block_size(batch)
     whole = batch // size * size
+    if size == batch:
+        return jax.tree.map(lambda x: x / batch, gradient(params, keys, images))
 
     def add(sums: Any, block: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, sums, gradient(params, *block)), None
