@@ -116,7 +116,6 @@ class Worker:
     def __init__(self, peer: Peer, python: str, options: argparse.Namespace, extra=None):
         self.peer, self.timeout = peer, options.timeout
         self.log = options.out / "logs" / f"{peer.name}.log"
-        self.log.parent.mkdir(parents=True, exist_ok=True)
         self.answers, theirs = os.pipe()
         paths = (str(ROOT), str(HERE), os.environ.get("PYTHONPATH", ""))
         environ = {
@@ -138,7 +137,7 @@ class Worker:
                 stderr=log,
                 env=environ,
                 pass_fds=[theirs],
-                start_new_session=True,  # so that its children stop with it
+                process_group=0,  # so that its children stop with it
                 text=True,
             )
         os.close(theirs)
@@ -293,12 +292,12 @@ class Run:
                     name = label(group, request)
                     found[name] = self.measure(group, request, turn)
                     self.write()
-                    medians = ", ".join(
-                        f"{peer} {answer['seconds'] / answer['images'] * 1e3:.3g}"
+                    told = ", ".join(
+                        f"{peer} {answer['seconds']:.3g} s / {answer['images']}"
                         for peer, answer in found[name].items()
                         if "seconds" in answer
                     )
-                    print(f"round {turn + 1}  {name}: {medians} ms per image", flush=True)
+                    print(f"round {turn + 1}  {name}: {told}", flush=True)
             self.render()
 
     def write(self) -> None:
@@ -429,7 +428,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.rounds < 1 or options.epoch_images < 128:
         parser.error("expected at least 1 round, and at least the 128 images of a batch")
-    options.out.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(options.out / "logs", ignore_errors=True)
+    (options.out / "logs").mkdir(parents=True)
     run = Run(options, choose(options.peers, gpu), gpu)
     groups = measures(options, gpu)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # end the workers as well
