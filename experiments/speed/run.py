@@ -231,9 +231,10 @@ class Run:
     def measure(self, group: str, request: dict, turn: int) -> dict:
         """One measurement of every peer, in an order that differs from round to round."""
         found = {}
+        name = label(group, request)
         first = turn % len(self.peers)
         for peer in self.peers[first:] + self.peers[:first]:
-            if (peer.name, group) in self.absent:
+            if (peer.name, name) in self.absent:
                 continue
             if group in ("bfloat16", "seeds") and peer.name != "ours":
                 continue  # other libraries' figures for these would be another study
@@ -243,13 +244,14 @@ class Run:
             try:
                 answer = self.ask(peer, group, asked)
             except WorkerError as error:
-                self.drop(peer, f"{label(group, request)}: {error}")
-                continue
-            if answer.get("absent"):
-                self.absent.add((peer.name, group))
-            elif "error" in answer:
-                self.absent.add((peer.name, group))
-                self.leave_out(f"{peer.name}: {label(group, request)}: {answer['error']}")
+                if group not in ("start", "memory"):  # the worker that is left cannot go on
+                    self.drop(peer, f"{name}: {error}")
+                    continue
+                answer = {"error": str(error)}
+            if "error" in answer:
+                self.leave_out(f"{peer.name}: {name}: {answer['error']}")
+            if "error" in answer or "absent" in answer:
+                self.absent.add((peer.name, name))
             else:
                 found[peer.name] = answer
         return found
