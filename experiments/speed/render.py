@@ -15,7 +15,8 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 # The notebook's layers: output positions, kernel positions, channels in and out.
 LAYERS = (
@@ -218,7 +219,7 @@ def figure(results: dict, path: Path) -> None:
     rows = collect(results)
     peers = [peer for peer in COLOURS if any(peer in row for row in rows.values())]
     fig, (left, right) = plt.subplots(
-        1, 2, figsize=(13, 5.5), layout="constrained", width_ratios=(1, 1.25)
+        1, 2, figsize=(13, 8), layout="constrained", width_ratios=(1, 1.25)
     )
     batches = sorted(int(name.split()[1]) for name in rows if name.startswith("step "))
     for peer in peers:
@@ -235,11 +236,9 @@ def figure(results: dict, path: Path) -> None:
     left.set(xscale="log", yscale="log", xlabel="batch size", ylabel="milliseconds per image")
     left.set_title("Training step: cost per image, median and range")
     left.set_xticks(batches, [str(batch) for batch in batches])
-    left.xaxis.set_minor_formatter(NullFormatter())
-    left.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-    left.grid(which="both", alpha=0.25)
-    if left.get_legend_handles_labels()[0]:
-        left.legend()
+    left.xaxis.set_minor_locator(NullLocator())
+    plain_log(left.yaxis)
+    left.grid(alpha=0.25)
 
     shown = [name for name in rows if any(p != "ours" and ratio(rows[name], p) for p in peers)]
     height = 0.8 / max(len(peers) - 1, 1)
@@ -262,17 +261,23 @@ def figure(results: dict, path: Path) -> None:
             )
     right.axvline(1, color=COLOURS["ours"], lw=1.5)
     right.set(xscale="log", xlabel="peer / ours, median over rounds (above 1: ours takes less)")
-    right.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    right.xaxis.set_minor_formatter(NullFormatter())
+    plain_log(right.xaxis)
     names = {"log_likelihood": "log p(x)", "start": "start to\nfirst step"}
     right.set_yticks(range(len(shown)), [names.get(n, n.replace("memory", "mem.")) for n in shown])
     right.invert_yaxis()
     right.margins(x=0.12)
-    right.grid(axis="x", which="both", alpha=0.25)
+    right.grid(axis="x", alpha=0.25)
     right.set_title("Ratios to ours")
-    if right.get_legend_handles_labels()[0]:
-        right.legend(fontsize=8)
+    patches = [Patch(color=COLOURS[peer], label=peer) for peer in peers]
+    fig.legend(handles=patches, loc="outside lower center", ncols=len(patches))
     fig.savefig(path, dpi=120)
+
+
+def plain_log(axis) -> None:
+    """Ticks at 1, 2 and 5 times the powers of ten, written out."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def main() -> None:
