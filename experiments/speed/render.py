@@ -170,7 +170,9 @@ def bullets(results: dict, rows: dict) -> list[str]:
     for name, rate in flops.items():
         lines.append(f"{name}: {rate / 1e9:,.0f} GFLOP/s")
     for peer, rate in bandwidth.items():
-        lines.append(f"memory bandwidth, scaled copy in {peer}: {rate / 1e9:,.1f} GB/s")
+        lines.append(
+            f"memory bandwidth, an array negated in place in {peer}: {rate / 1e9:,.1f} GB/s"
+        )
     allowed = [rate for name, rate in flops.items() if "float32" in name]
     steps = sorted(
         (int(name.split()[1]), median(row["ours"]))

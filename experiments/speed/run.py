@@ -299,7 +299,7 @@ class Run:
                         for peer, answer in found[name].items()
                         if "seconds" in answer
                     )
-                    print(f"round {turn + 1}  {name}: {told}", flush=True)
+                    print(f"round {turn + 1}  {name}: {told or 'done'}", flush=True)
             self.render()
 
     def write(self) -> None:
