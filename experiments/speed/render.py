@@ -37,6 +37,7 @@ COLOURS = {
     "torch-compile": "#17becf",
     "torch-cudagraphs": "#0b3d66",
     "keras-tensorflow": "#ff7f0e",
+    "keras-tensorflow-nojit": "#e377c2",
     "keras-jax": "#bcbd22",
     "keras-torch": "#9467bd",
     "pythae": "#8c564b",
@@ -204,7 +205,7 @@ def bullets(results: dict, rows: dict) -> list[str]:
 
 
 def peaks(results: dict) -> tuple[dict[str, float], dict[str, float]]:
-    """The best rate of any round: of matrix products by kind and library, and of a copy."""
+    """The best rate of any round: of matrix products by kind and library, and of memory."""
     flops: dict[str, float] = {}
     bandwidth: dict[str, float] = {}
     for found in results["rounds"]:

@@ -51,6 +51,12 @@ PEERS = [
         Peer(f"keras-{backend}", f"keras-{backend}", ("keras_peer.py",), {"KERAS_BACKEND": backend})
         for backend in ("tensorflow", "jax", "torch")
     ),
+    Peer(
+        "keras-tensorflow-nojit",
+        "keras-tensorflow",
+        ("keras_peer.py", "nojit"),
+        {"KERAS_BACKEND": "tensorflow"},
+    ),
     Peer("pythae", "pythae", ("pythae_peer.py",)),
 ]
 

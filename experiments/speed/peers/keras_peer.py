@@ -1,4 +1,9 @@
-"""Keras 3 on the backend that KERAS_BACKEND names: tensorflow, jax or torch."""
+"""Keras 3 on the backend that KERAS_BACKEND names: tensorflow, jax or torch.
+
+The argument "nojit" leaves XLA out: TensorFlow then runs its graph with its own kernels.
+"""
+
+import sys
 
 import keras
 import numpy as np
@@ -20,7 +25,7 @@ else:
 
     DEVICES = list(range(framework.cuda.device_count()))
     framework.set_float32_matmul_precision("high")  # TF32, as the others do by default
-JIT = "auto"
+JIT = False if sys.argv[1:] == ["nojit"] else "auto"
 AT_ONCE = 10_000 if DEVICES else 500  # images, when only run forward
 
 

@@ -130,7 +130,7 @@ def check(path):
 
 
 def peak():
-    """The machine's own rates: FLOP/s of matrix products, byte/s of negating a large array in place."""
+    """The machine's own rates: FLOP/s of matrix products, byte/s of a negation in place."""
     kinds = {"float32": ("float32", "highest")}
     if GPU:
         kinds["float32, TF32 allowed"] = ("float32", "default")
