@@ -1,12 +1,13 @@
 # make train   set up, then train on 5,000 MNIST digits and draw the figures
 # make test    set up, then lint, types and every test
+# make speed   set up, then time training and sampling beside Flax, PyTorch, Keras and pythae
 # Another interpreter: make test PYTHON=python3.13 VENV=.venv-3.13
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test clean
+.PHONY: train test speed clean
 
 train: $(VENV)/installed
 	$(BIN)/jaxvae train --batch-size 16
@@ -16,6 +17,9 @@ test: $(VENV)/installed-dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+speed: $(VENV)/installed
+	$(BIN)/python experiments/speed/run.py
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

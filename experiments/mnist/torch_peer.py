@@ -14,8 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from jaxvae import load_data
-
 
 class Encoder(nn.Module):
     def __init__(self, latent_dim):
@@ -60,6 +58,8 @@ def terms(encoder, decoder, x):
 
 
 def main():
+    from jaxvae import load_data  # experiments/speed uses the model where there is no jaxvae
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True)
     parser.add_argument("--run-dir", type=Path, required=True)

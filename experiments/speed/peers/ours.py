@@ -1,0 +1,172 @@
+"""jaxvae."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import protocol
+from protocol import Timed
+
+import jaxvae
+
+GPU = jax.default_backend() == "gpu"
+
+
+def info():
+    device = jax.devices()[0]
+    versions = {"jaxvae": jaxvae.__version__, "jax": jax.__version__, "numpy": np.__version__}
+    return {"device": f"{device.device_kind} ({device.platform})", "versions": versions}
+
+
+def device_peak():
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def model_config(compute_dtype):
+    if compute_dtype is None:
+        return jaxvae.ModelConfig()
+    if "compute_dtype" not in {field.name for field in dataclasses.fields(jaxvae.ModelConfig)}:
+        raise NotImplementedError("this jaxvae's ModelConfig has no compute_dtype")
+    return jaxvae.ModelConfig(compute_dtype=compute_dtype)
+
+
+def new_state(batch=128, compute_dtype=None, seed=0):
+    train_config = jaxvae.TrainConfig(batch_size=batch)
+    return jaxvae.create_train_state(
+        jax.random.key(seed), model_config(compute_dtype), train_config
+    )
+
+
+def new_params():
+    return jaxvae.init(jax.random.key(0), jaxvae.ModelConfig())
+
+
+def loop(train, state, images, count):
+    """Time train(state, images), which returns the next state first."""
+
+    def run(n):
+        nonlocal state
+        for _ in range(n):
+            state, _ = train(state, images)
+        jax.block_until_ready(state)
+
+    return Timed(run, count)
+
+
+def again(function, count):
+    """Time function(), which changes nothing."""
+
+    def run(n):
+        for _ in range(n):
+            result = function()
+        jax.block_until_ready(result)
+
+    return Timed(run, count)
+
+
+def step(batch, compute_dtype=None):
+    train_step = jax.jit(jaxvae.train_step, donate_argnums=0)
+    images = jnp.asarray(protocol.float_images(batch))
+    return loop(train_step, new_state(batch, compute_dtype), images, batch)
+
+
+def seeds(batch, count):
+    """`count` models, each from its own key, all on the same batch."""
+    keys = jax.random.split(jax.random.key(0), count)
+    train_config = jaxvae.TrainConfig(batch_size=batch)
+    states = jax.vmap(
+        lambda key: jaxvae.create_train_state(key, jaxvae.ModelConfig(), train_config)
+    )(keys)
+    train_steps = jax.jit(jax.vmap(jaxvae.train_step, in_axes=(0, None)), donate_argnums=0)
+    return loop(train_steps, states, jnp.asarray(protocol.float_images(batch)), count * batch)
+
+
+def epoch(batch, images):
+    train_images = jnp.asarray(protocol.make_images(images))
+    return loop(jaxvae.train_epoch, new_state(batch), train_images, images)
+
+
+def sample(images):
+    params, key = new_params(), jax.random.key(1)
+    return again(lambda: jaxvae.sample(params, key, images), images)
+
+
+def encode(images):
+    params, x = new_params(), jnp.asarray(protocol.float_images(images))
+    return again(lambda: jaxvae.encode(params, x), images)
+
+
+def log_likelihood(images, samples):
+    x, key = jnp.asarray(protocol.float_images(images)), jax.random.key(1)
+    params = new_params()
+    compiled = jaxvae.log_likelihood.lower(params, key, x, num_samples=samples).compile()
+    timed = again(lambda: compiled(params, key, x), images)
+    return timed._replace(warm=lambda: None)
+
+
+def check(path):
+    """Write the weights, images and noise of the check, and answer with the terms of the loss."""
+    state, images = new_state(), protocol.make_images(128)
+    for _ in range(50):  # enough that no term, weight or bias is near nothing
+        state, _ = jaxvae.train_step(state, images)
+    params, images = state.params, images[:64]
+    eps = np.random.default_rng(0).standard_normal((64, 2), np.float32)
+    weights = {
+        "/".join((module, layer, name)): np.asarray(weight)
+        for module in ("encoder", "decoder")
+        for layer, weights in getattr(params, module).items()
+        for name, weight in weights.items()
+    }
+    np.savez(path, **weights, images=images, eps=eps)
+    with jax.default_matmul_precision("highest"):
+        posterior = jaxvae.encode(params, images)
+        z = posterior.mean + jnp.exp(posterior.log_var / 2) * eps
+        log_p_x = jaxvae.decode(params, z).log_prob(jnp.asarray(images))
+    sizes = (
+        sum(w.size for w in jax.tree.leaves(part)) for part in (params.encoder, params.decoder)
+    )
+    return protocol.check_answer(log_p_x, posterior.kl(), *sizes)
+
+
+def peak():
+    """The machine's own rates: FLOP/s of matrix products, byte/s of a negation in place."""
+    kinds = {"float32": ("float32", "highest")}
+    if GPU:
+        kinds["float32, TF32 allowed"] = ("float32", "default")
+        kinds["bfloat16"] = ("bfloat16", "default")
+    rates = {}
+    for name, (dtype, precision) in kinds.items():
+        multiply = jax.jit(lambda a, b, precision=precision: jnp.matmul(a, b, precision=precision))
+        best = 0.0
+        for n in (4096, 8192, 16384) if GPU else (1024, 2048, 4096):
+            a = jax.random.normal(jax.random.key(0), (n, n), dtype)
+            seconds = protocol.best(lambda a=a: multiply(a, a).block_until_ready())  # noqa: B023
+            best = max(best, 2 * n**3 / seconds)
+        rates[f"matrix product, {name}"] = best
+    x = jnp.ones((2**28 if GPU else 2**26,), jnp.float32)
+    negate = jax.jit(lambda x: -x, donate_argnums=0)  # in place: no fresh pages
+
+    def copy():
+        nonlocal x
+        x = negate(x).block_until_ready()
+
+    seconds = protocol.best(copy)
+    return {"flops": rates, "bytes": 2 * x.nbytes / seconds}
+
+
+if __name__ == "__main__":
+    protocol.serve(
+        {
+            "info": info,
+            "check": check,
+            "step": step,
+            "seeds": seeds,
+            "epoch": epoch,
+            "sample": sample,
+            "encode": encode,
+            "log_likelihood": log_likelihood,
+            "peak": peak,
+        },
+        device_peak,
+    )
