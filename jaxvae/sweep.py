@@ -28,6 +28,7 @@ from jaxvae.convolution import backend, in_blocks
 from jaxvae.data import Dataset
 from jaxvae.errors import InputError
 from jaxvae.evaluation import evaluate
+from jaxvae.model import Params
 from jaxvae.parallel import AXIS, devices_for, everywhere
 from jaxvae.progress import Progress, Shown
 from jaxvae.run import RunConfig
@@ -149,7 +150,7 @@ def train(
             for epoch in range(done + 1, epochs + 1):
                 began = time.perf_counter()
                 states, metrics = _train_one_epoch(take_steps, states, hyper, train_images, shown)
-                test = jax.device_get(measure((states.params, test_keys), test_images))
+                test = jax.device_get(measure(states.params, test_keys, test_images))
                 about = {"epoch": epoch, "step": int(states.step[0])}
                 seconds = round(time.perf_counter() - began, 3)
                 ours = _records(metrics, test, len(models))
@@ -196,7 +197,7 @@ def _train_one_epoch(
     totals: Values = {}
     for first in range(0, steps, at_once):
         last = min(first + at_once, steps)
-        states, sums = take_steps((states, batches, hyper), images, first, last)
+        states, sums = take_steps(states, (batches, hyper), images, first, last)
         for name, values in jax.device_get(sums).items():
             totals[name] = totals.get(name, 0.0) + values.astype(np.float64)
         elbo = float(np.mean(sums["elbo"])) / (last - first)
@@ -204,16 +205,16 @@ def _train_one_epoch(
     return states, {name: total / steps for name, total in totals.items()}
 
 
-def _take_steps(models: Any, images: jax.Array, first: Any, last: Any) -> Any:
+def _take_steps(states: TrainState, own: Any, images: jax.Array, first: Any, last: Any) -> Any:
     def one(model: Any) -> tuple[TrainState, Metrics]:
-        state, batches, hyper = model
+        state, (batches, hyper) = model
         return train_steps(state, images, batches, first, last, **hyper)
 
-    return _for_each(one, models)
+    return _for_each(one, (states, own))
 
 
-def _measure(models: Any, images: jax.Array) -> Metrics:
-    return _for_each(lambda model: evaluate(*model, images), models)
+def _measure(params: Params, keys: jax.Array, images: jax.Array) -> Metrics:
+    return _for_each(lambda model: evaluate(*model, images), (params, keys))
 
 
 def _for_each(f: Callable[[Any], Any], models: Any) -> Any:
@@ -225,14 +226,14 @@ def _for_each(f: Callable[[Any], Any], models: Any) -> Any:
 def _on(
     devices: jax.sharding.Mesh, f: Callable[..., Any], donate: tuple[int, ...] = ()
 ) -> Callable[..., Any]:
-    """f(models, *rest) on all devices, each of which takes its part of the models."""
+    """f(state, own, *shared) on all devices, each of which takes its part of the models."""
 
-    def shared(models: Any, *rest: Any) -> Any:
-        each = (jax.P(AXIS), *(jax.P() for _ in rest))
+    def shared(state: Any, own: Any, *rest: Any) -> Any:
+        each = (jax.P(AXIS), jax.P(AXIS), *(jax.P() for _ in rest))
         parts = jax.shard_map(
             f, mesh=devices, in_specs=each, out_specs=jax.P(AXIS), check_vma=False
         )
-        return parts(models, *rest)
+        return parts(state, own, *rest)
 
     return jax.jit(shared, donate_argnums=donate)
 
