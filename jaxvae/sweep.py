@@ -169,7 +169,7 @@ def train(
                     state = replace(_unstacked(states, i), config=config.train)
                     write(checkpoints[i], state, ours[i]["test"])
                 shown.finish_epoch(record)
-    return states
+    return jax.device_put(states, jax.local_devices()[0])
 
 
 def results(run_dir: Path, models: Mapping[str, RunConfig]) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """jaxvae."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,9 @@ import protocol
 from protocol import Timed
 
 import jaxvae
+from jaxvae.parallel import AXIS, devices_for, everywhere, make_cores_devices, share
 
+make_cores_devices()
 GPU = jax.default_backend() == "gpu"
 
 
@@ -65,10 +68,26 @@ def again(function, count):
     return Timed(run, count)
 
 
+def mapped(f, mesh, *in_specs, out_specs):
+    return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def put(mesh, *arrays):
+    return jax.device_put(arrays, everywhere(mesh))
+
+
+def put_rows(mesh, array):
+    return jax.device_put(array, jax.NamedSharding(mesh, jax.P(AXIS)))
+
+
 def step(batch, compute_dtype=None):
-    train_step = jax.jit(jaxvae.train_step, donate_argnums=0)
-    images = jnp.asarray(protocol.float_images(batch))
-    return loop(train_step, new_state(batch, compute_dtype), images, batch)
+    mesh = devices_for(batch)
+    one = partial(jaxvae.train_step, axis_name=AXIS)
+    train_step = jax.jit(
+        mapped(one, mesh, jax.P(), jax.P(AXIS), out_specs=jax.P()), donate_argnums=0
+    )
+    (state,) = put(mesh, new_state(batch, compute_dtype))
+    return loop(train_step, state, put_rows(mesh, protocol.float_images(batch)), batch)
 
 
 def seeds(batch, count):
@@ -83,25 +102,41 @@ def seeds(batch, count):
 
 
 def epoch(batch, images):
-    train_images = jnp.asarray(protocol.make_images(images))
-    return loop(jaxvae.train_epoch, new_state(batch), train_images, images)
+    mesh = devices_for(batch)
+    state, train_images = put(mesh, new_state(batch), protocol.make_images(images))
+    return loop(share(jaxvae.train_epoch, mesh, donate_argnums=(0,)), state, train_images, images)
 
 
 def sample(images):
-    params, key = new_params(), jax.random.key(1)
-    return again(lambda: jaxvae.sample(params, key, images), images)
+    mesh = devices_for(images)
+    (params,) = put(mesh, new_params())
+    keys = put_rows(mesh, jax.random.split(jax.random.key(1), mesh.size))
+
+    def part(params, keys):
+        return jaxvae.sample(params, keys[0], images // mesh.size)
+
+    draw = jax.jit(mapped(part, mesh, jax.P(), jax.P(AXIS), out_specs=jax.P(AXIS)))
+    return again(lambda: draw(params, keys), images)
 
 
 def encode(images):
-    params, x = new_params(), jnp.asarray(protocol.float_images(images))
-    return again(lambda: jaxvae.encode(params, x), images)
+    mesh = devices_for(images)
+    (params,) = put(mesh, new_params())
+    x = put_rows(mesh, protocol.float_images(images))
+    run = jax.jit(mapped(jaxvae.encode, mesh, jax.P(), jax.P(AXIS), out_specs=jax.P(AXIS)))
+    return again(lambda: run(params, x), images)
 
 
 def log_likelihood(images, samples):
-    x, key = jnp.asarray(protocol.float_images(images)), jax.random.key(1)
-    params = new_params()
-    compiled = jaxvae.log_likelihood.lower(params, key, x, num_samples=samples).compile()
-    timed = again(lambda: compiled(params, key, x), images)
+    mesh = devices_for(images)
+    (params,) = put(mesh, new_params())
+    x = put_rows(mesh, protocol.float_images(images))
+    keys = put_rows(mesh, jax.random.split(jax.random.key(1), images))
+    estimate = partial(jaxvae.log_likelihood, num_samples=samples)
+    rows = jax.P(AXIS)
+    f = jax.jit(mapped(estimate, mesh, jax.P(), rows, rows, out_specs=rows))
+    compiled = f.lower(params, keys, x).compile()
+    timed = again(lambda: compiled(params, keys, x), images)
     return timed._replace(warm=lambda: None)
 
 
