@@ -102,7 +102,7 @@ def conv_general_dilated(
     window = _Window(_pair(kernel), _pair(window_strides), _pair(low), _pair(steps))
     dot = partial(_dot, precision=options.get("precision"))
     if window.strides == (1, 1) and 4 * fan_out <= fan_in:
-        return _by_taps(lhs, rhs, window, options.get("precision"))
+        return _by_taps(lhs, rhs, window, dot)
     exact_enough = lhs.dtype in (jnp.float32, jnp.float64)
     if window.kernel == (3, 3) and window.strides == (1, 1) and fan_in >= 16 and exact_enough:
         return _winograd(lhs, rhs, window, dot)
@@ -179,8 +179,12 @@ def _apart(x: jax.Array, window: _Window) -> list[jax.Array]:
         (low, stride * (n - 1) + k - low - side)
         for side, k, stride, low, n in zip(x.shape[1:3], *window, strict=True)
     ]
-    # Padded once: the barrier keeps XLA from padding again for every tap.
-    x = lax.optimization_barrier(_pad(x, edges))
+    # Padded once, by writing into zeros: a plain pad XLA would do again for every tap.
+    x = _pad(x, [(min(low, 0), min(high, 0)) for low, high in edges])
+    (top, bottom), (left, right_edge) = ((max(low, 0), max(high, 0)) for low, high in edges)
+    if top or bottom or left or right_edge:
+        shape = (x.shape[0], x.shape[1] + top + bottom, x.shape[2] + left + right_edge, x.shape[3])
+        x = lax.dynamic_update_slice(jnp.zeros(shape, x.dtype), x, (0, top, left, 0))
     return [
         x[:, i : i + (rows - 1) * down + 1 : down, j : j + (columns - 1) * right + 1 : right]
         for i, j in window.taps()
@@ -265,15 +269,15 @@ def _combination(weights: np.ndarray, x: Sequence[jax.Array]) -> jax.Array:
     return total
 
 
-def _by_taps(x: jax.Array, kernel: jax.Array, window: _Window, precision: Any) -> jax.Array:
+def _by_taps(x: jax.Array, kernel: jax.Array, window: _Window, dot: Any) -> jax.Array:
     """A convolution with stride 1 and few output channels: one image for every tap and channel."""
-    batch, *size, _ = x.shape
-    fan_out = kernel.shape[3]
-    # The tap comes first, so that the additions run along rows of pixels.
-    products = jnp.einsum("klio,nhwi->klonhw", kernel[::-1, ::-1], x, precision=precision)
-    parts = lax.split(
-        products.reshape(-1, *size, 1), [fan_out * batch] * (kernel.shape[0] * kernel.shape[1])
-    )
+    batch, *size, fan_in = x.shape
+    taps, fan_out = len(window.taps()), kernel.shape[3]
+    filters = kernel[::-1, ::-1].transpose(2, 0, 1, 3).reshape(fan_in, -1)
+    # The taps are brought to the front, so that the additions run along rows of pixels. The
+    # barrier is for XLA, which would rather transpose x than the much smaller products.
+    products = jnp.moveaxis(lax.optimization_barrier(dot(x, filters)), 3, 0)
+    parts = lax.split(products.reshape(-1, *size, 1), [fan_out * batch] * taps)
     # Seen from the input, the taps run the other way: hence the flip.
     low = [k - 1 - low for k, low in zip(window.kernel, window.low, strict=True)]
     mirrored = _Window(window.kernel, (1, 1), _pair(low), _pair(size))

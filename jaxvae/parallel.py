@@ -57,7 +57,9 @@ def share(
       mesh: from `devices_for`.
       donate_argnums: arguments of f whose memory its results may take over.
     Returns:
-      f without its `axis_name`, for arguments that lie `everywhere`.
+      f without its `axis_name`, for arguments that lie `everywhere`. On a CPU it returns when
+      the result is there: the devices wait for each other inside a computation, and a second
+      one begun meanwhile could take the threads that the first is waiting for.
     """
     parts = jax.shard_map(
         partial(f, axis_name=AXIS),
@@ -66,7 +68,10 @@ def share(
         out_specs=jax.P(),
         check_vma=False,
     )
-    return jax.jit(parts, donate_argnums=donate_argnums)
+    compiled = jax.jit(parts, donate_argnums=donate_argnums)
+    if mesh.devices.flat[0].platform != "cpu":
+        return compiled
+    return lambda *arguments: jax.block_until_ready(compiled(*arguments))
 
 
 def own_part(tree: Any, axis_name: str | None, axis: int = 0) -> Any:

@@ -51,7 +51,9 @@ def loop(train, state, images, count):
     def run(n):
         nonlocal state
         for _ in range(n):
-            state, _ = train(state, images)
+            state, metrics = train(state, images)
+            if not GPU:  # devices that are CPU cores take one computation at a time
+                jax.block_until_ready(metrics)
         jax.block_until_ready(state)
 
     return Timed(run, count)
