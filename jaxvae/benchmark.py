@@ -13,6 +13,7 @@ import optax
 
 from jaxvae.config import ModelConfig, TrainConfig
 from jaxvae.model import encode, init, sample
+from jaxvae.parallel import AXIS, devices_for, everywhere
 from jaxvae.training import create_train_state, optimizer, train_step
 
 _BATCH_SIZES = (16, 128, 512)
@@ -59,7 +60,8 @@ def _plain_step(carry: Any, images: jax.Array) -> Any:
 def benchmark() -> Iterator[str]:
     """Lines of a table: medians and ranges of the notebook's model, and ratios to plain Flax."""
     device = jax.devices()[0]
-    yield f"JAX {jax.__version__} on {device.device_kind} ({device.platform}), float32"
+    count = jax.local_device_count()
+    yield f"JAX {jax.__version__} on {count} x {device.device_kind} ({device.platform}), float32"
     yield f"milliseconds per image: median (range) of {_ROUNDS} rounds, the two in turn"
     yield f"{'':22}{'jaxvae':>24}{'plain Flax':>24}{'ratio':>8}"
     key = jax.random.key(0)
@@ -72,20 +74,42 @@ def benchmark() -> Iterator[str]:
         images = jax.random.bits(key, (batch, 28, 28, 1), jnp.uint8)
         state = create_train_state(key, config, TrainConfig(batch_size=batch))
         carry = (plain, optimizer(TrainConfig()).init(plain), key)
-        ours, peers = partial(train_step, state, images), partial(_plain_step, carry, images)
+        step = partial(train_step, axis_name=AXIS)
+        ours = _on_every_device(step, batch, jax.P(), state, images)
+        peers = partial(_plain_step, carry, images)
         yield _compare(f"train step, batch {batch}", batch, ours, peers)
     params = init(key, config)
     images = jax.random.uniform(key, (_FORWARD, 28, 28, 1))
     plain_encode = jax.jit(_PlainEncoder().apply)
-    ours = partial(encode, params, images)
+    ours = _on_every_device(encode, _FORWARD, jax.P(AXIS), params, images)
     yield _compare(f"encode {_FORWARD}", _FORWARD, ours, partial(plain_encode, plain[0], images))
 
     @jax.jit
     def plain_sample(params: Any, key: jax.Array) -> jax.Array:
         return nn.sigmoid(_PlainDecoder().apply(params, jax.random.normal(key, (_FORWARD, 2))))
 
-    ours, peers = partial(sample, params, key, _FORWARD), partial(plain_sample, plain[1], key)
+    devices = devices_for(_FORWARD).size
+
+    def part(params: Any, keys: jax.Array) -> jax.Array:
+        return sample(params, keys[0], _FORWARD // devices)
+
+    keys = jax.random.split(key, devices)
+    ours = _on_every_device(part, _FORWARD, jax.P(AXIS), params, keys)
+    peers = partial(plain_sample, plain[1], key)
     yield _compare(f"sample {_FORWARD}", _FORWARD, ours, peers)
+
+
+def _on_every_device(
+    f: Callable[..., Any], images: int, result: jax.P, whole: Any, rows: jax.Array
+) -> Callable[[], Any]:
+    """f(whole, rows), ready to be called, each device taking its part of the rows."""
+    mesh = devices_for(images)
+    parts = jax.shard_map(
+        f, mesh=mesh, in_specs=(jax.P(), jax.P(AXIS)), out_specs=result, check_vma=False
+    )
+    whole = jax.device_put(whole, everywhere(mesh))
+    rows = jax.device_put(rows, jax.NamedSharding(mesh, jax.P(AXIS)))
+    return partial(jax.jit(parts), whole, rows)
 
 
 def _compare(name: str, images: int, ours: Callable[[], Any], peers: Callable[[], Any]) -> str:

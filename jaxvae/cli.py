@@ -6,11 +6,12 @@ import sys
 import time
 import warnings
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 from jaxvae.errors import InputError
-from jaxvae.parallel import make_cores_devices
+from jaxvae.parallel import devices_for, everywhere, make_cores_devices, share
 
 _CACHE_BYTES = 2**30  # of compiled programs, kept between commands
 
@@ -170,10 +171,13 @@ def _evaluate(options: argparse.Namespace) -> None:
     _at_least_one("--num-samples", options.num_samples)
     config = run.read_config(options.run)
     state = restore(options.run, "best" if options.best else "latest")
-    images = jax.device_put(run.load_run_data(config).test_images)
+    images = run.load_run_data(config).test_images
     _, key = run.keys(config)
-    test = evaluate(state.params, key, images)
-    log_p_x = mean_log_likelihood(state.params, key, images, options.num_samples)
+    devices = devices_for(len(images))
+    data = jax.device_put((state.params, key, images), everywhere(devices))
+    test = share(evaluate, devices)(*data)
+    estimate = partial(mean_log_likelihood, num_samples=options.num_samples)
+    log_p_x = share(estimate, devices)(*data)
     print(f"{options.run}, step {int(state.step)}: {len(images):,} test images, nats per image")
     print(f"  ELBO                         {test['elbo']:10.3f}")
     print(f"  log-likelihood E[log p(x|z)] {test['log_likelihood']:10.3f}")

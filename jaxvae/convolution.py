@@ -40,7 +40,9 @@ def block_size(batch: int) -> int:
         return batch
     # A device that has all the cores needs more work at a time to share out among them than
     # one that has a core, and its cache, to itself.
-    return min(batch, 4 if jax.local_device_count() > 1 else 16)
+    if jax.local_device_count() == 1:
+        return min(batch, 16)
+    return batch if batch <= 8 else 4
 
 
 def in_blocks(f: Callable[[Any], Any], batch: Any, size: int | None = None) -> Any:

@@ -39,11 +39,20 @@ def evaluate(
     return {"loss": -value, "elbo": value, **means}
 
 
-@partial(jax.jit, static_argnames="num_samples")
+@partial(jax.jit, static_argnames=("num_samples", "axis_name"))
 def mean_log_likelihood(
-    params: Params, key: jax.Array, images: jax.Array, num_samples: int
+    params: Params,
+    key: jax.Array,
+    images: jax.Array,
+    *,
+    num_samples: int,
+    axis_name: str | None = None,
 ) -> jax.Array:
-    """The mean of `jaxvae.log_likelihood` over a test set, in constant memory: nats per image."""
-    keys = example_keys(key, len(images))
+    """The mean of `jaxvae.log_likelihood` over a test set, in constant memory: nats per image.
+
+    axis_name: as of `evaluate`.
+    """
+    keys, images = own_part((example_keys(key, len(images)), jnp.asarray(images)), axis_name)
     estimate = partial(log_likelihood, num_samples=num_samples)
-    return jnp.mean(in_blocks(lambda block: estimate(params, *block), (keys, images), _BLOCK))
+    mean = jnp.mean(in_blocks(lambda block: estimate(params, *block), (keys, images), _BLOCK))
+    return lax.pmean(mean, axis_name) if axis_name else mean

@@ -32,5 +32,5 @@ def test_the_metrics_are_means_of_the_elbo(params, images, monkeypatch, block):
 def test_the_log_likelihood_is_the_mean_of_the_estimates(params, images):
     key = jax.random.key(1)
     each = jaxvae.log_likelihood(params, key, images, num_samples=20)
-    mean = evaluation.mean_log_likelihood(params, key, jnp.asarray(images), 20)
+    mean = evaluation.mean_log_likelihood(params, key, jnp.asarray(images), num_samples=20)
     np.testing.assert_allclose(mean, jnp.mean(each), rtol=1e-5)

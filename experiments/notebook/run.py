@@ -80,7 +80,7 @@ def main():
         **choices,
         "elbo, exp(log_var / 2)": float(evaluate(params, key, images)["elbo"]),
         "elbo, exp(log_var)": float(evaluate(doubled, key, images)["elbo"]),
-        "log p(x), 100 samples": float(mean_log_likelihood(proposal, key, images, 100)),
+        "log p(x), 100 samples": float(mean_log_likelihood(proposal, key, images, num_samples=100)),
     }
     (run_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
