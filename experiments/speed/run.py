@@ -187,7 +187,7 @@ class Run:
         self.workers: dict[str, Worker] = {}
         self.results: dict = {
             "machine": machine(),
-            "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
+            "options": {k: v for k, v in vars(options).items() if not isinstance(v, Path)},
             "peers": {},
             "left_out": [],
             "rounds": [],
