@@ -254,7 +254,7 @@ class TestADataSetNotYetPrepared:
         )
         until(lambda: (tmp_path / "started").exists())
         os.kill(parent.pid, signal.SIGINT)
-        assert parent.wait(timeout=10) != 0
+        assert parent.wait(timeout=60) != 0
         with pytest.raises(ProcessLookupError):  # nothing is left of its process group
             os.killpg(parent.pid, 0)
 
