@@ -239,7 +239,7 @@ class TestADataSetNotYetPrepared:
         assert capfd.readouterr() == ("", "preparing mnist (once) ...\n")
 
     def test_stops_being_prepared_on_an_interrupt(self, tmp_path):
-        child = executable(tmp_path, f"touch {tmp_path}/started; exec sleep 60")
+        child = executable(tmp_path, f"touch {tmp_path}/started; exec sleep 600")
         code = (
             "import sys, importlib.util; from jaxvae.data import tfds;"
             "importlib.util.find_spec = lambda name: object();"
