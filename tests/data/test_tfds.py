@@ -241,7 +241,9 @@ class TestADataSetNotYetPrepared:
     def test_stops_being_prepared_on_an_interrupt(self, tmp_path):
         child = executable(tmp_path, f"touch {tmp_path}/started; exec sleep 600")
         code = (
-            "import sys, importlib.util; from jaxvae.data import tfds;"
+            "import signal, sys, importlib.util; from jaxvae.data import tfds;"
+            # A shell that runs the tests in the background has it ignored.
+            "signal.signal(signal.SIGINT, signal.default_int_handler);"
             "importlib.util.find_spec = lambda name: object();"
             f"sys.executable = {child!r}; tfds._any_host_answers = lambda urls: True;"
             f"tfds.load('mnist', data_dir={str(tmp_path)!r})"
