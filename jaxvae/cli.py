@@ -150,12 +150,13 @@ def _tell_start(name: str, data: Any, where: str) -> None:
 
 def _of_one_model(flags: dict[str, Any], run_dir: Path) -> dict[str, Any]:
     """The flags with each value alone, or InputError where they ask for several models."""
+    from jaxvae.run import as_flag
+
     single = {}
     for name, value in flags.items():
         values = value if isinstance(value, list) else [value]
         if len(values) > 1 or (name == "seeds" and value != 1):
-            flag = "--" + name.replace("_", "-")
-            raise InputError(f"{flag} asks for many models, but {run_dir} is a run of one")
+            raise InputError(f"{as_flag(name)} asks for many models, but {run_dir} is a run of one")
         single[name] = values[0]
     single.pop("seeds", None)
     return single

@@ -84,8 +84,9 @@ def going_on(recorded: RunConfig, flags: Mapping[str, Any], run_dir: Path) -> Ru
     for name in flags:
         was, now = _flag(recorded, name), _flag(asked, name)
         if was != now and name not in may_change:
-            flag = "--" + name.replace("_", "-")
-            raise InputError(f"{flag} is {now}, but {run_dir} was started with {was}: leave it out")
+            raise InputError(
+                f"{as_flag(name)} is {now}, but {run_dir} was started with {was}: leave it out"
+            )
     return asked
 
 
@@ -287,6 +288,11 @@ def _with_flags(config: RunConfig, flags: Mapping[str, Any]) -> RunConfig:
             top[name] = str(Path(top[name]).resolve())
     model = replace(config.model, **own(ModelConfig))
     return replace(config, model=model, train=replace(config.train, **own(TrainConfig)), **top)
+
+
+def as_flag(name: str) -> str:
+    """A field of a configuration as the command line spells it."""
+    return "--" + name.replace("_", "-")
 
 
 def _flag(config: RunConfig, name: str) -> Any:

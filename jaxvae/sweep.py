@@ -31,7 +31,7 @@ from jaxvae.evaluation import evaluate
 from jaxvae.model import Params
 from jaxvae.parallel import AXIS, devices_for, everywhere
 from jaxvae.progress import Progress, Shown
-from jaxvae.run import RunConfig
+from jaxvae.run import RunConfig, as_flag
 from jaxvae.training import Metrics, TrainState, create_train_state, shuffle, train_steps
 
 _IMAGES_PER_DISPATCH = 8192  # of all models, between two movements of the progress bar
@@ -53,13 +53,13 @@ def configured(flags: Mapping[str, Any], seeds: int = 1) -> dict[str, RunConfig]
     choices = {name: flags.get(name, [getattr(base.train, name)]) for name in several}
     for name, values in choices.items():
         if len(set(values)) < len(values):
-            raise InputError(f"{_flag(name)} has a value twice: expected each value once")
+            raise InputError(f"{as_flag(name)} has a value twice: expected each value once")
     choices["seed"] = range(base.seed, base.seed + seeds)
     models = {}
     for values in itertools.product(*choices.values()):
         chosen = dict(zip(choices, values, strict=True))
         parts = [n for n in choices if n == "seed" or len(choices[n]) > 1]
-        name = "_".join(f"{_flag(n).strip('-')}-{chosen[n]}" for n in parts)
+        name = "_".join(f"{as_flag(n).strip('-')}-{chosen[n]}" for n in parts)
         models[name] = run.configured({**flags, **chosen})
     return models
 
@@ -72,7 +72,9 @@ def resumed(run_dir: Path, flags: Mapping[str, Any]) -> dict[str, RunConfig]:
     """
     for name in ("seeds", "seed", "learning_rate", "beta"):
         if name in flags:
-            raise InputError(f"{_flag(name)} was settled when {run_dir} was started: leave it out")
+            raise InputError(
+                f"{as_flag(name)} was settled when {run_dir} was started: leave it out"
+            )
     recorded = run.read_json(run_dir / "sweep.json", lambda models: {
         name: RunConfig.from_dict(config) for name, config in dict(models).items()
     })  # fmt: skip
@@ -266,7 +268,3 @@ def _moments(splits: Mapping[str, Values]) -> dict[str, dict[str, float]]:
         for split, v in splits.items()
     }
     return means | sds
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
