@@ -69,7 +69,8 @@ def encode(params: Params, images: jax.Array) -> Gaussian:
         )
     encoder, _ = modules(params.config)
     apply = partial(encoder.apply, {"params": params.encoder})
-    return Gaussian(*in_blocks(apply, scale_images(images)))
+    mean, log_var, _ = in_blocks(apply, scale_images(images))
+    return Gaussian(mean, log_var)
 
 
 @jax.jit
