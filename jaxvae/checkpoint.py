@@ -35,13 +35,15 @@ def save(run_dir: str | Path, state: TrainState) -> None:
         write(checkpoints, state, {})
 
 
-def restore(run_dir: str | Path, which: Which | int = "latest") -> TrainState:
+def restore(run_dir: str | Path, which: Which | int = "latest", network: Any = None) -> TrainState:
     """The training state of a run directory, to go on from.
 
     Args:
       which: "latest", "best" by test ELBO, or the number of steps taken.
+      network: the modules (encoder, decoder), where the model was given some of its own.
     Raises:
-      InputError: the directory holds no checkpoint, or none of that step.
+      InputError: the directory holds no checkpoint, or none of that step; the model has modules
+        of its own and they are not handed over, or others are.
     """
     import orbax.checkpoint as ocp
 
@@ -55,7 +57,8 @@ def restore(run_dir: str | Path, which: Which | int = "latest") -> TrainState:
                 raise InputError(f"{run_dir} holds no checkpoint of step {which}, only of {step}")
             step = which
         saved = checkpoints.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))
-        model = ModelConfig.from_dict(saved.config["model"])
+        own = {} if network is None else {"network": network}
+        model = ModelConfig.from_dict(saved.config["model"] | own)
         train = TrainConfig.from_dict(saved.config["train"])
         like = jax.eval_shape(lambda: create_train_state(jax.random.key(0), model, train))
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -63,21 +66,31 @@ def restore(run_dir: str | Path, which: Which | int = "latest") -> TrainState:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
             jax.eval_shape(_to_tree, like),
         )
+        if network is not None:
+            # Looked at beforehand: Orbax tells of another shape only in the midst of reading.
+            handler = ocp.StandardCheckpointHandler()
+            stored = handler.metadata(checkpoints.directory / str(step) / "state").tree
+            if any(_shapes(stored[n]) != _shapes(abstract[n]) for n in ("encoder", "decoder")):
+                raise InputError(
+                    f"{run_dir} holds other parameters than those of `network`: expected the "
+                    "modules that the model was made with"
+                )
         restored = checkpoints.restore(
             step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         )
         return _from_tree(restored.state, like)
 
 
-def load(run_dir: str | Path, which: Which = "latest") -> Params:
+def load(run_dir: str | Path, which: Which = "latest", network: Any = None) -> Params:
     """The model of a run directory.
 
     Args:
       which: "latest", or "best" by test ELBO.
+      network: the modules (encoder, decoder), where the model was given some of its own.
     Raises:
-      InputError: the directory holds no checkpoint.
+      InputError: as of `restore`.
     """
-    return restore(run_dir, which).params
+    return restore(run_dir, which, network).params
 
 
 @contextmanager
@@ -127,18 +140,30 @@ def _to_tree(state: TrainState) -> dict[str, Any]:
     return {
         "encoder": state.params.encoder,
         "decoder": state.params.decoder,
+        **_learned(state.params),
         "opt_state": jax.tree.leaves(state.opt_state),
         "step": state.step,
         "key": jax.random.key_data(state.key),
     }
 
 
+def _learned(params: Params) -> dict[str, Any]:
+    """What else than networks has parameters in this model."""
+    parts = {"likelihood": params.likelihood, "prior": params.prior, "flow": params.flow}
+    return {name: part for name, part in parts.items() if part}
+
+
 def _from_tree(tree: dict[str, Any], like: TrainState) -> TrainState:
     """The state whose arrays are in `tree`; `like` has its structure and configurations."""
     opt_state = jax.tree.unflatten(jax.tree.structure(like.opt_state), tree["opt_state"])
-    params = Params(tree["encoder"], tree["decoder"], like.params.config)
+    learned = {name: tree[name] for name in _learned(like.params)}
+    params = Params(tree["encoder"], tree["decoder"], like.params.config, **learned)
     key = jax.random.wrap_key_data(tree["key"])
     return TrainState(params, opt_state, tree["step"], key, like.config)
+
+
+def _shapes(tree: Any) -> Any:
+    return jax.tree.map(lambda x: tuple(x.shape), tree)
 
 
 def _existing(run_dir: str | Path) -> Path:

@@ -6,12 +6,11 @@ import sys
 import time
 import warnings
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 from jaxvae.errors import InputError
-from jaxvae.parallel import devices_for, everywhere, make_cores_devices, share
+from jaxvae.parallel import make_cores_devices
 
 _CACHE_BYTES = 2**30  # of compiled programs, kept between commands
 
@@ -25,10 +24,33 @@ _FLAGS: dict[str, dict[str, Any]] = {
     "--latent-dim": {"type": int, "metavar": "N", "help": "default 2"},
     "--compute-dtype": {"metavar": "TYPE", "help": "float32 (the default), or bfloat16: mixed "
                         "precision, for accelerators"},
+    "--network": {"metavar": "NAME", "help": "notebook (the default), mlp or residual"},
+    "--likelihood": {"metavar": "NAME", "help": "bernoulli (the default), continuous_bernoulli, "
+                     "gaussian or discretized_logistic"},
+    "--prior": {"metavar": "NAME", "help": "standard_normal (the default), mixture or vamp"},
+    "--prior-components": {"type": int, "metavar": "N", "help": "of mixture and vamp; default 500"},
+    "--posterior": {"metavar": "NAME", "help": "gaussian (the default) or iaf"},
+    "--flow-steps": {"type": int, "metavar": "N", "help": "of iaf; default 2"},
+    "--num-classes": {"type": int, "metavar": "N", "help": "of a class-conditional model; default "
+                      "0: none"},
+    "--objective": {"metavar": "NAME", "help": "elbo (the default), stl, iwae, dreg, beta_tc or "
+                    "mmd"},
+    "--num-samples": {"type": int, "metavar": "K", "help": "latent samples per image and step, of "
+                      "elbo, stl, iwae and dreg; default 1"},
+    "--warmup": {"metavar": "NAME", "help": "of beta: none (the default), linear or cyclical"},
+    "--warmup-steps": {"type": int, "metavar": "N", "help": "how long the warm-up takes"},
+    "--free-bits": {"type": float, "metavar": "X", "help": "nats per latent, of elbo; default 0"},
+    "--mmd-weight": {"type": float, "metavar": "X", "help": "of mmd; default 100"},
+    "--binarization": {"metavar": "NAME", "help": "none (the default), dynamic or fixed"},
+    "--optimizer": {"metavar": "NAME", "help": "rmsprop (the default) or adam"},
+    "--epsilon": {"type": float, "metavar": "X", "help": "of the optimizer; default 1e-7"},
+    "--schedule": {"metavar": "NAME", "help": "of the learning rate: constant (the default), "
+                   "cosine or burda"},
     "--learning-rate": {"type": float, "nargs": "+", "metavar": "X", "help": "default 0.001"},
     "--beta": {"type": float, "nargs": "+", "metavar": "X",
                "help": "weight of the KL term; default 1. Several learning rates or betas: a model "
                "for every combination and seed, all trained at once"},
+    "--start-from": {"metavar": "RUN_DIR", "help": "another run, whose parameters to start from"},
     "--seed": {"type": int, "metavar": "N", "help": "default 0"},
 }  # fmt: skip
 
@@ -162,28 +184,32 @@ def _of_one_model(flags: dict[str, Any], run_dir: Path) -> dict[str, Any]:
     return single
 
 
-def _evaluate(options: argparse.Namespace) -> None:
-    import jax
+_MEASURES = {
+    "elbo": "ELBO",
+    "log_likelihood": "log-likelihood E[log p(x|z)]",
+    "kl": "KL(q(z|x) || p(z))",
+    "mutual_information": "  mutual information I(n; z)",
+    "marginal_kl": "  KL(q(z) || p(z))",
+    "log_p_x": "log p(x), {num_samples} samples",
+    "bits_per_dimension": "bits per dimension, of log p(x)",
+    "active_units": "active units",
+    "reconstruction_error": "mean squared error of a pixel",
+    "logistic_regression": "accuracy of logistic regression",
+    "nearest_neighbors": "accuracy of 5 nearest neighbors",
+}
 
+
+def _evaluate(options: argparse.Namespace) -> None:
     from jaxvae import run
-    from jaxvae.checkpoint import restore
-    from jaxvae.evaluation import evaluate, mean_log_likelihood
 
     _at_least_one("--num-samples", options.num_samples)
-    config = run.read_config(options.run)
-    state = restore(options.run, "best" if options.best else "latest")
-    images = run.load_run_data(config).test_images
-    _, key = run.keys(config)
-    devices = devices_for(len(images))
-    data = jax.device_put((state.params, key, images), everywhere(devices))
-    test = share(evaluate, devices)(*data)
-    estimate = partial(mean_log_likelihood, num_samples=options.num_samples)
-    log_p_x = share(estimate, devices)(*data)
-    print(f"{options.run}, step {int(state.step)}: {len(images):,} test images, nats per image")
-    print(f"  ELBO                         {test['elbo']:10.3f}")
-    print(f"  log-likelihood E[log p(x|z)] {test['log_likelihood']:10.3f}")
-    print(f"  KL(q(z|x) || p(z))           {test['kl']:10.3f}")
-    print(f"  log p(x), {options.num_samples} samples".ljust(31) + f"{log_p_x:10.3f}")
+    found = run.measure(options.run, options.num_samples, "best" if options.best else "latest")
+    print(f"{options.run}, step {found['step']}: {found['images']:,} test images, nats per image")
+    for name, says in _MEASURES.items():
+        if name in found:
+            digits = 0 if name == "active_units" else 4 if "error" in name else 3
+            print(f"  {says.format(**found):34}{found[name]:10.{digits}f}")
+    print(f"evaluation: {options.run / 'evaluation.json'}", file=sys.stderr)
 
 
 def _sample(options: argparse.Namespace) -> None:

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Self
 
+import flax.linen as nn
+
 from jaxvae.errors import InputError
 
 
@@ -34,11 +36,26 @@ class ModelConfig(Config):
     latent_dim: number of latents.
     compute_dtype: "float32", or "bfloat16" for the layers' inputs, kernels and products;
       parameters, their gradients and the terms of the ELBO are float32 all the same.
+    network: "notebook"; "mlp", the IWAE paper's; "residual", for colour; or a pair of Flax modules
+      (encoder, decoder) of your own, as described in `jaxvae.networks`.
+    likelihood: p(x|z): "bernoulli", "continuous_bernoulli", "gaussian" or "discretized_logistic".
+    prior: p(z): "standard_normal", "mixture" of Gaussians, or "vamp".
+    prior_components: how many Gaussians a mixture has, or pseudo-inputs a VampPrior.
+    posterior: q(z|x): "gaussian", or "iaf": an inverse autoregressive flow on top of one.
+    flow_steps: how many steps a flow has.
+    num_classes: of a class-conditional model; 0: the model knows of no classes.
     """
 
     image_shape: tuple[int, int, int] = (28, 28, 1)
     latent_dim: int = 2
     compute_dtype: str = "float32"
+    network: Any = "notebook"
+    likelihood: str = "bernoulli"
+    prior: str = "standard_normal"
+    prior_components: int = 500
+    posterior: str = "gaussian"
+    flow_steps: int = 2
+    num_classes: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.image_shape, tuple | list) or len(self.image_shape) != 3:
@@ -48,11 +65,34 @@ class ModelConfig(Config):
         # JSON has no tuples; a jitted function needs the config hashable.
         shape = tuple(_whole(f"image_shape[{i}]", n) for i, n in enumerate(self.image_shape))
         object.__setattr__(self, "image_shape", shape)
-        object.__setattr__(self, "latent_dim", _whole("latent_dim", self.latent_dim))
-        if self.compute_dtype not in ("float32", "bfloat16"):
+        for name in ("latent_dim", "prior_components", "flow_steps"):
+            object.__setattr__(self, name, _whole(name, getattr(self, name)))
+        object.__setattr__(self, "num_classes", _whole("num_classes", self.num_classes, least=0))
+        _check_choices(self, CHOICES["model"])
+        if isinstance(self.network, list):
+            object.__setattr__(self, "network", tuple(self.network))
+        if self.network == OWN_NETWORK:
             raise InputError(
-                f"compute_dtype is {self.compute_dtype!r}: expected 'float32' or 'bfloat16'"
+                "the model has a network of its own: hand its modules over, "
+                "network=(encoder, decoder)"
             )
+        if self.network not in NETWORKS and not _are_two_modules(self.network):
+            given = " ".join(repr(self.network).split())  # a module's fields stand on lines
+            raise InputError(
+                f"network is {given}: expected {_either(NETWORKS)}, "
+                "or a pair of Flax modules, (Encoder(), Decoder())"
+            )
+        if self.prior == "vamp" and self.num_classes:
+            raise InputError(
+                "prior is 'vamp', but its pseudo-inputs have no classes: "
+                "expected 'standard_normal' or 'mixture' with num_classes"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a JSON object; of modules of one's own it says only that there are some."""
+        if isinstance(self.network, str):
+            return super().to_dict()
+        return dataclasses.replace(self, network="notebook").to_dict() | {"network": OWN_NETWORK}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,39 +101,123 @@ class TrainConfig(Config):
 
     batch_size: images per step, over all devices.
     epochs: passes over the training images.
-    learning_rate: of RMSprop.
-    beta: weight of the KL term in the loss; at 1 the loss is the negative ELBO.
+    learning_rate: of the optimizer, at the start.
+    beta: weight of the KL term in the loss; at 1 the objective "elbo" is the ELBO.
+    objective: what to maximise: "elbo", "stl", "iwae", "dreg", "beta_tc" or "mmd"; the functions
+      are in `jaxvae.objectives`.
+    num_samples: latent samples per image and step.
+    warmup: of beta: "none"; "linear": it grows from 0 over `warmup_steps` steps; "cyclical": it
+      grows over so many steps, stays for as many, and begins again.
+    warmup_steps: as `warmup` says.
+    free_bits: nats per latent that the KL costs nothing to take; of "elbo".
+    mmd_weight: nats per unit of squared MMD; of "mmd".
+    optimizer: "rmsprop" or "adam".
+    epsilon: of the optimizer.
+    schedule: of the learning rate over the run: "constant"; "cosine": down to 0; "burda": in eight
+      stages of 3^i parts each, times 10^(-i/7).
+    binarization: "none": grey levels are probabilities; "dynamic": 0/1 pixels are drawn with these
+      probabilities, anew at every step; "fixed": once, before training, by whoever loads the data.
     """
 
     batch_size: int = 128
     epochs: int = 10
     learning_rate: float = 1e-3
     beta: float = 1.0
+    objective: str = "elbo"
+    num_samples: int = 1
+    warmup: str = "none"
+    warmup_steps: int = 0
+    free_bits: float = 0.0
+    mmd_weight: float = 100.0
+    optimizer: str = "rmsprop"
+    epsilon: float = 1e-7
+    schedule: str = "constant"
+    binarization: str = "none"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "batch_size", _whole("batch_size", self.batch_size))
-        object.__setattr__(self, "epochs", _whole("epochs", self.epochs))
-        rate, beta = self.learning_rate, self.beta
-        if not _is_number(rate) or not 0 < rate < 1e6:
-            raise InputError(f"learning_rate is {rate!r}: expected a number above 0")
-        if not _is_number(beta) or not 0 <= beta < 1e6:
-            raise InputError(f"beta is {beta!r}: expected a number of at least 0")
-        object.__setattr__(self, "learning_rate", float(rate))
-        object.__setattr__(self, "beta", float(beta))
+        for name in ("batch_size", "epochs", "num_samples"):
+            object.__setattr__(self, name, _whole(name, getattr(self, name)))
+        for name in ("learning_rate", "epsilon"):
+            value = getattr(self, name)
+            if not _is_number(value) or not 0 < value < 1e6:
+                raise InputError(f"{name} is {value!r}: expected a number above 0")
+            object.__setattr__(self, name, float(value))
+        for name in ("beta", "free_bits", "mmd_weight"):
+            value = getattr(self, name)
+            if not _is_number(value) or not 0 <= value < 1e6:
+                raise InputError(f"{name} is {value!r}: expected a number of at least 0")
+            object.__setattr__(self, name, float(value))
+        _check_choices(self, CHOICES["train"])
+        least = 0 if self.warmup == "none" else 1
+        steps = _whole("warmup_steps", self.warmup_steps, least)
+        object.__setattr__(self, "warmup_steps", steps)
+        if self.num_samples > 1 and self.objective in ("beta_tc", "mmd"):
+            raise InputError(
+                f"num_samples is {self.num_samples}: expected 1 with the objective "
+                f"{self.objective!r}, which takes one sample of every image"
+            )
+        if self.free_bits and self.objective != "elbo":
+            raise InputError(
+                f"free_bits is {self.free_bits}: expected 0 with the objective "
+                f"{self.objective!r}; free bits belong to 'elbo'"
+            )
+
+
+NETWORKS = ("notebook", "mlp", "residual")
+OWN_NETWORK = "own"
+
+# What the fields that name something may be.
+CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
+    "model": {
+        "compute_dtype": ("float32", "bfloat16"),
+        "likelihood": ("bernoulli", "continuous_bernoulli", "gaussian", "discretized_logistic"),
+        "prior": ("standard_normal", "mixture", "vamp"),
+        "posterior": ("gaussian", "iaf"),
+    },
+    "train": {
+        "objective": ("elbo", "stl", "iwae", "dreg", "beta_tc", "mmd"),
+        "warmup": ("none", "linear", "cyclical"),
+        "optimizer": ("rmsprop", "adam"),
+        "schedule": ("constant", "cosine", "burda"),
+        "binarization": ("none", "dynamic", "fixed"),
+    },
+}
+
+
+def _check_choices(config: Any, choices: Mapping[str, tuple[str, ...]]) -> None:
+    for name, allowed in choices.items():
+        value = getattr(config, name)
+        if value not in allowed:
+            raise InputError(f"{name} is {value!r}: expected {_either(allowed)}")
+
+
+def _are_two_modules(network: Any) -> bool:
+    return (
+        isinstance(network, tuple)
+        and len(network) == 2
+        and all(isinstance(module, nn.Module) for module in network)
+    )
+
+
+def _either(names: tuple[str, ...]) -> str:
+    *most, last = map(repr, names)
+    return f"{', '.join(most)} or {last}"
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _whole(name: str, value: Any) -> int:
-    """`value` as an int of at least 1; anything that counts as an index will do."""
+def _whole(name: str, value: Any, least: int = 1) -> int:
+    """`value` as an int of at least `least`; anything that counts as an index will do."""
     try:
         if isinstance(value, bool):
             raise TypeError
         whole = value.__index__()
     except (AttributeError, TypeError):
-        raise InputError(f"{name} is {value!r}: expected a whole number of at least 1") from None
-    if whole < 1:
-        raise InputError(f"{name} is {whole}: expected at least 1")
+        raise InputError(
+            f"{name} is {value!r}: expected a whole number of at least {least}"
+        ) from None
+    if whole < least:
+        raise InputError(f"{name} is {whole}: expected at least {least}")
     return whole

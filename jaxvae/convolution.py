@@ -34,9 +34,13 @@ def backend() -> str:
     return getattr(device, "platform", device) or jax.default_backend()
 
 
-def block_size(batch: int) -> int:
-    """How many images of a batch to work through at once on this backend."""
-    if backend() != "cpu":
+def block_size(batch: int, params: Any) -> int:
+    """How many images of a batch to work through at once on this backend.
+
+    params: of the networks they go through; where these hold no filters but only matrices, the
+      whole batch is best taken in one product.
+    """
+    if backend() != "cpu" or not any(x.ndim == 4 for x in jax.tree.leaves(params)):
         return batch
     # A device that has all the cores needs more work at a time to share out among them than
     # one that has a core, and its cache, to itself.
@@ -45,10 +49,10 @@ def block_size(batch: int) -> int:
     return batch if batch <= 8 else 4
 
 
-def in_blocks(f: Callable[[Any], Any], batch: Any, size: int | None = None) -> Any:
+def in_blocks(f: Callable[[Any], Any], batch: Any, size: int) -> Any:
     """f(batch), `size` rows at a time; f treats every row on its own."""
     rows = jax.tree.leaves(batch)[0].shape[0]
-    size = min(rows, size) if size else block_size(rows)
+    size = min(rows, size)
     whole = rows // size * size
     if rows == size:
         return f(batch)

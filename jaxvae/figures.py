@@ -92,7 +92,7 @@ def manifold(params: Params, n: int = 15) -> Figure:
     """The decoder's mean on an n by n grid of the first two latents, any others at 0.
 
     The first latent grows to the right and the second upwards; a model of one latent gets one
-    row.
+    row. A conditional model shows its class 0.
     """
     grid = latent_grid(n)
     latent_dim = params.config.latent_dim
@@ -101,8 +101,10 @@ def manifold(params: Params, n: int = 15) -> Figure:
     z = jnp.zeros((first.size, latent_dim)).at[:, 0].set(first)
     if latent_dim > 1:
         z = z.at[:, 1].set(second)
-    images = decode(params, z).mean
+    labels = jnp.zeros(len(z), int) if params.config.num_classes else None
+    images = decode(params, z, labels).mean
     title = f"Decoder means over the latent {'plane' if latent_dim > 1 else 'line'}"
+    title += " of class 0" if params.config.num_classes else ""
     if latent_dim > 2:
         title += f" (z3 to z{latent_dim} at 0)"
     figure, axes = _mosaic(images, len(down), title)
@@ -120,7 +122,8 @@ def reconstructions(params: Params, data: Dataset, n: int = 10) -> Figure:
     """Test images above their reconstructions, one of each class where there are classes."""
     chosen = _one_of_each(data.test_labels, len(data.test_images), n)
     originals = jnp.asarray(data.test_images[chosen])
-    pairs = jnp.concatenate([scale_images(originals), reconstruct(params, originals)])
+    decoded = reconstruct(params, originals, _labels(params, data, chosen))
+    pairs = jnp.concatenate([scale_images(originals), decoded])
     figure, axes = _mosaic(pairs, 2, "Test images and their reconstructions")
     height = params.config.image_shape[0]
     axes.set_yticks([height / 2, height * 3 / 2], ["image", "reconstruction"])
@@ -140,7 +143,7 @@ def latents(params: Params, data: Dataset) -> Figure:
     A class's number stands at its median.
     """
     images = jnp.asarray(data.test_images[:_SCATTERED])
-    posterior = encode(params, images)
+    posterior = encode(params, images, _labels(params, data, np.arange(len(images))))
     x, y = posterior.mean[:, 0], jnp.exp(posterior.log_var[:, 0] / 2)
     names = ("posterior mean of z1", "posterior standard deviation of z1")
     if params.config.latent_dim > 1:
@@ -231,6 +234,13 @@ def _pixels(image: np.ndarray) -> np.ndarray:
     if image.shape[2] != 3:
         image = image.mean(axis=2)
     return np.round(image * 255).astype(np.uint8)
+
+
+def _labels(params: Params, data: Dataset, chosen: np.ndarray) -> jax.Array | None:
+    """The classes of some test images, where the model is conditional."""
+    if not params.config.num_classes or data.test_labels is None:
+        return None
+    return jnp.asarray(data.test_labels[chosen], jnp.int32)
 
 
 def _one_of_each(labels: np.ndarray | None, images: int, n: int) -> np.ndarray:

@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
-from flax.typing import Dtype
+from flax.typing import DotGeneralT, Dtype, Initializer
 
 from jaxvae.convolution import conv_general_dilated, conv_transpose
 
@@ -27,7 +27,14 @@ Encoded = tuple[jax.Array, jax.Array, jax.Array]
 _kernel_init = nn.initializers.glorot_uniform()
 
 
-def conv_3x3(features: int, stride: int = 1, *, dtype: Dtype | None, name: str) -> nn.Conv:
+def conv_3x3(
+    features: int,
+    stride: int = 1,
+    *,
+    dtype: Dtype | None,
+    name: str,
+    kernel_init: Initializer = _kernel_init,
+) -> nn.Conv:
     return nn.Conv(
         features,
         (3, 3),
@@ -35,15 +42,27 @@ def conv_3x3(features: int, stride: int = 1, *, dtype: Dtype | None, name: str) 
         padding="SAME",
         dtype=dtype,
         promote_dtype=_promote,
-        kernel_init=_kernel_init,
+        kernel_init=kernel_init,
         conv_general_dilated=conv_general_dilated,
         name=name,
     )
 
 
-def dense(features: int, *, dtype: Dtype | None, name: str) -> nn.Dense:
+def dense(
+    features: int,
+    *,
+    dtype: Dtype | None,
+    name: str,
+    kernel_init: Initializer = _kernel_init,
+    dot_general: DotGeneralT | None = None,
+) -> nn.Dense:
     return nn.Dense(
-        features, dtype=dtype, promote_dtype=_promote, kernel_init=_kernel_init, name=name
+        features,
+        dtype=dtype,
+        promote_dtype=_promote,
+        kernel_init=kernel_init,
+        dot_general=dot_general,
+        name=name,
     )
 
 
@@ -80,10 +99,11 @@ class ConvTranspose(nn.Module):
     features: int
     stride: int
     dtype: Dtype | None = None
+    kernel_init: Initializer = _kernel_init
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.param("kernel", _kernel_init, (3, 3, x.shape[-1], self.features))
+        kernel = self.param("kernel", self.kernel_init, (3, 3, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         x, kernel, bias = _promote(x, kernel, bias, self.dtype)
         return conv_transpose(x, kernel, (self.stride, self.stride)) + bias
@@ -159,7 +179,99 @@ class MlpDecoder(nn.Module):
         return x.reshape(-1, *self.image_shape)
 
 
+# Keeps the scale of what passes through relus: He et al. (2015), Delving Deep into Rectifiers,
+# equation 10. A transposed convolution of stride 2 meets a quarter of its taps at every pixel.
+_he = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+_he_transposed = nn.initializers.variance_scaling(8.0, "fan_in", "normal")
+
+
+class Residual(nn.Module):
+    """x + conv_2(relu(conv_1(relu(x)))), which begins as x.
+
+    He, Zhang, Ren and Sun (2016), Identity Mappings in Deep Residual Networks, figure 4(e), but
+    without batch normalization, which would tie the examples of a batch together. What it gives,
+    a deep network that begins as a shallow one, a last kernel of zeros gives as well: Zhang,
+    Dauphin and Ma (2019), Fixup Initialization, section 3.
+    """
+
+    dtype: Dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        conv = partial(conv_3x3, x.shape[-1], dtype=self.dtype)
+        y = conv(kernel_init=_he, name="conv_1")(nn.relu(x))
+        return x + conv(kernel_init=nn.initializers.zeros, name="conv_2")(nn.relu(y))
+
+
+class ResidualEncoder(nn.Module):
+    """For colour images: strided convolutions and residual blocks, down to at most 4x4 pixels.
+
+    width: channels at the images' own resolution; twice as many at half of it, four times below.
+    blocks: residual blocks at half the resolution, and at each below.
+    hidden: units of the dense layer.
+    """
+
+    latent_dim: int
+    dtype: Dtype | None = None
+    width: int = 32
+    blocks: int = 1
+    hidden: int = 256
+
+    @nn.compact
+    def __call__(self, images: jax.Array, labels: jax.Array | None = None) -> Encoded:
+        conv = partial(conv_3x3, kernel_init=_he, dtype=self.dtype)
+        x = conv(self.width, name="conv_0")(images)
+        for level, (*_, features) in enumerate(_halvings(*x.shape[1:])[1:], start=1):
+            x = conv(features, stride=2, name=f"conv_{level}")(nn.relu(x))
+            for block in range(self.blocks):
+                x = Residual(self.dtype, name=f"block_{level}_{block}")(x)
+        x = with_labels(nn.relu(x).reshape(x.shape[0], -1), labels)
+        x = dense(self.hidden, kernel_init=_he, dtype=self.dtype, name="dense")(x)
+        x = nn.relu(x)
+        return heads(x, self.latent_dim, self.dtype)
+
+
+class ResidualDecoder(nn.Module):
+    """`ResidualEncoder` backwards: residual blocks and transposed convolutions."""
+
+    image_shape: tuple[int, int, int]
+    dtype: Dtype | None = None
+    width: int = 32
+    blocks: int = 1
+
+    @nn.compact
+    def __call__(self, z: jax.Array, labels: jax.Array | None = None) -> jax.Array:
+        height, width, outputs = self.image_shape
+        sizes = _halvings(height, width, self.width)
+        x = dense(math.prod(sizes[-1]), dtype=self.dtype, name="dense")(with_labels(z, labels))
+        x = x.reshape(-1, *sizes[-1])
+        for level in range(len(sizes) - 1, 0, -1):
+            for block in range(self.blocks):
+                x = Residual(self.dtype, name=f"block_{level}_{block}")(x)
+            rows, columns, features = sizes[level - 1]
+            up = ConvTranspose(
+                features, 2, self.dtype, _he_transposed, name=f"conv_transpose_{level}"
+            )
+            # An odd side was rounded up when halved.
+            x = up(nn.relu(x))[:, :rows, :columns]
+        return conv_3x3(outputs, dtype=self.dtype, name="conv")(nn.relu(x))
+
+
+def _halvings(rows: int, columns: int, features: int) -> list[tuple[int, int, int]]:
+    """(rows, columns, features), halving the sides until both are at most 4.
+
+    The features are doubled twice. Further down a kernel would meet too few pixels to be worth
+    its time.
+    """
+    sizes = [(rows, columns, features)]
+    while max(rows, columns) > 4:
+        rows, columns = -(-rows // 2), -(-columns // 2)
+        sizes.append((rows, columns, features * min(2 ** len(sizes), 4)))
+    return sizes
+
+
 NETWORKS: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
     "notebook": (Encoder, Decoder),
     "mlp": (MlpEncoder, MlpDecoder),
+    "residual": (ResidualEncoder, ResidualDecoder),
 }

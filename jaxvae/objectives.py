@@ -1,15 +1,26 @@
-"""The evidence lower bound and the importance-weighted estimate of log p(x)."""
+"""Bounds on log p(x), and what training minimises.
 
+What training minimises has one signature,
+
+    loss, terms = objective(params, key, images, labels, beta=..., num_samples=..., ...)
+
+where the loss is [batch], nats per image, and the terms are the ELBO's. `beta` weights all that
+posterior and prior contribute: log p(z) - log q(z|x), or its expectation, the negative KL.
+"""
+
+import math
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxvae.distributions import Gaussian, reparameterize
+from jaxvae.config import TrainConfig
+from jaxvae.distributions import Gaussian
 from jaxvae.errors import InputError
-from jaxvae.model import Params, decode, encode
+from jaxvae.model import Params, Posterior, decode, encode, prior
 
 
 class Elbo(NamedTuple):
@@ -20,46 +31,322 @@ class Elbo(NamedTuple):
     kl: jax.Array
 
 
+# (params, keys [batch], images [batch, ...], labels) -> (loss [batch], the ELBO's terms)
+Objective = Callable[..., tuple[jax.Array, Elbo]]
+
+
 @jax.jit
-def elbo(params: Params, key: jax.Array, images: jax.Array) -> Elbo:
+def elbo(
+    params: Params, key: jax.Array, images: jax.Array, labels: jax.Array | None = None
+) -> Elbo:
     """The evidence lower bound on log p(x), estimated with one sample per image.
 
         ELBO(x) = E_q(z|x)[log p(x|z)] - KL(q(z|x) || p(z))
 
+    The KL is exact between a Gaussian posterior and the standard normal prior; otherwise it is
+    log q(z|x) - log p(z) at the sample.
+
     Args:
       key: a PRNG key, or [batch] keys, one for each image.
       images: [batch, height, width, channels], float32 in [0, 1] or uint8.
+      labels: [batch], the images' classes, where the model is conditional.
     Returns:
       Elbo, each field [batch], nats per image.
     Raises:
-      InputError: images of another shape than the model's.
+      InputError: images of another shape than the model's; labels as of `jaxvae.encode`.
 
     Kingma and Welling (2014), Auto-Encoding Variational Bayes, equation 10.
     """
-    posterior = encode(params, images)
+    posterior = encode(params, images, labels)
     keys = example_keys(key, posterior.mean.shape[0])
-    z = jax.vmap(reparameterize)(keys, posterior.mean, posterior.log_var)
-    log_likelihood = decode(params, z).log_prob(jnp.asarray(images))
-    kl = posterior.kl()
-    return Elbo(log_likelihood - kl, log_likelihood, kl)
+    return _elbo(params, posterior, keys, images, labels)
 
 
 def negative_elbo(
-    params: Params, key: jax.Array, images: jax.Array, beta: jax.Array | float = 1.0
+    params: Params,
+    key: jax.Array,
+    images: jax.Array,
+    labels: jax.Array | None = None,
+    *,
+    beta: jax.Array | float = 1.0,
+    num_samples: int = 1,
+    free_bits: float = 0.0,
+    axis_name: str | None = None,
 ) -> tuple[jax.Array, Elbo]:
-    """The loss that training minimises, [batch], nats per image, and the terms of the ELBO.
+    """The negative ELBO with its KL weighted: "elbo".
 
-        loss = -(E_q(z|x)[log p(x|z)] - beta KL(q(z|x) || p(z)))
+        loss = -E_q(z|x)[log p(x|z)] + beta KL(q(z|x) || p(z))
 
-    Higgins et al. (2017), beta-VAE, equation 4; at beta 1 the negative ELBO.
+    With free bits lambda, a latent whose KL is below lambda on the batch's average costs lambda:
+
+        loss = -E_q(z|x)[log p(x|z)] + beta sum_j max(lambda, mean_x KL_j)
+
+    Args:
+      num_samples: of the posterior, averaged over.
+      free_bits: lambda, nats per latent.
+      axis_name: of the `pmap` whose devices share the batch.
+    Raises:
+      InputError: free bits without a Gaussian posterior and the standard normal prior.
+
+    Higgins et al. (2017), beta-VAE, equation 4. Kingma et al. (2016), Improving Variational
+    Inference with Inverse Autoregressive Flow, equation 15.
     """
-    terms = elbo(params, key, images)
+    posterior = encode(params, images, labels)
+    keys = example_keys(key, posterior.mean.shape[0])
+    terms = _mean_elbo(params, posterior, keys, images, labels, num_samples)
+    kl = terms.kl
+    if free_bits:
+        if not isinstance(posterior, Gaussian) or params.config.prior != "standard_normal":
+            raise InputError(
+                "free_bits needs the KL of every latent: expected the posterior 'gaussian' and "
+                "the prior 'standard_normal'"
+            )
+        kls = posterior.kl_per_latent()
+        mean = _mean(lax.stop_gradient(kls), axis_name)
+        kl = jnp.sum(jnp.where(mean > free_bits, kls, free_bits), axis=-1)
+    return -(terms.log_likelihood - beta * kl), terms
+
+
+def sticking_the_landing(
+    params: Params,
+    key: jax.Array,
+    images: jax.Array,
+    labels: jax.Array | None = None,
+    *,
+    beta: jax.Array | float = 1.0,
+    num_samples: int = 1,
+) -> tuple[jax.Array, Elbo]:
+    """The negative ELBO by samples, with the path derivative as its gradient: "stl".
+
+        loss = -(log p(x|z) + beta (log p(z) - log q(z|x))),    z = mean + exp(log_var / 2) eps
+
+    log q(z|x) is differentiated through z alone, not through its own mean and log_var. What is
+    left out has expectation 0, and all that varies where q(z|x) is the true posterior.
+
+    num_samples: of the posterior, averaged over.
+
+    Raises InputError for a posterior that is not Gaussian.
+
+    Roeder, Wu and Duvenaud (2017), Sticking the Landing, equation 7.
+    """
+    posterior, z = _path(params, key, images, labels, num_samples)
+    log_p_x, log_ratio = _at_samples(params, z, posterior, images, labels)
+    terms = _terms(log_p_x, log_ratio)
     return -(terms.log_likelihood - beta * terms.kl), terms
+
+
+def importance_weighted(
+    params: Params,
+    key: jax.Array,
+    images: jax.Array,
+    labels: jax.Array | None = None,
+    *,
+    beta: jax.Array | float = 1.0,
+    num_samples: int = 1,
+) -> tuple[jax.Array, Elbo]:
+    """The negative importance-weighted bound: "iwae".
+
+        loss = -log 1/k sum_i w_i,    w_i = p(x|z_i) (p(z_i) / q(z_i|x))^beta,    z_i ~ q(z|x)
+
+    num_samples: k.
+
+    Burda, Grosse and Salakhutdinov (2016), Importance Weighted Autoencoders, equation 8.
+    """
+    posterior, p_z = encode(params, images, labels), prior(params)
+    keys = example_keys(key, posterior.mean.shape[0])
+
+    def sample(k: jax.Array) -> tuple[jax.Array, jax.Array]:
+        z, log_q = posterior.sample_and_log_prob(_sample_keys(keys, k))
+        return decode(params, z, labels).log_prob(images), log_q - p_z.log_prob(z)
+
+    log_p_x, log_ratio = jax.vmap(sample)(jnp.arange(num_samples))
+    bound = _log_mean_exp(log_p_x - beta * log_ratio)
+    return -bound, _terms(log_p_x, log_ratio)
+
+
+def doubly_reparameterized(
+    params: Params,
+    key: jax.Array,
+    images: jax.Array,
+    labels: jax.Array | None = None,
+    *,
+    beta: jax.Array | float = 1.0,
+    num_samples: int = 1,
+) -> tuple[jax.Array, Elbo]:
+    """The negative importance-weighted bound, with the encoder's gradient reparameterized twice:
+    "dreg".
+
+    With v_i = w_i / sum_j w_j, and log q in log w_i differentiated through z_i alone:
+
+        decoder, prior   sum_i v_i   d log w_i / d theta
+        encoder          sum_i v_i^2 (d log w_i / d z_i) (d z_i / d phi)
+
+    It has the expectation of the bound's own gradient, and less variance. At another beta than 1,
+    by the same argument, v_i^2 is (1 - beta) v_i + beta v_i^2.
+
+    num_samples: k.
+
+    Raises InputError for a posterior that is not Gaussian.
+
+    Tucker, Lawson, Gu and Maddison (2019), Doubly Reparameterized Gradient Estimators for Monte
+    Carlo Objectives, equation 8.
+    """
+    posterior, z = _path(params, key, images, labels, num_samples)
+    bound, (log_p_x, log_ratio) = _doubly(params, z, beta, posterior, images, labels)
+    return -bound, _terms(log_p_x, log_ratio)
+
+
+def beta_tc(
+    params: Params,
+    key: jax.Array,
+    images: jax.Array,
+    labels: jax.Array | None = None,
+    *,
+    beta: jax.Array | float = 1.0,
+    axis_name: str | None = None,
+) -> tuple[jax.Array, Elbo]:
+    """The negative ELBO with its KL taken apart and the total correlation weighted: "beta_tc".
+
+        loss = -log p(x|z) + [log q(z|x) - log q(z)]                mutual information
+                           + beta [log q(z) - sum_j log q(z_j)]     total correlation
+                           + [sum_j log q(z_j) - log p(z)]          KL of every latent
+
+    The aggregate posterior is estimated from the batch of M images, for z and for every z_j:
+
+        log q(z) = log 1/M sum_m q(z|x_m)
+
+    The paper divides by the number N of training images besides, which moves the parts by
+    constants and leaves the gradient as it is.
+
+    Args:
+      axis_name: of the `pmap` whose devices share the batch; the sum is over all of it.
+    Raises:
+      InputError: a posterior that is not Gaussian.
+
+    Chen, Li, Grosse and Duvenaud (2018), Isolating Sources of Disentanglement in Variational
+    Autoencoders, equations 2 and 4.
+    """
+    posterior = _gaussian(encode(params, images, labels))
+    z, log_q_z_x = posterior.sample_and_log_prob(example_keys(key, len(posterior.mean)))
+    log_p_x = decode(params, z, labels).log_prob(images)
+    log_p_z = prior(params).log_prob(z)
+    others = _gathered(posterior, axis_name)
+    log_q = Gaussian(others.mean, others.log_var).log_prob_per_latent(z[:, None])  # [z, x, latent]
+    log_m = math.log(len(others.mean))
+    log_q_z = jax.nn.logsumexp(jnp.sum(log_q, axis=-1), axis=1) - log_m
+    log_q_z_j = jnp.sum(jax.nn.logsumexp(log_q, axis=1) - log_m, axis=-1)
+    information, correlation, latents = (
+        log_q_z_x - log_q_z,
+        log_q_z - log_q_z_j,
+        log_q_z_j - log_p_z,
+    )
+    loss = -log_p_x + information + beta * correlation + latents
+    kl = _kl(params, posterior, z, log_q_z_x)
+    return loss, Elbo(log_p_x - kl, log_p_x, kl)
+
+
+def maximum_mean_discrepancy(
+    params: Params,
+    key: jax.Array,
+    images: jax.Array,
+    labels: jax.Array | None = None,
+    *,
+    beta: jax.Array | float = 1.0,
+    mmd_weight: float = 100.0,
+    axis_name: str | None = None,
+) -> tuple[jax.Array, Elbo]:
+    """The negative ELBO and the discrepancy between aggregate posterior and prior: "mmd".
+
+        loss = -E_q(z|x)[log p(x|z)] + beta KL(q(z|x) || p(z)) + lambda MMD^2(q(z), p(z))
+
+        MMD^2 = E[k(z, z')] + E[k(y, y')] - 2 E[k(z, y)],    z, z' ~ q(z),  y, y' ~ p(z)
+        k(z, y) = C / (C + |z - y|^2),    C = 2 latent_dim
+
+    At beta 0 a Wasserstein autoencoder, at beta 1 - alpha the InfoVAE. The expectations are
+    over pairs of different images of the batch.
+
+    Args:
+      mmd_weight: lambda, nats.
+      axis_name: of the `pmap` whose devices share the batch; the pairs are of all of it.
+
+    Zhao, Song and Ermon (2019), InfoVAE, equation 6. Tolstikhin et al. (2018), Wasserstein
+    Auto-Encoders, algorithm 2.
+    """
+    posterior, p_z = encode(params, images, labels), prior(params)
+    keys = example_keys(key, len(posterior.mean))
+    z, log_q = posterior.sample_and_log_prob(keys)
+    terms = _elbo_at(params, z, log_q, posterior, images, labels)
+    y = jax.vmap(lambda key: p_z.sample(jax.random.fold_in(key, 1), 1)[0])(keys)
+    all_z, all_y = _gathered((z, y), axis_name)
+    c, batch = 2 * z.shape[1], len(z)
+    itself = jnp.arange(len(all_z)) == (_first(axis_name, batch) + jnp.arange(batch))[:, None]
+
+    def kernel(a: jax.Array, b: jax.Array) -> jax.Array:
+        return c / (c + jnp.sum((a[:, None] - b) ** 2, axis=-1))
+
+    def over_others(pairs: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(itself, 0, pairs), axis=1) / max(1, len(all_z) - 1)
+
+    across = jnp.mean(kernel(z, all_y), axis=1)
+    squared = over_others(kernel(z, all_z)) + over_others(kernel(y, all_y)) - 2 * across
+    return -(terms.log_likelihood - beta * terms.kl) + mmd_weight * squared, terms
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "elbo": negative_elbo,
+    "stl": sticking_the_landing,
+    "iwae": importance_weighted,
+    "dreg": doubly_reparameterized,
+    "beta_tc": beta_tc,
+    "mmd": maximum_mean_discrepancy,
+}
+
+
+def chosen(
+    config: TrainConfig, beta: jax.Array | float, axis_name: str | None = None
+) -> tuple[Objective, bool]:
+    """The objective that a configuration names, and whether it needs the batch in one piece."""
+    own: dict[str, Any] = {}
+    if config.objective in ("elbo", "stl", "iwae", "dreg"):
+        own["num_samples"] = config.num_samples
+    if config.objective == "mmd":
+        own["mmd_weight"] = config.mmd_weight
+    if config.free_bits:
+        own["free_bits"] = config.free_bits
+    whole = config.objective in ("beta_tc", "mmd") or config.free_bits > 0
+    if whole:
+        own["axis_name"] = axis_name
+    return partial(OBJECTIVES[config.objective], beta=beta, **own), whole
+
+
+def beta_at(
+    config: TrainConfig, step: jax.Array, beta: jax.Array | float | None = None
+) -> jax.Array | float:
+    """The weight of the KL at a step, warmed up over W = `warmup_steps`.
+
+        linear      beta min(1, step / W)
+        cyclical    beta min(1, (step mod 2 W) / W)
+
+    beta: instead of the configuration's.
+
+    Bowman et al. (2016), Generating Sentences from a Continuous Space, section 3.1. Fu et al.
+    (2019), Cyclical Annealing Schedule, equation 6, with half of every cycle for the growth.
+    """
+    beta = config.beta if beta is None else beta
+    if config.warmup == "none":
+        return beta
+    if config.warmup == "cyclical":
+        step = step % (2 * config.warmup_steps)
+    return beta * jnp.minimum(1, step / config.warmup_steps)
 
 
 @partial(jax.jit, static_argnames="num_samples")
 def log_likelihood(
-    params: Params, key: jax.Array, images: jax.Array, num_samples: int = 5000
+    params: Params,
+    key: jax.Array,
+    images: jax.Array,
+    num_samples: int = 5000,
+    labels: jax.Array | None = None,
 ) -> jax.Array:
     """An importance-weighted estimate of log p(x), with the posterior as the proposal.
 
@@ -71,6 +358,7 @@ def log_likelihood(
       key: a PRNG key, or [batch] keys, one for each image.
       images: [batch, height, width, channels], float32 in [0, 1] or uint8.
       num_samples: K.
+      labels: [batch], the images' classes, where the model is conditional.
     Returns:
       [batch], nats per image.
     Raises:
@@ -81,16 +369,13 @@ def log_likelihood(
     if num_samples < 1:
         raise InputError(f"num_samples is {num_samples}: expected at least 1")
     images = jnp.asarray(images)
-    posterior = encode(params, images)
+    posterior, p_z = encode(params, images, labels), prior(params)
     batch = images.shape[0]
     keys = example_keys(key, batch)
-    prior = Gaussian(jnp.zeros_like(posterior.mean), jnp.zeros_like(posterior.log_var))
 
     def log_weights(k: jax.Array) -> jax.Array:
-        sample_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, k)
-        z = jax.vmap(reparameterize)(sample_keys, posterior.mean, posterior.log_var)
-        log_p_x = decode(params, z).log_prob(images)
-        return log_p_x + prior.log_prob(z) - posterior.log_prob(z)
+        z, log_q = posterior.sample_and_log_prob(_sample_keys(keys, k))
+        return decode(params, z, labels).log_prob(images) + p_z.log_prob(z) - log_q
 
     # Enough samples at once to fill the machine when there are few images.
     at_once = min(num_samples, max(1, 1024 // batch))
@@ -124,3 +409,168 @@ def example_keys(key: jax.Array, batch: int, first: jax.Array | int = 0) -> jax.
     if key.shape:
         raise InputError(f"there are {key.shape} keys: expected one, or one for each of {batch}")
     return jax.vmap(partial(jax.random.fold_in, key))(first + jnp.arange(batch))
+
+
+def _elbo(
+    params: Params,
+    posterior: Posterior,
+    keys: jax.Array,
+    images: jax.Array,
+    labels: jax.Array | None,
+) -> Elbo:
+    z, log_q = posterior.sample_and_log_prob(keys)
+    return _elbo_at(params, z, log_q, posterior, images, labels)
+
+
+def _elbo_at(
+    params: Params,
+    z: jax.Array,
+    log_q: jax.Array,
+    posterior: Posterior,
+    images: jax.Array,
+    labels: jax.Array | None,
+) -> Elbo:
+    log_p_x = decode(params, z, labels).log_prob(jnp.asarray(images))
+    kl = _kl(params, posterior, z, log_q)
+    return Elbo(log_p_x - kl, log_p_x, kl)
+
+
+def _mean_elbo(
+    params: Params,
+    posterior: Posterior,
+    keys: jax.Array,
+    images: jax.Array,
+    labels: jax.Array | None,
+    num_samples: int,
+) -> Elbo:
+    """The ELBO averaged over so many samples."""
+    if num_samples == 1:
+        return _elbo(params, posterior, keys, images, labels)
+
+    def one(k: jax.Array) -> Elbo:
+        return _elbo(params, posterior, _sample_keys(keys, k), images, labels)
+
+    return jax.tree.map(partial(jnp.mean, axis=0), jax.vmap(one)(jnp.arange(num_samples)))
+
+
+def _terms(log_p_x: jax.Array, log_ratio: jax.Array) -> Elbo:
+    """The ELBO's terms from log p(x|z) and log q(z|x) - log p(z), each [samples, batch]."""
+    log_likelihood, kl = jnp.mean(log_p_x, axis=0), jnp.mean(log_ratio, axis=0)
+    return Elbo(log_likelihood - kl, log_likelihood, kl)
+
+
+def _path(
+    params: Params,
+    key: jax.Array,
+    images: jax.Array,
+    labels: jax.Array | None,
+    num_samples: int,
+) -> tuple[Gaussian, jax.Array]:
+    """The posterior, held fixed, and samples [samples, batch, latent] that move with it."""
+    posterior = _gaussian(encode(params, images, labels))
+    keys = example_keys(key, len(posterior.mean))
+
+    def sample(k: jax.Array) -> jax.Array:
+        return posterior.sample_and_log_prob(_sample_keys(keys, k))[0]
+
+    return lax.stop_gradient(posterior), jax.vmap(sample)(jnp.arange(num_samples))
+
+
+def _at_samples(
+    params: Params,
+    z: jax.Array,
+    posterior: Gaussian,
+    images: jax.Array,
+    labels: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """log p(x|z) and log q(z|x) - log p(z) of samples [samples, batch, latent]."""
+    p_z = prior(params)
+
+    def one(z: jax.Array) -> tuple[jax.Array, jax.Array]:
+        log_p_x = decode(params, z, labels).log_prob(jnp.asarray(images))
+        return log_p_x, posterior.log_prob(z) - p_z.log_prob(z)
+
+    return jax.vmap(one)(z)
+
+
+@jax.custom_vjp
+def _doubly(
+    params: Params,
+    z: jax.Array,
+    beta: jax.Array | float,
+    posterior: Gaussian,
+    images: jax.Array,
+    labels: jax.Array | None,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """The importance-weighted bound, and what its weights are made of.
+
+    In the gradient with respect to z_i, v_i counts as (1 - beta) v_i + beta v_i^2.
+    """
+    log_p_x, log_ratio = _at_samples(params, z, posterior, images, labels)
+    return _log_mean_exp(log_p_x - beta * log_ratio), (log_p_x, log_ratio)
+
+
+def _doubly_forward(
+    params: Params,
+    z: jax.Array,
+    beta: jax.Array | float,
+    posterior: Gaussian,
+    images: jax.Array,
+    labels: jax.Array | None,
+) -> Any:
+    def log_weights(params: Params, z: jax.Array) -> Any:
+        log_p_x, log_ratio = _at_samples(params, z, posterior, images, labels)
+        return log_p_x - beta * log_ratio, (log_p_x, log_ratio)
+
+    log_w, pull_back, parts = jax.vjp(log_weights, params, z, has_aux=True)
+    return (_log_mean_exp(log_w), parts), (pull_back, jax.nn.softmax(log_w, axis=0), beta)
+
+
+def _doubly_backward(residuals: Any, cotangents: Any) -> Any:
+    pull_back, v, beta = residuals
+    of_params, of_z = pull_back(v * cotangents[0])
+    return of_params, ((1 - beta) + beta * v)[..., None] * of_z, None, None, None, None
+
+
+_doubly.defvjp(_doubly_forward, _doubly_backward)
+
+
+def _kl(params: Params, posterior: Posterior, z: jax.Array, log_q: jax.Array) -> jax.Array:
+    """KL(q(z|x) || p(z)), exact where that is known, or its estimate at z."""
+    if isinstance(posterior, Gaussian) and params.config.prior == "standard_normal":
+        return posterior.kl()
+    return log_q - prior(params).log_prob(z)
+
+
+def _gaussian(posterior: Posterior) -> Gaussian:
+    if not isinstance(posterior, Gaussian):
+        raise InputError(
+            "this objective needs log q(z|x) at any z: expected the posterior 'gaussian'; "
+            "with a flow train by 'elbo', 'iwae' or 'mmd'"
+        )
+    return posterior
+
+
+def _log_mean_exp(log_weights: jax.Array) -> jax.Array:
+    return jax.nn.logsumexp(log_weights, axis=0) - math.log(len(log_weights))
+
+
+def _sample_keys(keys: jax.Array, k: jax.Array) -> jax.Array:
+    """The keys of every image's k-th sample."""
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, k)
+
+
+def _mean(x: jax.Array, axis_name: str | None) -> jax.Array:
+    """Over the whole batch."""
+    mean = jnp.mean(x, axis=0)
+    return lax.pmean(mean, axis_name) if axis_name else mean
+
+
+def _gathered(tree: Any, axis_name: str | None) -> Any:
+    """The rows of all devices that share the batch, in their order."""
+    return lax.all_gather(tree, axis_name, tiled=True) if axis_name else tree
+
+
+def _first(axis_name: str | None, batch: int) -> jax.Array | int:
+    """The index, in the whole batch, of this device's first image."""
+    return lax.axis_index(axis_name) * batch if axis_name else 0

@@ -4,6 +4,7 @@
     metrics.jsonl    a line per epoch: epoch, step, train and test metrics, seconds
     checkpoints/     the latest epoch and the best one
     figures/         what `jaxvae figures` draws
+    evaluation.json  what `jaxvae evaluate` measured last
 
 It can be killed at any instant: an epoch counts once its checkpoint is whole, and a resumed run
 repeats what came after the last one that is.
@@ -19,16 +20,30 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 
 from jaxvae.checkpoint import Which, load, open_checkpoints, restore, write
 from jaxvae.config import Config, ModelConfig, TrainConfig
 from jaxvae.data import Dataset, load_dataset
+from jaxvae.distributions import binarize, bits_per_dimension
 from jaxvae.errors import InputError
-from jaxvae.evaluation import evaluate
+from jaxvae.evaluation import evaluate, examine, mean_log_likelihood
+from jaxvae.model import Params
 from jaxvae.parallel import devices_for, everywhere, share
+from jaxvae.priors import like_images
 from jaxvae.progress import Progress, Shown
-from jaxvae.training import Metrics, Objective, TrainState, create_train_state, shuffle, train_steps
+from jaxvae.training import (
+    Metrics,
+    Objective,
+    TrainState,
+    create_train_state,
+    optimizer,
+    shuffle,
+    train_step,
+    train_steps,
+)
 
 _IMAGES_PER_DISPATCH = 1024  # between two movements of the progress bar
 
@@ -37,12 +52,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RunConfig(Config):
-    """What a run is told: its data, its seed, its model and how it is trained."""
+    """What a run is told: its data, its seed, its model and how it is trained.
+
+    start_from: the run directory whose last parameters it starts from; by default fresh ones.
+    """
 
     data: str = "mnist-5k"
     data_dir: str | None = None
     manual_dir: str | None = None
     seed: int = 0
+    start_from: str | None = None
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
@@ -59,8 +78,28 @@ class RunConfig(Config):
 
 
 def load_run_data(config: RunConfig) -> Dataset:
-    """The data set that a run was told to use."""
-    return load_dataset(config.data, data_dir=config.data_dir, manual_dir=config.manual_dir)
+    """The data set that a run was told to use.
+
+    With binarization, the test images are 0/1 pixels drawn once, the same ones in every run, and
+    so are the training images where it is fixed.
+    """
+    data = load_dataset(config.data, data_dir=config.data_dir, manual_dir=config.manual_dir)
+    kind = config.train.binarization
+    train_key, test_key = _binarization_keys()
+    if kind == "fixed":
+        data = data._replace(train_images=_binarized(train_key, data.train_images))
+    if kind != "none":
+        data = data._replace(test_images=_binarized(test_key, data.test_images))
+    return data
+
+
+def _binarization_keys() -> jax.Array:
+    # Not of the run's seed: runs are compared on the same images.
+    return jax.random.split(jax.random.key(0))
+
+
+def _binarized(key: jax.Array, images: np.ndarray) -> np.ndarray:
+    return (255 * np.asarray(binarize(key, jnp.asarray(images)))).astype(np.uint8)
 
 
 def configured(flags: Mapping[str, Any]) -> RunConfig:
@@ -95,11 +134,13 @@ def start(run_dir: Path, config: RunConfig, data: Dataset, *, resume: bool) -> R
 
     Returns the configuration with the shape of the images in it. Raises InputError if there is
     a run in the directory already and it is not to go on, if the images are not those of the
-    run, or if they are fewer than one batch.
+    run or fewer than one batch, if a conditional model has no labels for them or wrong ones, if
+    the run to start from has another model, or if model and objective do not go together.
     """
     config = fitted(run_dir, config, data, resume=resume)
     if not resume:
         refuse_another(run_dir)
+        try_out(config, data)
     write_json(run_dir / "config.json", config.to_dict())
     return config
 
@@ -107,6 +148,16 @@ def start(run_dir: Path, config: RunConfig, data: Dataset, *, resume: bool) -> R
 def fitted(run_dir: Path, config: RunConfig, data: Dataset, *, resume: bool) -> RunConfig:
     """The configuration with the shape of the images in it, or InputError as of `start`."""
     model = replace(config.model, image_shape=data.train_images.shape[1:])
+    for split in ("train", "test") if model.num_classes else ():
+        labels = getattr(data, f"{split}_labels")
+        if labels is None or not 0 <= labels.min() <= labels.max() < model.num_classes:
+            has = f"no {split} labels"
+            if labels is not None:
+                has = f"{split} labels from {labels.min()} to {labels.max()}"
+            raise InputError(
+                f"{config.data} has {has}: expected classes from 0 to {model.num_classes - 1}, "
+                f"as num_classes is {model.num_classes}"
+            )
     if resume and model != config.model:
         raise InputError(
             f"{config.data} has images of shape {model.image_shape}, "
@@ -118,6 +169,51 @@ def fitted(run_dir: Path, config: RunConfig, data: Dataset, *, resume: bool) -> 
             f"training images, {len(data.train_images)}"
         )
     return replace(config, model=model)
+
+
+def try_out(config: RunConfig, data: Dataset) -> None:
+    """Raises InputError if a new run could not take its first step; computes nothing."""
+    first_params(config)
+    images, labels = used(data.train_images, data.train_labels, config.model)
+    batch = slice(config.train.batch_size)
+
+    def step(images: jax.Array, labels: jax.Array | None) -> tuple[TrainState, Metrics]:
+        state = create_train_state(jax.random.key(0), config.model, config.train)
+        return train_step(state, images, labels)
+
+    jax.eval_shape(step, images[batch], None if labels is None else labels[batch])
+
+
+def first_state(key: jax.Array, config: RunConfig, data: Dataset) -> TrainState:
+    """The state that a run begins with; a VampPrior's pseudo-inputs are training images.
+
+    Raises InputError if the run to start from has another model.
+    """
+    state = create_train_state(key, config.model, config.train)
+    params = first_params(config)
+    if params is None and config.model.prior == "vamp":
+        count = (config.model.prior_components,)
+        rows = jax.random.choice(jax.random.fold_in(key, 1), len(data.train_images), count)
+        images = jnp.asarray(data.train_images[np.asarray(rows)])
+        return replace(state, params=replace(state.params, prior=like_images(images)))
+    if params is None:
+        return state
+    return replace(state, params=params, opt_state=optimizer(config.train).init(params))
+
+
+def first_params(config: RunConfig) -> Params | None:
+    """The parameters of the run to start from, if any; raises InputError as of `first_state`."""
+    if config.start_from is None:
+        return None
+    params = load(config.start_from)
+    if params.config != config.model:
+        was, now = params.config.to_dict(), config.model.to_dict()
+        name = next(name for name in now if was[name] != now[name])
+        raise InputError(
+            f"{config.start_from} has a model with {name} {was[name]}: "
+            f"expected {now[name]}, as the run that starts from it"
+        )
+    return params
 
 
 def refuse_another(run_dir: Path) -> None:
@@ -214,11 +310,16 @@ def train(
     devices, test_devices = devices_for(config.train.batch_size), devices_for(len(data.test_images))
     take_steps = share(partial(train_steps, objective=objective), devices, donate_argnums=(0,))
     measure = share(evaluate, test_devices)
-    train_images = jax.device_put(data.train_images, everywhere(devices))
-    test = jax.device_put((test_key, data.test_images), everywhere(test_devices))
+    train_images, train_labels = jax.device_put(
+        used(data.train_images, data.train_labels, config.model), everywhere(devices)
+    )
+    test = jax.device_put(
+        (test_key, *used(data.test_images, data.test_labels, config.model)),
+        everywhere(test_devices),
+    )
     with open_checkpoints(run_dir) as checkpoints:
         if checkpoints.latest_step() is None:
-            state = create_train_state(train_key, config.model, config.train)
+            state = first_state(train_key, config, data)
         else:
             state = replace(restore(run_dir), config=config.train)
         state = jax.device_put(state, everywhere(devices))
@@ -229,7 +330,9 @@ def train(
         with progress.training(epochs, len(train_images), done) as shown:
             for epoch in range(done + 1, epochs + 1):
                 began = time.perf_counter()
-                state, metrics = _train_one_epoch(take_steps, state, train_images, shown)
+                state, metrics = _train_one_epoch(
+                    take_steps, state, train_images, train_labels, shown
+                )
                 params = jax.device_put(state.params, everywhere(test_devices))
                 measured = measure(params, *test)
                 record: dict[str, Any] = {
@@ -247,6 +350,50 @@ def train(
     return jax.device_put(state, jax.local_devices()[0])
 
 
+def measure(run_dir: Path, num_samples: int, which: Which = "latest") -> dict[str, float | str]:
+    """Measure a run's model on its test images; what comes out is written as evaluation.json too.
+
+    Returns:
+      `step`, `images` and `num_samples`; `elbo`, `log_likelihood`, `kl` and `log_p_x`, means in
+      nats per image; `bits_per_dimension`, of log_p_x, where pixels are grey levels; what
+      `jaxvae.evaluation.examine` finds; `seconds` and `devices`.
+    """
+    began = time.perf_counter()
+    config = read_config(run_dir)
+    data = load_run_data(config)
+    if config.train.binarization == "dynamic":  # the training images as the model has seen them
+        data = data._replace(train_images=_binarized(_binarization_keys()[0], data.train_images))
+    state = restore(run_dir, which)
+    _, key = keys(config)
+    devices = devices_for(len(data.test_images))
+    images = used(data.test_images, data.test_labels, config.model)
+    test = jax.device_put((state.params, key, *images), everywhere(devices))
+    terms = share(evaluate, devices)(*test)
+    terms["log_p_x"] = share(partial(mean_log_likelihood, num_samples=num_samples), devices)(*test)
+    del terms["loss"]
+    if config.model.likelihood == "discretized_logistic":
+        shape = config.model.image_shape
+        terms["bits_per_dimension"] = bits_per_dimension(terms["log_p_x"], shape)
+    record: dict[str, float | str] = {
+        "step": int(state.step),
+        "images": len(data.test_images),
+        "num_samples": num_samples,
+        **{name: float(value) for name, value in terms.items()},
+        **examine(state.params, key, data),
+        "seconds": round(time.perf_counter() - began, 1),
+        "devices": f"{devices.size} x {devices.devices.flat[0].device_kind}",
+    }
+    write_json(run_dir / "evaluation.json", record)
+    return record
+
+
+def used(
+    images: np.ndarray, labels: np.ndarray | None, model: ModelConfig
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Images, and their labels where the model is conditional."""
+    return images, labels.astype(np.int32) if model.num_classes and labels is not None else None
+
+
 def draw(run_dir: Path, data: Dataset, which: Which = "latest") -> list[Path]:
     """Draw the figures of a run into its directory; returns their paths."""
     # matplotlib takes as long to import as JAX, so only what draws pays for it.
@@ -261,6 +408,7 @@ def _train_one_epoch(
     take_steps: Callable[..., tuple[TrainState, Metrics]],
     state: TrainState,
     images: jax.Array,
+    labels: jax.Array | None,
     shown: Shown,
 ) -> tuple[TrainState, dict[str, float]]:
     batches = shuffle(state, len(images))
@@ -269,7 +417,7 @@ def _train_one_epoch(
     totals: dict[str, float] = {}
     for first in range(0, steps, at_once):
         last = min(first + at_once, steps)
-        state, sums = take_steps(state, images, batches, first, last)
+        state, sums = take_steps(state, images, batches, first, last, labels)
         for name, value in sums.items():
             totals[name] = totals.get(name, 0.0) + float(value)
         shown.advance((last - first) * batch_size, elbo=float(sums["elbo"]) / (last - first))
@@ -282,7 +430,7 @@ def _with_flags(config: RunConfig, flags: Mapping[str, Any]) -> RunConfig:
         return {name: value for name, value in flags.items() if name in names}
 
     top = own(RunConfig)
-    for name in ("data", "data_dir", "manual_dir"):
+    for name in ("data", "data_dir", "manual_dir", "start_from"):
         # A run may go on from another working directory.
         if name in top and Path(top[name]).exists():
             top[name] = str(Path(top[name]).resolve())

@@ -32,7 +32,7 @@ from jaxvae.model import Params
 from jaxvae.parallel import AXIS, devices_for, everywhere
 from jaxvae.progress import Progress, Shown
 from jaxvae.run import RunConfig, as_flag
-from jaxvae.training import Metrics, TrainState, create_train_state, shuffle, train_steps
+from jaxvae.training import Metrics, TrainState, shuffle, train_steps
 
 _IMAGES_PER_DISPATCH = 8192  # of all models, between two movements of the progress bar
 
@@ -92,6 +92,7 @@ def start(
     if not resume:
         for place in (run_dir, *(run_dir / name for name in fitted)):
             run.refuse_another(place)
+        run.try_out(next(iter(fitted.values())), data)
     recorded = {name: config.to_dict() for name, config in fitted.items()}
     run.write_json(run_dir / "sweep.json", recorded)
     for name, config in recorded.items():
@@ -122,8 +123,13 @@ def train(
     progress = progress or Progress(Console(quiet=True))
     devices = devices_for(len(models), least=1)
     take_steps, measure = _on(devices, _take_steps, (0,)), _on(devices, _measure)
-    train_images, test_images = jax.device_put(
-        (data.train_images, data.test_images), everywhere(devices)
+    model = next(iter(models.values())).model
+    train, test_set = jax.device_put(
+        (
+            run.used(data.train_images, data.train_labels, model),
+            run.used(data.test_images, data.test_labels, model),
+        ),
+        everywhere(devices),
     )
     folders = [run_dir / name for name in models]
     configs = list(models.values())
@@ -138,21 +144,21 @@ def train(
         checkpoints = [stack.enter_context(open_checkpoints(f, latest=2)) for f in folders]
         steps = [manager.latest_step() for manager in checkpoints]
         if None in steps:
-            ones = [create_train_state(key, configs[0].model, shared) for key in train_keys]
+            ones = [run.first_state(key, configs[0], data) for key in train_keys]
         else:
             ones = [restore(folder, min(steps)) for folder in folders]
         states = _stacked([replace(state, config=shared) for state in ones])
         one_part_each = jax.NamedSharding(devices, jax.P(AXIS))
         states, hyper, test_keys = jax.device_put((states, hyper, test_keys), one_part_each)
-        epochs, images = shared.epochs, len(train_images)
+        epochs, images = shared.epochs, len(data.train_images)
         done = int(states.step[0]) // (images // shared.batch_size)
         for folder in (run_dir, *folders):
             run.write_history(folder, run.read_metrics(folder)[:done])
         with progress.training(epochs, images * len(models), done) as shown:
             for epoch in range(done + 1, epochs + 1):
                 began = time.perf_counter()
-                states, metrics = _train_one_epoch(take_steps, states, hyper, train_images, shown)
-                test = jax.device_get(measure(states.params, test_keys, test_images))
+                states, metrics = _train_one_epoch(take_steps, states, hyper, train, shown)
+                test = jax.device_get(measure(states.params, test_keys, *test_set))
                 about = {"epoch": epoch, "step": int(states.step[0])}
                 seconds = round(time.perf_counter() - began, 3)
                 ours = _records(metrics, test, len(models))
@@ -190,16 +196,16 @@ def _train_one_epoch(
     take_steps: Callable[..., tuple[TrainState, Metrics]],
     states: TrainState,
     hyper: dict[str, jax.Array],
-    images: jax.Array,
+    examples: tuple[jax.Array, jax.Array | None],
     shown: Shown,
 ) -> tuple[TrainState, Values]:
-    batches = jax.vmap(partial(shuffle, num_images=len(images)))(states)
+    batches = jax.vmap(partial(shuffle, num_images=len(examples[0])))(states)
     models, steps, batch_size = batches.shape
     at_once = max(1, _IMAGES_PER_DISPATCH // (models * batch_size))
     totals: Values = {}
     for first in range(0, steps, at_once):
         last = min(first + at_once, steps)
-        states, sums = take_steps(states, (batches, hyper), images, first, last)
+        states, sums = take_steps(states, (batches, hyper), examples, first, last)
         for name, values in jax.device_get(sums).items():
             totals[name] = totals.get(name, 0.0) + values.astype(np.float64)
         elbo = float(np.mean(sums["elbo"])) / (last - first)
@@ -207,16 +213,18 @@ def _train_one_epoch(
     return states, {name: total / steps for name, total in totals.items()}
 
 
-def _take_steps(states: TrainState, own: Any, images: jax.Array, first: Any, last: Any) -> Any:
+def _take_steps(states: TrainState, own: Any, examples: Any, first: Any, last: Any) -> Any:
+    images, labels = examples
+
     def one(model: Any) -> tuple[TrainState, Metrics]:
         state, (batches, hyper) = model
-        return train_steps(state, images, batches, first, last, **hyper)
+        return train_steps(state, images, batches, first, last, labels, **hyper)
 
     return _for_each(one, (states, own))
 
 
-def _measure(params: Params, keys: jax.Array, images: jax.Array) -> Metrics:
-    return _for_each(lambda model: evaluate(*model, images), (params, keys))
+def _measure(params: Params, keys: jax.Array, images: jax.Array, labels: Any) -> Metrics:
+    return _for_each(lambda model: evaluate(*model, images, labels), (params, keys))
 
 
 def _for_each(f: Callable[[Any], Any], models: Any) -> Any:

@@ -1,6 +1,6 @@
 """State and step."""
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -12,13 +12,12 @@ from jax import lax
 
 from jaxvae.config import ModelConfig, TrainConfig
 from jaxvae.convolution import block_size
+from jaxvae.distributions import binarize
 from jaxvae.errors import InputError
 from jaxvae.model import Params, init
-from jaxvae.objectives import Elbo, example_keys, negative_elbo
+from jaxvae.objectives import Objective, beta_at, chosen, example_keys
 from jaxvae.parallel import own_part
 
-# (params, keys [batch], images [batch, ...]) -> (loss [batch], the terms it is made of)
-Objective = Callable[[Params, jax.Array, jax.Array], tuple[jax.Array, Elbo]]
 Metrics = dict[str, jax.Array]
 
 
@@ -42,12 +41,33 @@ class TrainState:
 def optimizer(
     config: TrainConfig, learning_rate: jax.Array | float | None = None
 ) -> optax.GradientTransformation:
-    """RMSprop with Keras's defaults: decay 0.9, epsilon 1e-7 inside the root, no momentum.
+    """RMSprop with Keras's defaults: decay 0.9, epsilon inside the root, no momentum. Or Adam.
 
     learning_rate: instead of the configuration's; may be traced.
+
+    Tieleman and Hinton (2012), Lecture 6.5. Kingma and Ba (2015), Adam, algorithm 1.
     """
     rate = config.learning_rate if learning_rate is None else learning_rate
-    return optax.rmsprop(rate, decay=0.9, eps=1e-7, eps_in_sqrt=True)
+    if config.optimizer == "adam":
+        return optax.adam(rate, b1=0.9, b2=0.999, eps=config.epsilon)
+    return optax.rmsprop(rate, decay=0.9, eps=config.epsilon, eps_in_sqrt=True)
+
+
+def rate_factor(schedule: str, step: jax.Array, steps: int) -> jax.Array | float:
+    """What the learning rate is multiplied by at a step of a run of so many.
+
+        cosine    1/2 (1 + cos(pi step / steps))
+        burda     10^(-i / 7) in stage i = 0, ..., 7, which is 3^i parts of 3,280 long
+
+    Loshchilov and Hutter (2017), SGDR, equation 5. Burda, Grosse and Salakhutdinov (2016),
+    section 5.
+    """
+    if schedule == "cosine":
+        return 0.5 * (1 + jnp.cos(jnp.pi * step / steps))
+    if schedule == "burda":
+        ends = [math.ceil(steps * (3**i - 1) / (3**8 - 1)) for i in range(1, 8)]
+        return 10.0 ** (-jnp.sum(step >= jnp.array(ends)) / 7)
+    return 1.0
 
 
 def create_train_state(
@@ -66,23 +86,28 @@ def create_train_state(
 def train_step(
     state: TrainState,
     images: jax.Array,
+    labels: jax.Array | None = None,
     *,
     axis_name: str | None = None,
     objective: Objective | None = None,
     learning_rate: jax.Array | float | None = None,
     beta: jax.Array | float | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """One step of RMSprop on the mean loss of a batch.
+    """One step of the optimizer on the mean loss of a batch.
 
     The state handed in stays usable; `jax.jit(train_step, donate_argnums=0)` gives it up.
 
     Args:
       images: [batch, height, width, channels], float32 in [0, 1] or uint8.
+      labels: [batch], their classes, where the model is conditional.
       axis_name: of the `pmap` whose devices share the batch, each holding its equal part in
         order; gradients and metrics are then averaged over it.
-      objective: what to minimise; by default the negative ELBO, its KL term weighted by beta.
+      objective: what to minimise instead of the configuration's objective: a function of params,
+        [batch] keys and images, and of labels where there are any, to a loss [batch] and the terms
+        of an `Elbo`. It treats every image on its own.
       learning_rate, beta: instead of the configuration's. They are traced, so that under `vmap`
-        each model can have its own; an objective of one's own takes no beta.
+        each model can have its own; an objective of one's own takes no beta. The learning rate's
+        schedule is for `train_epoch` to follow, which knows how long a run is.
     Returns:
       The next state, and `loss`, `elbo`, `log_likelihood`, `kl`: means over the whole batch,
       nats per image.
@@ -93,13 +118,20 @@ def train_step(
     batch = images.shape[0]
     first = lax.axis_index(axis_name) * batch if axis_name else 0
     keys = example_keys(_noise_key(state), batch, first)
+    if state.config.binarization == "dynamic":
+        images = binarize(example_keys(_binarization_key(state), batch, first), images)
+    whole = False
     if objective is None:
-        objective = partial(negative_elbo, beta=state.config.beta if beta is None else beta)
-    grads, metrics = _mean_gradient(objective, state.params, keys, images)
+        weight = beta_at(state.config, state.step, beta)
+        objective, whole = chosen(state.config, weight, axis_name)
+    examples = (keys, images) if labels is None else (keys, images, jnp.asarray(labels))
+    size = batch if whole else block_size(batch, state.params)
+    grads, metrics = _mean_gradient(objective, state.params, examples, size)
     if axis_name:
         grads, metrics = lax.pmean((grads, metrics), axis_name)
-    rms_prop = optimizer(state.config, learning_rate)
-    updates, opt_state = rms_prop.update(grads, state.opt_state)
+    updates, opt_state = optimizer(state.config, learning_rate).update(
+        grads, state.opt_state, state.params
+    )
     params = optax.apply_updates(state.params, updates)  # type: ignore[arg-type]
     return replace(state, params=params, opt_state=opt_state, step=state.step + 1), metrics
 
@@ -108,6 +140,7 @@ def train_step(
 def train_epoch(
     state: TrainState,
     images: jax.Array,
+    labels: jax.Array | None = None,
     *,
     axis_name: str | None = None,
     objective: Objective | None = None,
@@ -124,6 +157,7 @@ def train_epoch(
     Args:
       state: where the epoch begins; donated.
       images: [N, height, width, channels], float32 in [0, 1] or uint8.
+      labels: [N], their classes, where the model is conditional.
       axis_name: of the `pmap` whose devices share every batch; each is handed all the images
         and takes its own part.
       objective, learning_rate, beta: as in `train_step`.
@@ -139,6 +173,7 @@ def train_epoch(
         batches,
         0,
         len(batches),
+        labels,
         axis_name=axis_name,
         objective=objective,
         learning_rate=learning_rate,
@@ -167,6 +202,7 @@ def train_steps(
     batches: jax.Array,
     first: jax.Array | int,
     last: jax.Array | int,
+    labels: jax.Array | None = None,
     *,
     axis_name: str | None = None,
     objective: Objective | None = None,
@@ -178,63 +214,69 @@ def train_steps(
     `first` and `last` are traced, so that one compiled program serves every part of an epoch.
     The state is donated, as in `train_epoch`.
     """
-    one = partial(
-        train_step,
-        axis_name=axis_name,
-        objective=objective,
-        learning_rate=learning_rate,
-        beta=beta,
-    )
+    steps = state.config.epochs * len(batches)
     batches = own_part(batches, axis_name, axis=1)
+
+    def one(state: TrainState, batch: jax.Array) -> tuple[TrainState, Metrics]:
+        rate = state.config.learning_rate if learning_rate is None else learning_rate
+        return train_step(
+            state,
+            images[batch],
+            None if labels is None else labels[batch],
+            axis_name=axis_name,
+            objective=objective,
+            learning_rate=rate * rate_factor(state.config.schedule, state.step, steps),
+            beta=beta,
+        )
 
     def step(i: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
         state, totals = carry
-        state, metrics = one(state, images[batches[i]])
+        state, metrics = one(state, batches[i])
         return state, jax.tree.map(jnp.add, totals, metrics)
 
-    _, metrics = jax.eval_shape(one, state, images[batches[0]])
+    _, metrics = jax.eval_shape(one, state, batches[0])
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), metrics)
     return lax.fori_loop(first, last, step, (state, nothing))
 
 
 def _mean_gradient(
-    objective: Objective, params: Params, keys: jax.Array, images: jax.Array
+    objective: Objective, params: Params, examples: tuple[jax.Array, ...], size: int
 ) -> tuple[Params, Metrics]:
     """The gradient of the mean loss over a batch, and the mean of its metrics.
 
-    Summed over blocks of the batch, each taken forward and backward before the next, so that
-    what the backward pass needs is still in cache.
+    Summed over blocks of `size` examples, each taken forward and backward before the next, so
+    that what the backward pass needs is still in cache.
     """
 
-    def total(params: Params, keys: jax.Array, images: jax.Array) -> tuple[jax.Array, Metrics]:
-        loss, terms = objective(params, keys, images)
+    batch = examples[0].shape[0]
+
+    def part(params: Params, examples: tuple[jax.Array, ...]) -> tuple[jax.Array, Metrics]:
+        loss, terms = objective(params, *examples)
         metrics = {
             "loss": loss,
             "elbo": terms.value,
             "log_likelihood": terms.log_likelihood,
             "kl": terms.kl,
         }
-        return jnp.sum(loss), jax.tree.map(jnp.sum, metrics)
+        return jnp.sum(loss) / batch, jax.tree.map(lambda x: jnp.sum(x) / batch, metrics)
 
-    gradient = jax.grad(total, has_aux=True)
-    batch = images.shape[0]
-    size = block_size(batch)
+    gradient = jax.grad(part, has_aux=True)
     whole = batch // size * size
     if size == batch:
-        return jax.tree.map(lambda x: x / batch, gradient(params, keys, images))
+        return gradient(params, examples)
 
-    def add(sums: Any, block: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, sums, gradient(params, *block)), None
+    def add(sums: Any, block: tuple[jax.Array, ...]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, sums, gradient(params, block)), None
 
     nothing = jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype),
-        jax.eval_shape(gradient, params, keys[:size], images[:size]),
+        jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[:size], examples)),
     )
-    blocks = jax.tree.map(lambda x: x[:whole].reshape(-1, size, *x.shape[1:]), (keys, images))
+    blocks = jax.tree.map(lambda x: x[:whole].reshape(-1, size, *x.shape[1:]), examples)
     sums, _ = lax.scan(add, nothing, blocks)
     if whole < batch:
-        sums, _ = add(sums, (keys[whole:], images[whole:]))
-    return jax.tree.map(lambda x: x / batch, sums)
+        sums, _ = add(sums, jax.tree.map(lambda x: x[whole:], examples))
+    return sums
 
 
 def _noise_key(state: TrainState) -> jax.Array:
@@ -243,3 +285,8 @@ def _noise_key(state: TrainState) -> jax.Array:
 
 def _shuffle_key(state: TrainState) -> jax.Array:
     return jax.random.split(jax.random.fold_in(state.key, state.step))[1]
+
+
+def _binarization_key(state: TrainState) -> jax.Array:
+    # Not of the noise's key: what is folded into that are the noise keys of the images.
+    return jax.random.fold_in(jax.random.fold_in(state.key, state.step), 2)

@@ -2,7 +2,9 @@
 
 from contextlib import contextmanager
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -59,3 +61,25 @@ def refused(*texts):
     assert "\n" not in message
     for text in texts:
         assert text in message
+
+
+class OwnEncoder(nn.Module):
+    """Modules as a user writes them; these two take classes where the model has some."""
+
+    latent_dim: int
+
+    @nn.compact
+    def __call__(self, images, labels=None):
+        x = images.reshape(len(images), -1)
+        x = nn.relu(nn.Dense(16)(x if labels is None else jnp.concatenate([x, labels], 1)))
+        return nn.Dense(self.latent_dim)(x), nn.Dense(self.latent_dim)(x)
+
+
+class OwnDecoder(nn.Module):
+    image_shape: tuple[int, int, int]
+
+    @nn.compact
+    def __call__(self, z, labels=None):
+        x = nn.relu(nn.Dense(16)(z if labels is None else jnp.concatenate([z, labels], 1)))
+        height, width, outputs = self.image_shape
+        return nn.Dense(height * width * outputs)(x).reshape(-1, height, width, outputs)

@@ -1,11 +1,14 @@
 """Checkpoints: what is saved comes back, and the latest and the best are kept."""
 
+import json
 from dataclasses import replace
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import OwnDecoder, OwnEncoder, refused
 
 import jaxvae
 from jaxvae.checkpoint import open_checkpoints, write
@@ -87,3 +90,77 @@ def test_a_directory_without_checkpoints_is_refused(tmp_path, make):
     with pytest.raises(jaxvae.InputError, match="holds no checkpoint"):
         jaxvae.load(tmp_path / "nowhere")
     assert not (tmp_path / "nowhere").exists()
+
+
+def with_random_leaves(params):
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(9), len(leaves))
+    pairs = zip(keys, leaves, strict=True)
+    return jax.tree.unflatten(structure, [jax.random.normal(k, x.shape) for k, x in pairs])
+
+
+def test_what_every_part_has_learned_comes_back(tmp_path):
+    config = jaxvae.ModelConfig(
+        (8, 8, 1),
+        3,
+        network="mlp",
+        likelihood="gaussian",
+        prior="mixture",
+        prior_components=5,
+        posterior="iaf",
+        num_classes=4,
+    )
+    train_config = jaxvae.TrainConfig(optimizer="adam", objective="iwae", num_samples=3)
+    state = jaxvae.create_train_state(jax.random.key(0), config, train_config)
+    state = replace(state, params=with_random_leaves(state.params))
+    for part in (state.params.likelihood, state.params.prior, state.params.flow):
+        assert jax.tree.leaves(part)
+    jaxvae.save(tmp_path, state)
+    restored = jaxvae.restore(tmp_path)
+    assert_states_equal(restored, state)
+    assert restored.config == train_config
+    assert restored.params.config == config
+
+
+def test_a_checkpoint_from_before_there_were_choices_is_the_default_model(tmp_path, state):
+    """As the files of an older version: only fields that it knew, and networks alone."""
+    jaxvae.save(tmp_path, state)
+    (written,) = (tmp_path / "checkpoints").glob("*/config/metadata")
+    config = json.loads(written.read_text())
+    config["model"] = {name: config["model"][name] for name in ("image_shape", "latent_dim")}
+    config["train"] = {n: config["train"][n] for n in ("batch_size", "epochs", "learning_rate")}
+    written.write_text(json.dumps(config))
+    stored = (tmp_path / "checkpoints").glob("*/state/_METADATA")
+    names = {key.split("'")[1] for path in stored
+             for key in json.loads(path.read_text())["tree_metadata"]}  # fmt: skip
+    assert names == {"encoder", "decoder", "opt_state", "step", "key"}
+    assert_states_equal(jaxvae.restore(tmp_path), state)
+
+
+def test_modules_of_ones_own_are_handed_over(tmp_path, images):
+    network = OwnEncoder(2), OwnDecoder((8, 8, 1))
+    config = jaxvae.ModelConfig((8, 8, 1), 2, network=network)
+    state = jaxvae.create_train_state(jax.random.key(0), config, jaxvae.TrainConfig(batch_size=16))
+    jaxvae.save(tmp_path, state)
+    assert_states_equal(jaxvae.restore(tmp_path, network=network), state)
+    with refused("the model has a network of its own: hand its modules over, network="):
+        jaxvae.restore(tmp_path)
+    for other in ((OwnEncoder(2), OwnEncoder(2)), (OwnEncoder(3), network[1])):
+        with refused("for one image: expected"):
+            jaxvae.load(tmp_path, network=other)
+    for other in ("mlp", (Other((16, 16)), network[1]), (Other((17,)), network[1])):
+        with refused(f"{tmp_path} holds other parameters than those of `network`: expected the"):
+            jaxvae.load(tmp_path, network=other)
+
+
+class Other(nn.Module):
+    """An encoder of other layers."""
+
+    widths: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, images):
+        x = images.reshape(len(images), -1)
+        for width in self.widths:
+            x = nn.relu(nn.Dense(width)(x))
+        return nn.Dense(2)(x), nn.Dense(2)(x)

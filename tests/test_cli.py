@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import matplotlib as mpl
@@ -13,7 +14,9 @@ import pytest
 from PIL import Image
 
 import jaxvae
-from jaxvae.cli import _drop_oldest, main
+from jaxvae import run
+from jaxvae.cli import _FLAGS, _drop_oldest, main
+from jaxvae.config import CHOICES
 
 pytestmark = pytest.mark.usefixtures("compile_quickly", "keep_no_programs")
 
@@ -30,8 +33,136 @@ def keep_no_programs():
 def run_dir(keep_no_programs, tmp_path_factory, npz):
     path = tmp_path_factory.mktemp("runs") / "run"
     train = ["train", "--data", str(npz), "--run-dir", str(path), "--epochs", "2"]
+    train += ["--network", "mlp"]
     assert main([*train, "--latent-dim", "3", "--learning-rate", "0.0005"]) == 0
     return path
+
+
+@pytest.fixture(scope="module")
+def conditional(keep_no_programs, tmp_path_factory, npz):
+    """A run of many choices, each told by its flag."""
+    path = tmp_path_factory.mktemp("runs") / "conditional"
+    flags = {
+        "data": npz,
+        "run-dir": path,
+        "epochs": 1,
+        "network": "mlp",
+        "likelihood": "discretized_logistic",
+        "prior": "mixture",
+        "prior-components": 5,
+        "posterior": "iaf",
+        "flow-steps": 1,
+        "num-classes": 3,
+        "objective": "iwae",
+        "num-samples": 2,
+        "warmup": "linear",
+        "warmup-steps": 10,
+        "optimizer": "adam",
+        "epsilon": 1e-4,
+        "schedule": "cosine",
+        "learning-rate": 3e-4,
+    }
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    assert main(["train", *words]) == 0
+    return path
+
+
+def test_every_choice_has_a_flag(conditional):
+    config = run.read_config(conditional)
+    assert config.model == jaxvae.ModelConfig(
+        (8, 8, 1),
+        2,
+        network="mlp",
+        likelihood="discretized_logistic",
+        prior="mixture",
+        prior_components=5,
+        posterior="iaf",
+        flow_steps=1,
+        num_classes=3,
+    )
+    assert config.train == jaxvae.TrainConfig(
+        epochs=1,
+        objective="iwae",
+        num_samples=2,
+        warmup="linear",
+        warmup_steps=10,
+        optimizer="adam",
+        epsilon=1e-4,
+        schedule="cosine",
+        learning_rate=3e-4,
+    )
+    of_a_run = {field.name for kind in (run.RunConfig, jaxvae.ModelConfig, jaxvae.TrainConfig)
+                for field in fields(kind)} - {"model", "train", "image_shape"}  # fmt: skip
+    assert {flag.strip("-").replace("-", "_") for flag in _FLAGS} == of_a_run
+
+
+def test_the_help_names_every_choice(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    told = capsys.readouterr().out
+    for kind in CHOICES.values():
+        for names in kind.values():
+            assert all(name in told for name in names)
+
+
+def test_a_run_of_many_choices_is_evaluated_sampled_and_drawn(conditional, tmp_path, capsys):
+    assert len(list((conditional / "figures").iterdir())) == 6
+    assert main(["evaluate", str(conditional), "--num-samples", "3"]) == 0
+    _, table = printed(capsys.readouterr().out)
+    assert "bits per dimension, of log p(x)" in table
+    assert main(["sample", str(conditional), "--n", "4", "--out", str(tmp_path / "a.png")]) == 0
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.size == (16, 16)
+    assert main(["summary", str(conditional)]) == 0
+    told = capsys.readouterr().out
+    assert "posterior, iaf" in told
+    assert "prior, mixture" in told
+
+
+def test_a_run_starts_from_another(run_dir, npz, tmp_path):
+    train = ["train", "--data", str(npz), "--network", "mlp", "--latent-dim", "3", "--epochs", "1"]
+    path = tmp_path / "next"
+    assert main([*train, "--start-from", str(run_dir), "--run-dir", str(path)]) == 0
+    assert run.read_config(path).start_from == str(run_dir)
+    before, after = (run.read_metrics(folder) for folder in (run_dir, path))
+    assert after[0]["train"]["elbo"] > before[0]["train"]["elbo"]
+
+
+def printed(text):
+    """The head and the numbers of the table that `jaxvae evaluate` prints."""
+    head, *rows = text.splitlines()
+    table = {}
+    for row in rows:
+        name, number = row.rsplit(maxsplit=1)
+        table[name.strip()] = number
+    return head, table
+
+
+def test_evaluate_prints_one_table_of_what_it_writes_down(run_dir, capsys):
+    assert main(["evaluate", str(run_dir), "--num-samples", "20"]) == 0
+    told = capsys.readouterr()
+    head, table = printed(told.out)
+    written = json.loads((run_dir / "evaluation.json").read_text())
+    assert told.err == f"evaluation: {run_dir / 'evaluation.json'}\n"
+    assert head == f"{run_dir}, step 8: 100 test images, nats per image"
+    names = {
+        "ELBO": "elbo",
+        "log-likelihood E[log p(x|z)]": "log_likelihood",
+        "KL(q(z|x) || p(z))": "kl",
+        "mutual information I(n; z)": "mutual_information",
+        "KL(q(z) || p(z))": "marginal_kl",
+        "log p(x), 20 samples": "log_p_x",
+        "active units": "active_units",
+        "mean squared error of a pixel": "reconstruction_error",
+        "accuracy of logistic regression": "logistic_regression",
+        "accuracy of 5 nearest neighbors": "nearest_neighbors",
+    }
+    assert list(table) == list(names)
+    for row, name in names.items():
+        digits = len(table[row].partition(".")[2])
+        assert float(table[row]) == round(written[name], digits)
+    about = {"step", "images", "num_samples", "seconds", "devices"}
+    assert set(written) == set(names.values()) | about
 
 
 def test_train_makes_a_run_directory(run_dir):
@@ -72,7 +203,8 @@ def test_train_resume_of_a_finished_run_changes_nothing(run_dir):
 def many(keep_no_programs, tmp_path_factory, npz):
     path = tmp_path_factory.mktemp("runs") / "many"
     train = ["train", "--data", str(npz), "--run-dir", str(path), "--epochs", "1"]
-    assert main([*train, "--seeds", "2", "--beta", "0.5", "--learning-rate", "1e-3"]) == 0
+    train += ["--network", "mlp", "--seeds", "2", "--beta", "0.5", "--learning-rate", "1e-3"]
+    assert main(train) == 0
     return path
 
 
@@ -86,7 +218,7 @@ def test_train_of_many_seeds_makes_a_run_directory_of_each(many, tmp_path, capsy
     for name in ("seed-0", "seed-1"):
         assert len(list((many / name / "figures").iterdir())) == 6
         assert main(["evaluate", str(many / name), "--num-samples", "2"]) == 0
-        recorded = jaxvae.run.read_metrics(many / name)[-1]["test"]
+        recorded = run.read_metrics(many / name)[-1]["test"]
         assert f"{recorded['elbo']:.3f}" in capsys.readouterr().out
         out = tmp_path / f"{name}.png"
         assert main(["sample", str(many / name), "--n", "1", "--out", str(out)]) == 0
@@ -96,7 +228,7 @@ def test_train_of_many_goes_on_and_tells_mean_and_spread(many, tmp_path, capsys)
     copy = shutil.copytree(many, tmp_path / "copy")
     assert main(["train", "--resume", "--run-dir", str(copy), "--epochs", "2"]) == 0
     told = capsys.readouterr().err.splitlines()
-    line = jaxvae.run.read_metrics(copy)[-1]
+    line = run.read_metrics(copy)[-1]
     spread = f"{line['test']['elbo']:.2f} ± {line['test_sd']['elbo']:.2f}"
     assert f"2 models; run directories {copy}/seed-0, ..." in told[0]
     assert told[1].startswith("epoch 2/2  ELBO ")
@@ -106,10 +238,10 @@ def test_train_of_many_goes_on_and_tells_mean_and_spread(many, tmp_path, capsys)
 
 def test_evaluate_prints_the_recorded_test_elbo(run_dir, capsys):
     assert main(["evaluate", str(run_dir), "--num-samples", "20"]) == 0
-    printed = capsys.readouterr().out
-    recorded = jaxvae.run.read_metrics(run_dir)[-1]["test"]
-    assert f"{recorded['elbo']:.3f}" in printed
-    assert "log p(x), 20 samples" in printed
+    _, table = printed(capsys.readouterr().out)
+    recorded = run.read_metrics(run_dir)[-1]["test"]
+    for row, name in (("ELBO", "elbo"), ("KL(q(z|x) || p(z))", "kl")):
+        assert float(table[row]) == pytest.approx(recorded[name], rel=1e-5, abs=6e-4)
 
 
 def test_sample_writes_a_picture_that_the_seed_decides(run_dir, tmp_path):
@@ -249,6 +381,57 @@ WRONG = {
     "negative seed": ("train --seed -1", "seed is -1: expected a whole number from 0"),
     "large batch": ("train --data {npz} --batch-size 1000", "batch_size is 1000: expected at most"),
     "unknown data set": ("train --data tfds:no_such_set", "no data set 'no_such_set'"),
+    "unknown network": ("train --network cnn", "network is 'cnn': expected 'notebook', 'mlp' or"),
+    "a network of one's own": ("train --network own", "hand its modules over"),
+    "unknown likelihood": ("train --likelihood poisson", "likelihood is 'poisson': expected 'bern"),
+    "unknown prior": ("train --prior flow", "prior is 'flow': expected 'standard_normal', 'mix"),
+    "unknown posterior": ("train --posterior flow", "posterior is 'flow': expected 'gaussian' or"),
+    "unknown objective": ("train --objective elob", "objective is 'elob': expected 'elbo', 'stl'"),
+    "unknown warm-up": ("train --warmup cosine", "warmup is 'cosine': expected 'none', 'linear'"),
+    "unknown schedule": ("train --schedule step", "schedule is 'step': expected 'constant', 'cos"),
+    "unknown optimizer": ("train --optimizer sgd", "optimizer is 'sgd': expected 'rmsprop' or"),
+    "unknown binarization": ("train --binarization all", "binarization is 'all': expected 'none'"),
+    "no components": ("train --prior-components 0", "prior_components is 0: expected at least 1"),
+    "no flow": ("train --flow-steps 0", "flow_steps is 0: expected at least 1"),
+    "vamp with classes": ("train --prior vamp --num-classes 9", "pseudo-inputs have no classes"),
+    "too few classes": (
+        "train --data {npz} --num-classes 2 --run-dir {tmp}/x",
+        "has train labels from 0 to 2: expected classes from 0 to 1, as num_classes is 2",
+    ),
+    "no labels": (
+        "train --data {bare} --num-classes 2 --batch-size 3 --run-dir {tmp}/x",
+        "has no train labels: expected classes from 0 to 1",
+    ),
+    "warm-up without steps": ("train --warmup linear", "warmup_steps is 0: expected at least 1"),
+    "several samples": (
+        "train --objective mmd --num-samples 2",
+        "num_samples is 2: expected 1 with the objective 'mmd'",
+    ),
+    "free bits": ("train --objective iwae --free-bits 1", "free_bits is 1.0: expected 0 with the"),
+    "free bits of a mixture": (
+        "train --data {npz} --network mlp --prior mixture --free-bits 1 --run-dir {tmp}/x",
+        "free_bits needs the KL of every latent: expected the posterior 'gaussian' and the prior",
+    ),
+    "path of a flow": (
+        "train --data {npz} --network mlp --posterior iaf --objective stl --run-dir {tmp}/x",
+        "with a flow train by 'elbo', 'iwae' or 'mmd'",
+    ),
+    "start from nothing": (
+        "train --data {npz} --start-from {tmp} --run-dir {tmp}/x",
+        "holds no checkpoint",
+    ),
+    "start from another": (
+        "train --data {npz} --start-from {run} --run-dir {tmp}/x",
+        "has a model with latent_dim 3: expected 2, as the run that starts from it",
+    ),
+    "another likelihood": (
+        "train --resume --run-dir {run} --likelihood gaussian",
+        "--likelihood is gaussian, but",
+    ),
+    "another objective of many": (
+        "train --resume --run-dir {many} --objective iwae",
+        "--objective is iwae, but",
+    ),
     "NaN": ("train --data {nan}", "image 1 holds NaN or infinity"),
     "wrong shape": ("train --data {flat}", "images of shape (4, 4): expected (images, height"),
     "resume what": ("train --resume", "say which, with --run-dir DIR"),
@@ -282,7 +465,9 @@ def test_wrong_input_ends_in_one_line_and_code_2(case, run_dir, many, npz, tmp_p
     np.savez(tmp_path / "nan.npz", x_train=images, x_test=images[2:])
     np.save(tmp_path / "flat.npy", images[0])
     places = {"tmp": tmp_path, "npz": npz, "run": run_dir, "many": many}
-    places |= {"nan": tmp_path / "nan.npz", "flat": tmp_path / "flat.npy"}
+    np.savez(tmp_path / "bare.npz", x_train=images[2:], x_test=images[2:])
+    places |= {name: tmp_path / f"{name}.npz" for name in ("nan", "bare")}
+    places |= {"flat": tmp_path / "flat.npy"}
     capsys.readouterr()
     assert main(arguments.format(**places).split()) == 2
     captured = capsys.readouterr()
@@ -290,3 +475,4 @@ def test_wrong_input_ends_in_one_line_and_code_2(case, run_dir, many, npz, tmp_p
     assert captured.err.count("\n") == 1
     assert captured.err.startswith("jaxvae: ")
     assert says in captured.err
+    assert not (tmp_path / "x").exists()

@@ -25,6 +25,7 @@ channels = st.sampled_from([(1, 1), (1, 3), (2, 5), (3, 1), (4, 1), (8, 2), (5, 
 pads = st.tuples(st.integers(-1, 3), st.integers(0, 3))
 
 lax_conv = partial(lax.conv_general_dilated, dimension_numbers=NHWC)
+FILTERS = jnp.zeros((3, 3, 1, 1))
 our_conv = partial(conv_general_dilated, dimension_numbers=NHWC)
 
 
@@ -208,7 +209,7 @@ def test_blocks_give_what_the_whole_batch_gives(rows):
         seen.append(len(batch["n"]))
         return jnp.cumsum(batch["x"] ** 2, axis=-1), batch["n"] * 2
 
-    blocks, n = in_blocks(f, batch)
+    blocks, n = in_blocks(f, batch, convolution.block_size(rows, FILTERS))
     assert max(seen) == (rows if rows <= 8 else 4)
     np.testing.assert_allclose(blocks, np.cumsum(np.square(batch["x"]), axis=-1), rtol=1e-5)
     np.testing.assert_array_equal(n, 2 * np.arange(rows))
@@ -222,14 +223,15 @@ def test_blocks_are_of_the_size_asked_for(size):
     np.testing.assert_array_equal(doubled, 2 * np.arange(13))
 
 
-def test_a_batch_is_one_block_except_on_a_cpu(platform):
-    assert convolution.block_size(100) == (4 if platform == "cpu" else 100)
-    assert convolution.block_size(8) == 8
+def test_a_batch_is_one_block_except_for_convolutions_on_a_cpu(platform):
+    assert convolution.block_size(100, FILTERS) == (4 if platform == "cpu" else 100)
+    assert convolution.block_size(8, FILTERS) == 8
+    assert convolution.block_size(100, jnp.zeros((5, 6))) == 100
 
 
 def test_blocks_are_larger_where_one_device_has_all_the_cores(monkeypatch):
     monkeypatch.setattr(jax, "local_device_count", lambda: 1)
-    assert convolution.block_size(100) == 16
+    assert convolution.block_size(100, FILTERS) == 16
 
 
 def test_the_model_is_the_same_on_every_backend(monkeypatch):

@@ -55,6 +55,52 @@ def test_more_latents_stay_at_zero_in_the_manifold():
     np.testing.assert_allclose(picture[8:16, 8:16], middle, atol=0.51)
 
 
+def conditional(latent_dim=2, **fields):
+    config = jaxvae.ModelConfig((8, 8, 1), latent_dim, network="mlp", num_classes=5, **fields)
+    return jaxvae.init(jax.random.key(0), config)
+
+
+def test_the_manifold_of_a_conditional_model_is_that_of_class_0():
+    model = conditional()
+    figure = figures.manifold(model, 3)
+    middle = jaxvae.decode(model, jnp.zeros((1, 2)), jnp.zeros(1, int)).mean[0, ..., 0] * 255
+    np.testing.assert_allclose(shown(figure)[8:16, 8:16], middle, atol=0.51)
+    assert "of class 0" in figure.axes[0].get_title(loc="left")
+
+
+def test_a_conditional_models_images_are_taken_with_their_labels():
+    model, data = conditional(), dataset()
+    picture = shown(figures.reconstructions(model, data))
+    rebuilt = jaxvae.reconstruct(model, data.test_images[3:4], np.array([3]))[0, ..., 0] * 255
+    np.testing.assert_allclose(picture[8:, 24:32], rebuilt, atol=0.51)
+    (axes,) = figures.latents(model, data).axes
+    mean = jaxvae.encode(model, data.test_images, data.test_labels).mean
+    np.testing.assert_allclose(axes.collections[0].get_offsets(), mean, rtol=1e-4)
+
+
+def test_samples_of_a_conditional_model_are_of_all_classes_in_turn():
+    model, key = conditional(), jax.random.key(1)
+    picture = shown(figures.samples(model, key, rows=2))
+    images = jaxvae.sample(model, key, 4, jnp.arange(4))[..., 0] * 255
+    np.testing.assert_allclose(picture[:8, 8:], images[1], atol=0.51)
+    np.testing.assert_allclose(picture[8:, :8], images[2], atol=0.51)
+
+
+@pytest.mark.parametrize(
+    ("latent_dim", "fields"),
+    [
+        (1, {"posterior": "iaf", "prior": "mixture", "prior_components": 5}),
+        (3, {"likelihood": "discretized_logistic"}),
+    ],
+    ids=["a flow and a mixture", "grey levels"],
+)
+def test_every_figure_of_a_conditional_model_is_drawn(tmp_path, latent_dim, fields):
+    paths = figures.draw_all(
+        tmp_path, conditional(latent_dim, **fields), dataset(), records([-3.0]), jax.random.key(0)
+    )
+    assert len(paths) == 6
+
+
 def test_reconstructions_stand_below_one_image_of_each_class():
     model, data = params(), dataset()
     picture = shown(figures.reconstructions(model, data))

@@ -3,14 +3,17 @@
 from dataclasses import replace
 from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import refused
+from conftest import OwnDecoder, OwnEncoder, refused
 
 import jaxvae
-from jaxvae import ModelConfig, Params
+from jaxvae import ModelConfig, Params, TrainConfig
+from jaxvae.config import CHOICES
+from jaxvae.model import prior
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -290,3 +293,245 @@ def test_gradients_in_mixed_precision_are_float32_near_float32s(params):
     for a, b in zip(jax.tree.leaves(exact), jax.tree.leaves(near), strict=True):
         assert b.dtype == jnp.float32
         assert 0 < np.linalg.norm(b - a) < 0.1 * np.linalg.norm(a)
+
+
+OWN = ModelConfig((6, 5, 2), 2, network=(OwnEncoder(2), OwnDecoder((6, 5, 2))))
+
+
+def test_networks_of_ones_own_are_the_models(images):
+    encoder, decoder = OWN.network
+    params = jaxvae.init(KEY, OWN)
+    posterior = jaxvae.encode(params, images)
+    mean, log_var = encoder.apply({"params": params.encoder}, images / np.float32(255))
+    close(posterior.mean, mean)
+    close(posterior.log_var, log_var)
+    logits = decoder.apply({"params": params.decoder}, mean)
+    close(jaxvae.decode(params, mean).mean, 1 / (1 + np.exp(-logits)))
+    close(jaxvae.reconstruct(params, images), 1 / (1 + np.exp(-logits)))
+    terms = jaxvae.elbo(params, KEY, images)
+    close(terms.kl, 0.5 * np.sum(mean**2 + np.exp(log_var) - log_var - 1, axis=1))
+    assert not np.allclose(*(jaxvae.init(key, OWN).encoder["Dense_0"]["kernel"]
+                             for key in jax.random.split(KEY)))  # fmt: skip
+
+
+def test_networks_of_ones_own_are_trained_saved_and_loaded(tmp_path, images):
+    state = jaxvae.create_train_state(KEY, OWN, TrainConfig(batch_size=5))
+    after, metrics = jaxvae.train_step(state, images)
+    assert np.isfinite(metrics["elbo"])
+    for old, new in zip(*map(jax.tree.leaves, (state.params, after.params)), strict=True):
+        assert np.any(old != new)
+    jaxvae.save(tmp_path, after)
+    assert_equal(jaxvae.load(tmp_path, network=OWN.network), after.params)
+    assert jaxvae.restore(tmp_path, network=OWN.network).params.config == OWN
+    with refused("network of its own: hand its modules over, network=(encoder, decoder)"):
+        jaxvae.load(tmp_path)
+
+
+class Gives(nn.Module):
+    """A network that gives so many numbers per image, in arrays of these shapes."""
+
+    shapes: tuple[tuple[int, ...], ...] | tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x):
+        def one(shape):
+            x_ = nn.Dense(int(np.prod(shape)))(x.reshape(len(x), -1))
+            return x_.reshape(-1, *shape)
+
+        alone = isinstance(self.shapes[0], int)
+        return one(self.shapes) if alone else tuple(map(one, self.shapes))
+
+
+GOOD_ENCODER, GOOD_DECODER = Gives(((2,), (2,))), Gives((6, 5, 2))
+
+
+@pytest.mark.parametrize(
+    ("network", "says"),
+    [
+        ((Gives(((3,), (3,))), GOOD_DECODER), "encoder gives (1, 3), (1, 3) for one image: expect"),
+        ((Gives(((2,), (1,))), GOOD_DECODER), "expected (1, 2), (1, 2)"),
+        ((Gives((2,)), GOOD_DECODER), "the encoder gives (1, 2) for one image"),
+        ((GOOD_ENCODER, Gives((6, 5, 1))), "gives (1, 6, 5, 1) for one image: expected (1, 6, 5,"),
+        ((GOOD_ENCODER, Gives((60,))), "the decoder gives (1, 60) for one image"),
+        ((GOOD_ENCODER, GOOD_ENCODER), "the decoder gives tuple for one image"),
+    ],
+    ids=["latents", "log_var", "only a mean", "channels", "flat", "two results"],
+)
+def test_networks_of_other_shapes_are_refused(network, says):
+    with refused(says):
+        jaxvae.init(KEY, ModelConfig((6, 5, 2), 2, network=network))
+
+
+def test_a_decoder_gives_as_many_numbers_as_the_likelihood_takes():
+    config = ModelConfig((6, 5, 2), 2, network=(GOOD_ENCODER, GOOD_DECODER))
+    assert jaxvae.init(KEY, replace(config, likelihood="continuous_bernoulli"))
+    config = replace(config, likelihood="discretized_logistic")
+    with refused("the decoder gives (1, 6, 5, 2) for one image: expected (1, 6, 5, 4)"):
+        jaxvae.init(KEY, config)
+    assert jaxvae.init(KEY, replace(config, network=(GOOD_ENCODER, Gives((6, 5, 4)))))
+
+
+def test_networks_with_other_variables_than_parameters_are_refused():
+    class Normed(nn.Module):
+        @nn.compact
+        def __call__(self, images):
+            x = nn.BatchNorm(use_running_average=False)(images.reshape(len(images), -1))
+            return nn.Dense(2)(x), nn.Dense(2)(x)
+
+    with refused("the encoder has variables 'batch_stats': expected parameters alone"):
+        jaxvae.init(KEY, ModelConfig((6, 5, 2), 2, network=(Normed(), GOOD_DECODER)))
+
+
+def test_a_third_result_of_the_encoder_is_for_the_flow_alone(images):
+    two, three = Gives(((2,), (2,))), Gives(((2,), (2,), (7,)))
+    for encoder, posterior in (
+        (two, "gaussian"),
+        (three, "gaussian"),
+        (two, "iaf"),
+        (three, "iaf"),
+    ):
+        network = (encoder, GOOD_DECODER)
+        params = jaxvae.init(KEY, ModelConfig((6, 5, 2), 2, network=network, posterior=posterior))
+        q = jaxvae.encode(params, images)
+        results = encoder.apply({"params": params.encoder}, images / np.float32(255))
+        close(q.mean, results[0])
+        close(q.log_var, results[1])
+        if posterior == "iaf":
+            seen = np.concatenate(results, axis=1) if encoder is two else results[2]
+            close(q.context, seen)
+        else:
+            assert isinstance(q, jaxvae.Gaussian)
+            assert params.flow == {}
+
+
+CONDITIONAL = {
+    name: ModelConfig((6, 5, 2), 2, network=network, num_classes=3)
+    for name, network in (("mlp", "mlp"), ("own", OWN.network))
+}
+LABELS = np.array([2, 0, 1, 1, 0])
+
+
+@pytest.fixture(scope="module", params=CONDITIONAL)
+def conditional(request):
+    return jaxvae.init(KEY, CONDITIONAL[request.param])
+
+
+# Each a function of (params, images, labels) only.
+OF_LABELS = {
+    "encode": lambda params, images, labels: jaxvae.encode(params, images, labels),
+    "decode": lambda params, images, labels: jaxvae.decode(params, images[:, 0, :2, 0], labels),
+    "reconstruct": lambda params, images, labels: jaxvae.reconstruct(params, images, labels),
+    "elbo": lambda params, images, labels: jaxvae.elbo(params, KEY, images, labels),
+    "log_likelihood": lambda params, images, labels: jaxvae.log_likelihood(
+        params, KEY, images, 5, labels
+    ),
+}
+every_function_of_labels = pytest.mark.parametrize("f", OF_LABELS.values(), ids=OF_LABELS)
+
+
+@every_function_of_labels
+def test_every_image_is_taken_with_its_own_label(f, conditional, images):
+    results = jax.tree.leaves(f(conditional, images, LABELS))
+    others = jax.tree.leaves(f(conditional, images, np.array([2, 0, 0, 1, 0])))
+    for result, other in zip(results, others, strict=True):
+        close(np.delete(other, 2, axis=0), np.delete(result, 2, axis=0))
+        assert not np.allclose(other[2], result[2])
+
+
+def test_networks_are_told_the_class_as_a_vector(conditional, images):
+    encoder, decoder = jaxvae.model.modules(conditional.config)
+    classes = np.float32([[0, 0, 1], [1, 0, 0], [0, 1, 0], [0, 1, 0], [1, 0, 0]])
+    posterior = jaxvae.encode(conditional, images, LABELS)
+    x = images / np.float32(255)
+    close(posterior.mean, encoder.apply({"params": conditional.encoder}, x, classes)[0])
+    logits = decoder.apply({"params": conditional.decoder}, posterior.mean, classes)
+    p_x = jaxvae.decode(conditional, posterior.mean, LABELS)
+    close(p_x.mean, 1 / (1 + np.exp(-logits)))
+    close(jaxvae.reconstruct(conditional, images, LABELS), p_x.mean)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int32, np.int64])
+def test_labels_are_of_any_kind_of_whole_number(kind, conditional, images):
+    expected = jaxvae.encode(conditional, images, jnp.asarray(LABELS))
+    assert_equal(jaxvae.encode(conditional, images, LABELS.astype(kind)), expected)
+
+
+def test_samples_are_of_all_classes_in_turn_or_of_those_asked_for(conditional):
+    by_default = jaxvae.sample(conditional, KEY, 7)
+    in_turn = jnp.array([0, 1, 2, 0, 1, 2, 0])
+    assert_equal(jaxvae.sample(conditional, KEY, 7, in_turn), by_default)
+    ones = jaxvae.sample(conditional, KEY, 7, jnp.ones(7, int))
+    same = [bool(np.allclose(*pair)) for pair in zip(ones, by_default, strict=True)]
+    assert same == [False, True, False, False, True, False, False]
+
+
+@every_function_of_labels
+def test_labels_that_are_missing_or_of_another_shape_are_refused(f, conditional, images):
+    with refused("no labels: expected (5,) of them, classes from 0 to 2, as num_classes is 3"):
+        f(conditional, images, None)
+    for labels in (LABELS[:4], np.eye(3)[LABELS], np.int32(1)):
+        with refused(f"labels have shape {labels.shape}: expected (5,), classes from 0 to 2"):
+            f(conditional, images, labels)
+
+
+@every_function_of_labels
+def test_labels_for_a_model_without_classes_are_refused(f, params, images):
+    with refused("there are labels: expected none, as num_classes is 0"):
+        f(params, images, LABELS)
+
+
+def test_labels_of_samples_and_steps_are_checked(params, images):
+    model = CONDITIONAL["mlp"]
+    conditional = jaxvae.init(KEY, model)
+    with refused("labels have shape (5,): expected (4,)"):
+        jaxvae.sample(conditional, KEY, 4, LABELS)
+    with refused("there are labels: expected none"):
+        jaxvae.sample(params, KEY, 5, LABELS)
+    state = jaxvae.create_train_state(KEY, model, TrainConfig(batch_size=5))
+    with refused("no labels: expected (5,)"):
+        jaxvae.train_step(state, images)
+    with refused("labels have shape (4,): expected (5,)"):
+        jaxvae.train_step(state, images, LABELS[:4])
+    state, metrics = jaxvae.train_step(state, images, LABELS)
+    assert np.isfinite(metrics["elbo"])
+
+
+@pytest.mark.parametrize("posterior", CHOICES["model"]["posterior"])
+@pytest.mark.parametrize("prior_name", CHOICES["model"]["prior"])
+@pytest.mark.parametrize("likelihood", CHOICES["model"]["likelihood"])
+def test_every_model_is_trained_sampled_saved_and_loaded(
+    likelihood, prior_name, posterior, tmp_path
+):
+    images = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 1), np.uint8)
+    config = ModelConfig(
+        (8, 8, 1),
+        2,
+        network="mlp",
+        likelihood=likelihood,
+        prior=prior_name,
+        prior_components=5,
+        posterior=posterior,
+        flow_steps=1,
+    )
+    state = jaxvae.create_train_state(KEY, config, TrainConfig(batch_size=8))
+    after, metrics = jaxvae.train_step(state, images)
+    assert all(np.isfinite(value) for value in metrics.values())
+    close(metrics["elbo"], metrics["log_likelihood"] - metrics["kl"])
+    learned = {
+        "encoder": True,
+        "decoder": True,
+        "likelihood": likelihood == "gaussian",
+        "prior": prior_name != "standard_normal",
+        "flow": posterior == "iaf",
+    }
+    for part, learns in learned.items():
+        old, new = (jax.tree.leaves(getattr(s.params, part)) for s in (state, after))
+        assert any(np.any(a != b) for a, b in zip(old, new, strict=True)) == learns
+    assert prior(after.params).log_prob(jnp.zeros((3, 2))).shape == (3,)
+    samples = jaxvae.sample(after.params, KEY, 3)
+    assert samples.shape == (3, 8, 8, 1)
+    assert samples.dtype == jnp.float32
+    assert np.min(samples) >= 0
+    assert np.max(samples) <= 1
+    jaxvae.save(tmp_path, after)
+    assert_equal(jaxvae.load(tmp_path), after.params)

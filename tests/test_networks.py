@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxvae import ModelConfig, convolution, decode, elbo, encode, init, reparameterize
+from jaxvae.networks import NETWORKS, Residual, ResidualDecoder, ResidualEncoder
 from jaxvae.objectives import example_keys
 
 NOTEBOOKS = {
@@ -198,3 +199,177 @@ def test_gradients_in_every_weight_equal_keras(both, network, variables):
         scale = np.abs(b).max()
         assert scale > 0
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5 * scale)
+
+
+def layer_sizes(*sizes):
+    """Parameters of layers that have so many inputs and outputs, biases too."""
+    return sum(fan_in * outputs + outputs for fan_in, outputs in sizes)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@pytest.mark.parametrize(
+    ("shape", "sides"),
+    [
+        ((32, 32, 3), [16, 8, 4]),
+        ((64, 64, 3), [32, 16, 8, 4]),
+        ((28, 28, 1), [14, 7, 4]),
+        ((33, 33, 3), [17, 9, 5, 3]),
+        ((3, 3, 2), []),
+    ],
+)
+def test_residual_shapes_and_parameter_counts(shape, sides, platform, monkeypatch):
+    monkeypatch.setattr(convolution, "backend", lambda: platform)
+    encoder, decoder = ResidualEncoder(7), ResidualDecoder((*shape[:2], 2 * shape[2]))
+
+    def outputs(images):
+        key = jax.random.key(0)
+        (mean, log_var, hidden), encoder_variables = encoder.init_with_output(key, images)
+        decoded, decoder_variables = decoder.init_with_output(key, mean)
+        return encoder_variables, decoder_variables, mean, log_var, hidden, decoded
+
+    variables_and_outputs = jax.eval_shape(outputs, jnp.zeros((5, *shape)))
+    encoder_variables, decoder_variables, mean, log_var, hidden, decoded = variables_and_outputs
+    assert mean.shape == log_var.shape == (5, 7)
+    assert hidden.shape == (5, 256)
+    assert decoded.shape == (5, *shape[:2], 2 * shape[2])
+    widths = [32, 64, 128, 128, 128][: 1 + len(sides)]
+    grid = ([shape[0], *sides][-1]) ** 2 * widths[-1]
+    blocks = 2 * [(9 * width, width) for width in widths[1:]]
+    down = [(9 * a, b) for a, b in zip([shape[2], *widths], widths, strict=False)]
+    up = [(9 * b, a) for a, b in zip([2 * shape[2], *widths], widths, strict=False)]
+    heads = [(grid, 256), (256, 7), (256, 7)]
+    assert count(encoder_variables) == layer_sizes(*down, *blocks, *heads)
+    assert count(decoder_variables) == layer_sizes((7, grid), *up, *blocks)
+
+
+def test_residual_parameter_counts_of_a_colour_image():
+    """Worked out by hand, for 32x32 images of 3 channels and 128 latents."""
+    key = jax.random.key(0)
+    encoder = jax.eval_shape(ResidualEncoder(128).init, key, jnp.zeros((1, 32, 32, 3)))
+    decoder = jax.eval_shape(ResidualDecoder((32, 32, 3)).init, key, jnp.zeros((1, 128)))
+    assert count(encoder) == 896 + 18_496 + 73_856 + 147_584 + 664_192 + 524_544 + 65_792
+    assert count(decoder) == 264_192 + 664_192 + 147_584 + 73_792 + 18_464 + 867
+
+
+def bumped(params, seed=0):
+    """Parameters none of which are zero."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: x + jnp.float32(0.05 * rng.normal(size=x.shape)), params)
+
+
+def relu(x):
+    return np.maximum(x, 0)
+
+
+def convolved(x, layer):
+    """The definition of a 3x3 convolution, a pixel's window at a time."""
+    padded = np.pad(np.float64(x), [(0, 0), (1, 1), (1, 1), (0, 0)])
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2))
+    kernel, bias = np.float64(layer["kernel"]), np.float64(layer["bias"])
+    return np.einsum("bhwcij,ijco->bhwo", windows, kernel) + bias
+
+
+def test_a_residual_block_begins_as_the_identity_and_can_leave_it():
+    x = jnp.float32(np.random.default_rng(1).normal(size=(2, 5, 4, 16)))
+    block = Residual()
+    params = block.init(jax.random.key(0), x)["params"]
+    np.testing.assert_array_equal(block.apply({"params": params}, x), x)
+    gradient = jax.grad(lambda params: jnp.sum(block.apply({"params": params}, x) ** 2))(params)
+    assert np.all(np.any(gradient["conv_2"]["kernel"] != 0, axis=(0, 1)))
+    params = bumped(params)
+    inside = convolved(relu(x), params["conv_1"])
+    expected = x + convolved(relu(inside), params["conv_2"])
+    assert np.abs(expected - x).max() > 0.5
+    np.testing.assert_allclose(block.apply({"params": params}, x), expected, rtol=1e-5, atol=1e-5)
+
+
+SMALL = (10, 7, 3)
+
+
+@pytest.fixture(scope="module")
+def residual():
+    """A residual network of small images, what it makes of some of them, and its gradient."""
+    images = jnp.float32(np.random.default_rng(2).uniform(size=(3, *SMALL)))
+    encoder_key, decoder_key = jax.random.split(jax.random.key(3))
+
+    def network(params, images, dtype=None, blocks=1):
+        encoder = ResidualEncoder(4, dtype, width=16, blocks=blocks, hidden=32)
+        decoder = ResidualDecoder(SMALL, dtype, width=16, blocks=blocks)
+        mean, log_var, hidden = encoder.apply({"params": params["encoder"]}, images)
+        return mean, log_var, hidden, decoder.apply({"params": params["decoder"]}, mean)
+
+    def loss(params, dtype=None):
+        mean, log_var, _, decoded = network(params, images, dtype)
+        return jnp.sum((decoded - images) ** 2) + jnp.sum(mean**2) + jnp.sum(log_var**2)
+
+    encoder, decoder = ResidualEncoder(4, width=16, hidden=32), ResidualDecoder(SMALL, width=16)
+    params = {
+        "encoder": jax.jit(encoder.init)(encoder_key, images)["params"],
+        "decoder": jax.jit(decoder.init)(decoder_key, jnp.zeros((1, 4)))["params"],
+    }
+    return SimpleNamespace(
+        network=jax.jit(network, static_argnames=("dtype", "blocks")),
+        gradient=jax.jit(jax.grad(loss), static_argnames="dtype"),
+        params=params,
+        images=images,
+    )
+
+
+def test_the_residual_network_begins_as_one_without_its_blocks(residual):
+    plain = {
+        name: {layer: x for layer, x in layers.items() if "block" not in layer}
+        for name, layers in residual.params.items()
+    }
+    whole = residual.network(residual.params, residual.images)
+    for a, b in zip(whole, residual.network(plain, residual.images, blocks=0), strict=True):
+        assert np.std(b) > 0
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_residual_gradients_reach_every_weight(residual):
+    for x in jax.tree.leaves(residual.gradient(bumped(residual.params))):
+        assert np.all(np.isfinite(x))
+        assert np.linalg.norm(x) > 0
+
+
+def test_residual_examples_do_not_see_each_other(residual):
+    params = bumped(residual.params)
+    for whole, alone in zip(
+        residual.network(params, residual.images),
+        residual.network(params, residual.images[1:2]),
+        strict=True,
+    ):
+        np.testing.assert_allclose(whole[1:2], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_residual_mixed_precision_gives_float32_near_float32s(residual):
+    params = bumped(residual.params)
+    for exact, near in (
+        (
+            residual.network(params, residual.images),
+            residual.network(params, residual.images, dtype=jnp.bfloat16),
+        ),
+        (residual.gradient(params), residual.gradient(params, dtype=jnp.bfloat16)),
+    ):
+        for a, b in zip(jax.tree.leaves(exact), jax.tree.leaves(near), strict=True):
+            assert a.dtype == b.dtype == jnp.float32
+            assert 0 < np.linalg.norm(b - a) < 0.1 * np.linalg.norm(a)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_classes_change_what_a_conditional_network_gives(name, monkeypatch):
+    monkeypatch.setattr(convolution, "backend", lambda: "gpu")  # compiles faster
+    encoder_class, decoder_class = NETWORKS[name]
+    encoder, decoder = encoder_class(2), decoder_class(SMALL)
+    images = jnp.float32(np.random.default_rng(4).uniform(size=(1, *SMALL)))
+    zeros, ones = jnp.eye(2)[:1], jnp.eye(2)[1:]
+    params = bumped(jax.jit(encoder.init)(jax.random.key(5), images, zeros))
+    encode = jax.jit(encoder.apply)
+    first, second = encode(params, images, zeros), encode(params, images, ones)
+    for a, b in zip(first, second, strict=True):
+        assert np.abs(a - b).max() > 1e-3
+    params = bumped(jax.jit(decoder.init)(jax.random.key(6), first[0], zeros))
+    decode = jax.jit(decoder.apply)
+    a, b = decode(params, first[0], zeros), decode(params, first[0], ones)
+    assert a.shape == b.shape == (1, *SMALL)
+    assert np.abs(a - b).max() > 1e-3

@@ -1,7 +1,9 @@
 """A run is a directory that can be killed at any instant and go on as if nothing had happened."""
 
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from conftest import refused
 
 import jaxvae
 from jaxvae import run
@@ -30,8 +33,32 @@ def trained(run_dir, flags, *, resume=False):
 def finished(tmp_path_factory, npz):
     """A finished run of two epochs and its last state."""
     run_dir = tmp_path_factory.mktemp("runs") / "finished"
-    flags = {"data": str(npz), "batch_size": 64, "epochs": 2, "seed": 3}
+    flags = {"data": str(npz), "network": "mlp", "batch_size": 64, "epochs": 2, "seed": 3}
     return run_dir, trained(run_dir, flags)
+
+
+# A run of many choices, and its 512 training images are eight batches.
+CHOICES = {
+    "batch_size": 64,
+    "network": "mlp",
+    "likelihood": "discretized_logistic",
+    "prior": "mixture",
+    "prior_components": 5,
+    "num_classes": 3,
+    "objective": "iwae",
+    "num_samples": 2,
+    "warmup": "linear",
+    "warmup_steps": 10,
+    "optimizer": "adam",
+    "learning_rate": 3e-4,
+}
+
+
+@pytest.fixture(scope="module")
+def conditional(tmp_path_factory, npz):
+    """A finished run of many choices, two epochs, and its last state."""
+    run_dir = tmp_path_factory.mktemp("runs") / "conditional"
+    return run_dir, trained(run_dir, {**CHOICES, "data": str(npz), "epochs": 2})
 
 
 def test_config_json_holds_what_the_run_was_told(finished, npz):
@@ -41,8 +68,10 @@ def test_config_json_holds_what_the_run_was_told(finished, npz):
         "data_dir": None,
         "manual_dir": None,
         "seed": 3,
-        "model": {"image_shape": [8, 8, 1], "latent_dim": 2, "compute_dtype": "float32"},
-        "train": {"batch_size": 64, "epochs": 2, "learning_rate": 1e-3, "beta": 1.0},
+        "start_from": None,
+        "model": jaxvae.ModelConfig((8, 8, 1), network="mlp").to_dict()
+        | {"image_shape": [8, 8, 1]},
+        "train": jaxvae.TrainConfig(batch_size=64, epochs=2).to_dict(),
     }
 
 
@@ -59,10 +88,7 @@ def test_metrics_jsonl_holds_a_line_for_every_epoch(finished):
 
 def test_the_last_checkpoint_is_the_last_state(finished):
     run_dir, state = finished
-    for a, b in zip(
-        jax.tree.leaves(jaxvae.load(run_dir)), jax.tree.leaves(state.params), strict=True
-    ):
-        np.testing.assert_array_equal(a, b)
+    assert_leaves_equal(jaxvae.load(run_dir), state.params)
 
 
 def test_the_test_metrics_are_those_of_the_test_images(finished, npz):
@@ -74,14 +100,249 @@ def test_the_test_metrics_are_those_of_the_test_images(finished, npz):
     assert recorded["elbo"] == pytest.approx(float(terms.value.mean()), rel=1e-5)
 
 
+def test_a_conditional_run_is_trained_and_measured_with_its_labels(conditional, npz):
+    run_dir, state = conditional
+    _, (images, labels) = jaxvae.load_data(str(npz), labels=True)
+    _, key = run.keys(run.read_config(run_dir))
+    recorded = [line["test"]["elbo"] for line in run.read_metrics(run_dir)]
+    terms = jaxvae.elbo(state.params, key, images, labels)
+    assert recorded[1] == pytest.approx(float(terms.value.mean()), rel=1e-5)
+    others = jaxvae.elbo(state.params, key, images, (labels + 1) % 3)
+    assert recorded[1] != pytest.approx(float(others.value.mean()), rel=1e-5)
+    assert recorded[0] < recorded[1]
+
+
+def test_a_measurement_is_of_the_latest_model_and_is_written_down(conditional, npz):
+    run_dir, state = conditional
+    found = run.measure(run_dir, num_samples=20)
+    assert json.loads((run_dir / "evaluation.json").read_text()) == found
+    _, (images, labels) = jaxvae.load_data(str(npz), labels=True)
+    _, key = run.keys(run.read_config(run_dir))
+    for name, value in run.read_metrics(run_dir)[-1]["test"].items():
+        if name != "loss":
+            assert found[name] == pytest.approx(value, rel=1e-5)
+    log_px = jaxvae.log_likelihood(state.params, key, images, 20, labels)
+    assert found["log_p_x"] == pytest.approx(float(log_px.mean()), rel=1e-5)
+    bits = -found["log_p_x"] / math.log(2) / 64
+    assert found["bits_per_dimension"] == pytest.approx(bits, rel=1e-5)
+    means = jaxvae.reconstruct(state.params, images, labels)
+    error = float(np.mean((images / 255 - means) ** 2))
+    assert found["reconstruction_error"] == pytest.approx(error, rel=1e-4)
+    parts = found["mutual_information"] + found["marginal_kl"]
+    assert abs(parts - found["kl"]) < 0.5
+    assert found["active_units"] in (0, 1, 2)
+    for probe in ("logistic_regression", "nearest_neighbors"):
+        assert 0 <= found[probe] <= 1
+    assert (found["step"], found["images"], found["num_samples"]) == (16, 100, 20)
+
+
+def test_bits_per_dimension_are_of_grey_levels_alone(finished):
+    found = run.measure(finished[0], num_samples=2)
+    assert "bits_per_dimension" not in found
+    assert found["log_p_x"] < 0
+
+
+def test_a_conditional_run_is_drawn(conditional, npz):
+    run_dir, _ = conditional
+    paths = run.draw(run_dir, run.load_run_data(run.read_config(run_dir)))
+    assert len(paths) == 6
+    assert all(path.stat().st_size > 1000 for path in paths)
+
+
+def test_classes_take_part_in_no_model_that_knows_of_none(npz):
+    data = run.load_run_data(RunConfig(data=str(npz)))
+    for classes, kind in ((0, type(None)), (3, np.ndarray)):
+        model = jaxvae.ModelConfig(num_classes=classes)
+        images, labels = run.used(data.test_images, data.test_labels, model)
+        assert images is data.test_images
+        assert isinstance(labels, kind)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize(
+    ("labels", "says"),
+    [
+        (None, "has no {split} labels: expected classes from 0 to 2, as num_classes is 3"),
+        (np.arange(40) % 4, "has {split} labels from 0 to 3: expected classes from 0 to 2"),
+        (np.arange(40) % 3 - 1, "has {split} labels from -1 to 1: expected classes from 0 to 2"),
+    ],
+    ids=["none", "too many", "negative"],
+)
+def test_labels_that_are_missing_or_out_of_range_leave_no_directory(tmp_path, split, labels, says):
+    arrays = {name: np.zeros((40, 8, 8), np.uint8) for name in ("x_train", "x_test")}
+    arrays |= {"y_train": np.arange(40) % 3, "y_test": np.arange(40) % 3, f"y_{split}": labels}
+    data = tmp_path / "data.npz"
+    np.savez(data, **{name: array for name, array in arrays.items() if array is not None})
+    with refused(str(data), says.format(split=split)):
+        trained(tmp_path / "run", {"data": str(data), "num_classes": 3, "batch_size": 8})
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ["none", "dynamic", "fixed"])
+def test_binarized_images_are_the_same_in_every_run(npz, kind):
+    """Test images are 0/1, training images where it is fixed; elsewhere they stay grey."""
+    flags = {"data": str(npz), "binarization": kind}
+    data, again = (run.load_run_data(run.configured({**flags, "seed": seed})) for seed in (1, 2))
+    grey = run.load_run_data(RunConfig(data=str(npz)))
+    drawn = {"none": [], "dynamic": ["test"], "fixed": ["train", "test"]}[kind]
+    for split in ("train", "test"):
+        name = f"{split}_images"
+        ours, before = getattr(data, name), getattr(grey, name)
+        np.testing.assert_array_equal(ours, getattr(again, name))
+        assert ours.dtype == np.uint8
+        if split not in drawn:
+            np.testing.assert_array_equal(ours, before)
+            continue
+        assert set(np.unique(ours)) == {0, 255}
+        p = before / 255
+        spread = np.sqrt(np.sum(p * (1 - p), axis=0))
+        assert np.all(np.abs(np.sum(ours / 255 - p, axis=0)) < 5 * spread)
+    np.testing.assert_array_equal(data.test_labels, grey.test_labels)
+
+
+def test_a_binarized_run_is_measured_on_black_and_white(tmp_path, npz):
+    flags = {"data": str(npz), "network": "mlp", "binarization": "dynamic", "epochs": 1}
+    state = trained(tmp_path, flags)
+    config = run.read_config(tmp_path)
+    images = run.load_run_data(config).test_images
+    _, key = run.keys(config)
+    # By the definition: the log-probability of pixels that are 0 or 1, and nothing else.
+    posterior = jaxvae.encode(state.params, images)
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(np.arange(len(images)))
+    z, _ = posterior.sample_and_log_prob(keys)
+    p = np.float64(jaxvae.decode(state.params, z).mean)
+    log_px = np.sum(np.log(np.where(images == 255, p, 1 - p)), axis=(1, 2, 3))
+    recorded = run.read_metrics(tmp_path)[-1]["test"]
+    assert recorded["log_likelihood"] == pytest.approx(np.mean(log_px), rel=1e-4)
+
+
+def test_a_run_starts_from_anothers_parameters(finished, tmp_path, npz, monkeypatch):
+    run_dir, state = finished
+    monkeypatch.chdir(run_dir.parent)
+    flags = {"data": str(npz), "network": "mlp", "start_from": run_dir.name, "seed": 4}
+    flags |= {"objective": "stl", "optimizer": "adam", "learning_rate": 1e-9, "epochs": 1}
+    config = run.configured(flags)
+    assert config.start_from == str(run_dir)
+    after = trained(tmp_path / "next", flags)
+    first = run.first_state(
+        run.keys(config)[0], run.read_config(tmp_path / "next"), run.load_run_data(config)
+    )
+    assert_leaves_equal(first.params, state.params)
+    assert int(first.step) == 0
+    fresh = jaxvae.create_train_state(run.keys(config)[0], state.params.config, config.train)
+    assert_leaves_equal(first.opt_state, fresh.opt_state)
+    np.testing.assert_array_equal(*map(jax.random.key_data, (first.key, fresh.key)))
+    for a, b in zip(*map(jax.tree.leaves, (after.params, state.params)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-7)
+    before, now = (run.read_metrics(d)[-1]["test"] for d in (run_dir, tmp_path / "next"))
+    assert now["kl"] == pytest.approx(before["kl"], rel=1e-3)
+
+
+def test_a_run_that_has_started_needs_the_other_no_longer(finished, tmp_path, npz):
+    other = shutil.copytree(finished[0], tmp_path / "other")
+    flags = {"data": str(npz), "network": "mlp", "start_from": str(other), "epochs": 1}
+    trained(tmp_path / "run", flags)
+    shutil.rmtree(other)
+    assert int(trained(tmp_path / "run", {"epochs": 2}, resume=True).step) == 8
+    with refused(f"--start-from is {finished[0]}, but", f"started with {other}: leave it out"):
+        run.resumed(tmp_path / "run", {"start_from": str(finished[0])})
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ({"network": "notebook"}, "network mlp: expected notebook, as the run that starts from it"),
+        ({"latent_dim": 3}, "latent_dim 2: expected 3"),
+        ({"num_classes": 3}, "num_classes 0: expected 3"),
+        ({"prior": "vamp"}, "prior standard_normal: expected vamp"),
+    ],
+)
+def test_a_start_from_another_model_is_refused_and_leaves_no_directory(
+    finished, tmp_path, npz, flags, says
+):
+    flags = {"data": str(npz), "network": "mlp", "start_from": str(finished[0]), **flags}
+    with refused(f"{finished[0]} has a model with {says}"):
+        trained(tmp_path / "run", flags)
+    with refused("nowhere holds no checkpoint: expected the run directory of `jaxvae train`"):
+        trained(tmp_path / "run", {**flags, "start_from": "nowhere"})
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ({"posterior": "iaf", "objective": "stl"}, "expected the posterior 'gaussian'"),
+        ({"prior": "mixture", "free_bits": 1}, "free_bits needs the KL of every latent"),
+    ],
+)
+def test_a_model_and_an_objective_that_do_not_go_together_leave_no_directory(
+    tmp_path, npz, flags, says
+):
+    with refused(says):
+        trained(tmp_path / "run", {"data": str(npz), "network": "mlp", **flags})
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_pseudo_inputs_of_a_run_begin_as_training_images(npz):
+    config = run.configured(
+        {"data": str(npz), "network": "mlp", "prior": "vamp", "prior_components": 9}
+    )
+    data = run.load_run_data(config)
+    config = run.fitted(Path("run"), config, data, resume=False)
+    state = run.first_state(run.keys(config)[0], config, data)
+    images = np.asarray(jaxvae.priors.pseudo_images(state.params.prior))
+    assert images.shape == (9, 8, 8, 1)
+    images = np.round(255 * images).astype(int)
+    nearest = [np.abs(data.train_images - image).max(axis=(1, 2, 3)).min() for image in images]
+    assert max(nearest) <= 6  # grey levels: black and white are out of a logit's reach
+    assert len(np.unique(images, axis=0)) > 5
+
+
+def test_a_run_from_before_there_were_choices_goes_on(finished, tmp_path):
+    """As an older version wrote it: a config.json without the fields that came later."""
+    run_dir = shutil.copytree(finished[0], tmp_path / "old")
+    config = json.loads((run_dir / "config.json").read_text())
+    del config["start_from"]
+    config["model"] = {name: config["model"][name] for name in ("image_shape", "latent_dim")}
+    config["train"] = {n: config["train"][n] for n in ("batch_size", "epochs", "learning_rate")}
+    (run_dir / "config.json").write_text(json.dumps(config))
+    resumed = run.resumed(run_dir, {"network": "notebook", "objective": "elbo", "warmup": "none"})
+    assert resumed.model == jaxvae.ModelConfig((8, 8, 1))
+    with refused("--objective is iwae, but", "started with elbo: leave it out"):
+        run.resumed(run_dir, {"objective": "iwae"})
+
+
+def test_a_data_set_of_one_class_is_measured_without_its_probes(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8), np.uint8)
+    np.savez(tmp_path / "one.npz", images=images, labels=np.full(40, 7))
+    flags = {"data": str(tmp_path / "one.npz"), "network": "mlp", "batch_size": 8, "epochs": 1}
+    trained(tmp_path / "run", flags)
+    found = run.measure(tmp_path / "run", num_samples=2)
+    assert "elbo" in found
+    assert "nearest_neighbors" not in found
+
+
 def test_a_run_goes_on_for_more_epochs(tmp_path, npz):
     flags = {"data": str(npz), "batch_size": 64}
     once = trained(tmp_path / "once", {**flags, "epochs": 2})
     trained(tmp_path / "twice", {**flags, "epochs": 1})
     twice = trained(tmp_path / "twice", {"epochs": 2}, resume=True)
-    for a, b in zip(jax.tree.leaves(once.params), jax.tree.leaves(twice.params), strict=True):
-        np.testing.assert_array_equal(a, b)
+    assert_leaves_equal(once.params, twice.params)
     assert without_seconds(tmp_path / "once") == without_seconds(tmp_path / "twice")
+
+
+def test_a_run_of_many_choices_goes_on_bit_for_bit(conditional, tmp_path, npz):
+    run_dir, state = conditional
+    trained(tmp_path, {**CHOICES, "data": str(npz), "epochs": 1})
+    twice = trained(tmp_path, {"epochs": 2, "objective": "iwae", "num_classes": 3}, resume=True)
+    assert_leaves_equal((twice.params, twice.opt_state), (state.params, state.opt_state))
+    assert without_seconds(tmp_path) == without_seconds(run_dir)
+    assert run.read_config(tmp_path) == run.read_config(run_dir)
+
+
+def assert_leaves_equal(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 def without_seconds(run_dir):

@@ -6,9 +6,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from conftest import refused
 
 import jaxvae
 from jaxvae import run, sweep
+from jaxvae.objectives import beta_at
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -30,7 +32,7 @@ def trained_alone(run_dir, config):
 def eight(tmp_path_factory, npz):
     """Eight models, two epochs: their directory, configurations and stacked states."""
     run_dir = tmp_path_factory.mktemp("runs") / "eight"
-    flags = {"data": str(npz), "epochs": 2, "batch_size": 64, "seed": 5}
+    flags = {"data": str(npz), "network": "mlp", "epochs": 2, "batch_size": 64, "seed": 5}
     flags |= {"learning_rate": [1e-3, 2e-4], "beta": [0.5, 4.0]}
     return run_dir, *trained(run_dir, flags, seeds=2)
 
@@ -70,6 +72,65 @@ def test_a_model_of_many_is_the_one_trained_alone(eight, tmp_path, i):
         assert (ours["epoch"], ours["step"]) == (theirs["epoch"], theirs["step"])
         for split in ("train", "test"):
             assert ours[split] == pytest.approx(theirs[split], rel=1e-3, abs=1e-3)
+
+
+@pytest.fixture(scope="module")
+def warmed(tmp_path_factory, npz):
+    """Four conditional models, warmed up, three epochs of one step each."""
+    run_dir = tmp_path_factory.mktemp("runs") / "warmed"
+    flags = {"data": str(npz), "network": "mlp", "num_classes": 3, "batch_size": 512, "epochs": 3}
+    flags |= {"warmup": "linear", "warmup_steps": 4, "beta": [1.0, 6.0], "binarization": "dynamic"}
+    return run_dir, *trained(run_dir, flags, seeds=2)
+
+
+def test_every_beta_is_warmed_up(warmed):
+    """In steps of a quarter, as the loss tells: -log_likelihood + weight * beta * kl."""
+    run_dir, models, _ = warmed
+    for name, config in models.items():
+        losses = [line["train"] for line in run.read_metrics(run_dir / name)]
+        for step, (means, share) in enumerate(zip(losses, (0, 0.25, 0.5), strict=True)):
+            weight = share * config.train.beta
+            assert beta_at(config.train, step) == pytest.approx(weight)
+            assert means["loss"] == pytest.approx(
+                weight * means["kl"] - means["log_likelihood"], rel=1e-5
+            )
+
+
+def test_conditional_models_of_many_are_trained_and_measured_with_their_labels(
+    warmed, tmp_path, npz
+):
+    run_dir, models, states = warmed
+    name = list(models)[-1]
+    alone = trained_alone(tmp_path, models[name])
+    for a, b in zip(*map(jax.tree.leaves, (states.params, alone.params)), strict=True):
+        np.testing.assert_allclose(a[-1], b, rtol=1e-3, atol=1e-5)
+    test = run.load_run_data(models[name])
+    _, key = run.keys(models[name])
+    terms = jaxvae.elbo(jaxvae.load(run_dir / name), key, test.test_images, test.test_labels)
+    recorded = run.read_metrics(run_dir / name)[-1]["test"]
+    assert recorded["elbo"] == pytest.approx(float(terms.value.mean()), rel=1e-4)
+
+
+def test_labels_that_are_missing_leave_no_directory(tmp_path):
+    np.savez(tmp_path / "data.npz", images=np.zeros((40, 8, 8), np.uint8))
+    flags = {"data": str(tmp_path / "data.npz"), "num_classes": 3, "batch_size": 8}
+    with refused("has no train labels: expected classes from 0 to 2"):
+        trained(tmp_path / "run", flags, seeds=2)
+    assert not (tmp_path / "run").exists()
+
+
+def test_many_models_start_from_one(eight, tmp_path, npz):
+    run_dir, models, _ = eight
+    first = str(run_dir / next(iter(models)))
+    flags = {"data": str(npz), "network": "mlp", "batch_size": 512, "epochs": 1}
+    flags |= {"start_from": first, "learning_rate": [1e-9, 2e-9]}
+    _, states = trained(tmp_path / "run", flags)
+    for a, b in zip(*map(jax.tree.leaves, (states.params, jaxvae.load(first))), strict=True):
+        for one in a:
+            np.testing.assert_allclose(one, b, atol=1e-6)
+    with refused(f"{first} has a model with latent_dim 2: expected 3"):
+        trained(tmp_path / "other", {**flags, "latent_dim": 3}, seeds=2)
+    assert not (tmp_path / "other").exists()
 
 
 def test_every_model_has_a_run_directory_of_its_own(eight):
@@ -117,7 +178,7 @@ def test_results_are_over_the_seeds_of_each_combination(eight):
 
 def test_a_sweep_goes_on_bit_for_bit_from_the_last_epoch_that_all_have(tmp_path, npz):
     """As after a kill between two models' checkpoints, and in the first epoch."""
-    flags = {"data": str(npz), "batch_size": 64}
+    flags = {"data": str(npz), "network": "mlp", "batch_size": 64}
     once, parts, scratch = (tmp_path / name for name in ("once", "parts", "scratch"))
     models, _ = trained(once, {**flags, "epochs": 3}, seeds=2)
     trained(parts, {**flags, "epochs": 1}, seeds=2)

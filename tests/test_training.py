@@ -3,15 +3,19 @@
 from dataclasses import replace
 from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.flatten_util import ravel_pytree
 
 import jaxvae
-from jaxvae.objectives import example_keys, negative_elbo
-from jaxvae.training import optimizer, shuffle, train_steps
+from jaxvae.distributions import binarize
+from jaxvae.objectives import OBJECTIVES, Elbo, example_keys, negative_elbo
+from jaxvae.parallel import devices_for, own_part, share
+from jaxvae.training import optimizer, rate_factor, shuffle, train_steps
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -44,6 +48,49 @@ def test_rmsprop_follows_keras():
         v = 0.9 * v + 0.1 * g**2
         step, opt_state = update.update(jnp.float32(g), opt_state)
         assert float(step) == pytest.approx(-1e-3 * g / np.sqrt(v + 1e-7), rel=1e-5)
+
+
+def test_adam_follows_its_paper():
+    """Algorithm 1: m and v, each freed of its start at 0; epsilon outside the root."""
+    update = optimizer(jaxvae.TrainConfig(optimizer="adam", learning_rate=0.01, epsilon=0.1))
+    w, m, v = jnp.float32(2.0), 0.0, 0.0
+    opt_state = update.init(w)
+    for t, g in enumerate((0.5, -0.1, 3.0), start=1):
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        expected = -0.01 * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 0.1)
+        step, opt_state = update.update(jnp.float32(g), opt_state)
+        assert float(step) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps", "factors"),
+    [
+        ("constant", 100, {0: 1, 99: 1}),
+        ("cosine", 100, {0: 1, 25: 0.5 + 0.125**0.5, 50: 0.5, 75: 0.5 - 0.125**0.5, 100: 0}),
+    ],
+)
+def test_the_learning_rate_follows_its_schedule(schedule, steps, factors):
+    for step, factor in factors.items():
+        assert rate_factor(schedule, jnp.int32(step), steps) == pytest.approx(factor, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("steps", "starts"),
+    [
+        (3280, [0, 1, 4, 13, 40, 121, 364, 1093]),
+        (32800, [0, 10, 40, 130, 400, 1210, 3640, 10930]),
+        # Stages of 0.03, 0.09, 0.27, 0.8, 2.5, 7.4, 22.2 and 66.7 steps: two begin with none.
+        (100, [0, None, None, 1, 2, 4, 12, 34]),
+    ],
+)
+def test_burdas_schedule_has_eight_stages_each_three_times_the_last(steps, starts):
+    stages = np.asarray(
+        jax.jit(jax.vmap(lambda i: rate_factor("burda", i, steps)))(np.arange(steps))
+    )
+    stages = np.round(-7 * np.log10(stages)).astype(int)
+    assert np.all(np.diff(stages) >= 0)
+    assert [int(np.argmax(stages == i)) if i in stages else None for i in range(8)] == starts
+    assert rate_factor("burda", jnp.int32(steps - 1), steps) == pytest.approx(0.1)
 
 
 def test_a_step_is_rmsprop_on_the_gradient_of_the_mean_negative_elbo(state, images):
@@ -148,6 +195,26 @@ def test_an_epoch_is_its_steps(state, images):
     np.testing.assert_allclose(means["loss"], np.mean(losses), rtol=1e-5)
     for a, b in leaves(epoch.params, steps.params):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_an_epochs_steps_follow_the_schedule_of_the_whole_run(state, images):
+    config = replace(state.config, schedule="cosine", epochs=2)
+    steps = state = replace(state, config=config)
+    epoch, _ = jaxvae.train_epoch(kept(state), jnp.asarray(images))
+    for i, indices in enumerate(shuffle(state, len(images))):
+        rate = 1e-3 * 0.5 * (1 + np.cos(np.pi * i / 8))
+        steps, _ = jaxvae.train_step(steps, jnp.asarray(images)[indices], learning_rate=rate)
+    for a, b in leaves(epoch.params, steps.params):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_beta_is_warmed_up_by_the_step(state, images):
+    config = replace(state.config, beta=2.0, warmup="linear", warmup_steps=4)
+    state = replace(state, config=config)
+    for step, weight in (0, 0.0), (3, 1.5), (9, 2.0):
+        _, metrics = jaxvae.train_step(replace(state, step=jnp.int32(step)), images[:16])
+        loss = weight * metrics["kl"] - metrics["log_likelihood"]
+        np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)
 
 
 def test_an_epoch_in_parts_is_the_epoch_bit_for_bit(state, images):
@@ -278,6 +345,119 @@ def test_pmap_over_eight_devices_in_float32(model_config, images):
     apart, elbos = run_alone_and_on_eight_devices(state, images, 5)
     assert apart < 1e-3
     np.testing.assert_allclose(elbos, elbos[:, :1].repeat(9, axis=1), rtol=1e-5)
+
+
+class SmallEncoder(nn.Module):
+    """With filters: it is those that are taken in blocks."""
+
+    @nn.compact
+    def __call__(self, images):
+        x = nn.tanh(nn.Conv(2, (3, 3), strides=(4, 4))(images)).reshape(len(images), -1)
+        return nn.Dense(2)(x), nn.Dense(2)(x)
+
+
+class SmallDecoder(nn.Module):
+    @nn.compact
+    def __call__(self, z):
+        return nn.Dense(64)(z).reshape(-1, 8, 8, 1)
+
+
+SMALL = jaxvae.ModelConfig((8, 8, 1), 2, network=(SmallEncoder(), SmallDecoder()))
+
+
+def step_on(devices, state, images, objective=None):
+    """`train_step` with the batch shared by so many devices."""
+    if devices == 1:
+        return jaxvae.train_step(state, images, objective=objective)
+
+    def step(state, images, axis_name):
+        part = own_part(images, axis_name)
+        return jaxvae.train_step(state, part, axis_name=axis_name, objective=objective)
+
+    mesh = devices_for(len(images), least=len(images) // devices)
+    assert mesh.size == devices
+    return share(step, mesh)(state, images)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("elbo", {}),
+        ("elbo", {"num_samples": 2, "free_bits": 0.1}),
+        ("stl", {"num_samples": 2}),
+        ("iwae", {"num_samples": 3}),
+        ("dreg", {"num_samples": 3}),
+        ("beta_tc", {}),
+        ("mmd", {"mmd_weight": 50.0}),
+    ],
+    ids=["elbo", "free_bits", "stl", "iwae", "dreg", "beta_tc", "mmd"],
+)
+def test_the_gradient_is_the_whole_batchs_on_any_number_of_devices(images, name, options):
+    """Whatever its blocks are. Adam's first moment shows the gradient: m = 0.1 g."""
+    config = jaxvae.TrainConfig(objective=name, beta=2.0, optimizer="adam", **options)
+    with jax.enable_x64(True):
+        state = as_float64(jaxvae.create_train_state(jax.random.key(0), SMALL, config))
+        batch = jnp.asarray(images[:16] / 255)
+        key = jax.random.split(jax.random.fold_in(state.key, 0))[0]
+
+        @jax.jit
+        @jax.value_and_grad
+        def loss(params):
+            return jnp.mean(OBJECTIVES[name](params, key, batch, beta=2.0, **options)[0])
+
+        value, gradient = loss(state.params)
+        expected = ravel_pytree(gradient)[0]
+        if "free_bits" in options:
+            kl = jnp.mean(jaxvae.encode(state.params, batch).kl_per_latent(), axis=0)
+            assert min(kl) < options["free_bits"] < max(kl)
+        for devices in 1, 2, 4:
+            after, metrics = step_on(devices, state, batch)
+            moment = ravel_pytree(after.opt_state[0].mu)[0]
+            np.testing.assert_allclose(metrics["loss"], value, rtol=1e-12)
+            np.testing.assert_allclose(moment, 0.1 * expected, atol=1e-12 * jnp.abs(expected).max())
+
+
+def what_is_seen(params, keys, images):
+    """For `train_step` to minimise: metrics that tell what pixels it was given."""
+    grey = jnp.sum((images != 0) & (images != 1), axis=(1, 2, 3))
+    places = jnp.sum(images * jnp.arange(64.0).reshape(8, 8, 1), axis=(1, 2, 3))
+    return jnp.zeros(len(images)), Elbo(grey, places, jnp.mean(images, axis=(1, 2, 3)))
+
+
+def test_dynamic_binarization_draws_black_and_white_anew_at_every_step():
+    images = np.full((64, 8, 8, 1), 51, np.uint8)
+    config = jaxvae.TrainConfig(binarization="dynamic")
+    state = jaxvae.create_train_state(jax.random.key(0), SMALL, config)
+    places = []
+    for _ in range(3):
+        _, shared = step_on(2, state, images, what_is_seen)
+        state, metrics = step_on(1, state, images, what_is_seen)
+        for name, value in metrics.items():
+            np.testing.assert_allclose(shared[name], value, rtol=1e-6)
+        assert metrics["elbo"] == 0
+        assert abs(metrics["kl"] - 0.2) < 4 * np.sqrt(0.2 * 0.8 / images.size)
+        places.append(float(metrics["log_likelihood"]))
+    assert len(set(places)) == 3
+    plain = replace(state, config=replace(config, binarization="none"))
+    _, metrics = step_on(1, plain, images, what_is_seen)
+    assert metrics["elbo"] > 0
+
+
+def test_the_pixels_drawn_are_independent_of_the_latents_noise():
+    """No key that an image's samples are drawn with draws any image's pixels."""
+    grey = jnp.full((4, 8, 8, 1), 0.5)
+
+    def likeness(params, keys, images):
+        folded = [jax.vmap(jax.random.fold_in, (0, None))(keys, k) for k in range(4)]
+        drawn = jnp.stack([binarize(key, grey[0]) for keys in (keys, *folded) for key in keys])
+        same = jnp.mean(drawn[:, None] == images, axis=(2, 3, 4))
+        terms = jnp.full(4, jnp.max(same))
+        return jnp.zeros(4), Elbo(terms, terms, terms)
+
+    config = jaxvae.TrainConfig(binarization="dynamic")
+    state = jaxvae.create_train_state(jax.random.key(0), SMALL, config)
+    _, metrics = jaxvae.train_step(state, grey, objective=likeness)
+    assert 0.5 < metrics["elbo"] < 0.9
 
 
 def test_a_sharded_batch_under_jit_is_the_single_device_step(state, images):

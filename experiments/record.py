@@ -1,0 +1,104 @@
+"""Runs as results to keep: what they were told, how long they took and what they came to.
+
+    python experiments/record.py FOLDER RUN_DIR...     keep these runs as FOLDER/NAME.json
+    python experiments/record.py FOLDER                print the table of what is kept
+
+A run counts once `jaxvae evaluate` has measured it.
+"""
+
+import json
+import os
+import platform
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+from jaxvae import run
+from jaxvae.config import ModelConfig, TrainConfig
+from jaxvae.parallel import cores
+
+COLUMNS = {
+    "elbo": ("ELBO", "{:.2f}"),
+    "log_p_x": ("log p(x)", "{:.2f}"),
+    "bits_per_dimension": ("bits/dim", "{:.3f}"),
+    "active_units": ("active units", "{:.0f}"),
+    "mutual_information": ("I(n; z)", "{:.2f}"),
+    "marginal_kl": ("KL(q(z) &#124;&#124; p(z))", "{:.2f}"),
+    "nearest_neighbors": ("5-NN", "{:.3f}"),
+}
+
+
+def command(config: run.RunConfig) -> str:
+    """The command line that makes a run, without its directory."""
+    words = ["jaxvae train", "--data", Path(config.data).name]
+    own, plain = vars(config), vars(run.RunConfig())
+    for kind, part in ((ModelConfig, config.model), (TrainConfig, config.train)):
+        own = own | vars(part)
+        plain = plain | {field.name: field.default for field in fields(kind)}
+    for name in sorted(
+        own.keys() - {"data", "data_dir", "manual_dir", "image_shape", "model", "train"}
+    ):
+        if own[name] == plain[name]:
+            continue
+        value = Path(own[name]).name if name == "start_from" else own[name]
+        words += [run.as_flag(name), f"{value}"]
+    return " ".join(words)
+
+
+def machine() -> str:
+    """The processor, and how many of its cores this process may use."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if os.name == "posix" else ():
+        if line.startswith("model name"):
+            return f"{cores()} x {line.split(':')[1].strip()}"
+    return f"{cores()} x {platform.processor() or platform.machine()}"
+
+
+def record(run_dir: Path) -> dict:
+    config = run.read_config(run_dir)
+    lines = run.read_metrics(run_dir)
+    return {
+        "command": command(config),
+        "seed": config.seed,
+        "epochs": lines[-1]["epoch"],
+        "seconds": round(sum(line["seconds"] for line in lines)),
+        "machine": machine(),
+        "evaluation": json.loads((run_dir / "evaluation.json").read_text()),
+        "test_elbo": {
+            line["epoch"]: round(line["test"]["elbo"], 3)
+            for line in lines
+            if line["epoch"] <= 10 or line["epoch"] % max(1, len(lines) // 50) == 0
+        },
+    }
+
+
+def table(records: dict[str, dict]) -> str:
+    """Markdown: what the runs came to, and below how each was made."""
+    measured = {name: kept["evaluation"] for name, kept in records.items()}
+    shown = {key: how for key, how in COLUMNS.items() if any(key in e for e in measured.values())}
+    head = ["run", "epochs", *(title for title, _ in shown.values()), "minutes", "seed", "machine"]
+    rows = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for name, kept in records.items():
+        cells = [name, str(kept["epochs"])]
+        for key, (_, form) in shown.items():
+            value = measured[name].get(key)
+            cells.append("" if value is None else form.format(value))
+        cells += [f"{kept['seconds'] / 60:.0f}", str(kept["seed"]), kept["machine"]]
+        rows.append("| " + " | ".join(cells) + " |")
+    made = [f"{name:12} {kept['command']} --run-dir {name}" for name, kept in records.items()]
+    return "\n".join([*rows, "", "```", *made, "```"])
+
+
+def main() -> None:
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
+    folder, *run_dirs = map(Path, sys.argv[1:])
+    for run_dir in run_dirs:
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(record(run_dir), indent=1) + "\n"
+        (folder / f"{run_dir.name}.json").write_text(text)
+    kept = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    print(table(kept))
+
+
+if __name__ == "__main__":
+    main()
