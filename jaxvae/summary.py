@@ -31,7 +31,7 @@ def summary(config: ModelConfig) -> str:
     lines = []
     for title, rows in tables.items():
         total = sum(row[-1] for row in rows)
-        lines += [*_table(title, rows), f"{'':52}{total:>12,}", ""]
+        lines += [*_table(title, rows), f"{'':58}{total:>12,}", ""]
     return "\n".join([*lines, f"{_count(params):,} parameters"])
 
 
@@ -62,8 +62,8 @@ def _count(params: Any) -> int:
 
 
 def _table(title: str, rows: list[Row]) -> list[str]:
-    head = f"{title:24}{'output':14}{'kernel':14}{'parameters':>12}"
-    return [head, "-" * len(head), *(f"{n:24}{o:14}{k:14}{c:>12,}" for n, o, k, c in rows)]
+    head = f"{title:22}{'output':16}{'kernel':20}{'parameters':>12}"
+    return [head, "-" * len(head), *(f"{n:22}{o:16}{k:20}{c:>12,}" for n, o, k, c in rows)]
 
 
 def _shape(sides: tuple[int, ...]) -> str:

@@ -165,7 +165,11 @@ def test_evaluate_prints_one_table_of_what_it_writes_down(run_dir, capsys):
     assert set(written) == set(names.values()) | about
 
 
-def test_train_makes_a_run_directory(run_dir):
+def test_train_makes_a_run_directory_and_tells_each_epoch_in_a_line(npz, tmp_path, capsys):
+    """Where there is no terminal."""
+    run_dir = tmp_path / "run"
+    train = ["train", "--data", str(npz), "--run-dir", str(run_dir), "--network", "mlp"]
+    assert main([*train, "--latent-dim", "3", "--epochs", "2"]) == 0
     assert {path.name for path in run_dir.iterdir()} == {
         "config.json",
         "metrics.jsonl",
@@ -181,10 +185,6 @@ def test_train_makes_a_run_directory(run_dir):
         "training.png",
     }
     assert jaxvae.load(run_dir).config.latent_dim == 3
-
-
-def test_train_tells_each_epoch_in_a_line_where_there_is_no_terminal(npz, tmp_path, capsys):
-    main(["train", "--data", str(npz), "--run-dir", str(tmp_path / "run"), "--epochs", "2"])
     told = capsys.readouterr().err.splitlines()
     assert "512 training and 100 test images" in told[0]
     for line, epoch in zip(told[1:3], ("1/2", "2/2"), strict=True):
@@ -314,7 +314,7 @@ def counted(arguments, **environment):
 
 
 def test_a_second_start_compiles_nothing(npz, tmp_path):
-    train = ["train", "--data", npz, "--epochs", "1", "--run-dir"]
+    train = ["train", "--data", npz, "--network", "mlp", "--epochs", "1", "--run-dir"]
     cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
     code, _, compiled, _ = counted([*train, tmp_path / "first"], **cache)
     assert code == 0
