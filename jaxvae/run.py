@@ -32,7 +32,6 @@ from jaxvae.errors import InputError
 from jaxvae.evaluation import evaluate, examine, mean_log_likelihood
 from jaxvae.model import Params
 from jaxvae.parallel import devices_for, everywhere, share
-from jaxvae.priors import like_images
 from jaxvae.progress import Progress, Shown
 from jaxvae.training import (
     Metrics,
@@ -184,18 +183,13 @@ def try_out(config: RunConfig, data: Dataset) -> None:
     jax.eval_shape(step, images[batch], None if labels is None else labels[batch])
 
 
-def first_state(key: jax.Array, config: RunConfig, data: Dataset) -> TrainState:
-    """The state that a run begins with; a VampPrior's pseudo-inputs are training images.
+def first_state(key: jax.Array, config: RunConfig) -> TrainState:
+    """The state that a run begins with.
 
     Raises InputError if the run to start from has another model.
     """
     state = create_train_state(key, config.model, config.train)
     params = first_params(config)
-    if params is None and config.model.prior == "vamp":
-        count = (config.model.prior_components,)
-        rows = jax.random.choice(jax.random.fold_in(key, 1), len(data.train_images), count)
-        images = jnp.asarray(data.train_images[np.asarray(rows)])
-        return replace(state, params=replace(state.params, prior=like_images(images)))
     if params is None:
         return state
     return replace(state, params=params, opt_state=optimizer(config.train).init(params))
@@ -319,7 +313,7 @@ def train(
     )
     with open_checkpoints(run_dir) as checkpoints:
         if checkpoints.latest_step() is None:
-            state = first_state(train_key, config, data)
+            state = first_state(train_key, config)
         else:
             state = replace(restore(run_dir), config=config.train)
         state = jax.device_put(state, everywhere(devices))

@@ -144,7 +144,7 @@ def train(
         checkpoints = [stack.enter_context(open_checkpoints(f, latest=2)) for f in folders]
         steps = [manager.latest_step() for manager in checkpoints]
         if None in steps:
-            ones = [run.first_state(key, configs[0], data) for key in train_keys]
+            ones = [run.first_state(key, configs[0]) for key in train_keys]
         else:
             ones = [restore(folder, min(steps)) for folder in folders]
         states = _stacked([replace(state, config=shared) for state in ones])

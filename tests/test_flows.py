@@ -49,6 +49,32 @@ def copies(batch):
     return FlowPosterior(*rows, q.params, q.flow)
 
 
+def inverse(q, z_T):
+    """z_0 of every z_T, and the Jacobian there.
+
+    A step is undone by so many rounds as there are latents, each of which sets one more right.
+    """
+
+    def forward(z, context):
+        return q.flow.apply({"params": params}, z, context)[0]
+
+    @jax.jit
+    def undo(z, context):
+        for t in reversed(range(q.flow.steps)):
+            network = AutoregressiveNetwork(q.flow.hidden, backwards=t % 2 == 1)
+            after = z
+            for _ in range(z.shape[1]):
+                m, s = network.apply({"params": params[f"step_{t + 1}"]}, z, context)
+                sigma = 1 / (1 + jnp.exp(-s - 2))
+                z = (after - (1 - sigma) * m) / sigma
+        return z, jax.vmap(jax.jacfwd(forward))(z, context), forward(z, context)
+
+    params, context, z_T = jax.tree.map(jnp.float64, (q.params, q.context, z_T))
+    z_0, jacobians, again = undo(z_T, context)
+    np.testing.assert_allclose(again, z_T, atol=1e-8)
+    return np.asarray(z_0), np.asarray(jacobians)
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3])
 @pytest.mark.parametrize("latents", [1, 2, 3, 8])
 def test_log_det_is_the_jacobians(latents, steps):
@@ -118,34 +144,8 @@ def test_log_prob_of_a_draw_is_its_density_by_the_inverse():
     np.testing.assert_allclose(log_q, expected, rtol=1e-4, atol=1e-4)
 
 
-def inverse(q, z):
-    """z_0 of every z_T, and the Jacobian there: step by step, one latent after the other."""
-
-    @jax.jit
-    @jax.vmap
-    def solve(z, context):
-        def forward(z_0):
-            return q.flow.apply({"params": params}, z_0, context)[0]
-
-        z_t = z
-        for t in reversed(range(q.flow.steps)):
-            network = AutoregressiveNetwork(q.flow.hidden, backwards=t % 2 == 1)
-            z_before = jnp.zeros_like(z_t)
-            for _ in range(z_t.size):  # each time one more latent is right
-                m, s = network.apply({"params": params[f"step_{t + 1}"]}, z_before, context)
-                z_before = (z_t - jax.nn.sigmoid(-s - 2) * m) / jax.nn.sigmoid(s + 2)
-            z_t = z_before
-        return z_t, jax.jacfwd(forward)(z_t), forward(z_t) - z
-
-    params, context, z = jax.tree.map(jnp.float64, (q.params, q.context, z))
-    z_0, jacobians, missed = solve(z, context)
-    np.testing.assert_allclose(missed, np.zeros_like(missed), atol=1e-8)
-    return np.asarray(z_0), np.asarray(jacobians)
-
-
 def test_density_integrates_to_one_and_is_that_of_the_draws():
-    side = 100
-    n = side**2
+    n = (side := 100) ** 2
     q = copies(n)
     draws = np.asarray(q.sample(KEY))
     low, high = draws.min(0) - 1, draws.max(0) + 1
@@ -163,12 +163,12 @@ def test_density_integrates_to_one_and_is_that_of_the_draws():
 
 def test_weights_of_draws_average_to_the_integral_of_another_density():
     """E_q[f(z) / q(z)] is the integral of f, by the posterior's own draws and densities alone."""
-    n = 100_000
+    n = 20_000
     z, log_q = copies(n).sample_and_log_prob(jax.random.split(KEY, n))
     narrow = Gaussian(jnp.mean(z, axis=0), jnp.log(jnp.var(z, axis=0)) - 2)
     weights = np.exp(np.float64(narrow.log_prob(z) - log_q))
     error = weights.std() / np.sqrt(n)
-    assert error < 0.01
+    assert error < 0.02
     assert abs(weights.mean() - 1) < 5 * error
 
 
