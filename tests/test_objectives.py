@@ -39,6 +39,8 @@ from jaxvae.objectives import (
     sticking_the_landing,
 )
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 KEY = jax.random.key(7)
 NOISE = 0.5
 BIAS = np.linspace(-1, 1, 6)
@@ -272,7 +274,6 @@ def test_the_signal_to_noise_ratio_grows_with_k_for_dreg_and_falls_for_iwae(pca)
         return signal / np.linalg.norm(dreg.std(0)), signal / np.linalg.norm(iwae.std(0))
 
     dreg, iwae = np.divide(ratios(64), ratios(4))
-    print("SNR", dreg, iwae)
     assert 3 < dreg < 5
     assert 1 / 6 < iwae < 1 / 3
 
@@ -293,15 +294,20 @@ def test_dreg_follows_its_formula(params, images, beta):
             ratio = prior(params).log_prob(z) - encode(params, x).log_prob(z)
             return decode(params, z).log_prob(jnp.tile(x, (4, 1, 1, 1))) + beta * ratio
 
-        v = jax.nn.softmax(log_w(z(phi)))
-        slopes = jax.grad(lambda z: jnp.sum(log_w(z)))(z(phi))
-        weights = (1 - beta) * v + beta * v**2
-        expected = -jnp.einsum("i,ij,ijp->p", weights, slopes, jax.jacobian(z)(phi))
+        @jax.jit
+        def by_hand(phi):
+            v = jax.nn.softmax(log_w(z(phi)))
+            weights = (1 - beta) * v + beta * v**2
+            slopes = jax.grad(lambda z: jnp.sum(log_w(z)))(z(phi))
+            return jnp.einsum("i,ij,ijp->p", weights, slopes, jax.jacobian(z)(phi))
 
-        def loss(params):
+        @jax.jit
+        @jax.grad
+        def gradient(params):
             return jnp.sum(doubly_reparameterized(params, KEY, x, beta=beta, num_samples=4)[0])
 
-        gradient = ravel_pytree(jax.grad(loss)(params).encoder)[0]
+        expected = -by_hand(phi)
+        gradient = ravel_pytree(gradient(params).encoder)[0]
         np.testing.assert_allclose(gradient, expected, atol=1e-10 * np.abs(expected).max())
 
 
@@ -403,10 +409,9 @@ def test_the_elbos_terms_are_the_networks_at_a_posterior_draw(params, images):
 
 def test_free_bits_is_what_a_latent_costs_at_least(params, images):
     kls = exact_kl(params, images)
-    below, above = np.argsort(kls.mean(0))
     least = float(kls.mean())
-    # Below it in the mean over the images, which is what counts, but not for all of them.
-    assert kls[:, below].max() > least
+    below, above = np.argsort(kls.mean(0))
+    assert kls[:, below].max() > least  # it is the mean over the images that counts
     loss, terms = negative_elbo(params, KEY, images, beta=3.0, free_bits=least)
     cost = least + kls[:, above].mean()
     np.testing.assert_allclose(jnp.mean(loss + terms.log_likelihood), 3 * cost, rtol=1e-5)
@@ -485,34 +490,28 @@ def test_mmd_has_the_expectation_of_the_distributions_discrepancy(pca, shift):
 # ---- Their gradients, and where they run ----
 
 
-def everything_learned(params):
-    """The mixture's, the flow's and the likelihood's parameters too, and classes."""
-    config = replace(params.config, likelihood="gaussian", posterior="iaf", num_classes=3)
+def everything_learned(posterior):
+    """The likelihood's parameters too, and a mixture's and a flow's; and classes."""
+    config = replace(CONFIG, likelihood="gaussian", posterior=posterior, num_classes=3)
     return with_mixture(init(KEY, config))
 
 
-LABELS = np.array([2, 0, 1, 1, 2, 0, 0])
-
-
-@pytest.mark.parametrize("learned", [False, True], ids=["plain", "everything-learned"])
 @pytest.mark.parametrize(
-    "objective",
+    ("objective", "posterior"),
     [
-        negative_elbo,
-        partial(negative_elbo, num_samples=2, beta=0.5),
-        partial(importance_weighted, num_samples=3, beta=0.5),
-        partial(beta_tc, beta=4.0),
-        maximum_mean_discrepancy,
-        lambda params, key, images, labels: [log_likelihood(params, key, images, 700, labels)],
+        (negative_elbo, None),
+        (partial(negative_elbo, num_samples=2, beta=0.5), "iaf"),
+        (partial(importance_weighted, num_samples=3, beta=0.5), "iaf"),
+        (partial(beta_tc, beta=4.0), "gaussian"),
+        (maximum_mean_discrepancy, "iaf"),
+        (lambda *args: [log_likelihood(*args[:3], 700, *args[3:])], "iaf"),
     ],
     ids=["elbo", "elbo-2", "iwae", "beta_tc", "mmd", "log_likelihood"],
 )
-def test_gradients_equal_central_differences(objective, learned, params, images):
-    labels = None
-    if learned:
-        params, labels = everything_learned(params), LABELS[:3]
-        if getattr(objective, "func", None) is beta_tc:
-            params = replace(params, config=replace(params.config, posterior="gaussian"), flow={})
+def test_gradients_equal_central_differences(objective, posterior, params, images):
+    labels = ()
+    if posterior:
+        params, labels = everything_learned(posterior), (np.array([2, 0, 1]),)
     with jax.enable_x64(True):
         params, images = jax.tree.map(jnp.float64, (params, images[:3]))
         flat, unravel = ravel_pytree(params)
@@ -520,7 +519,7 @@ def test_gradients_equal_central_differences(objective, learned, params, images)
         @jax.jit
         @jax.value_and_grad
         def value_and_gradient(flat):
-            return jnp.sum(objective(unravel(flat), KEY, images, labels)[0])
+            return jnp.sum(objective(unravel(flat), KEY, images, *labels)[0])
 
         _, gradient = value_and_gradient(flat)
         step = 1e-5
@@ -534,6 +533,7 @@ def test_gradients_equal_central_differences(objective, learned, params, images)
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_objectives_run_under_jit_and_vmap_and_scan(params, images, name):
+    @jax.jit
     def gradient(model):
         params, key = model
 
@@ -547,7 +547,7 @@ def test_objectives_run_under_jit_and_vmap_and_scan(params, images, name):
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *models)
     alone = jnp.stack([gradient(model) for model in models])
     scale = 1e-4 * np.abs(alone).max()
-    np.testing.assert_allclose(jax.jit(jax.vmap(gradient))(stacked), alone, atol=scale)
+    np.testing.assert_allclose(jax.vmap(gradient)(stacked), alone, atol=scale)
     _, scanned = jax.lax.scan(lambda _, model: (None, gradient(model)), None, stacked)
     np.testing.assert_allclose(scanned, alone, atol=scale)
 
@@ -581,7 +581,7 @@ def test_an_images_noise_is_its_keys_whatever_the_batch(estimate, params, images
     assert not np.any(np.isclose(values(keys[:2], images[3:5])[0], whole[0][3:5], rtol=1e-4))
 
 
-@pytest.mark.parametrize("num_samples", [1, 7, 1500])
+@pytest.mark.parametrize("num_samples", [1, 1500])
 def test_the_importance_weighted_bound_does_not_depend_on_chunks(pca, num_samples):
     """As many samples are taken at once as the batch leaves room for."""
     x = np.random.default_rng(5).normal(size=(300, 2, 3, 1))

@@ -33,6 +33,28 @@ def is_key(x):
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
+class SmallEncoder(nn.Module):
+    """With filters: it is those that are taken in blocks."""
+
+    @nn.compact
+    def __call__(self, images):
+        x = nn.tanh(nn.Conv(2, (3, 3), strides=(4, 4))(images)).reshape(len(images), -1)
+        return nn.Dense(2)(x), nn.Dense(2)(x)
+
+
+class SmallDecoder(nn.Module):
+    @nn.compact
+    def __call__(self, z):
+        return nn.Dense(64)(z).reshape(-1, 8, 8, 1)
+
+
+SMALL = jaxvae.ModelConfig((8, 8, 1), 2, network=(SmallEncoder(), SmallDecoder()))
+
+
+def small_state(**config):
+    return jaxvae.create_train_state(jax.random.key(0), SMALL, jaxvae.TrainConfig(**config))
+
+
 @pytest.fixture
 def state(model_config):
     train_config = jaxvae.TrainConfig(batch_size=16)
@@ -197,9 +219,8 @@ def test_an_epoch_is_its_steps(state, images):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_an_epochs_steps_follow_the_schedule_of_the_whole_run(state, images):
-    config = replace(state.config, schedule="cosine", epochs=2)
-    steps = state = replace(state, config=config)
+def test_an_epochs_steps_follow_the_schedule_of_the_whole_run(images):
+    steps = state = small_state(batch_size=16, schedule="cosine", epochs=2)
     epoch, _ = jaxvae.train_epoch(kept(state), jnp.asarray(images))
     for i, indices in enumerate(shuffle(state, len(images))):
         rate = 1e-3 * 0.5 * (1 + np.cos(np.pi * i / 8))
@@ -208,9 +229,8 @@ def test_an_epochs_steps_follow_the_schedule_of_the_whole_run(state, images):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_beta_is_warmed_up_by_the_step(state, images):
-    config = replace(state.config, beta=2.0, warmup="linear", warmup_steps=4)
-    state = replace(state, config=config)
+def test_beta_is_warmed_up_by_the_step(images):
+    state = small_state(beta=2.0, warmup="linear", warmup_steps=4)
     for step, weight in (0, 0.0), (3, 1.5), (9, 2.0):
         _, metrics = jaxvae.train_step(replace(state, step=jnp.int32(step)), images[:16])
         loss = weight * metrics["kl"] - metrics["log_likelihood"]
@@ -347,24 +367,6 @@ def test_pmap_over_eight_devices_in_float32(model_config, images):
     np.testing.assert_allclose(elbos, elbos[:, :1].repeat(9, axis=1), rtol=1e-5)
 
 
-class SmallEncoder(nn.Module):
-    """With filters: it is those that are taken in blocks."""
-
-    @nn.compact
-    def __call__(self, images):
-        x = nn.tanh(nn.Conv(2, (3, 3), strides=(4, 4))(images)).reshape(len(images), -1)
-        return nn.Dense(2)(x), nn.Dense(2)(x)
-
-
-class SmallDecoder(nn.Module):
-    @nn.compact
-    def __call__(self, z):
-        return nn.Dense(64)(z).reshape(-1, 8, 8, 1)
-
-
-SMALL = jaxvae.ModelConfig((8, 8, 1), 2, network=(SmallEncoder(), SmallDecoder()))
-
-
 def step_on(devices, state, images, objective=None):
     """`train_step` with the batch shared by so many devices."""
     if devices == 1:
@@ -382,21 +384,18 @@ def step_on(devices, state, images, objective=None):
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("elbo", {}),
         ("elbo", {"num_samples": 2, "free_bits": 0.1}),
-        ("stl", {"num_samples": 2}),
-        ("iwae", {"num_samples": 3}),
         ("dreg", {"num_samples": 3}),
         ("beta_tc", {}),
         ("mmd", {"mmd_weight": 50.0}),
     ],
-    ids=["elbo", "free_bits", "stl", "iwae", "dreg", "beta_tc", "mmd"],
+    ids=["free_bits", "dreg", "beta_tc", "mmd"],
 )
 def test_the_gradient_is_the_whole_batchs_on_any_number_of_devices(images, name, options):
     """Whatever its blocks are. Adam's first moment shows the gradient: m = 0.1 g."""
-    config = jaxvae.TrainConfig(objective=name, beta=2.0, optimizer="adam", **options)
     with jax.enable_x64(True):
-        state = as_float64(jaxvae.create_train_state(jax.random.key(0), SMALL, config))
+        state = small_state(objective=name, beta=2.0, optimizer="adam", **options)
+        state = as_float64(state)
         batch = jnp.asarray(images[:16] / 255)
         key = jax.random.split(jax.random.fold_in(state.key, 0))[0]
 
@@ -426,8 +425,7 @@ def what_is_seen(params, keys, images):
 
 def test_dynamic_binarization_draws_black_and_white_anew_at_every_step():
     images = np.full((64, 8, 8, 1), 51, np.uint8)
-    config = jaxvae.TrainConfig(binarization="dynamic")
-    state = jaxvae.create_train_state(jax.random.key(0), SMALL, config)
+    state = small_state(binarization="dynamic")
     places = []
     for _ in range(3):
         _, shared = step_on(2, state, images, what_is_seen)
@@ -438,7 +436,7 @@ def test_dynamic_binarization_draws_black_and_white_anew_at_every_step():
         assert abs(metrics["kl"] - 0.2) < 4 * np.sqrt(0.2 * 0.8 / images.size)
         places.append(float(metrics["log_likelihood"]))
     assert len(set(places)) == 3
-    plain = replace(state, config=replace(config, binarization="none"))
+    plain = replace(state, config=jaxvae.TrainConfig())
     _, metrics = step_on(1, plain, images, what_is_seen)
     assert metrics["elbo"] > 0
 
@@ -454,8 +452,7 @@ def test_the_pixels_drawn_are_independent_of_the_latents_noise():
         terms = jnp.full(4, jnp.max(same))
         return jnp.zeros(4), Elbo(terms, terms, terms)
 
-    config = jaxvae.TrainConfig(binarization="dynamic")
-    state = jaxvae.create_train_state(jax.random.key(0), SMALL, config)
+    state = small_state(binarization="dynamic")
     _, metrics = jaxvae.train_step(state, grey, objective=likeness)
     assert 0.5 < metrics["elbo"] < 0.9
 
