@@ -224,9 +224,7 @@ def test_a_run_starts_from_anothers_parameters(finished, tmp_path, npz, monkeypa
     config = run.configured(flags)
     assert config.start_from == str(run_dir)
     after = trained(tmp_path / "next", flags)
-    first = run.first_state(
-        run.keys(config)[0], run.read_config(tmp_path / "next"), run.load_run_data(config)
-    )
+    first = run.first_state(run.keys(config)[0], run.read_config(tmp_path / "next"))
     assert_leaves_equal(first.params, state.params)
     assert int(first.step) == 0
     fresh = jaxvae.create_train_state(run.keys(config)[0], state.params.config, config.train)
@@ -281,21 +279,6 @@ def test_a_model_and_an_objective_that_do_not_go_together_leave_no_directory(
     with refused(says):
         trained(tmp_path / "run", {"data": str(npz), "network": "mlp", **flags})
     assert not (tmp_path / "run").exists()
-
-
-def test_the_pseudo_inputs_of_a_run_begin_as_training_images(npz):
-    config = run.configured(
-        {"data": str(npz), "network": "mlp", "prior": "vamp", "prior_components": 9}
-    )
-    data = run.load_run_data(config)
-    config = run.fitted(Path("run"), config, data, resume=False)
-    state = run.first_state(run.keys(config)[0], config, data)
-    images = np.asarray(jaxvae.priors.pseudo_images(state.params.prior))
-    assert images.shape == (9, 8, 8, 1)
-    images = np.round(255 * images).astype(int)
-    nearest = [np.abs(data.train_images - image).max(axis=(1, 2, 3)).min() for image in images]
-    assert max(nearest) <= 6  # grey levels: black and white are out of a logit's reach
-    assert len(np.unique(images, axis=0)) > 5
 
 
 def test_a_run_from_before_there_were_choices_goes_on(finished, tmp_path):
