@@ -203,6 +203,12 @@ def with_mixture(params):
     return replace(params, config=replace(params.config, prior="mixture"), prior=mixture)
 
 
+def with_vamp(params):
+    """A prior whose parameters are the encoder's as well."""
+    learned = {"pseudo_inputs": jnp.float64(np.random.default_rng(6).normal(size=(2, 2, 3, 1)))}
+    return replace(params, config=replace(params.config, prior="vamp"), prior=learned)
+
+
 def test_the_importance_weighted_bound_under_a_mixture_prior_reaches_log_p(pca):
     """log p(x) is then that of a mixture of probabilistic PCAs."""
     parts = [log_p(X, (-1, 0.5), (0.25, 1)), log_p(X, (1, 0), (0.5, 2))]
@@ -215,17 +221,18 @@ def test_the_importance_weighted_bound_under_a_mixture_prior_reaches_log_p(pca):
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "num_samples", "mixture"),
+    ("one", "other", "num_samples", "with_prior"),
     [
-        (negative_elbo, sticking_the_landing, 1, False),
-        (negative_elbo, sticking_the_landing, 2, True),
-        (importance_weighted, doubly_reparameterized, 5, True),
+        (negative_elbo, sticking_the_landing, 1, None),
+        (negative_elbo, sticking_the_landing, 2, with_mixture),
+        (importance_weighted, doubly_reparameterized, 5, with_mixture),
+        (importance_weighted, doubly_reparameterized, 5, with_vamp),
     ],
-    ids=["elbo-stl", "elbo-stl-mixture", "iwae-dreg-mixture"],
+    ids=["elbo-stl", "elbo-stl-mixture", "iwae-dreg-mixture", "iwae-dreg-vamp"],
 )
-def test_two_estimators_of_one_gradient_agree_in_mean(pca, one, other, num_samples, mixture):
+def test_two_estimators_of_one_gradient_agree_in_mean(pca, one, other, num_samples, with_prior):
     """And also where the KL is weighted; the learned prior's gradient as well."""
-    params = with_mixture(pca(**WRONG)) if mixture else pca(**WRONG)
+    params = with_prior(pca(**WRONG)) if with_prior else pca(**WRONG)
     for beta in 1.0, 0.3, 2.0:
         options = {"num_samples": num_samples, "beta": beta}
         expected = gradients(one, params, 10_000, **options)
