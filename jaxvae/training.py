@@ -120,12 +120,13 @@ def train_step(
     keys = example_keys(_noise_key(state), batch, first)
     if state.config.binarization == "dynamic":
         images = binarize(example_keys(_binarization_key(state), batch, first), images)
-    whole = False
+    whole, samples = False, 1
     if objective is None:
         weight = beta_at(state.config, state.step, beta)
         objective, whole = chosen(state.config, weight, axis_name)
+        samples = state.config.num_samples
     examples = (keys, images) if labels is None else (keys, images, jnp.asarray(labels))
-    size = batch if whole else block_size(batch, state.params)
+    size = batch if whole else max(1, block_size(batch * samples, state.params) // samples)
     grads, metrics = _mean_gradient(objective, state.params, examples, size)
     if axis_name:
         grads, metrics = lax.pmean((grads, metrics), axis_name)
