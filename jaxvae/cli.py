@@ -25,6 +25,7 @@ _FLAGS: dict[str, dict[str, Any]] = {
     "--compute-dtype": {"metavar": "TYPE", "help": "float32 (the default), or bfloat16: mixed "
                         "precision, for accelerators"},
     "--network": {"metavar": "NAME", "help": "notebook (the default), mlp or residual"},
+    "--width": {"type": int, "metavar": "N", "help": "of mlp or residual; default 200, or 32"},
     "--likelihood": {"metavar": "NAME", "help": "bernoulli (the default), continuous_bernoulli, "
                      "gaussian or discretized_logistic"},
     "--prior": {"metavar": "NAME", "help": "standard_normal (the default), mixture or vamp"},

@@ -38,6 +38,8 @@ class ModelConfig(Config):
       parameters, their gradients and the terms of the ELBO are float32 all the same.
     network: "notebook"; "mlp", the IWAE paper's; "residual", for colour; or a pair of Flax modules
       (encoder, decoder) of your own, as described in `jaxvae.networks`.
+    width: units of a layer of "mlp", 200 by default, or channels of "residual" at the images' own
+      resolution, 32 by default; the notebook's network has no such choice.
     likelihood: p(x|z): "bernoulli", "continuous_bernoulli", "gaussian" or "discretized_logistic".
     prior: p(z): "standard_normal", "mixture" of Gaussians, or "vamp".
     prior_components: how many Gaussians a mixture has, or pseudo-inputs a VampPrior.
@@ -50,6 +52,7 @@ class ModelConfig(Config):
     latent_dim: int = 2
     compute_dtype: str = "float32"
     network: Any = "notebook"
+    width: int | None = None
     likelihood: str = "bernoulli"
     prior: str = "standard_normal"
     prior_components: int = 500
@@ -68,6 +71,8 @@ class ModelConfig(Config):
         for name in ("latent_dim", "prior_components", "flow_steps"):
             object.__setattr__(self, name, _whole(name, getattr(self, name)))
         object.__setattr__(self, "num_classes", _whole("num_classes", self.num_classes, least=0))
+        if self.width is not None:
+            object.__setattr__(self, "width", _whole("width", self.width))
         _check_choices(self, CHOICES["model"])
         if isinstance(self.network, list):
             object.__setattr__(self, "network", tuple(self.network))
@@ -81,6 +86,11 @@ class ModelConfig(Config):
             raise InputError(
                 f"network is {given}: expected {_either(NETWORKS)}, "
                 "or a pair of Flax modules, (Encoder(), Decoder())"
+            )
+        if self.width is not None and self.network not in ("mlp", "residual"):
+            raise InputError(
+                f"width is {self.width}, but this network has a width of its own: expected none, "
+                "or the network 'mlp' or 'residual'"
             )
         if self.prior == "vamp" and self.num_classes:
             raise InputError(

@@ -82,7 +82,8 @@ def modules(config: ModelConfig) -> tuple[nn.Module, nn.Module]:
     # None, not float32: parameters made wider are computed with as they are.
     dtype = jnp.bfloat16 if config.compute_dtype == "bfloat16" else None
     encoder, decoder = NETWORKS[config.network]
-    return encoder(config.latent_dim, dtype), decoder(_outputs_shape(config), dtype)
+    own = {} if config.width is None else {"width": config.width}
+    return encoder(config.latent_dim, dtype, **own), decoder(_outputs_shape(config), dtype, **own)
 
 
 @jax.jit

@@ -146,35 +146,35 @@ class Decoder(nn.Module):
 
 
 class MlpEncoder(nn.Module):
-    """Two layers of 200 tanh units.
+    """Two layers of tanh units, 200 by default.
 
     Burda, Grosse and Salakhutdinov (2016), appendix C: one stochastic layer.
     """
 
     latent_dim: int
     dtype: Dtype | None = None
-    hidden: int = 200
+    width: int = 200
 
     @nn.compact
     def __call__(self, images: jax.Array, labels: jax.Array | None = None) -> Encoded:
         x = with_labels(images.reshape(images.shape[0], -1), labels)
-        x = nn.tanh(dense(self.hidden, dtype=self.dtype, name="dense_1")(x))
-        x = nn.tanh(dense(self.hidden, dtype=self.dtype, name="dense_2")(x))
+        x = nn.tanh(dense(self.width, dtype=self.dtype, name="dense_1")(x))
+        x = nn.tanh(dense(self.width, dtype=self.dtype, name="dense_2")(x))
         return heads(x, self.latent_dim, self.dtype)
 
 
 class MlpDecoder(nn.Module):
-    """Two layers of 200 tanh units and a linear one, as of `MlpEncoder`."""
+    """Two layers of tanh units and a linear one, as of `MlpEncoder`."""
 
     image_shape: tuple[int, int, int]
     dtype: Dtype | None = None
-    hidden: int = 200
+    width: int = 200
 
     @nn.compact
     def __call__(self, z: jax.Array, labels: jax.Array | None = None) -> jax.Array:
         x = with_labels(z, labels)
-        x = nn.tanh(dense(self.hidden, dtype=self.dtype, name="dense_1")(x))
-        x = nn.tanh(dense(self.hidden, dtype=self.dtype, name="dense_2")(x))
+        x = nn.tanh(dense(self.width, dtype=self.dtype, name="dense_1")(x))
+        x = nn.tanh(dense(self.width, dtype=self.dtype, name="dense_2")(x))
         x = dense(math.prod(self.image_shape), dtype=self.dtype, name="pixels")(x)
         return x.reshape(-1, *self.image_shape)
 

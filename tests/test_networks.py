@@ -269,6 +269,15 @@ def convolved(x, layer):
     return np.einsum("bhwcij,ijco->bhwo", windows, kernel) + bias
 
 
+@pytest.mark.parametrize("network", ["mlp", "residual"])
+def test_a_width_is_that_of_the_first_and_the_last_layer(network):
+    config = ModelConfig((8, 8, 1), 3, network=network, width=5)
+    params = jax.eval_shape(lambda key: unwrap(init)(key, config), jax.random.key(0))
+    first, last = {"mlp": ("dense_1", "pixels"), "residual": ("conv_0", "conv")}[network]
+    assert params.encoder[first]["kernel"].shape[-1] == 5
+    assert params.decoder[last]["kernel"].shape[-2] == 5
+
+
 def test_a_residual_block_begins_as_the_identity_and_can_leave_it():
     x = jnp.float32(np.random.default_rng(1).normal(size=(2, 5, 4, 16)))
     block = Residual()
