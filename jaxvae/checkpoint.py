@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
+import jax.numpy as jnp
 
 from jaxvae.config import ModelConfig, TrainConfig
 from jaxvae.errors import InputError
 from jaxvae.model import Params
+from jaxvae.parallel import divided, everywhere
 from jaxvae.training import TrainState, create_train_state
 
 if TYPE_CHECKING:
@@ -35,12 +38,21 @@ def save(run_dir: str | Path, state: TrainState) -> None:
         write(checkpoints, state, {})
 
 
-def restore(run_dir: str | Path, which: Which | int = "latest", network: Any = None) -> TrainState:
+def restore(
+    run_dir: str | Path,
+    which: Which | int = "latest",
+    network: Any = None,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    divide: bool = False,
+) -> TrainState:
     """The training state of a run directory, to go on from.
 
     Args:
       which: "latest", "best" by test ELBO, or the number of steps taken.
       network: the modules (encoder, decoder), where the model was given some of its own.
+      mesh: the devices to lay it out on, whatever it was saved from; by default the first one.
+      divide: as of `jaxvae.parallel.lay_out`.
     Raises:
       InputError: the directory holds no checkpoint, or none of that step; the model has modules
         of its own and they are not handed over, or others are.
@@ -61,11 +73,7 @@ def restore(run_dir: str | Path, which: Which | int = "latest", network: Any = N
         model = ModelConfig.from_dict(saved.config["model"] | own)
         train = TrainConfig.from_dict(saved.config["train"])
         like = jax.eval_shape(lambda: create_train_state(jax.random.key(0), model, train))
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
-            jax.eval_shape(_to_tree, like),
-        )
+        abstract = _placed(jax.eval_shape(_to_tree, like), mesh, divide)
         if network is not None:
             # Looked at beforehand: Orbax tells of another shape only in the midst of reading.
             handler = ocp.StandardCheckpointHandler()
@@ -119,13 +127,21 @@ def write(
     checkpoints: ocp.CheckpointManager,
     state: TrainState,
     metrics: Mapping[str, float],
+    begun: tuple[Mapping[str, float], float] = ({}, 0.0),
 ) -> None:
-    """Begin to write a checkpoint; `metrics["elbo"]` decides which one is the best."""
+    """Begin to write a checkpoint; `metrics["elbo"]` decides which one is the best.
+
+    begun: of an epoch that is not over, the sums of its metrics so far, and its seconds.
+    """
     import orbax.checkpoint as ocp
 
-    config = {"model": state.params.config.to_dict(), "train": state.config.to_dict()}
+    config = {
+        "model": state.params.config.to_dict(),
+        "train": state.config.to_dict(),
+        "begun": [dict(begun[0]), begun[1]],
+    }
     # A copy: while it is being written, the next steps take over the memory of the state.
-    tree = jax.device_put(_to_tree(state), jax.local_devices()[0], may_alias=False)
+    tree = jax.tree.map(jnp.copy, _to_tree(state))
     checkpoints.save(
         int(state.step),
         args=ocp.args.Composite(
@@ -133,6 +149,16 @@ def write(
         ),
         metrics=dict(metrics),
     )
+
+
+def unfinished(checkpoints: ocp.CheckpointManager) -> tuple[dict[str, float], float]:
+    """What the last checkpoint knows of an epoch that is not over: `begun`, as of `write`."""
+    import orbax.checkpoint as ocp
+
+    json = ocp.args.Composite(config=ocp.args.JsonRestore())
+    saved = checkpoints.restore(checkpoints.latest_step(), args=json)
+    totals, seconds = saved.config.get("begun", ({}, 0.0))
+    return totals, seconds
 
 
 def _to_tree(state: TrainState) -> dict[str, Any]:
@@ -145,6 +171,22 @@ def _to_tree(state: TrainState) -> dict[str, Any]:
         "step": state.step,
         "key": jax.random.key_data(state.key),
     }
+
+
+def _placed(tree: Any, mesh: jax.sharding.Mesh | None, divide: bool) -> Any:
+    """The shapes of a tree with where its arrays are to lie."""
+    if mesh is None:
+        where = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        shardings = jax.tree.map(lambda _: where, tree)
+    elif divide:
+        shardings = jax.tree.map(partial(jax.NamedSharding, mesh), divided(tree, mesh))
+    else:
+        shardings = jax.tree.map(lambda _: everywhere(mesh), tree)
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        tree,
+        shardings,
+    )
 
 
 def _learned(params: Params) -> dict[str, Any]:

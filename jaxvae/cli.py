@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jaxvae.errors import InputError
+from jaxvae.errors import InputError, Preempted
 from jaxvae.parallel import make_cores_devices
 
 _CACHE_BYTES = 2**30  # of compiled programs, kept between commands
@@ -53,6 +53,18 @@ _FLAGS: dict[str, dict[str, Any]] = {
                "for every combination and seed, all trained at once"},
     "--start-from": {"metavar": "RUN_DIR", "help": "another run, whose parameters to start from"},
     "--seed": {"type": int, "metavar": "N", "help": "default 0"},
+    "--divide": {"action": "store_true", "default": None, "help": "every device keeps its part of "
+                 "the parameters instead of all of them, for models too large for one"},
+    "--workers": {"type": int, "metavar": "N", "help": "processes that read images on disk; "
+                  "default 0: threads"},
+}  # fmt: skip
+
+
+_PROCESSES: dict[str, dict[str, Any]] = {
+    "--coordinator": {"metavar": "HOST:PORT", "help": "where process 0 of several listens; these "
+                      "three flags are not needed under SLURM, Open MPI, Kubernetes or on TPUs"},
+    "--num-processes": {"type": int, "metavar": "N", "help": "how many train one model together"},
+    "--process-id": {"type": int, "metavar": "I", "help": "which of them this is, from 0"},
 }  # fmt: skip
 
 
@@ -66,10 +78,35 @@ def main(arguments: list[str] | None = None) -> int:
     except InputError as error:
         print(f"jaxvae: {error}", file=sys.stderr)
         return 2
+    except Preempted as stop:
+        print(f"jaxvae: {stop}", file=sys.stderr)
+        return 75
     except KeyboardInterrupt as interrupt:
         print(f"jaxvae: interrupted{interrupt}", file=sys.stderr)
         return 1
+    except Exception as error:
+        _leave_if_together(error)
+        raise
     return 0
+
+
+def _leave_if_together(error: Exception) -> None:
+    """End this process if it computed with others, as one of them is lost.
+
+    At once: to take leave of the others, as at an ordinary end, would be to wait for the lost one.
+    """
+    import jax
+
+    if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
+        reason = " ".join(str(error).split())[:300]
+        print(
+            f"jaxvae: process {jax.process_index()} of {jax.process_count()} stopped, as what all "
+            f"compute together failed: {reason}; when all have ended, start them again with "
+            "--resume",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
 
 
 def _keep_programs() -> None:
@@ -114,8 +151,11 @@ def _drop_oldest(folder: Path, limit: int) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from jaxvae import run, sweep
+    from jaxvae import hosts, run, sweep
 
+    hosts.join(options.coordinator, options.num_processes, options.process_id)
+    if hosts.several() and not options.run_dir:
+        raise InputError("several processes train one model: say where to, with --run-dir DIR")
     names = [flag.strip("-").replace("-", "_") for flag in _FLAGS]
     flags = {n: getattr(options, n) for n in (*names, "seeds") if getattr(options, n) is not None}
     if options.resume and not options.run_dir:
@@ -129,6 +169,8 @@ def _train(options: argparse.Namespace) -> None:
     else:
         models = {"": run.resumed(run_dir, _of_one_model(flags, run_dir))}
     data = run.load_run_data(next(iter(models.values())))
+    if len(models) > 1 and hosts.several():
+        raise InputError("many models are trained at once by one process, not by several")
     try:
         if len(models) > 1:
             paths = _train_many(run_dir, models, data, options.resume)
@@ -138,21 +180,25 @@ def _train(options: argparse.Namespace) -> None:
     except KeyboardInterrupt:
         hint = f"; go on with: jaxvae train --resume --run-dir {run_dir}"
         raise KeyboardInterrupt(hint) from None
-    print(f"figures: {', '.join(map(str, paths))}", file=sys.stderr)
+    if paths:
+        print(f"figures: {', '.join(map(str, paths))}", file=sys.stderr)
 
 
 def _train_one(run_dir: Path, config: Any, data: Any, resume: bool) -> list[Path]:
-    from jaxvae import run
+    from jaxvae import hosts, run
     from jaxvae.progress import Progress
 
     config = run.start(run_dir, config, data, resume=resume)
-    _tell_start(config.data, data, f"run directory {run_dir}")
-    run.train(run_dir, config, data, progress=Progress())
-    return run.draw(run_dir, data)
+    if hosts.is_first():
+        _tell_start(config.data, data, f"run directory {run_dir}")
+    progress = Progress() if hosts.is_first() else None
+    state = run.train(run_dir, config, data, progress=progress)
+    return run.draw(run_dir, data, state.params) if hosts.is_first() else []
 
 
 def _train_many(run_dir: Path, models: Any, data: Any, resume: bool) -> list[Path]:
     from jaxvae import run, sweep
+    from jaxvae.checkpoint import load
     from jaxvae.progress import Progress
 
     models = sweep.start(run_dir, models, data, resume=resume)
@@ -163,7 +209,8 @@ def _train_many(run_dir: Path, models: Any, data: Any, resume: bool) -> list[Pat
     sweep.train(run_dir, models, data, progress=Progress())
     for line in sweep.results(run_dir, models):
         print(line, file=sys.stderr)
-    return [path for name in models for path in run.draw(run_dir / name, data)]
+    folders = [run_dir / name for name in models]
+    return [path for one in folders for path in run.draw(one, data, load(one))]
 
 
 def _tell_start(name: str, data: Any, where: str) -> None:
@@ -233,9 +280,11 @@ def _sample(options: argparse.Namespace) -> None:
 
 def _figures(options: argparse.Namespace) -> None:
     from jaxvae import run
+    from jaxvae.checkpoint import load
 
     data = run.load_run_data(run.read_config(options.run))
-    for path in run.draw(options.run, data, "best" if options.best else "latest"):
+    params = load(options.run, "best" if options.best else "latest")
+    for path in run.draw(options.run, data, params):
         print(path)
 
 
@@ -281,6 +330,8 @@ def _parser() -> argparse.ArgumentParser:
         train.add_argument(flag, **how)
     train.add_argument("--seeds", type=int, metavar="N",
                        help="train N models at once, seeds from --seed on; default 1")  # fmt: skip
+    for flag, how in _PROCESSES.items():
+        train.add_argument(flag, **how)
     train.add_argument("--run-dir", metavar="DIR", help="default runs/DATE-TIME")
     train.add_argument("--resume", action="store_true", help="go on with the run in --run-dir")
 

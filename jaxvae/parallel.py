@@ -6,9 +6,14 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from jaxvae.errors import InputError
+
 AXIS = "batch"
+_LEAST_DIVIDED = 256  # numbers of an array: smaller parts cost more to gather than they save
 _LEAST = 8  # images of a batch: with fewer, a device costs more than it takes off the others
 
 
@@ -34,12 +39,25 @@ def cores() -> int:
 
 
 def devices_for(items: int, least: int = _LEAST) -> jax.sharding.Mesh:
-    """As many local devices as can share so many items equally, at least `least` each."""
-    devices = jax.local_devices()
-    most = max(1, min(len(devices), items // least))
-    count = max(n for n in range(1, most + 1) if items % n == 0)
+    """As many devices as can share so many items equally, at least `least` each.
+
+    Where there are several processes, equally many of each, in the processes' order. Raises
+    InputError if these cannot share the items equally.
+    """
+    processes = jax.process_count()
+    if items % processes:
+        raise InputError(
+            f"{items} images cannot be dealt out equally to {processes} processes: "
+            "expected a batch_size that divides by their number"
+        )
+    here = items // processes
+    most = max(1, min(jax.local_device_count(), here // least))
+    count = max(n for n in range(1, most + 1) if here % n == 0)
+    devices = [d for p in range(processes) for d in jax.devices() if d.process_index == p]
+    per_process = len(devices) // processes
+    chosen = [d for i, d in enumerate(devices) if i % per_process < count]
     kind = jax.sharding.AxisType.Auto
-    return jax.make_mesh((count,), (AXIS,), (kind,), devices=devices[:count])
+    return jax.make_mesh((len(chosen),), (AXIS,), (kind,), devices=chosen)
 
 
 def everywhere(mesh: jax.sharding.Mesh) -> jax.NamedSharding:
@@ -47,8 +65,56 @@ def everywhere(mesh: jax.sharding.Mesh) -> jax.NamedSharding:
     return jax.NamedSharding(mesh, jax.P())
 
 
+def lay_out(tree: Any, mesh: jax.sharding.Mesh, divide: bool = False) -> Any:
+    """Arrays that every process has alike, laid out on the devices of all of them.
+
+    divide: as `divided` says, instead of everywhere.
+    """
+    shardings = everywhere(mesh)
+    if divide:
+        shardings = jax.tree.map(partial(jax.NamedSharding, mesh), divided(tree, mesh))
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+
+    # PRNG keys, and what lies on one process's devices, cannot be put on another's.
+    keys = jax.tree.map(_is_key, tree)
+    numbers = jax.tree.map(
+        lambda x, key: np.asarray(jax.random.key_data(x) if key else x), tree, keys
+    )
+    return _as_keys(jax.device_put(numbers, shardings), keys)
+
+
+def whole(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+    """What `lay_out` has laid out, on the first device of this process."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, jax.local_devices()[0])
+    keys = jax.tree.map(_is_key, tree)
+
+    def gather(tree: Any) -> Any:
+        return jax.tree.map(lambda x, key: jax.random.key_data(x) if key else x, tree, keys)
+
+    numbers = jax.jit(gather, out_shardings=everywhere(mesh))(tree)
+    return _as_keys(jax.tree.map(lambda x: x.addressable_data(0), numbers), keys)
+
+
+def _is_key(x: Any) -> bool:
+    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _as_keys(numbers: Any, keys: Any) -> Any:
+    return jax.jit(
+        lambda numbers: jax.tree.map(
+            lambda x, key: jax.random.wrap_key_data(x) if key else x, numbers, keys
+        )
+    )(numbers)
+
+
 def share(
-    f: Callable[..., Any], mesh: jax.sharding.Mesh, donate_argnums: tuple[int, ...] = ()
+    f: Callable[..., Any],
+    mesh: jax.sharding.Mesh,
+    donate_argnums: tuple[int, ...] = (),
+    in_specs: Any = None,
+    out_specs: Any = None,
 ) -> Callable[..., Any]:
     """f(..., axis_name) on all devices: each takes its own part and comes to the same result.
 
@@ -56,22 +122,89 @@ def share(
       f: `train_epoch`, `evaluate` or another function that takes an `axis_name`.
       mesh: from `devices_for`.
       donate_argnums: arguments of f whose memory its results may take over.
+      in_specs, out_specs: how its arguments and results lie, where that is not `everywhere`.
     Returns:
-      f without its `axis_name`, for arguments that lie `everywhere`. On a CPU it returns when
+      f without its `axis_name`. On a CPU it returns when
       the result is there: the devices wait for each other inside a computation, and a second
       one begun meanwhile could take the threads that the first is waiting for.
     """
     parts = jax.shard_map(
         partial(f, axis_name=AXIS),
         mesh=mesh,
-        in_specs=jax.P(),
-        out_specs=jax.P(),
+        in_specs=jax.P() if in_specs is None else in_specs,
+        out_specs=jax.P() if out_specs is None else out_specs,
         check_vma=False,
     )
     compiled = jax.jit(parts, donate_argnums=donate_argnums)
     if mesh.devices.flat[0].platform != "cpu":
         return compiled
     return lambda *arguments: jax.block_until_ready(compiled(*arguments))
+
+
+def divided(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+    """How to lay arrays out so that every device holds an equal part of each: PartitionSpecs.
+
+    An array is cut along its longest axis that divides by the number of devices; small ones, and
+    those without such an axis, lie everywhere.
+    """
+
+    def spec(x: jax.Array) -> jax.P:
+        axes = [i for i, side in enumerate(x.shape) if side % mesh.size == 0]
+        if not axes or x.size < _LEAST_DIVIDED * mesh.size:
+            return jax.P()
+        longest = max(axes, key=lambda i: x.shape[i])
+        return jax.P(*[AXIS if i == longest else None for i in range(x.ndim)])
+
+    return jax.tree.map(spec, tree)
+
+
+def on_parts(
+    f: Callable[..., Any], tree: Any, whole: Any, axis_name: str | None
+) -> Callable[..., Any]:
+    """f(tree, ...), where every device of the `pmap` axis may hold a part of the tree's arrays.
+
+    whole: the same tree with the shapes that the arrays have in whole.
+
+    They are put together for f and not kept for the backward pass but put together once more, so
+    that no device ever holds all of them. The gradient in a part is then the sum over the
+    devices, in all else this device's own.
+
+    Rajbhandari et al. (2020), ZeRO, stage 3; Zhao et al. (2023), PyTorch FSDP, section 3.
+    """
+    if axis_name is None or all(jax.tree.leaves(jax.tree.map(_is_whole, tree, whole))):
+        return f
+
+    def gather(x: jax.Array, like: jax.Array) -> jax.Array:
+        if _is_whole(x, like):
+            return x
+        axis = next(i for i in range(x.ndim) if x.shape[i] != like.shape[i])
+        return lax.all_gather(x, axis_name, axis=axis, tiled=True)
+
+    def on_whole(tree: Any, *rest: Any) -> Any:
+        return f(jax.tree.map(gather, tree, whole), *rest)
+
+    def kept(primitive: Any, *_: Any, **__: Any) -> bool:
+        return primitive.name != "all_gather"
+
+    return jax.checkpoint(on_whole, policy=kept)
+
+
+def mean_over(axis_name: str | None, tree: Any, whole: Any) -> Any:
+    """The devices' mean of a tree that is a gradient of `on_parts`."""
+    if axis_name is None:
+        return tree
+    ours = jax.tree.map(lambda x, like: x if _is_whole(x, like) else None, tree, whole)
+    means, count = lax.pmean(ours, axis_name), lax.axis_size(axis_name)
+    return jax.tree.map(
+        lambda mean, x: x / count if mean is None else mean,
+        means,
+        tree,
+        is_leaf=lambda x: x is None,
+    )
+
+
+def _is_whole(x: jax.Array, whole: jax.Array) -> bool:
+    return x.shape == whole.shape
 
 
 def own_part(tree: Any, axis_name: str | None, axis: int = 0) -> Any:

@@ -24,14 +24,17 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from jaxvae.checkpoint import Which, load, open_checkpoints, restore, write
+from jaxvae.checkpoint import Which, load, open_checkpoints, restore, unfinished, write
 from jaxvae.config import Config, ModelConfig, TrainConfig
 from jaxvae.data import Dataset, load_dataset
 from jaxvae.distributions import binarize, bits_per_dimension
-from jaxvae.errors import InputError
+from jaxvae.errors import InputError, Preempted
 from jaxvae.evaluation import evaluate, examine, mean_log_likelihood
+from jaxvae.feed import Epoch, feed
+from jaxvae.hosts import is_first, preemption, wait_for_all
 from jaxvae.model import Params
-from jaxvae.parallel import devices_for, everywhere, share
+from jaxvae.objectives import example_keys
+from jaxvae.parallel import devices_for, divided, everywhere, lay_out, share, whole
 from jaxvae.progress import Progress, Shown
 from jaxvae.training import (
     Metrics,
@@ -39,12 +42,8 @@ from jaxvae.training import (
     TrainState,
     create_train_state,
     optimizer,
-    shuffle,
     train_step,
-    train_steps,
 )
-
-_IMAGES_PER_DISPATCH = 1024  # between two movements of the progress bar
 
 T = TypeVar("T")
 
@@ -54,6 +53,9 @@ class RunConfig(Config):
     """What a run is told: its data, its seed, its model and how it is trained.
 
     start_from: the run directory whose last parameters it starts from; by default fresh ones.
+    divide: whether every device keeps only its part of the parameters and of the optimizer's
+      state, for models that are too large for one.
+    workers: processes that read images on disk; 0: threads of the training process.
     """
 
     data: str = "mnist-5k"
@@ -61,6 +63,8 @@ class RunConfig(Config):
     manual_dir: str | None = None
     seed: int = 0
     start_from: str | None = None
+    divide: bool = False
+    workers: int = 0
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
@@ -86,6 +90,11 @@ def load_run_data(config: RunConfig) -> Dataset:
     kind = config.train.binarization
     train_key, test_key = _binarization_keys()
     if kind == "fixed":
+        if not isinstance(data.train_images, np.ndarray):
+            raise InputError(
+                f"{config.data} is read from disk image by image: "
+                "expected the binarization 'dynamic' or 'none', not 'fixed'"
+            )
         data = data._replace(train_images=_binarized(train_key, data.train_images))
     if kind != "none":
         data = data._replace(test_images=_binarized(test_key, data.test_images))
@@ -118,7 +127,7 @@ def resumed(run_dir: Path, flags: Mapping[str, Any]) -> RunConfig:
 def going_on(recorded: RunConfig, flags: Mapping[str, Any], run_dir: Path) -> RunConfig:
     """A recorded configuration with flags, or InputError where they ask for another run."""
     asked = _with_flags(recorded, flags)
-    may_change = ("data_dir", "manual_dir", "epochs")
+    may_change = ("data_dir", "manual_dir", "epochs", "divide", "workers")
     for name in flags:
         was, now = _flag(recorded, name), _flag(asked, name)
         if was != now and name not in may_change:
@@ -140,13 +149,17 @@ def start(run_dir: Path, config: RunConfig, data: Dataset, *, resume: bool) -> R
     if not resume:
         refuse_another(run_dir)
         try_out(config, data)
-    write_json(run_dir / "config.json", config.to_dict())
+    wait_for_all("nobody refuses the run")
+    if is_first():
+        write_json(run_dir / "config.json", config.to_dict())
+    wait_for_all("the run directory is there")
     return config
 
 
 def fitted(run_dir: Path, config: RunConfig, data: Dataset, *, resume: bool) -> RunConfig:
     """The configuration with the shape of the images in it, or InputError as of `start`."""
-    model = replace(config.model, image_shape=data.train_images.shape[1:])
+    height, width, channels = data.train_images.shape[1:]
+    model = replace(config.model, image_shape=(height, width, channels))
     for split in ("train", "test") if model.num_classes else ():
         labels = getattr(data, f"{split}_labels")
         if labels is None or not 0 <= labels.min() <= labels.max() < model.num_classes:
@@ -301,47 +314,92 @@ def train(
     """
     progress = progress or Progress(Console(quiet=True))
     train_key, test_key = keys(config)
-    devices, test_devices = devices_for(config.train.batch_size), devices_for(len(data.test_images))
-    take_steps = share(partial(train_steps, objective=objective), devices, donate_argnums=(0,))
-    measure = share(evaluate, test_devices)
-    train_images, train_labels = jax.device_put(
-        used(data.train_images, data.train_labels, config.model), everywhere(devices)
-    )
-    test = jax.device_put(
-        (test_key, *used(data.test_images, data.test_labels, config.model)),
-        everywhere(test_devices),
-    )
+    mesh = devices_for(config.train.batch_size)
+    images, labels = used(data.train_images, data.train_labels, config.model)
+    epochs, steps = config.train.epochs, len(images) // config.train.batch_size
+    measure = _measuring(config, data, test_key)
     with open_checkpoints(run_dir) as checkpoints:
         if checkpoints.latest_step() is None:
-            state = first_state(train_key, config)
+            state = lay_out(first_state(train_key, config), mesh, config.divide)
+            totals, seconds = dict[str, float](), 0.0
         else:
-            state = replace(restore(run_dir), config=config.train)
-        state = jax.device_put(state, everywhere(devices))
-        batches_per_epoch = len(shuffle(state, len(train_images)))
-        done = int(state.step) // batches_per_epoch
-        write_history(run_dir, read_metrics(run_dir)[:done])
-        epochs = config.train.epochs
-        with progress.training(epochs, len(train_images), done) as shown:
+            state = replace(restore(run_dir, mesh=mesh, divide=config.divide), config=config.train)
+            totals, seconds = unfinished(checkpoints)
+        epoch_of = feed(
+            images,
+            labels,
+            config.train,
+            mesh,
+            divided(state, mesh) if config.divide else jax.P(),
+            objective=objective,
+            workers=config.workers,
+        )
+        done, first = divmod(int(state.step), steps)
+        if is_first():
+            write_history(run_dir, read_metrics(run_dir)[:done])
+        with (
+            preemption(int(state.step)) as is_to_stop,
+            progress.training(epochs, len(images), done) as shown,
+        ):
             for epoch in range(done + 1, epochs + 1):
-                began = time.perf_counter()
-                state, metrics = _train_one_epoch(
-                    take_steps, state, train_images, train_labels, shown
-                )
-                params = jax.device_put(state.params, everywhere(test_devices))
-                measured = measure(params, *test)
+                began = time.perf_counter() - seconds
+                state, totals = _train_one_epoch(epoch_of, state, first, totals, shown, is_to_stop)
+                if int(state.step) < epoch * steps:
+                    seconds = time.perf_counter() - began
+                    write(checkpoints, state, {}, (totals, seconds))
+                    raise Preempted(_stopped(run_dir, state))
                 record: dict[str, Any] = {
                     "epoch": epoch,
                     "step": int(state.step),
-                    "train": metrics,
-                    "test": {name: float(value) for name, value in measured.items()},
+                    "train": {name: total / steps for name, total in totals.items()},
+                    "test": measure(whole(state.params, mesh)),
                     "seconds": round(time.perf_counter() - began, 3),
                 }
                 # The line before the checkpoint: a kill in between leaves a line too many,
                 # which the resumed run takes back, and never one too few.
-                append_history(run_dir, record)
+                if is_first():
+                    append_history(run_dir, record)
                 write(checkpoints, state, record["test"])
                 shown.finish_epoch(record)
-    return jax.device_put(state, jax.local_devices()[0])
+                if epoch < epochs and is_to_stop(epoch * steps):
+                    raise Preempted(_stopped(run_dir, state))
+                first, totals, seconds = 0, {}, 0.0
+    return whole(state, mesh)
+
+
+def _stopped(run_dir: Path, state: TrainState) -> str:
+    return (
+        f"told to stop, and saved after step {int(state.step)}; "
+        f"go on with: jaxvae train --resume --run-dir {run_dir}"
+    )
+
+
+def _measuring(
+    config: RunConfig, data: Dataset, key: jax.Array
+) -> Callable[[Params], dict[str, float]]:
+    """What measures parameters of this process on the test images: means over all of them."""
+    images, labels = used(data.test_images, data.test_labels, config.model)
+    count, shared = len(images), len(images) - len(images) % jax.process_count()
+    examples = (example_keys(key, count), images, labels)
+    # What cannot be dealt out in equal numbers, every process measures by itself.
+    parts: list[tuple[int, Callable[[Params], Metrics]]] = []
+    if shared:
+        mesh = devices_for(shared)
+        ours = lay_out(jax.tree.map(lambda x: x[:shared], examples), mesh)
+        on_all = share(evaluate, mesh)
+        parts.append((shared, lambda params: on_all(lay_out(params, mesh), *ours)))
+    if shared < count:
+        rest = jax.tree.map(lambda x: x[shared:], examples)
+        parts.append((count - shared, lambda params: evaluate(params, *rest)))
+
+    def measure(params: Params) -> dict[str, float]:
+        means: dict[str, float] = {}
+        for number, part in parts:
+            for name, value in part(params).items():
+                means[name] = means.get(name, 0.0) + float(value) * (number / count)
+        return means
+
+    return measure
 
 
 def measure(run_dir: Path, num_samples: int, which: Which = "latest") -> dict[str, float | str]:
@@ -355,8 +413,18 @@ def measure(run_dir: Path, num_samples: int, which: Which = "latest") -> dict[st
     began = time.perf_counter()
     config = read_config(run_dir)
     data = load_run_data(config)
-    if config.train.binarization == "dynamic":  # the training images as the model has seen them
-        data = data._replace(train_images=_binarized(_binarization_keys()[0], data.train_images))
+    # Of images on disk, as many as a probe of the latents needs.
+    rows = np.linspace(
+        0, len(data.train_images) - 1, min(len(data.train_images), 10_000), dtype=int
+    )
+    train_images = data.train_images
+    if not isinstance(train_images, np.ndarray):
+        train_images = train_images[rows]
+        if data.train_labels is not None:
+            data = data._replace(train_labels=data.train_labels[rows])
+    if config.train.binarization == "dynamic":  # as the model has seen them
+        train_images = _binarized(_binarization_keys()[0], train_images)
+    data = data._replace(train_images=train_images)
     state = restore(run_dir, which)
     _, key = keys(config)
     devices = devices_for(len(data.test_images))
@@ -381,41 +449,43 @@ def measure(run_dir: Path, num_samples: int, which: Which = "latest") -> dict[st
     return record
 
 
-def used(
-    images: np.ndarray, labels: np.ndarray | None, model: ModelConfig
-) -> tuple[np.ndarray, np.ndarray | None]:
+def used(images: T, labels: np.ndarray | None, model: ModelConfig) -> tuple[T, np.ndarray | None]:
     """Images, and their labels where the model is conditional."""
     return images, labels.astype(np.int32) if model.num_classes and labels is not None else None
 
 
-def draw(run_dir: Path, data: Dataset, which: Which = "latest") -> list[Path]:
-    """Draw the figures of a run into its directory; returns their paths."""
+def draw(run_dir: Path, data: Dataset, params: Params) -> list[Path]:
+    """Draw the figures of a run's model into its directory; returns their paths."""
     # matplotlib takes as long to import as JAX, so only what draws pays for it.
     from jaxvae.figures import draw_all
 
     _, key = keys(read_config(run_dir))
-    params = load(run_dir, which)
     return draw_all(run_dir / "figures", params, data, read_metrics(run_dir), key)
 
 
 def _train_one_epoch(
-    take_steps: Callable[..., tuple[TrainState, Metrics]],
+    epoch_of: Epoch,
     state: TrainState,
-    images: jax.Array,
-    labels: jax.Array | None,
+    first: int,
+    totals: dict[str, float],
     shown: Shown,
+    is_to_stop: Callable[[int], bool],
 ) -> tuple[TrainState, dict[str, float]]:
-    batches = shuffle(state, len(images))
-    steps, batch_size = batches.shape
-    at_once = max(1, _IMAGES_PER_DISPATCH // batch_size)
-    totals: dict[str, float] = {}
-    for first in range(0, steps, at_once):
-        last = min(first + at_once, steps)
-        state, sums = take_steps(state, images, batches, first, last, labels)
+    """The rest of an epoch of which `first` steps have been taken, unless it is to stop before.
+
+    Returns the state, and the sums over all steps so far of the metrics, of which `totals` are
+    those of the first.
+    """
+    totals = dict(totals)
+    start = replace(state, step=state.step - first)
+    for count, advance in epoch_of(start, first):
+        state, sums = advance(state)
         for name, value in sums.items():
             totals[name] = totals.get(name, 0.0) + float(value)
-        shown.advance((last - first) * batch_size, elbo=float(sums["elbo"]) / (last - first))
-    return state, {name: total / steps for name, total in totals.items()}
+        shown.advance(count * state.config.batch_size, elbo=float(sums["elbo"]) / count)
+        if is_to_stop(int(state.step)):
+            break
+    return state, totals
 
 
 def _with_flags(config: RunConfig, flags: Mapping[str, Any]) -> RunConfig:

@@ -1,6 +1,7 @@
 """State and step."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -16,7 +17,7 @@ from jaxvae.distributions import binarize
 from jaxvae.errors import InputError
 from jaxvae.model import Params, init
 from jaxvae.objectives import Objective, beta_at, chosen, example_keys
-from jaxvae.parallel import own_part
+from jaxvae.parallel import mean_over, on_parts, own_part
 
 Metrics = dict[str, jax.Array]
 
@@ -101,7 +102,8 @@ def train_step(
       images: [batch, height, width, channels], float32 in [0, 1] or uint8.
       labels: [batch], their classes, where the model is conditional.
       axis_name: of the `pmap` whose devices share the batch, each holding its equal part in
-        order; gradients and metrics are then averaged over it.
+        order; gradients and metrics are then averaged over it. The state's arrays may be parts
+        too, as `jaxvae.parallel.divided` deals them out.
       objective: what to minimise instead of the configuration's objective: a function of params,
         [batch] keys and images, and of labels where there are any, to a loss [batch] and the terms
         of an `Elbo`. It treats every image on its own.
@@ -127,9 +129,7 @@ def train_step(
         samples = state.config.num_samples
     examples = (keys, images) if labels is None else (keys, images, jnp.asarray(labels))
     size = batch if whole else max(1, block_size(batch * samples, state.params) // samples)
-    grads, metrics = _mean_gradient(objective, state.params, examples, size)
-    if axis_name:
-        grads, metrics = lax.pmean((grads, metrics), axis_name)
+    grads, metrics = _mean_gradient(objective, state.params, examples, size, axis_name)
     updates, opt_state = optimizer(state.config, learning_rate).update(
         grads, state.opt_state, state.params
     )
@@ -218,30 +218,82 @@ def train_steps(
     steps = state.config.epochs * len(batches)
     batches = own_part(batches, axis_name, axis=1)
 
-    def one(state: TrainState, batch: jax.Array) -> tuple[TrainState, Metrics]:
-        rate = state.config.learning_rate if learning_rate is None else learning_rate
+    def one(state: TrainState, i: jax.Array) -> tuple[TrainState, Metrics]:
+        batch = batches[i]
         return train_step(
             state,
             images[batch],
             None if labels is None else labels[batch],
             axis_name=axis_name,
             objective=objective,
-            learning_rate=rate * rate_factor(state.config.schedule, state.step, steps),
+            learning_rate=_rate(state, steps, learning_rate),
             beta=beta,
         )
 
+    return _summed(one, state, first, last)
+
+
+@partial(jax.jit, static_argnames=("axis_name", "objective", "steps"), donate_argnames="state")
+def train_portion(
+    state: TrainState,
+    images: jax.Array,
+    labels: jax.Array | None,
+    count: jax.Array | int,
+    *,
+    steps: int,
+    axis_name: str | None = None,
+    objective: Objective | None = None,
+) -> tuple[TrainState, Metrics]:
+    """The steps on images[:count], [batches, batch, ...], as of `train_steps`.
+
+    Every device is handed its own part of each batch; `steps` is how many the run has in all.
+    """
+
+    def one(state: TrainState, i: jax.Array) -> tuple[TrainState, Metrics]:
+        return train_step(
+            state,
+            images[i],
+            None if labels is None else labels[i],
+            axis_name=axis_name,
+            objective=objective,
+            learning_rate=_rate(state, steps),
+        )
+
+    return _summed(one, state, 0, count)
+
+
+def _rate(
+    state: TrainState, steps: int, learning_rate: jax.Array | float | None = None
+) -> jax.Array | float:
+    """The learning rate at the next step of a run of so many."""
+    rate = state.config.learning_rate if learning_rate is None else learning_rate
+    return rate * rate_factor(state.config.schedule, state.step, steps)
+
+
+def _summed(
+    one: Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]],
+    state: TrainState,
+    first: jax.Array | int,
+    last: jax.Array | int,
+) -> tuple[TrainState, Metrics]:
+    """The state after one(state, i) for i in [first, last), and the sums of the metrics."""
+
     def step(i: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
         state, totals = carry
-        state, metrics = one(state, batches[i])
+        state, metrics = one(state, i)
         return state, jax.tree.map(jnp.add, totals, metrics)
 
-    _, metrics = jax.eval_shape(one, state, batches[0])
+    _, metrics = jax.eval_shape(one, state, jnp.int32(0))
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), metrics)
     return lax.fori_loop(first, last, step, (state, nothing))
 
 
 def _mean_gradient(
-    objective: Objective, params: Params, examples: tuple[jax.Array, ...], size: int
+    objective: Objective,
+    params: Params,
+    examples: tuple[jax.Array, ...],
+    size: int,
+    axis_name: str | None,
 ) -> tuple[Params, Metrics]:
     """The gradient of the mean loss over a batch, and the mean of its metrics.
 
@@ -250,6 +302,10 @@ def _mean_gradient(
     """
 
     batch = examples[0].shape[0]
+    whole_params = None
+    if axis_name:
+        whole_params = jax.eval_shape(lambda: init(jax.random.key(0), params.config))
+    objective = on_parts(objective, params, whole_params, axis_name)
 
     def part(params: Params, examples: tuple[jax.Array, ...]) -> tuple[jax.Array, Metrics]:
         loss, terms = objective(params, *examples)
@@ -263,8 +319,12 @@ def _mean_gradient(
 
     gradient = jax.grad(part, has_aux=True)
     whole = batch // size * size
+
+    def mean(sums: tuple[Params, Metrics]) -> tuple[Params, Metrics]:
+        return mean_over(axis_name, sums, (whole_params, sums[1]))
+
     if size == batch:
-        return gradient(params, examples)
+        return mean(gradient(params, examples))
 
     def add(sums: Any, block: tuple[jax.Array, ...]) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, sums, gradient(params, block)), None
@@ -277,7 +337,7 @@ def _mean_gradient(
     sums, _ = lax.scan(add, nothing, blocks)
     if whole < batch:
         sums, _ = add(sums, jax.tree.map(lambda x: x[whole:], examples))
-    return sums
+    return mean(sums)
 
 
 def _noise_key(state: TrainState) -> jax.Array:

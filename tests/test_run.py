@@ -69,6 +69,8 @@ def test_config_json_holds_what_the_run_was_told(finished, npz):
         "manual_dir": None,
         "seed": 3,
         "start_from": None,
+        "divide": False,
+        "workers": 0,
         "model": jaxvae.ModelConfig((8, 8, 1), network="mlp").to_dict()
         | {"image_shape": [8, 8, 1]},
         "train": jaxvae.TrainConfig(batch_size=64, epochs=2).to_dict(),
@@ -144,7 +146,7 @@ def test_bits_per_dimension_are_of_grey_levels_alone(finished):
 
 def test_a_conditional_run_is_drawn(conditional, npz):
     run_dir, _ = conditional
-    paths = run.draw(run_dir, run.load_run_data(run.read_config(run_dir)))
+    paths = run.draw(run_dir, run.load_run_data(run.read_config(run_dir)), jaxvae.load(run_dir))
     assert len(paths) == 6
     assert all(path.stat().st_size > 1000 for path in paths)
 

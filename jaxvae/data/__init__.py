@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxvae.data.dataset import Dataset, split_every_tenth
+from jaxvae.data.dataset import Dataset, Images, split_every_tenth
 from jaxvae.errors import InputError
 
-__all__ = ["Dataset", "load_data", "load_dataset"]
+__all__ = ["Dataset", "Images", "load_data", "load_dataset"]
 
 
 def load_data(

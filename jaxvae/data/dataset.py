@@ -1,17 +1,29 @@
 """What every source of images gives."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
+
+
+class Images(Protocol):
+    """Images that can be had by their numbers: an array, or what reads them from disk."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> np.dtype: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray: ...
 
 
 class Dataset(NamedTuple):
     """Images to learn from and images held out, as they were stored.
 
     Images are uint8 [N, H, W, C] and labels int64 [N], or None where there are no labels.
+    Training images too many for memory are read from disk as they are asked for.
     """
 
-    train_images: np.ndarray
+    train_images: Images
     train_labels: np.ndarray | None
     test_images: np.ndarray
     test_labels: np.ndarray | None

@@ -1,0 +1,141 @@
+"""Several processes, on one host or on many, that train one model together."""
+
+import importlib.util
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import jax
+from jax.experimental import multihost_utils
+
+from jaxvae.errors import InputError
+
+_HEARTBEAT = 30  # seconds without a sign of life after which a process counts as lost
+
+
+def join(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> None:
+    """Join the other processes of the training, if there are any.
+
+    Where SLURM, Open MPI, Kubernetes or a TPU pod started this process as one of several, they
+    say all there is to know, and what is given here comes before what they say. Must come before
+    JAX's first computation.
+
+    Args:
+      coordinator: HOST:PORT on which process 0 listens.
+      num_processes: how many there are.
+      process_id: which of them this is, from 0.
+    Raises:
+      InputError: nothing says what is not given; or the others cannot be reached.
+    """
+    given = {
+        "--coordinator": coordinator,
+        "--num-processes": num_processes,
+        "--process-id": process_id,
+    }
+    launcher = _launcher()
+    if launcher is None:
+        if not any(value is not None for value in given.values()):
+            return
+        missing = [flag for flag, value in given.items() if value is None]
+        if missing:
+            raise InputError(
+                f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing, and no "
+                f"launcher says what: expected {', '.join(given)}"
+            )
+    if coordinator is not None and not coordinator.rpartition(":")[2].isdecimal():
+        raise InputError(f"--coordinator is {coordinator}: expected HOST:PORT")
+    if num_processes and process_id is not None and not 0 <= process_id < num_processes:
+        raise InputError(
+            f"--process-id is {process_id}: expected a number from 0 to {num_processes - 1}, "
+            "one for each process"
+        )
+    if launcher == "Open MPI":  # of which JAX reads only what older versions say
+        num_processes = num_processes or int(os.environ["OMPI_COMM_WORLD_SIZE"])
+        process_id = int(os.environ["OMPI_COMM_WORLD_RANK"]) if process_id is None else process_id
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            num_processes,
+            process_id,
+            heartbeat_timeout_seconds=_HEARTBEAT,
+            shutdown_timeout_seconds=_HEARTBEAT,
+        )
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"the other processes cannot be reached: {reason}") from None
+
+
+def _launcher() -> str | None:
+    """What started this process as one of several."""
+    here = os.environ
+    if "SLURM_STEP_NODELIST" in here and int(here.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        return "SLURM"
+    if int(here.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
+        return "Open MPI"
+    if "KUBERNETES_SERVICE_HOST" in here and "JOB_COMPLETION_INDEX" in here:
+        return "Kubernetes"
+    chips = [*Path("/dev").glob("accel[0-9]*"), *Path("/dev").glob("vfio/[0-9]*")]
+    if chips and importlib.util.find_spec("libtpu"):
+        return "a TPU host"
+    return None
+
+
+def several() -> bool:
+    """Whether there are other processes."""
+    return jax.process_count() > 1
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes, draws and tells."""
+    return jax.process_index() == 0
+
+
+def wait_for_all(what: str) -> None:
+    """Go on when every process has come here; `what` names the place."""
+    if several():
+        multihost_utils.sync_global_devices(what)
+
+
+@contextmanager
+def preemption(step: int) -> Iterator[Callable[[int], bool]]:
+    """Listens for SIGTERM; what it gives says whether it is time to save and stop.
+
+    Asked at a step of a training that began at `step`, it answers for all steps up to that.
+    Among several processes, a signal that any of them gets counts; they have to ask at the same
+    steps, and all hear of it at the same one.
+    """
+    if several():
+        # JAX's own runtime listens, and agrees on a step that no process has come to yet.
+        asked, agreed = step, False
+
+        def ask(step: int) -> bool:
+            nonlocal asked, agreed
+            for one in range(asked + 1, step + 1):
+                agreed |= multihost_utils.reached_preemption_sync_point(one)
+            asked = step
+            return agreed
+
+        yield ask
+        return
+    told = False
+
+    def tell(number: int, frame: FrameType | None) -> None:
+        nonlocal told
+        told = True
+
+    try:
+        before = signal.signal(signal.SIGTERM, tell)
+    except ValueError:  # not the main thread: whoever has it listens
+        yield lambda step: False
+        return
+    try:
+        yield lambda step: told
+    finally:
+        signal.signal(signal.SIGTERM, before)
