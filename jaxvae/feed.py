@@ -138,9 +138,13 @@ def _streamed(
 def _read(images: Images, portions: list[np.ndarray], workers: int) -> Iterator[np.ndarray]:
     """The images of every portion's rows, read before they are asked for."""
     import grain
+    from absl.flags import FLAGS
 
     read = grain.MapDataset.source(portions).map(lambda rows: images[rows.reshape(-1)])
     ahead = read.to_iter_dataset(grain.ReadOptions(num_threads=_AHEAD, prefetch_buffer_size=_AHEAD))
     if workers:
+        # Grain's workers look at their command-line flags, which nobody has given.
+        if not FLAGS.is_parsed():
+            FLAGS.mark_as_parsed()
         ahead = ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
     return iter(ahead)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxvae.data.dataset import Dataset, Images, split_every_tenth
+from jaxvae.data.records import Records
 from jaxvae.errors import InputError
 
 __all__ = ["Dataset", "Images", "load_data", "load_dataset"]
@@ -73,6 +74,9 @@ def _checked(data: Dataset, name: str) -> Dataset:
     splits: dict[str, Any] = {}
     for split in ("train", "test"):
         images, labels = getattr(data, f"{split}_images"), getattr(data, f"{split}_labels")
+        if isinstance(images, Records):  # which looks at each image when it is read
+            splits |= {f"{split}_images": images, f"{split}_labels": labels}
+            continue
         if not images.size:
             raise InputError(f"{name} has no {split} images: expected at least one")
         if labels is not None and len(labels) != len(images):

@@ -22,6 +22,9 @@ def load_path(path: Path) -> Dataset:
     - an .npz file: `x_train`, `x_test` (and `y_train`, `y_test`), or `images` (and `labels`);
     - an .npy file or one IDX file: images;
     - a folder of IDX files with MNIST's names, gzipped or not;
+    - a folder of ArrayRecord files, train*.array_record* and test*.array_record*, whose records
+      are PNG, JPEG or .npy files, with the labels in train_labels.npy and test_labels.npy: the
+      training images stay on disk until they are needed;
     - a folder of pictures, all of one size: `train/` and `test/` where there are such folders;
       where pictures lie in folders of their own, these are the classes.
 
@@ -41,7 +44,9 @@ def load_path(path: Path) -> Dataset:
         if path.suffix in (".npz", ".npy"):
             return _load_numpy(path)
         return split_every_tenth(_as_images(_read_idx(path), path), None)
-    except (OSError, EOFError, zlib.error) as error:
+    except InputError:
+        raise
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise InputError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
 
 
@@ -71,6 +76,8 @@ def _load_numpy(path: Path) -> Dataset:
 
 
 def _load_folder(folder: Path) -> Dataset:
+    if any(folder.glob("*.array_record*")):
+        return _load_records(folder)
     files = sorted(file for file in folder.iterdir() if "idx" in file.name)
     if not files:
         return _load_pictures(folder)
@@ -88,6 +95,26 @@ def _load_folder(folder: Path) -> Dataset:
         label_file = find(split, 1)
         parts.append(_as_images(_read_idx(file), file))
         parts.append(_as_labels(_read_idx(label_file), label_file) if label_file else None)
+    return Dataset(*parts)
+
+
+def _load_records(folder: Path) -> Dataset:
+    from jaxvae.data.records import array_records
+
+    parts: list[Any] = []
+    for split in ("train", "test"):
+        files = list(folder.glob(f"{split}*.array_record*"))
+        if not files:
+            raise InputError(f"{folder} has no {split} images: expected {split}*.array_record")
+        images = array_records(files)
+        parts.append(images if split == "train" else images[:])
+        path = folder / f"{split}_labels.npy"
+        labels = _as_labels(np.load(path, allow_pickle=False), path) if path.exists() else None
+        if labels is not None and len(labels) != len(images):
+            raise InputError(
+                f"{path} holds {len(labels)} labels: expected {len(images)}, one for each image"
+            )
+        parts.append(labels)
     return Dataset(*parts)
 
 

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import importlib.util
 import logging
+import operator
 import os
 import queue
 import re
@@ -17,7 +18,7 @@ import threading
 import time
 import urllib.request
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,10 +26,12 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from jaxvae.data.dataset import Dataset, split_every_tenth
+from jaxvae.data.records import Records
 from jaxvae.errors import InputError
 
 _NAME = re.compile(r"[a-zA-Z]\w*(/[\w.-]+)?(:\d+\.\d+\.\d+)?")
 _PORTS = {"http": 80, "https": 443, "ftp": 21}
+_IN_MEMORY = 2**30  # bytes of training images; more stay on disk until they are needed
 _PATIENCE = 10.0  # seconds for a server to answer
 _EXPLAINED = 3  # exit code of a child whose last line says what was wrong
 
@@ -62,7 +65,8 @@ def load(
         dataset = _read_cache(cache)
         if dataset is None:
             dataset = _decode(builder, name)
-            _write_cache(cache, dataset)
+            if isinstance(dataset.train_images, np.ndarray):
+                _write_cache(cache, dataset)
     return dataset
 
 
@@ -191,6 +195,11 @@ def _decode(builder: Any, name: str) -> Dataset:
                 f'{name} has no uint8 images as its feature "image", but {_one_line(features)}:'
                 " choose another data set"
             )
+        train = functools.partial(_source, str(builder.data_dir), "train")
+        if held_out and len(train()) * train()[0]["image"].nbytes > _IN_MEMORY:
+            on_disk = Records(name, train, operator.itemgetter("image"))
+            test = _read_split(builder, name, held_out, on_disk.shape[1:])
+            return Dataset(on_disk, _read_labels(builder, train), *test)
         images, labels = _read_split(builder, name, "train")
         if held_out is None:
             return split_every_tenth(images, labels)
@@ -204,6 +213,31 @@ def _decode(builder: Any, name: str) -> Dataset:
         ) from error
 
 
+def _source(folder: str, split: str) -> Any:
+    import tensorflow_datasets as tfds
+
+    with _quiet():
+        return tfds.builder_from_directory(folder).as_data_source(split)
+
+
+def _read_labels(builder: Any, source: Callable[[], Any]) -> np.ndarray | None:
+    """The labels of images that stay on disk, kept beside them once read."""
+    if not _has_labels(builder):
+        return None
+    cache = Path(builder.data_dir) / "jaxvae-labels.npy"
+    with contextlib.suppress(OSError, ValueError, EOFError):
+        return np.load(cache, allow_pickle=False)
+    records = source()
+    labels = np.array([records[i]["label"] for i in range(len(records))], np.int64)
+    _replace(cache, lambda file: np.save(file, labels))
+    return labels
+
+
+def _has_labels(builder: Any) -> bool:
+    label = builder.info.features.get_tensor_info().get("label")
+    return label is not None and label.shape == () and np.dtype(label.np_dtype).kind in "iu"
+
+
 def _read_split(
     builder: Any, name: str, split: str, shape: Any = None
 ) -> tuple[np.ndarray, np.ndarray | None]:
@@ -211,9 +245,7 @@ def _read_split(
     if shape is None:
         shape = source[0]["image"].shape
     images = np.empty((len(source), *shape), np.uint8)
-    label = builder.info.features.get_tensor_info().get("label")
-    has_labels = label is not None and label.shape == () and np.dtype(label.np_dtype).kind in "iu"
-    labels = np.empty(len(source), np.int64) if has_labels else None
+    labels = np.empty(len(source), np.int64) if _has_labels(builder) else None
     for index in range(len(source)):
         record = source[index]
         if record["image"].shape != shape:
@@ -237,11 +269,15 @@ def _read_cache(path: Path) -> Dataset | None:
 
 
 def _write_cache(path: Path, dataset: Dataset) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
     arrays = {key: value for key, value in dataset._asdict().items() if value is not None}
+    _replace(path, lambda file: np.savez(file, **arrays))
+
+
+def _replace(path: Path, write: Callable[[Any], None]) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         with temporary.open("wb") as file:
-            np.savez(file, **arrays)
+            write(file)
         os.replace(temporary, path)
     except OSError:  # a folder that cannot be written only means decoding again next time
         pass

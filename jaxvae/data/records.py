@@ -1,0 +1,99 @@
+"""Images too many for memory, read from disk as they are asked for."""
+
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxvae.errors import InputError
+
+
+class Records:
+    """The images of a file or data set, [N, height, width, channels], as an array has them.
+
+    Only what reads them travels to other processes, not the open files.
+    """
+
+    dtype = np.dtype(np.uint8)
+
+    def __init__(
+        self, name: str, source: Callable[[], Any], decode: Callable[[Any], np.ndarray]
+    ) -> None:
+        """name: of the data, for messages; source: opens what has `__len__` and `__getitems__`;
+        decode: takes one of its items to an image, or raises ValueError or OSError.
+        """
+        self._name, self._source, self._decode = name, source, decode
+        self._opened: Any = None
+        self._count = len(self._open())
+        if not self._count:
+            raise InputError(f"{name} has no images: expected at least one")
+        self.shape = (self._count, *self._image(self._open().__getitems__([0])[0], 0).shape)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray:
+        if isinstance(rows, slice):
+            rows = np.arange(len(self))[rows]
+        images = np.empty((len(rows), *self.shape[1:]), self.dtype)
+        items = self._open().__getitems__([int(row) for row in rows])
+        for i, (row, item) in enumerate(zip(rows, items, strict=True)):
+            images[i] = image = self._image(item, row)
+            if image.shape != self.shape[1:]:
+                raise InputError(
+                    f"image {row} of {self._name} has shape {image.shape}: expected "
+                    f"{self.shape[1:]}, as the first one; resize them first"
+                )
+        return images
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_opened": None}
+
+    def _open(self) -> Any:
+        if self._opened is None:
+            try:
+                self._opened = self._source()
+            except (OSError, RuntimeError, ValueError) as error:
+                raise InputError(f"{self._name} cannot be read: {_one_line(error)}") from None
+        return self._opened
+
+    def _image(self, item: Any, row: int) -> np.ndarray:
+        try:
+            image = self._decode(item)
+        except (OSError, ValueError, EOFError) as error:
+            raise InputError(
+                f"image {row} of {self._name} cannot be read: {_one_line(error)}"
+            ) from None
+        if image.dtype != np.uint8 or image.ndim not in (2, 3):
+            raise InputError(
+                f"image {row} of {self._name} has shape {image.shape} and type {image.dtype}: "
+                "expected uint8 of (height, width) or (height, width, channels)"
+            )
+        return image if image.ndim == 3 else image[..., None]
+
+
+def array_records(files: Sequence[Path]) -> Records:
+    """The images of ArrayRecord files, whose records are PNG, JPEG or .npy files as bytes."""
+    names = [str(file) for file in sorted(files)]
+
+    def source() -> Any:
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+        return ArrayRecordDataSource(names)
+
+    return Records(names[0], source, _from_bytes)
+
+
+def _from_bytes(record: bytes) -> np.ndarray:
+    if record.startswith(b"\x93NUMPY"):
+        return np.load(io.BytesIO(record), allow_pickle=False)
+    from PIL import Image
+
+    with Image.open(io.BytesIO(record)) as picture:
+        return np.asarray(picture.convert("L" if picture.mode in ("1", "L", "LA") else "RGB"))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
