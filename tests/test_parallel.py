@@ -3,15 +3,18 @@
 import os
 import subprocess
 import sys
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 
 import jaxvae
 from jaxvae import parallel
 from jaxvae.evaluation import evaluate
-from jaxvae.parallel import devices_for, everywhere, share
+from jaxvae.parallel import devices_for, divided, everywhere, lay_out, share, whole
 
 
 @pytest.mark.parametrize(
@@ -79,3 +82,63 @@ def test_every_core_is_a_device_unless_the_user_chose(flags, config, devices):
         check=True,
     )
     assert program.stdout.strip() == str(devices)
+
+
+STEPS = 20
+IMAGES = np.random.default_rng(0).integers(0, 256, (64 * STEPS, 6, 5, 1)).astype(np.uint8)
+
+
+def fresh():
+    config = jaxvae.TrainConfig(batch_size=64, optimizer="adam")
+    model = jaxvae.ModelConfig((6, 5, 1), 2, network="mlp", width=128)
+    return jaxvae.create_train_state(jax.random.key(0), model, config)
+
+
+def by_pmap(devices):
+    state = jax.tree.map(lambda x: jnp.stack([x] * devices), fresh())
+    epoch = jax.pmap(
+        partial(jaxvae.train_epoch, axis_name="batch"),
+        axis_name="batch",
+        in_axes=(0, None),
+        devices=jax.devices()[:devices],
+    )
+    state, _ = epoch(state, IMAGES)
+    return jax.tree.map(lambda x: x[-1], state)
+
+
+def by_jit(devices, divide=False):
+    mesh = devices_for(64, least=64 // devices)
+    state = lay_out(fresh(), mesh, divide)
+    specs = divided(state, mesh) if divide else jax.P()
+    epoch = share(
+        jaxvae.train_epoch, mesh, (0,), in_specs=(specs, jax.P()), out_specs=(specs, jax.P())
+    )
+    state, _ = epoch(state, lay_out(IMAGES, mesh))
+    if divide and devices > 1:
+        parts = [x for x in jax.tree.leaves(state.params) if not x.sharding.is_fully_replicated]
+        held = sum(x.addressable_data(0).size for x in parts)
+        assert held * devices == sum(x.size for x in parts)
+        assert held * devices > 0.9 * sum(x.size for x in jax.tree.leaves(state.params))
+    return whole(state, mesh)
+
+
+@pytest.fixture(scope="module")
+def on_one_device(compile_quickly):
+    return jaxvae.train_epoch(fresh(), IMAGES)[0]
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    "train", [by_pmap, by_jit, partial(by_jit, divide=True)], ids=["pmap", "jit", "in parts"]
+)
+def test_twenty_steps_are_the_same_run_on_any_number_of_devices(
+    train, devices, on_one_device, compile_quickly
+):
+    """In float32, as it is used; `tests/test_training.py` looks more closely, in float64."""
+    state = train(devices)
+    assert int(state.step) == int(on_one_device.step) == STEPS
+    one, several = (ravel_pytree(s.params)[0] for s in (on_one_device, state))
+    assert np.linalg.norm(several - one) < 1e-3 * np.linalg.norm(one)
+    key = jax.random.key(1)
+    elbos = [float(evaluate(s.params, key, IMAGES)["elbo"]) for s in (on_one_device, state)]
+    assert abs(elbos[1] - elbos[0]) < 0.2

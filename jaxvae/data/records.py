@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,13 @@ class Records:
         images = np.empty((len(rows), *self.shape[1:]), self.dtype)
         items = self._open().__getitems__([int(row) for row in rows])
         for i, (row, item) in enumerate(zip(rows, items, strict=True)):
-            images[i] = image = self._image(item, row)
+            image = self._image(item, row)
             if image.shape != self.shape[1:]:
                 raise InputError(
                     f"image {row} of {self._name} has shape {image.shape}: expected "
                     f"{self.shape[1:]}, as the first one; resize them first"
                 )
+            images[i] = image
         return images
 
     def __getstate__(self) -> dict[str, Any]:
@@ -77,13 +79,13 @@ class Records:
 def array_records(files: Sequence[Path]) -> Records:
     """The images of ArrayRecord files, whose records are PNG, JPEG or .npy files as bytes."""
     names = [str(file) for file in sorted(files)]
+    return Records(names[0], partial(_opened, names), _from_bytes)
 
-    def source() -> Any:
-        from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-        return ArrayRecordDataSource(names)
+def _opened(names: list[str]) -> Any:
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-    return Records(names[0], source, _from_bytes)
+    return ArrayRecordDataSource(names)
 
 
 def _from_bytes(record: bytes) -> np.ndarray:
