@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -437,3 +438,28 @@ def test_a_directory_that_is_not_a_run_is_refused(tmp_path, content, says):
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(jaxvae.InputError, match=says):
         run.read_config(tmp_path)
+
+
+def test_images_on_disk_are_trained_on_as_images_in_memory_are(finished, npz, tmp_path):
+    """The same batches in the same order, read ahead of the steps."""
+    run_dir, state = finished
+
+    class OnDisk:
+        def __init__(self, images):
+            self.images, self.shape, self.dtype = images, images.shape, images.dtype
+
+        def __len__(self):
+            return len(self.images)
+
+        def __getitem__(self, rows):
+            return self.images[rows]
+
+    config = run.configured({"data": str(npz), "network": "mlp", "batch_size": 64, "seed": 3})
+    config = replace(config, train=replace(config.train, epochs=2))
+    data = run.load_run_data(config)
+    data = data._replace(train_images=OnDisk(data.train_images))
+    config = run.start(tmp_path / "disk", config, data, resume=False)
+    streamed = run.train(tmp_path / "disk", config, data)
+    for a, b in zip(*(jax.tree.leaves(s.params) for s in (state, streamed)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert without_seconds(run_dir) == without_seconds(tmp_path / "disk")
