@@ -321,9 +321,7 @@ def test_dreg_follows_its_formula(params, images, beta):
 # ---- What the losses are ----
 
 
-CONFIG = ModelConfig(
-    (6, 5, 2), 2, network=(MlpEncoder(2, hidden=8), MlpDecoder((6, 5, 2), hidden=8))
-)
+CONFIG = ModelConfig((6, 5, 2), 2, network=(MlpEncoder(2, width=8), MlpDecoder((6, 5, 2), width=8)))
 
 
 @pytest.fixture(scope="module")
