@@ -151,12 +151,12 @@ def write(
     )
 
 
-def unfinished(checkpoints: ocp.CheckpointManager) -> tuple[dict[str, float], float]:
-    """What the last checkpoint knows of an epoch that is not over: `begun`, as of `write`."""
+def unfinished(checkpoints: ocp.CheckpointManager, step: int) -> tuple[dict[str, float], float]:
+    """What the checkpoint of a step knows of an epoch that is not over: `begun`, as of `write`."""
     import orbax.checkpoint as ocp
 
     json = ocp.args.Composite(config=ocp.args.JsonRestore())
-    saved = checkpoints.restore(checkpoints.latest_step(), args=json)
+    saved = checkpoints.restore(step, args=json)
     totals, seconds = saved.config.get("begun", ({}, 0.0))
     return totals, seconds
 

@@ -324,7 +324,7 @@ def train(
             totals, seconds = dict[str, float](), 0.0
         else:
             state = replace(restore(run_dir, mesh=mesh, divide=config.divide), config=config.train)
-            totals, seconds = unfinished(checkpoints)
+            totals, seconds = unfinished(checkpoints, int(state.step))
         epoch_of = feed(
             images,
             labels,
@@ -347,7 +347,7 @@ def train(
                 if int(state.step) < epoch * steps:
                     seconds = time.perf_counter() - began
                     write(checkpoints, state, {}, (totals, seconds))
-                    raise Preempted(_stopped(run_dir, state))
+                    raise Preempted(stopped(run_dir, int(state.step)))
                 record: dict[str, Any] = {
                     "epoch": epoch,
                     "step": int(state.step),
@@ -362,14 +362,15 @@ def train(
                 write(checkpoints, state, record["test"])
                 shown.finish_epoch(record)
                 if epoch < epochs and is_to_stop(epoch * steps):
-                    raise Preempted(_stopped(run_dir, state))
+                    raise Preempted(stopped(run_dir, int(state.step)))
                 first, totals, seconds = 0, {}, 0.0
     return whole(state, mesh)
 
 
-def _stopped(run_dir: Path, state: TrainState) -> str:
+def stopped(run_dir: Path, step: int) -> str:
+    """What to tell who has sent a SIGTERM."""
     return (
-        f"told to stop, and saved after step {int(state.step)}; "
+        f"told to stop, and saved after step {step}; "
         f"go on with: jaxvae train --resume --run-dir {run_dir}"
     )
 

@@ -4,7 +4,7 @@
     metrics.jsonl    a line per epoch: means over the models, standard deviations, each model's
     seed-0/, ...     a run directory for every model, as if it had been trained alone
 
-Like a run, it can be killed at any instant: the models go on from the last epoch of which all
+Like a run, it can be killed at any instant: the models go on from the last step of which all
 have a whole checkpoint.
 """
 
@@ -23,11 +23,12 @@ import numpy as np
 from rich.console import Console
 
 from jaxvae import run
-from jaxvae.checkpoint import open_checkpoints, restore, write
+from jaxvae.checkpoint import open_checkpoints, restore, unfinished, write
 from jaxvae.convolution import backend, in_blocks
 from jaxvae.data import Dataset
-from jaxvae.errors import InputError
+from jaxvae.errors import InputError, Preempted
 from jaxvae.evaluation import evaluate
+from jaxvae.hosts import preemption
 from jaxvae.model import Params
 from jaxvae.parallel import AXIS, devices_for, everywhere
 from jaxvae.progress import Progress, Shown
@@ -140,28 +141,46 @@ def train(
     }
     train_keys, test_keys = map(jnp.stack, zip(*map(run.keys, configs), strict=True))
     with ExitStack() as stack:
-        # Two epochs are kept: a kill can leave some models one epoch ahead of the others.
+        # Two are kept: a kill can leave some models one checkpoint ahead of the others.
         checkpoints = [stack.enter_context(open_checkpoints(f, latest=2)) for f in folders]
-        steps = [manager.latest_step() for manager in checkpoints]
-        if None in steps:
+        saved = [manager.latest_step() for manager in checkpoints]
+        totals, seconds = Values(), 0.0
+        if None in saved:
             ones = [run.first_state(key, configs[0]) for key in train_keys]
         else:
-            ones = [restore(folder, min(steps)) for folder in folders]
+            ones = [restore(folder, min(saved)) for folder in folders]
+            begun = [unfinished(manager, min(saved)) for manager in checkpoints]
+            totals = {name: np.array([own[name] for own, _ in begun]) for name in begun[0][0]}
+            seconds = begun[0][1]
         states = _stacked([replace(state, config=shared) for state in ones])
         one_part_each = jax.NamedSharding(devices, jax.P(AXIS))
         states, hyper, test_keys = jax.device_put((states, hyper, test_keys), one_part_each)
         epochs, images = shared.epochs, len(data.train_images)
-        done = int(states.step[0]) // (images // shared.batch_size)
+        steps = images // shared.batch_size
+        done, first = divmod(int(states.step[0]), steps)
         for folder in (run_dir, *folders):
             run.write_history(folder, run.read_metrics(folder)[:done])
-        with progress.training(epochs, images * len(models), done) as shown:
+        with (
+            preemption(int(states.step[0])) as is_to_stop,
+            progress.training(epochs, images * len(models), done) as shown,
+        ):
             for epoch in range(done + 1, epochs + 1):
-                began = time.perf_counter()
-                states, metrics = _train_one_epoch(take_steps, states, hyper, train, shown)
+                began = time.perf_counter() - seconds
+                states, totals = _train_one_epoch(
+                    take_steps, states, first, totals, hyper, train, shown, is_to_stop
+                )
+                step = int(states.step[0])
+                if step < epoch * steps:
+                    seconds = time.perf_counter() - began
+                    begun = [(sums, seconds) for sums in _each(totals, len(models))]
+                    _save(checkpoints, configs, states, [{} for _ in models], begun)
+                    raise Preempted(run.stopped(run_dir, step))
+                metrics = {name: total / steps for name, total in totals.items()}
                 test = jax.device_get(measure(states.params, test_keys, *test_set))
-                about = {"epoch": epoch, "step": int(states.step[0])}
+                splits = _each(metrics, len(models)), _each(test, len(models))
+                ours = [{"train": a, "test": b} for a, b in zip(*splits, strict=True)]
+                about = {"epoch": epoch, "step": step}
                 seconds = round(time.perf_counter() - began, 3)
-                ours = _records(metrics, test, len(models))
                 record = {
                     **about,
                     **_moments({"train": metrics, "test": test}),
@@ -169,14 +188,14 @@ def train(
                     "models": dict(zip(models, ours, strict=True)),
                 }
                 run.append_history(run_dir, record)
-                # No model begins its next checkpoint before all have their last one whole.
-                for manager in checkpoints:
-                    manager.wait_until_finished()
-                for i, (folder, config) in enumerate(zip(folders, configs, strict=True)):
-                    run.append_history(folder, {**about, **ours[i], "seconds": seconds})
-                    state = replace(_unstacked(states, i), config=config.train)
-                    write(checkpoints[i], state, ours[i]["test"])
+                for folder, own in zip(folders, ours, strict=True):
+                    run.append_history(folder, {**about, **own, "seconds": seconds})
+                nothing = [({}, 0.0) for _ in models]
+                _save(checkpoints, configs, states, [own["test"] for own in ours], nothing)
                 shown.finish_epoch(record)
+                if epoch < epochs and is_to_stop(step):
+                    raise Preempted(run.stopped(run_dir, step))
+                first, totals, seconds = 0, {}, 0.0
     return jax.device_put(states, jax.local_devices()[0])
 
 
@@ -195,22 +214,44 @@ def results(run_dir: Path, models: Mapping[str, RunConfig]) -> Iterator[str]:
 def _train_one_epoch(
     take_steps: Callable[..., tuple[TrainState, Metrics]],
     states: TrainState,
+    first: int,
+    totals: Values,
     hyper: dict[str, jax.Array],
     examples: tuple[jax.Array, jax.Array | None],
     shown: Shown,
+    is_to_stop: Callable[[int], bool],
 ) -> tuple[TrainState, Values]:
-    batches = jax.vmap(partial(shuffle, num_images=len(examples[0])))(states)
+    """The rest of an epoch of all models, as `run._train_one_epoch` is of one."""
+    start = replace(states, step=states.step - first)
+    batches = jax.vmap(partial(shuffle, num_images=len(examples[0])))(start)
     models, steps, batch_size = batches.shape
     at_once = max(1, _IMAGES_PER_DISPATCH // (models * batch_size))
-    totals: Values = {}
-    for first in range(0, steps, at_once):
-        last = min(first + at_once, steps)
-        states, sums = take_steps(states, (batches, hyper), examples, first, last)
+    totals = dict(totals)
+    for begin in range(first, steps, at_once):
+        end = min(begin + at_once, steps)
+        states, sums = take_steps(states, (batches, hyper), examples, begin, end)
         for name, values in jax.device_get(sums).items():
             totals[name] = totals.get(name, 0.0) + values.astype(np.float64)
-        elbo = float(np.mean(sums["elbo"])) / (last - first)
-        shown.advance((last - first) * batch_size * models, elbo=elbo)
-    return states, {name: total / steps for name, total in totals.items()}
+        elbo = float(np.mean(sums["elbo"])) / (end - begin)
+        shown.advance((end - begin) * batch_size * models, elbo=elbo)
+        if is_to_stop(int(states.step[0])):
+            break
+    return states, totals
+
+
+def _save(
+    checkpoints: list[Any],
+    configs: list[RunConfig],
+    states: TrainState,
+    measured: list[dict[str, float]],
+    begun: list[tuple[dict[str, float], float]],
+) -> None:
+    """Begin to write a checkpoint of every model, when all have their last one whole."""
+    for manager in checkpoints:
+        manager.wait_until_finished()
+    for i, (manager, config) in enumerate(zip(checkpoints, configs, strict=True)):
+        state = replace(_unstacked(states, i), config=config.train)
+        write(manager, state, measured[i], begun[i])
 
 
 def _take_steps(states: TrainState, own: Any, examples: Any, first: Any, last: Any) -> Any:
@@ -256,16 +297,9 @@ def _unstacked(states: TrainState, i: int) -> TrainState:
     return jax.tree.map(lambda x: x[i], states)
 
 
-def _records(train: Values, test: Values, models: int) -> list[dict[str, dict[str, float]]]:
-    """Each model's metrics, as in a run's metrics.jsonl."""
-    splits = {"train": train, "test": test}
-    return [
-        {
-            split: {name: float(x[i]) for name, x in values.items()}
-            for split, values in splits.items()
-        }
-        for i in range(models)
-    ]
+def _each(values: Values, models: int) -> list[dict[str, float]]:
+    """Every model's own."""
+    return [{name: float(x[i]) for name, x in values.items()} for i in range(models)]
 
 
 def _moments(splits: Mapping[str, Values]) -> dict[str, dict[str, float]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import refused
+from conftest import SigtermAt, refused
 
 import jaxvae
 from jaxvae import hosts, run
@@ -147,30 +147,6 @@ def test_whatever_happens_to_a_process_the_run_goes_on_as_if_it_had_not(tmp_path
     assert [line["step"] for line in lines] == [line["step"] for line in whole]
     for line, other in zip(lines, whole, strict=True):
         assert abs(line["train"]["elbo"] - other["train"]["elbo"]) < 0.2
-
-
-class SigtermAt:
-    """Progress that sends this process SIGTERM at its n-th advance."""
-
-    def __init__(self, n):
-        self.left = n
-
-    def training(self, epochs, images, done):
-        return self
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        return None
-
-    def advance(self, images, elbo):
-        self.left -= 1
-        if self.left == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    def finish_epoch(self, record):
-        pass
 
 
 @pytest.mark.parametrize("advance", [1, 2, 4], ids=["mid-epoch", "second epoch", "its end"])

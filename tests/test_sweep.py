@@ -6,10 +6,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import refused
+from conftest import SigtermAt, refused
 
 import jaxvae
 from jaxvae import run, sweep
+from jaxvae.errors import Preempted
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -194,6 +195,23 @@ def test_a_sweep_goes_on_bit_for_bit_from_the_last_epoch_that_all_have(tmp_path,
             assert without_seconds(folder / name) == without_seconds(once / name)
             for a, b in zip(saved(folder / name), saved(once / name), strict=True):
                 np.testing.assert_array_equal(a, b)
+
+
+def test_sigterm_saves_every_model_in_mid_epoch(tmp_path, npz, monkeypatch):
+    monkeypatch.setattr(sweep, "_IMAGES_PER_DISPATCH", 256)  # two steps of both models
+    flags = {"data": str(npz), "network": "mlp", "batch_size": 64, "epochs": 2}
+    once, stopped = tmp_path / "once", tmp_path / "stopped"
+    models, _ = trained(once, flags, seeds=2)
+    data = run.load_run_data(next(iter(models.values())))
+    sweep.start(stopped, models, data, resume=False)
+    with pytest.raises(Preempted, match="saved after step 12; go on with"):
+        sweep.train(stopped, models, data, progress=SigtermAt(6))
+    trained(stopped, {}, resume=True)
+    assert without_seconds(stopped) == without_seconds(once)
+    for name in models:
+        assert without_seconds(stopped / name) == without_seconds(once / name)
+        for a, b in zip(saved(stopped / name), saved(once / name), strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 def test_a_model_of_many_goes_on_alone(eight, tmp_path):
