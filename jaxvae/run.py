@@ -321,7 +321,7 @@ def train(
     with open_checkpoints(run_dir) as checkpoints:
         if checkpoints.latest_step() is None:
             state = lay_out(first_state(train_key, config), mesh, config.divide)
-            totals, seconds = dict[str, float](), 0.0
+            totals, seconds = dict[str, Any](), 0.0
         else:
             state = replace(restore(run_dir, mesh=mesh, divide=config.divide), config=config.train)
             totals, seconds = unfinished(checkpoints, int(state.step))
@@ -343,7 +343,7 @@ def train(
         ):
             for epoch in range(done + 1, epochs + 1):
                 began = time.perf_counter() - seconds
-                state, totals = _train_one_epoch(epoch_of, state, first, totals, shown, is_to_stop)
+                state, totals = train_one_epoch(epoch_of, state, first, totals, shown, is_to_stop)
                 if int(state.step) < epoch * steps:
                     seconds = time.perf_counter() - began
                     write(checkpoints, state, {}, (totals, seconds))
@@ -464,29 +464,35 @@ def draw(run_dir: Path, data: Dataset, params: Params) -> list[Path]:
     return draw_all(run_dir / "figures", params, data, read_metrics(run_dir), key)
 
 
-def _train_one_epoch(
+def train_one_epoch(
     epoch_of: Epoch,
     state: TrainState,
     first: int,
-    totals: dict[str, float],
+    totals: Mapping[str, Any],
     shown: Shown,
     is_to_stop: Callable[[int], bool],
-) -> tuple[TrainState, dict[str, float]]:
+) -> tuple[TrainState, dict[str, Any]]:
     """The rest of an epoch of which `first` steps have been taken, unless it is to stop before.
 
     Returns the state, and the sums over all steps so far of the metrics, of which `totals` are
-    those of the first.
+    those of the first. The state may be those of many models, stacked, and so are the sums then.
     """
-    totals = dict(totals)
+    sums = dict(totals)
     start = replace(state, step=state.step - first)
+    images = state.config.batch_size * state.step.size
     for count, advance in epoch_of(start, first):
-        state, sums = advance(state)
-        for name, value in sums.items():
-            totals[name] = totals.get(name, 0.0) + float(value)
-        shown.advance(count * state.config.batch_size, elbo=float(sums["elbo"]) / count)
-        if is_to_stop(int(state.step)):
+        state, metrics = advance(state)
+        for name, value in jax.device_get(metrics).items():
+            sums[name] = sums.get(name, 0.0) + np.float64(value)
+        shown.advance(count * images, elbo=float(np.mean(metrics["elbo"])) / count)
+        if is_to_stop(step_of(state)):
             break
-    return state, totals
+    return state, sums
+
+
+def step_of(state: TrainState) -> int:
+    """How many steps a state, or each of those that are stacked in one, has taken."""
+    return int(np.ravel(state.step)[0])
 
 
 def _with_flags(config: RunConfig, flags: Mapping[str, Any]) -> RunConfig:

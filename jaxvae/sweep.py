@@ -28,10 +28,11 @@ from jaxvae.convolution import backend, in_blocks
 from jaxvae.data import Dataset
 from jaxvae.errors import InputError, Preempted
 from jaxvae.evaluation import evaluate
+from jaxvae.feed import Advance, Epoch
 from jaxvae.hosts import preemption
 from jaxvae.model import Params
-from jaxvae.parallel import AXIS, devices_for, everywhere
-from jaxvae.progress import Progress, Shown
+from jaxvae.parallel import AXIS, devices_for, everywhere, share
+from jaxvae.progress import Progress
 from jaxvae.run import RunConfig, as_flag
 from jaxvae.training import Metrics, TrainState, shuffle, train_steps
 
@@ -123,7 +124,10 @@ def train(
     """
     progress = progress or Progress(Console(quiet=True))
     devices = devices_for(len(models), least=1)
-    take_steps, measure = _on(devices, _take_steps, (0,)), _on(devices, _measure)
+    own, all_see = jax.P(AXIS), jax.P()
+    specs = (own, own, all_see, all_see, all_see)
+    take_steps = share(_take_steps, devices, (0,), in_specs=specs, out_specs=own)
+    measure = share(_measure, devices, in_specs=specs[:4], out_specs=own)
     model = next(iter(models.values())).model
     train, test_set = jax.device_put(
         (
@@ -157,19 +161,20 @@ def train(
         states, hyper, test_keys = jax.device_put((states, hyper, test_keys), one_part_each)
         epochs, images = shared.epochs, len(data.train_images)
         steps = images // shared.batch_size
-        done, first = divmod(int(states.step[0]), steps)
+        done, first = divmod(run.step_of(states), steps)
+        epoch_of = _feed(take_steps, hyper, train)
         for folder in (run_dir, *folders):
             run.write_history(folder, run.read_metrics(folder)[:done])
         with (
-            preemption(int(states.step[0])) as is_to_stop,
+            preemption(run.step_of(states)) as is_to_stop,
             progress.training(epochs, images * len(models), done) as shown,
         ):
             for epoch in range(done + 1, epochs + 1):
                 began = time.perf_counter() - seconds
-                states, totals = _train_one_epoch(
-                    take_steps, states, first, totals, hyper, train, shown, is_to_stop
+                states, totals = run.train_one_epoch(
+                    epoch_of, states, first, totals, shown, is_to_stop
                 )
-                step = int(states.step[0])
+                step = run.step_of(states)
                 if step < epoch * steps:
                     seconds = time.perf_counter() - began
                     begun = [(sums, seconds) for sums in _each(totals, len(models))]
@@ -211,32 +216,26 @@ def results(run_dir: Path, models: Mapping[str, RunConfig]) -> Iterator[str]:
         yield f"learning rate {rate:g}, beta {beta:g}: test ELBO {np.mean(elbos):.2f}{spread}"
 
 
-def _train_one_epoch(
+def _feed(
     take_steps: Callable[..., tuple[TrainState, Metrics]],
-    states: TrainState,
-    first: int,
-    totals: Values,
     hyper: dict[str, jax.Array],
     examples: tuple[jax.Array, jax.Array | None],
-    shown: Shown,
-    is_to_stop: Callable[[int], bool],
-) -> tuple[TrainState, Values]:
-    """The rest of an epoch of all models, as `run._train_one_epoch` is of one."""
-    start = replace(states, step=states.step - first)
-    batches = jax.vmap(partial(shuffle, num_images=len(examples[0])))(start)
-    models, steps, batch_size = batches.shape
-    at_once = max(1, _IMAGES_PER_DISPATCH // (models * batch_size))
-    totals = dict(totals)
-    for begin in range(first, steps, at_once):
-        end = min(begin + at_once, steps)
-        states, sums = take_steps(states, (batches, hyper), examples, begin, end)
-        for name, values in jax.device_get(sums).items():
-            totals[name] = totals.get(name, 0.0) + values.astype(np.float64)
-        elbo = float(np.mean(sums["elbo"])) / (end - begin)
-        shown.advance((end - begin) * batch_size * models, elbo=elbo)
-        if is_to_stop(int(states.step[0])):
-            break
-    return states, totals
+) -> Epoch:
+    """The dispatches of an epoch of all models, as `jaxvae.feed` gives those of one."""
+
+    def epoch(start: TrainState, first: int) -> Iterator[tuple[int, Advance]]:
+        batches = jax.vmap(partial(shuffle, num_images=len(examples[0])))(start)
+        models, steps, batch_size = batches.shape
+        at_once = max(1, _IMAGES_PER_DISPATCH // (models * batch_size))
+
+        def advance(states: TrainState, first: int, last: int) -> tuple[TrainState, Metrics]:
+            return take_steps(states, (batches, hyper), examples, first, last)
+
+        for begin in range(first, steps, at_once):
+            end = min(begin + at_once, steps)
+            yield end - begin, partial(advance, first=begin, last=end)
+
+    return epoch
 
 
 def _save(
@@ -254,7 +253,12 @@ def _save(
         write(manager, state, measured[i], begun[i])
 
 
-def _take_steps(states: TrainState, own: Any, examples: Any, first: Any, last: Any) -> Any:
+# The devices of the axis take their own models each and tell each other nothing.
+
+
+def _take_steps(
+    states: TrainState, own: Any, examples: Any, first: Any, last: Any, *, axis_name: str
+) -> Any:
     images, labels = examples
 
     def one(model: Any) -> tuple[TrainState, Metrics]:
@@ -264,7 +268,9 @@ def _take_steps(states: TrainState, own: Any, examples: Any, first: Any, last: A
     return _for_each(one, (states, own))
 
 
-def _measure(params: Params, keys: jax.Array, images: jax.Array, labels: Any) -> Metrics:
+def _measure(
+    params: Params, keys: jax.Array, images: jax.Array, labels: Any, *, axis_name: str
+) -> Metrics:
     return _for_each(lambda model: evaluate(*model, images, labels), (params, keys))
 
 
@@ -272,21 +278,6 @@ def _for_each(f: Callable[[Any], Any], models: Any) -> Any:
     """f of every model: all at once, but on a CPU one by one, to keep what f needs in cache."""
     size = 1 if backend() == "cpu" else len(jax.tree.leaves(models)[0])
     return in_blocks(jax.vmap(f), models, size)
-
-
-def _on(
-    devices: jax.sharding.Mesh, f: Callable[..., Any], donate: tuple[int, ...] = ()
-) -> Callable[..., Any]:
-    """f(state, own, *shared) on all devices, each of which takes its part of the models."""
-
-    def shared(state: Any, own: Any, *rest: Any) -> Any:
-        each = (jax.P(AXIS), jax.P(AXIS), *(jax.P() for _ in rest))
-        parts = jax.shard_map(
-            f, mesh=devices, in_specs=each, out_specs=jax.P(AXIS), check_vma=False
-        )
-        return parts(state, own, *rest)
-
-    return jax.jit(shared, donate_argnums=donate)
 
 
 def _stacked(states: list[TrainState]) -> TrainState:

@@ -1,6 +1,7 @@
 """Several processes train one model: as one would, and whatever happens to any of them."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -31,12 +32,15 @@ def data(tmp_path_factory):
 
 
 class Together:
-    """So many processes of `jaxvae train`, on as many devices each."""
+    """So many processes of `jaxvae train`, on as many devices each.
 
-    def __init__(self, count, run_dir, *flags, devices=1):
+    places: where each is, as words before its command; the first can be reached at `host`.
+    """
+
+    def __init__(self, count, run_dir, *flags, devices=1, host="localhost", places=()):
         with socket.socket() as free:
             free.bind(("localhost", 0))
-            coordinator = f"localhost:{free.getsockname()[1]}"
+            coordinator = f"{host}:{free.getsockname()[1]}"
         environment = os.environ | {
             "PYTHONPATH": str(Path(jaxvae.__file__).parents[1]),
             "XDG_CACHE_HOME": str(run_dir.parent / "cache"),
@@ -47,7 +51,8 @@ class Together:
         self.processes = []
         for i, log in enumerate(self.logs):
             own = f"--coordinator {coordinator} --num-processes {count} --process-id {i}".split()
-            words = [sys.executable, "-m", "jaxvae", "train", "--run-dir", str(run_dir)]
+            words = [*(places[i] if places else []), sys.executable, "-m", "jaxvae", "train"]
+            words += ["--run-dir", str(run_dir)]
             with log.open("w") as file:
                 self.processes.append(
                     subprocess.Popen(
@@ -113,6 +118,47 @@ def test_two_and_four_processes_train_the_run_of_one(tmp_path, data):
             assert abs(line[split]["elbo"] - alone[split]["elbo"]) < 0.2
         assert together.said().count("epoch 1/1") == 1, "only one tells"
     assert list((tmp_path / "four" / "figures").iterdir())
+
+
+@pytest.fixture
+def two_networks():
+    """Two network namespaces with nothing in common but a cable."""
+    names = [f"jaxvae-{os.getpid()}-{i}" for i in range(2)]
+    ends = [f"jv{os.getpid()}-{i}" for i in range(2)]
+    commands = [
+        *(f"netns add {name}" for name in names),
+        f"link add {ends[0]} type veth peer name {ends[1]}",
+        *(f"link set {end} netns {name}" for name, end in zip(names, ends, strict=True)),
+        *(
+            f"-n {name} addr add 10.77.0.{i}/24 dev {ends[i - 1]}"
+            for i, name in enumerate(names, 1)
+        ),
+        *(
+            f"-n {name} link set {end} up"
+            for name, own in zip(names, ends, strict=True)
+            for end in ("lo", own)
+        ),
+    ]
+    try:
+        for command in commands:
+            try:
+                done = subprocess.run(["ip", *command.split()], capture_output=True, text=True)
+            except FileNotFoundError:
+                pytest.skip("this machine has no `ip`")
+            if done.returncode:
+                pytest.skip(f"this machine lets nobody make networks: {done.stderr.strip()}")
+        yield [["ip", "netns", "exec", name] for name in names]
+    finally:
+        for name in names if shutil.which("ip") else ():
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def test_processes_meet_over_a_network(tmp_path, data, two_networks):
+    words = ["--data", data, "--batch-size", 512, "--epochs", 1, *FLAGS]
+    together = Together(2, tmp_path / "two", *words, host="10.77.0.1", places=two_networks)
+    assert together.ended() == [0, 0], together.said()
+    state = undisturbed(tmp_path / "one", {"data": str(data), "batch_size": 512, "epochs": 1})
+    assert apart(tmp_path / "two", state) < 1e-3
 
 
 def test_whatever_happens_to_a_process_the_run_goes_on_as_if_it_had_not(tmp_path, data):
