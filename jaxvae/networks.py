@@ -220,7 +220,8 @@ class ResidualEncoder(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, labels: jax.Array | None = None) -> Encoded:
-        x = _down(images, _halvings(*images.shape[1:3], self.width), self.blocks, self.dtype)
+        _, rows, columns, _ = images.shape
+        x = _down(images, _halvings(rows, columns, self.width), self.blocks, self.dtype)
         x = with_labels(x.reshape(x.shape[0], -1), labels)
         x = dense(self.hidden, kernel_init=_he, dtype=self.dtype, name="dense")(x)
         x = nn.relu(x)
@@ -260,7 +261,8 @@ class SpatialEncoder(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, labels: jax.Array | None = None) -> Encoded:
-        sizes = _halvings(*images.shape[1:3], self.width, 1)[:3]
+        _, rows, columns, _ = images.shape
+        sizes = _halvings(rows, columns, self.width, 1)[:3]
         x = _down(images, sizes, self.blocks, self.dtype)
         each = _latents_a_place(self.latent_dim, sizes[-1])
         x = _with_planes(x, labels)
