@@ -24,8 +24,9 @@ _FLAGS: dict[str, dict[str, Any]] = {
     "--latent-dim": {"type": int, "metavar": "N", "help": "default 2"},
     "--compute-dtype": {"metavar": "TYPE", "help": "float32 (the default), or bfloat16: mixed "
                         "precision, for accelerators"},
-    "--network": {"metavar": "NAME", "help": "notebook (the default), mlp or residual"},
-    "--width": {"type": int, "metavar": "N", "help": "of mlp or residual; default 200, or 32"},
+    "--network": {"metavar": "NAME", "help": "notebook (the default), mlp, residual or spatial"},
+    "--width": {"type": int, "metavar": "N", "help": "of mlp, residual or spatial; default 200, "
+                "or 32"},
     "--likelihood": {"metavar": "NAME", "help": "bernoulli (the default), continuous_bernoulli, "
                      "gaussian or discretized_logistic"},
     "--prior": {"metavar": "NAME", "help": "standard_normal (the default), mixture or vamp"},

@@ -36,10 +36,11 @@ class ModelConfig(Config):
     latent_dim: number of latents.
     compute_dtype: "float32", or "bfloat16" for the layers' inputs, kernels and products;
       parameters, their gradients and the terms of the ELBO are float32 all the same.
-    network: "notebook"; "mlp", the IWAE paper's; "residual", for colour; or a pair of Flax modules
-      (encoder, decoder) of your own, as described in `jaxvae.networks`.
-    width: units of a layer of "mlp", 200 by default, or channels of "residual" at the images' own
-      resolution, 32 by default; the notebook's network has no such choice.
+    network: "notebook"; "mlp", the IWAE paper's; "residual", for colour; "spatial", the same with
+      a grid of latents; or a pair of Flax modules (encoder, decoder) of your own, as described in
+      `jaxvae.networks`.
+    width: units of a layer of "mlp", 200 by default, or channels of "residual" and "spatial" at the
+      images' own resolution, 32 by default; the notebook's network has no such choice.
     likelihood: p(x|z): "bernoulli", "continuous_bernoulli", "gaussian" or "discretized_logistic".
     prior: p(z): "standard_normal", "mixture" of Gaussians, or "vamp".
     prior_components: how many Gaussians a mixture has, or pseudo-inputs a VampPrior.
@@ -87,10 +88,10 @@ class ModelConfig(Config):
                 f"network is {given}: expected {_either(NETWORKS)}, "
                 "or a pair of Flax modules, (Encoder(), Decoder())"
             )
-        if self.width is not None and self.network not in ("mlp", "residual"):
+        if self.width is not None and self.network not in ("mlp", "residual", "spatial"):
             raise InputError(
                 f"width is {self.width}, but this network has a width of its own: expected none, "
-                "or the network 'mlp' or 'residual'"
+                "or the network 'mlp', 'residual' or 'spatial'"
             )
         if self.prior == "vamp" and self.num_classes:
             raise InputError(
@@ -173,7 +174,7 @@ class TrainConfig(Config):
             )
 
 
-NETWORKS = ("notebook", "mlp", "residual")
+NETWORKS = ("notebook", "mlp", "residual", "spatial")
 OWN_NETWORK = "own"
 
 # What the fields that name something may be.

@@ -18,7 +18,8 @@ from PIL import Image
 from jaxvae.data import Dataset
 from jaxvae.distributions import scale_images
 from jaxvae.errors import InputError
-from jaxvae.model import Params, decode, encode, reconstruct, sample
+from jaxvae.model import Params, Prior, decode, encode, prior, reconstruct, sample
+from jaxvae.priors import StandardNormal
 
 _STYLE = {
     "font.size": 10,
@@ -80,12 +81,18 @@ def save_images(images: jax.Array, path: Path) -> None:
         raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
-def latent_grid(n: int) -> jax.Array:
-    """The n coordinates of the manifold's axes: the standard normal's quantiles from 0.05 to 0.95.
+def latent_grid(p_z: Prior, latent: int, n: int) -> jax.Array:
+    """n coordinates of an axis of the manifold: the prior's quantiles from 0.05 to 0.95.
 
-    Equal steps of probability, so that the grid is denser where the prior is.
+    Equal steps of probability of that latent alone, so that the grid is denser where the prior is.
     """
-    return jax.scipy.special.ndtri(jnp.linspace(0.05, 0.95, n))
+    quantiles = jnp.linspace(0.05, 0.95, n)
+    if isinstance(p_z, StandardNormal):
+        return jax.scipy.special.ndtri(quantiles)
+    mean, scale = p_z.mean[:, latent], jnp.exp(p_z.log_var[:, latent] / 2)
+    x = jnp.linspace(jnp.min(mean - 4 * scale), jnp.max(mean + 4 * scale), 10_001)
+    below = jax.scipy.special.ndtr((x[:, None] - mean) / scale) @ jax.nn.softmax(p_z.logits)
+    return jnp.interp(quantiles, below, x)
 
 
 def manifold(params: Params, n: int = 15) -> Figure:
@@ -94,9 +101,10 @@ def manifold(params: Params, n: int = 15) -> Figure:
     The first latent grows to the right and the second upwards; a model of one latent gets one
     row. A conditional model shows its class 0.
     """
-    grid = latent_grid(n)
+    p_z = prior(params)
+    grid = latent_grid(p_z, 0, n)
     latent_dim = params.config.latent_dim
-    down = grid[::-1] if latent_dim > 1 else jnp.zeros(1)
+    down = latent_grid(p_z, 1, n)[::-1] if latent_dim > 1 else jnp.zeros(1)
     second, first = (axis.ravel() for axis in jnp.meshgrid(down, grid, indexing="ij"))
     z = jnp.zeros((first.size, latent_dim)).at[:, 0].set(first)
     if latent_dim > 1:
@@ -139,15 +147,17 @@ def samples(params: Params, key: jax.Array, rows: int = 10) -> Figure:
 def latents(params: Params, data: Dataset) -> Figure:
     """The posterior of every test image, coloured by class.
 
-    The first two posterior means; with one latent, its posterior mean and standard deviation.
-    A class's number stands at its median.
+    The first two posterior means; with one latent, its posterior mean and standard deviation. Of a
+    flow, where it takes the mean, and the standard deviation before it. A class's number stands at
+    its median.
     """
     images = jnp.asarray(data.test_images[:_SCATTERED])
     posterior = encode(params, images, _labels(params, data, np.arange(len(images))))
-    x, y = posterior.mean[:, 0], jnp.exp(posterior.log_var[:, 0] / 2)
-    names = ("posterior mean of z1", "posterior standard deviation of z1")
+    x, y = posterior.center[:, 0], jnp.exp(posterior.log_var[:, 0] / 2)
+    mean = "mean" if params.config.posterior == "gaussian" else "center"
+    names = (f"posterior {mean} of z1", "posterior standard deviation of z1")
     if params.config.latent_dim > 1:
-        y, names = posterior.mean[:, 1], ("posterior mean of z1", "posterior mean of z2")
+        y, names = posterior.center[:, 1], (f"posterior {mean} of z1", f"posterior {mean} of z2")
     points = np.stack([x, y], axis=1)
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(7.2, 6.4), layout="constrained")

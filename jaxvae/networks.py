@@ -20,6 +20,7 @@ from flax.linen.dtypes import promote_dtype
 from flax.typing import DotGeneralT, Dtype, Initializer
 
 from jaxvae.convolution import conv_general_dilated, conv_transpose
+from jaxvae.errors import InputError
 
 Encoded = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -219,13 +220,9 @@ class ResidualEncoder(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, labels: jax.Array | None = None) -> Encoded:
-        conv = partial(conv_3x3, kernel_init=_he, dtype=self.dtype)
-        x = conv(self.width, name="conv_0")(images)
-        for level, (*_, features) in enumerate(_halvings(*x.shape[1:])[1:], start=1):
-            x = conv(features, stride=2, name=f"conv_{level}")(nn.relu(x))
-            for block in range(self.blocks):
-                x = Residual(self.dtype, name=f"block_{level}_{block}")(x)
-        x = with_labels(nn.relu(x).reshape(x.shape[0], -1), labels)
+        _, rows, columns, _ = images.shape
+        x = _down(images, _halvings(rows, columns, self.width), self.blocks, self.dtype)
+        x = with_labels(x.reshape(x.shape[0], -1), labels)
         x = dense(self.hidden, kernel_init=_he, dtype=self.dtype, name="dense")(x)
         x = nn.relu(x)
         return heads(x, self.latent_dim, self.dtype)
@@ -241,30 +238,119 @@ class ResidualDecoder(nn.Module):
 
     @nn.compact
     def __call__(self, z: jax.Array, labels: jax.Array | None = None) -> jax.Array:
-        height, width, outputs = self.image_shape
-        sizes = _halvings(height, width, self.width)
+        sizes = _halvings(*self.image_shape[:2], self.width)
         x = dense(math.prod(sizes[-1]), dtype=self.dtype, name="dense")(with_labels(z, labels))
-        x = x.reshape(-1, *sizes[-1])
-        for level in range(len(sizes) - 1, 0, -1):
-            for block in range(self.blocks):
-                x = Residual(self.dtype, name=f"block_{level}_{block}")(x)
-            rows, columns, features = sizes[level - 1]
-            up = ConvTranspose(
-                features, 2, self.dtype, _he_transposed, name=f"conv_transpose_{level}"
-            )
-            # An odd side was rounded up when halved.
-            x = up(nn.relu(x))[:, :rows, :columns]
-        return conv_3x3(outputs, dtype=self.dtype, name="conv")(nn.relu(x))
+        return _up(x.reshape(-1, *sizes[-1]), sizes, self.image_shape[2], self.blocks, self.dtype)
 
 
-def _halvings(rows: int, columns: int, features: int) -> list[tuple[int, int, int]]:
-    """(rows, columns, features), halving the sides until both are at most 4.
+class SpatialEncoder(nn.Module):
+    """For colour images in many latents: convolutions only, and equally many latents a place.
 
-    The features are doubled twice. Further down a kernel would meet too few pixels to be worth
-    its time.
+    The places are a grid of a quarter of the images' height and width, rounded up; the latents of
+    one are next to each other. Raises InputError where their number is no multiple of its size.
+
+    width, blocks: as of `ResidualEncoder`.
+
+    Kingma et al. (2016), Inverse Autoregressive Flow, section 6.2, has latents of this kind.
+    """
+
+    latent_dim: int
+    dtype: Dtype | None = None
+    width: int = 32
+    blocks: int = 1
+
+    @nn.compact
+    def __call__(self, images: jax.Array, labels: jax.Array | None = None) -> Encoded:
+        _, rows, columns, _ = images.shape
+        sizes = _halvings(rows, columns, self.width, 1)[:3]
+        x = _down(images, sizes, self.blocks, self.dtype)
+        each = _latents_a_place(self.latent_dim, sizes[-1])
+        x = _with_planes(x, labels)
+        head = partial(conv_3x3, each, dtype=self.dtype)
+        mean = head(kernel_init=nn.initializers.lecun_normal(), name="mean")(x)
+        # With equal noise at first, every place has something to tell.
+        log_var = head(kernel_init=nn.initializers.zeros, name="log_var")(x)
+        return _flat(mean), _flat(log_var), jnp.mean(x, axis=(1, 2))
+
+
+class SpatialDecoder(nn.Module):
+    """`SpatialEncoder` backwards."""
+
+    image_shape: tuple[int, int, int]
+    dtype: Dtype | None = None
+    width: int = 32
+    blocks: int = 1
+
+    @nn.compact
+    def __call__(self, z: jax.Array, labels: jax.Array | None = None) -> jax.Array:
+        sizes = _halvings(*self.image_shape[:2], self.width, 1)[:3]
+        rows, columns, features = sizes[-1]
+        each = _latents_a_place(z.shape[1], sizes[-1])
+        x = _with_planes(z.reshape(-1, rows, columns, each), labels)
+        x = conv_3x3(features, kernel_init=_he, dtype=self.dtype, name="conv_in")(x)
+        return _up(x, sizes, self.image_shape[2], self.blocks, self.dtype)
+
+
+def _down(
+    x: jax.Array, sizes: list[tuple[int, int, int]], blocks: int, dtype: Dtype | None
+) -> jax.Array:
+    """Strided convolutions and residual blocks through all sizes, by the module that asks."""
+    conv = partial(conv_3x3, kernel_init=_he, dtype=dtype)
+    x = conv(sizes[0][2], name="conv_0")(x)
+    for level, (*_, features) in enumerate(sizes[1:], start=1):
+        x = conv(features, stride=2, name=f"conv_{level}")(nn.relu(x))
+        for block in range(blocks):
+            x = Residual(dtype, name=f"block_{level}_{block}")(x)
+    return nn.relu(x)
+
+
+def _up(
+    x: jax.Array,
+    sizes: list[tuple[int, int, int]],
+    outputs: int,
+    blocks: int,
+    dtype: Dtype | None,
+) -> jax.Array:
+    """`_down` backwards, and a convolution to the outputs."""
+    for level in range(len(sizes) - 1, 0, -1):
+        for block in range(blocks):
+            x = Residual(dtype, name=f"block_{level}_{block}")(x)
+        rows, columns, features = sizes[level - 1]
+        up = ConvTranspose(features, 2, dtype, _he_transposed, name=f"conv_transpose_{level}")
+        # An odd side was rounded up when halved.
+        x = up(nn.relu(x))[:, :rows, :columns]
+    return conv_3x3(outputs, dtype=dtype, name="conv")(nn.relu(x))
+
+
+def _latents_a_place(latent_dim: int, grid: tuple[int, int, int]) -> int:
+    rows, columns, _ = grid
+    if latent_dim % (rows * columns):
+        raise InputError(
+            f"latent_dim is {latent_dim}: expected a multiple of {rows * columns}, as the "
+            f"network 'spatial' has a grid of {rows} x {columns} places for images of this size"
+        )
+    return latent_dim // (rows * columns)
+
+
+def _with_planes(x: jax.Array, labels: jax.Array | None) -> jax.Array:
+    """x [batch, rows, columns, features], with the classes beside it in every place."""
+    if labels is None:
+        return x
+    planes = jnp.broadcast_to(labels[:, None, None], (*x.shape[:3], labels.shape[1]))
+    return jnp.concatenate([x, planes.astype(x.dtype)], axis=-1)
+
+
+def _flat(x: jax.Array) -> jax.Array:
+    return x.reshape(x.shape[0], -1)
+
+
+def _halvings(rows: int, columns: int, features: int, least: int = 4) -> list[tuple[int, int, int]]:
+    """(rows, columns, features), halving the sides until both are at most `least`.
+
+    The features are doubled twice. Below 4 a kernel meets too few pixels to be worth its time.
     """
     sizes = [(rows, columns, features)]
-    while max(rows, columns) > 4:
+    while max(rows, columns) > least:
         rows, columns = -(-rows // 2), -(-columns // 2)
         sizes.append((rows, columns, features * min(2 ** len(sizes), 4)))
     return sizes
@@ -274,4 +360,5 @@ NETWORKS: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
     "notebook": (Encoder, Decoder),
     "mlp": (MlpEncoder, MlpDecoder),
     "residual": (ResidualEncoder, ResidualDecoder),
+    "spatial": (SpatialEncoder, SpatialDecoder),
 }

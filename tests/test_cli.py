@@ -383,7 +383,7 @@ WRONG = {
     "negative seed": ("train --seed -1", "seed is -1: expected a whole number from 0"),
     "large batch": ("train --data {npz} --batch-size 1000", "batch_size is 1000: expected at most"),
     "unknown data set": ("train --data tfds:no_such_set", "no data set 'no_such_set'"),
-    "unknown network": ("train --network cnn", "network is 'cnn': expected 'notebook', 'mlp' or"),
+    "unknown network": ("train --network cnn", "network is 'cnn': expected 'notebook', 'mlp', "),
     "a network of one's own": ("train --network own", "hand its modules over"),
     "unknown likelihood": ("train --likelihood poisson", "likelihood is 'poisson': expected 'bern"),
     "unknown prior": ("train --prior flow", "prior is 'flow': expected 'standard_normal', 'mix"),

@@ -144,7 +144,7 @@ def test_of_modules_of_ones_own_json_keeps_only_that_there_are_some():
     ids=["one module", "a tuple of one", "three", "classes", "names", "half a pair", "a function"],
 )
 def test_a_network_that_is_no_pair_of_modules_is_refused(network):
-    with refused("network is ", "expected 'notebook', 'mlp' or 'residual', or a pair of Flax"):
+    with refused("network is ", "expected 'notebook', 'mlp', 'residual' or 'spatial', or a"):
         ModelConfig(network=network)
 
 
@@ -159,7 +159,7 @@ def test_a_network_that_is_no_pair_of_modules_is_refused(network):
         (ModelConfig, {"latent_dim": True}, "latent_dim is True: expected a whole number"),
         (ModelConfig, {"compute_dtype": "half"}, "compute_dtype is 'half': expected 'float32' or"),
         (ModelConfig, {"compute_dtype": None}, "compute_dtype is None: expected"),
-        (ModelConfig, {"network": "cnn"}, "network is 'cnn': expected 'notebook', 'mlp' or"),
+        (ModelConfig, {"network": "cnn"}, "network is 'cnn': expected 'notebook', 'mlp', "),
         (ModelConfig, {"network": "mlp", "width": 0}, "width is 0: expected at least 1"),
         (ModelConfig, {"width": 8}, "width is 8, but this network has a width of its own: expec"),
         (ModelConfig, {"prior_components": 0}, "prior_components is 0: expected at least 1"),

@@ -9,6 +9,7 @@ from PIL import Image
 import jaxvae
 from jaxvae import figures
 from jaxvae.data import Dataset
+from jaxvae.priors import Mixture, StandardNormal
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -34,8 +35,22 @@ def shown(figure):
 def test_the_grid_holds_the_standard_normals_quantiles():
     """Phi^-1 of 0.05, 0.275, 0.5, 0.725 and 0.95, from a table of the normal distribution."""
     expected = [-1.644854, -0.597760, 0.0, 0.597760, 1.644854]
-    np.testing.assert_allclose(figures.latent_grid(5), expected, atol=2e-6)
-    assert figures.latent_grid(15).shape == (15,)
+    np.testing.assert_allclose(figures.latent_grid(StandardNormal(2), 1, 5), expected, atol=2e-6)
+
+
+def test_the_grid_of_a_mixture_holds_its_own_quantiles():
+    """Against draws of it; and of one Gaussian, that one's."""
+    rng = np.random.default_rng(3)
+    fields = rng.normal(size=8), 3 * rng.normal(size=(8, 3)), rng.normal(size=(8, 3))
+    mixture = Mixture(*map(jnp.float32, fields))
+    draws = mixture.sample(jax.random.key(4), 100_000)[:, 2]
+    grid = figures.latent_grid(mixture, 2, 7)
+    np.testing.assert_allclose(
+        np.mean(draws[:, None] < grid, axis=0), np.linspace(0.05, 0.95, 7), atol=0.005
+    )
+    one = Mixture(jnp.zeros(1), jnp.array([[3.0]]), jnp.log(jnp.array([[4.0]])))
+    expected = 3 + 2 * np.array([-1.644854, -0.597760, 0.0, 0.597760, 1.644854])
+    np.testing.assert_allclose(figures.latent_grid(one, 0, 5), expected, atol=1e-3)
 
 
 def test_the_manifold_decodes_the_grid_with_z1_to_the_right_and_z2_upwards():
@@ -117,6 +132,17 @@ def test_the_scatter_shows_posterior_means_with_each_class_named():
     np.testing.assert_allclose(points, jaxvae.encode(model, data.test_images).mean, rtol=1e-4)
     assert [text.get_text() for text in axes.texts] == ["0", "1", "2", "3", "4"]
     assert len(np.unique(axes.collections[0].get_facecolors(), axis=0)) == 5
+
+
+def test_the_scatter_of_a_flow_shows_where_it_takes_the_means():
+    config = jaxvae.ModelConfig((8, 8, 1), 2, network="mlp", posterior="iaf")
+    model, data = jaxvae.init(jax.random.key(0), config), dataset()
+    (axes,) = figures.latents(model, data).axes
+    posterior = jaxvae.encode(model, data.test_images)
+    points = axes.collections[0].get_offsets()
+    np.testing.assert_allclose(points, posterior.center, rtol=1e-4, atol=1e-6)
+    assert np.abs(posterior.center - posterior.mean).max() > 1e-3
+    assert axes.get_xlabel() == "posterior center of z1"
 
 
 def test_the_curves_are_the_recorded_metrics():

@@ -56,8 +56,11 @@ class Two(nn.Module):
 
 
 MODELS = {
-    **{name: {"network": name} for name in NETWORKS},
-    **{f"{name}, 10 classes": {"network": name, "num_classes": 10} for name in NETWORKS},
+    **{name: {"network": name, "latent_dim": 6} for name in NETWORKS},
+    **{
+        f"{name}, 10 classes": {"network": name, "latent_dim": 6, "num_classes": 10}
+        for name in NETWORKS
+    },
     **{name: {"likelihood": name} for name in CHOICES["model"]["likelihood"]},
     **{name: {"prior": name} for name in CHOICES["model"]["prior"]},
     "iaf": {"posterior": "iaf"},
