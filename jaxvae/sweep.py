@@ -193,10 +193,9 @@ def train(
                     "models": dict(zip(models, ours, strict=True)),
                 }
                 run.append_history(run_dir, record)
-                for folder, own in zip(folders, ours, strict=True):
-                    run.append_history(folder, {**about, **own, "seconds": seconds})
-                nothing = [({}, 0.0) for _ in models]
-                _save(checkpoints, configs, states, [own["test"] for own in ours], nothing)
+                for folder, line in zip(folders, ours, strict=True):
+                    run.append_history(folder, {**about, **line, "seconds": seconds})
+                _save(checkpoints, configs, states, [line["test"] for line in ours])
                 shown.finish_epoch(record)
                 if epoch < epochs and is_to_stop(step):
                     raise Preempted(run.stopped(run_dir, step))
@@ -243,9 +242,10 @@ def _save(
     configs: list[RunConfig],
     states: TrainState,
     measured: list[dict[str, float]],
-    begun: list[tuple[dict[str, float], float]],
+    begun: list[tuple[dict[str, float], float]] | None = None,
 ) -> None:
     """Begin to write a checkpoint of every model, when all have their last one whole."""
+    begun = begun or [({}, 0.0)] * len(configs)
     for manager in checkpoints:
         manager.wait_until_finished()
     for i, (manager, config) in enumerate(zip(checkpoints, configs, strict=True)):

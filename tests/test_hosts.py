@@ -122,7 +122,7 @@ def test_two_and_four_processes_train_the_run_of_one(tmp_path, data):
 
 @pytest.fixture
 def two_networks():
-    """Two network namespaces with nothing in common but a cable."""
+    """Two network namespaces with nothing in common but a cable, as if they were two hosts."""
     names = [f"jaxvae-{os.getpid()}-{i}" for i in range(2)]
     ends = [f"jv{os.getpid()}-{i}" for i in range(2)]
     commands = [
@@ -147,10 +147,15 @@ def two_networks():
                 pytest.skip("this machine has no `ip`")
             if done.returncode:
                 pytest.skip(f"this machine lets nobody make networks: {done.stderr.strip()}")
+        for i, name in enumerate(names, 1):  # `ip netns exec` shows this as /etc/hosts
+            Path("/etc/netns", name).mkdir(parents=True)
+            hosts_file = Path("/etc/netns", name, "hosts")
+            hosts_file.write_text(f"127.0.0.1 localhost\n10.77.0.{i} {socket.gethostname()}\n")
         yield [["ip", "netns", "exec", name] for name in names]
     finally:
         for name in names if shutil.which("ip") else ():
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
+            shutil.rmtree(Path("/etc/netns", name), ignore_errors=True)
 
 
 def test_processes_meet_over_a_network(tmp_path, data, two_networks):
