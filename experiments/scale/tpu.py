@@ -72,7 +72,8 @@ def main() -> None:
         return
     (out,) = sys.argv[1:]
     wanted = [
-        *(("v5e:2x2", "step", b, d) for d in ("float32", "bfloat16") for b in (128, 512, 2048)),
+        *(("v5e:2x2", "step", b, "bfloat16") for b in (16, 100, 128, 256, 512, 2048)),
+        *(("v5e:2x2", "step", b, "float32") for b in (128, 512)),
         ("v5e:16x16", "step", 512, "bfloat16"),
         ("v4:2x2x1", "step", 512, "bfloat16"),
         ("v6e:2x2", "step", 512, "bfloat16"),
