@@ -124,9 +124,9 @@ def share(
       donate_argnums: arguments of f whose memory its results may take over.
       in_specs, out_specs: how its arguments and results lie, where that is not `everywhere`.
     Returns:
-      f without its `axis_name`. On a CPU it returns when
-      the result is there: the devices wait for each other inside a computation, and a second
-      one begun meanwhile could take the threads that the first is waiting for.
+      f without its `axis_name`. On a CPU it returns when the result is there: the devices wait for
+      each other inside a computation, and a second one begun meanwhile could take the threads
+      that the first is waiting for.
     """
     parts = jax.shard_map(
         partial(f, axis_name=AXIS),

@@ -12,8 +12,8 @@ import pytest
 
 import jaxvae
 
-# The tests are of the CPU; with libtpu, which is there to compile with, JAX would look for a TPU and
-# tell at length of finding none.
+# The tests are of the CPU; with libtpu, which is there to compile with, JAX would look for a TPU
+# and tell at length of finding none.
 jax.config.update("jax_platforms", os.environ.setdefault("JAX_PLATFORMS", "cpu"))
 # Eight devices of one CPU, for what is shared between devices. Must come before JAX's first use.
 jax.config.update("jax_num_cpu_devices", 8)

@@ -309,7 +309,7 @@ def test_a_data_set_of_one_class_is_measured_without_its_probes(tmp_path):
 
 
 def test_a_run_goes_on_for_more_epochs(tmp_path, npz):
-    flags = {"data": str(npz), "batch_size": 64}
+    flags = {"data": str(npz), "network": "mlp", "batch_size": 64}
     once = trained(tmp_path / "once", {**flags, "epochs": 2})
     trained(tmp_path / "twice", {**flags, "epochs": 1})
     twice = trained(tmp_path / "twice", {"epochs": 2}, resume=True)
@@ -336,7 +336,7 @@ def without_seconds(run_dir):
 
 
 def test_a_line_beyond_the_last_checkpoint_is_taken_back(finished, tmp_path, npz):
-    flags = {"data": str(npz), "batch_size": 64, "epochs": 1, "seed": 3}
+    flags = {"data": str(npz), "network": "mlp", "batch_size": 64, "epochs": 1, "seed": 3}
     trained(tmp_path, flags)
     whole = (tmp_path / "metrics.jsonl").read_text()
     later = json.dumps({"epoch": 2, "step": 16}) + "\n"
@@ -349,18 +349,9 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, npz):
     """SIGKILL in mid-epoch; parameters, optimiser state and metrics as if it had not been."""
 
     def command(name, *more):
-        flags = ["--data", str(npz), "--batch-size", "2", "--epochs", "5"]
-        flags = [] if more else flags
-        return [
-            sys.executable,
-            "-m",
-            "jaxvae",
-            "train",
-            "--run-dir",
-            str(tmp_path / name),
-            *flags,
-            *more,
-        ]
+        flags = ["--data", str(npz), "--network", "mlp", "--batch-size", "2", "--epochs", "5"]
+        words = [sys.executable, "-m", "jaxvae", "train", "--run-dir", str(tmp_path / name)]
+        return [*words, *(more or flags)]
 
     environment = os.environ | {
         "PYTHONPATH": str(Path(jaxvae.__file__).parents[1]),

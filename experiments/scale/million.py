@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 SIDE = 32
+PER_FILE = 50_000  # a reader keeps a file's index, and for a moment copies of it
 FLAGS = "--network mlp --width 32 --latent-dim 8 --batch-size 1024 --epochs 1"
 
 
@@ -23,12 +24,14 @@ def write(folder: Path, count: int) -> None:
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     for split, number in (("train", count), ("test", 1000)):
-        writer = ArrayRecordWriter(str(folder / f"{split}.array_record"), "group_size:1")
-        for _ in range(number):
-            file = io.BytesIO()
-            np.save(file, rng.integers(0, 256, (SIDE, SIDE, 3), np.uint8))
-            writer.write(file.getvalue())
-        writer.close()
+        for begin in range(0, number, PER_FILE):
+            path = folder / f"{split}-{begin // PER_FILE:03}.array_record"
+            writer = ArrayRecordWriter(str(path), "group_size:1")
+            for _ in range(min(PER_FILE, number - begin)):
+                file = io.BytesIO()
+                np.save(file, rng.integers(0, 256, (SIDE, SIDE, 3), np.uint8))
+                writer.write(file.getvalue())
+            writer.close()
 
 
 def main() -> None:

@@ -8,8 +8,7 @@ Writes FOLDER/scaling.json and FOLDER/scaling.png. The prediction adds up, for n
 
 the time of a step without its collectives, and that of a ring all-reduce of the gradients
 (Patarasuk and Yuan, 2009, Bandwidth optimal all-reduce algorithms), of which nothing happens
-meanwhile. t_step is measured here for a CPU core, and the compiler's estimate for a TPU chip;
-between the batches that are known it is linear in the batch.
+meanwhile. t_step is measured here for a CPU core, and the compiler's estimate for a TPU chip.
 """
 
 import json
@@ -18,16 +17,15 @@ import os
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 CORES = len(os.sched_getaffinity(0))
-BATCHES = [16, 32, 64, 128, 256, 512, 1024, 4096]
 DEVICES = [2**i for i in range(9)]
 FIXED, EACH = 4096, 128  # images of a batch: of the whole, or of each device
+BATCHES = [FIXED // n for n in reversed(DEVICES)]
 
 # What is assumed of a link: bytes a second that a device sends, seconds that a hop takes, and how
 # many hops an all-reduce of n devices takes one after another.
@@ -91,14 +89,10 @@ def told(devices: int, divide: bool) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def predicted(
-    seconds: dict[int, float], sent: float, link: tuple[float, float, Any], n: int, batch: float
-) -> float:
-    """t(n), for a batch of a device."""
+def predicted(seconds: float, sent: float, link: tuple[float, float, Any], n: int) -> float:
+    """t(n), of t(1)."""
     bandwidth, latency, hops = link
-    known = sorted(seconds)
-    compute = float(np.interp(batch, known, [seconds[b] for b in known]))
-    return compute + 2 * (n - 1) / n * sent / bandwidth + hops(n) * latency
+    return seconds + 2 * (n - 1) / n * sent / bandwidth + hops(n) * latency
 
 
 def draw(curves: dict[str, Any], path: Path) -> None:
@@ -107,14 +101,14 @@ def draw(curves: dict[str, Any], path: Path) -> None:
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     titles = f"{FIXED} images in all", f"{EACH} images each"
     for panel, title, kind in zip(panels, titles, ("fixed", "growing"), strict=True):
-        panel.loglog(DEVICES, DEVICES, color="0.7", linestyle=":", label="as many times as fast")
+        panel.loglog(DEVICES, DEVICES, color="0.7", linestyle=":", label="in proportion")
         for (name, curve), marker in zip(curves.items(), "os", strict=True):
             rates = np.array(curve[kind])
             panel.loglog(DEVICES, rates / rates[0], marker=marker, label=name)
         panel.set(title=f"A batch of {title}", xlabel="devices", xticks=DEVICES)
         panel.set_xticklabels(map(str, DEVICES))
         panel.minorticks_off()
-    panels[0].set_ylabel("images per second, relative to one device")
+    panels[0].set_ylabel("predicted images per second, relative to one device")
     panels[0].legend(frameon=False)
     figure.savefig(path, dpi=150)
 
@@ -130,7 +124,8 @@ def main() -> None:
     chip = {
         made["batch"]: made["seconds"]
         for made in tpu
-        if (made["topology"], made["program"], made["dtype"]) == ("v5e:2x2", "step", "bfloat16")
+        if (made["topology"], made["network"], made["program"], made["dtype"])
+        == ("v5e:2x2", "notebook", "step", "bfloat16")
     }
     collectives = {
         "everywhere": {n: told(n, False) for n in (2, 8)},
@@ -139,10 +134,9 @@ def main() -> None:
     sent = collectives["everywhere"][8]["all-reduce"][1]
     curves = {}
     for (name, link), seconds in zip(LINKS.items(), (core, chip), strict=True):
-        time_of = partial(predicted, seconds, sent, link)
         curves[name] = {
-            "fixed": [FIXED / time_of(n, FIXED / n) for n in DEVICES],
-            "growing": [n * EACH / time_of(n, EACH) for n in DEVICES],
+            kind: [n * each(n) / predicted(seconds[each(n)], sent, link, n) for n in DEVICES]
+            for kind, each in (("fixed", lambda n: FIXED // n), ("growing", lambda n: EACH))
         }
     record = {
         "step_seconds": {"1": core, str(CORES): both, "TPU v5e, estimated": chip},

@@ -1,7 +1,7 @@
 """What the TPU compiler makes of the training step, without a TPU.
 
-    python experiments/scale/tpu.py OUT.json     compile everything, some 20 minutes
-    python experiments/scale/tpu.py TOPOLOGY PROGRAM BATCH DTYPE
+    python experiments/scale/tpu.py OUT.json     compile everything, some five minutes
+    python experiments/scale/tpu.py TOPOLOGY PROGRAM BATCH DTYPE [NETWORK WIDTH]
 
 The package libtpu (pip install libtpu) compiles for a topology on an ordinary machine. Its programs
 hold the compiler's own estimate of the cycles that each operation takes.
@@ -37,10 +37,13 @@ def topology(name: str) -> Any:
     return topologies.get_topology_desc(name, "tpu")
 
 
-def measured(name: str, program: str, batch: int, dtype: str) -> dict[str, Any]:
+def measured(
+    name: str, program: str, batch: int, dtype: str, network: str, width: int | None
+) -> dict[str, Any]:
     began = time.perf_counter()
     devices = topology(name).devices
-    done = compiled(devices, program, batch, jaxvae.ModelConfig(compute_dtype=dtype))
+    model = jaxvae.ModelConfig(compute_dtype=dtype, network=network, width=width)
+    done = compiled(devices, program, batch, model)
     memory, cost = done.memory_analysis(), done.cost_analysis()
     kind = devices[0].device_kind
     cycles = sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', done.as_text())))
@@ -48,6 +51,8 @@ def measured(name: str, program: str, batch: int, dtype: str) -> dict[str, Any]:
     record = {
         "topology": name,
         "chip": kind,
+        "network": network,
+        "width": width,
         "program": program,
         "batch": batch,
         "dtype": dtype,
@@ -66,14 +71,19 @@ def measured(name: str, program: str, batch: int, dtype: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    if len(sys.argv) == 5:
-        name, program, batch, dtype = sys.argv[1:]
-        print(json.dumps(measured(name, program, int(batch), dtype)))
+    if len(sys.argv) > 2:
+        name, program, batch, dtype, *model = sys.argv[1:]
+        network, width = (model[0], int(model[1])) if model else ("notebook", None)
+        print(json.dumps(measured(name, program, int(batch), dtype, network, width)))
         return
     (out,) = sys.argv[1:]
     wanted = [
-        *(("v5e:2x2", "step", b, "bfloat16") for b in (16, 100, 128, 256, 512, 2048)),
+        *(
+            ("v5e:2x2", "step", b, "bfloat16")
+            for b in (16, 32, 64, 100, *(2**i for i in range(7, 13)))
+        ),
         *(("v5e:2x2", "step", b, "float32") for b in (128, 512)),
+        *(("v5e:2x2", "step", 128, "bfloat16", "residual", width) for width in (16, 32, 64)),
         ("v5e:16x16", "step", 512, "bfloat16"),
         ("v4:2x2x1", "step", 512, "bfloat16"),
         ("v6e:2x2", "step", 512, "bfloat16"),
