@@ -27,6 +27,13 @@ def compile_quickly():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def let_go_of_programs():
+    """Compiled programs take mappings of memory, of which Linux lets a process have 65,530."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def images():
     """64 random images of 8 by 8, uint8: a batch that compiles and runs fast."""

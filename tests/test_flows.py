@@ -11,6 +11,8 @@ from scipy import stats
 from jaxvae.distributions import Gaussian, reparameterize
 from jaxvae.flows import AutoregressiveNetwork, FlowPosterior, InverseAutoregressiveFlow
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 KEY = jax.random.key(0)
 CONTEXT = 3
 

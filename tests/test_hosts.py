@@ -18,6 +18,8 @@ import jaxvae
 from jaxvae import hosts, run
 from jaxvae.errors import Preempted
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 FLAGS = ["--network", "mlp", "--width", "16", "--latent-dim", "4"]
 
 
@@ -44,6 +46,7 @@ class Together:
         environment = os.environ | {
             "PYTHONPATH": str(Path(jaxvae.__file__).parents[1]),
             "XDG_CACHE_HOME": str(run_dir.parent / "cache"),
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # as compile_quickly
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         }
         self.run_dir = run_dir
@@ -167,8 +170,8 @@ def test_processes_meet_over_a_network(tmp_path, data, two_networks):
 
 
 def test_whatever_happens_to_a_process_the_run_goes_on_as_if_it_had_not(tmp_path, data):
-    """SIGTERM; a worker killed; the coordinator killed; and each time other processes go on."""
-    words = ["--data", data, "--batch-size", 16, "--epochs", 5, *FLAGS]
+    """SIGTERM; a worker killed; the coordinator killed; at last half as many processes go on."""
+    words = ["--data", data, "--batch-size", 16, "--epochs", 4, *FLAGS]
     run_dir = tmp_path / "run"
 
     together = Together(2, run_dir, *words)
@@ -178,11 +181,11 @@ def test_whatever_happens_to_a_process_the_run_goes_on_as_if_it_had_not(tmp_path
     stopped_at = int(jaxvae.restore(run_dir).step)
     assert stopped_at > 256
 
-    together = Together(4, run_dir, "--resume")
-    together.hit(2, signal.SIGKILL, after_epoch=2)
+    together = Together(2, run_dir, "--resume")
+    together.hit(1, signal.SIGKILL, after_epoch=2)
     codes = together.ended(60)
-    assert codes[2] == -signal.SIGKILL
-    assert 0 not in codes
+    assert codes[1] == -signal.SIGKILL
+    assert codes[0] != 0
     assert "failed" in together.said() or "died" in together.said()
 
     together = Together(2, run_dir, "--resume")
@@ -192,7 +195,7 @@ def test_whatever_happens_to_a_process_the_run_goes_on_as_if_it_had_not(tmp_path
     assert codes[1] != 0
 
     assert Together(1, run_dir, "--resume").ended() == [0]
-    state = undisturbed(tmp_path / "whole", {"data": str(data), "batch_size": 16, "epochs": 5})
+    state = undisturbed(tmp_path / "whole", {"data": str(data), "batch_size": 16, "epochs": 4})
     assert apart(run_dir, state) < 1e-3
     lines, whole = run.read_metrics(run_dir), run.read_metrics(tmp_path / "whole")
     assert [line["step"] for line in lines] == [line["step"] for line in whole]

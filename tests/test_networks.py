@@ -21,6 +21,8 @@ from jaxvae.networks import (
 )
 from jaxvae.objectives import example_keys
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 NOTEBOOKS = {
     "encoder": {
         "conv_1": (3, 3, 1, 32),

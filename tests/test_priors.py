@@ -15,6 +15,8 @@ from jaxvae.priors import (
     pseudo_images,
 )
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 KEY = jax.random.key(0)
 
 
