@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jaxvae.errors import InputError, Preempted
+from jaxvae.hosts import pass_over_missing_tpu
 from jaxvae.parallel import make_cores_devices
 
 _CACHE_BYTES = 2**30  # of compiled programs, kept between commands
@@ -73,6 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command. Returns the exit code: 0 done, 2 the user's input was wrong, 1 interrupted."""
     try:
         options = _parser().parse_args(arguments)
+        pass_over_missing_tpu()
         make_cores_devices()
         _keep_programs()
         options.command(options)

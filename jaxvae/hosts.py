@@ -13,6 +13,12 @@ from jax.experimental import multihost_utils
 
 from jaxvae.errors import InputError
 
+# What libtpu would ask a server for, and complain of.
+_NO_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5e-1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
 _HEARTBEAT = 30  # seconds without a sign of life after which a process counts as lost
 
 
@@ -81,10 +87,27 @@ def _launcher() -> str | None:
         return "Open MPI"
     if "KUBERNETES_SERVICE_HOST" in here and "JOB_COMPLETION_INDEX" in here:
         return "Kubernetes"
-    chips = [*Path("/dev").glob("accel[0-9]*"), *Path("/dev").glob("vfio/[0-9]*")]
-    if chips and importlib.util.find_spec("libtpu"):
+    if _has_libtpu() and _tpu_chips():
         return "a TPU host"
     return None
+
+
+def pass_over_missing_tpu() -> None:
+    """Keep libtpu, where it is there to compile with, from telling at length of finding no TPU.
+
+    Changes the environment, so it is for programs to call, and before JAX looks for its devices.
+    """
+    if _has_libtpu() and not _tpu_chips():
+        for name, value in _NO_TPU.items():
+            os.environ.setdefault(name, value)
+
+
+def _has_libtpu() -> bool:
+    return importlib.util.find_spec("libtpu") is not None
+
+
+def _tpu_chips() -> list[Path]:
+    return [*Path("/dev").glob("accel[0-9]*"), *Path("/dev").glob("vfio/[0-9]*")]
 
 
 def several() -> bool:

@@ -256,3 +256,13 @@ def test_a_launcher_of_several_processes_is_known_by_what_it_says(monkeypatch, v
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert hosts._launcher() == launcher
+
+
+@pytest.mark.parametrize(("chips", "told"), [([], True), ([Path("/dev/accel0")], False)])
+def test_libtpu_is_kept_from_looking_only_where_there_is_no_tpu(monkeypatch, chips, told):
+    for name in hosts._NO_TPU:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(hosts, "_has_libtpu", lambda: True)
+    monkeypatch.setattr(hosts, "_tpu_chips", lambda: chips)
+    hosts.pass_over_missing_tpu()
+    assert all((name in os.environ) == told for name in hosts._NO_TPU)

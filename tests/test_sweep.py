@@ -179,7 +179,7 @@ def test_a_sweep_goes_on_bit_for_bit_from_the_last_epoch_that_all_have(tmp_path,
     """As after a kill between two models' checkpoints, and in the first epoch."""
     flags = {"data": str(npz), "network": "mlp", "batch_size": 64}
     once, parts, scratch = (tmp_path / name for name in ("once", "parts", "scratch"))
-    models, _ = trained(once, {**flags, "epochs": 3}, seeds=2)
+    models, _ = trained(once, {**flags, "epochs": 2}, seeds=2)
     trained(parts, {**flags, "epochs": 1}, seeds=2)
     shutil.copytree(parts, scratch)
     shutil.rmtree(scratch / "seed-1" / "checkpoints")
@@ -189,7 +189,7 @@ def test_a_sweep_goes_on_bit_for_bit_from_the_last_epoch_that_all_have(tmp_path,
     shutil.rmtree(parts / "seed-1")
     shutil.copytree(behind, parts / "seed-1")
     for folder in (parts, scratch):
-        trained(folder, {"epochs": 3}, resume=True)
+        trained(folder, {"epochs": 2}, resume=True)
         assert without_seconds(folder) == without_seconds(once)
         for name in models:
             assert without_seconds(folder / name) == without_seconds(once / name)
