@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 from jaxvae.config import ModelConfig, TrainConfig
 from jaxvae.errors import InputError
 from jaxvae.model import Params
-from jaxvae.parallel import divided, everywhere
+from jaxvae.parallel import placement
 from jaxvae.training import TrainState, create_train_state
 
 if TYPE_CHECKING:
@@ -178,10 +177,8 @@ def _placed(tree: Any, mesh: jax.sharding.Mesh | None, divide: bool) -> Any:
     if mesh is None:
         where = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shardings = jax.tree.map(lambda _: where, tree)
-    elif divide:
-        shardings = jax.tree.map(partial(jax.NamedSharding, mesh), divided(tree, mesh))
     else:
-        shardings = jax.tree.map(lambda _: everywhere(mesh), tree)
+        shardings = placement(tree, mesh, divide)
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         tree,

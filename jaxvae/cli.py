@@ -71,7 +71,10 @@ _PROCESSES: dict[str, dict[str, Any]] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command. Returns the exit code: 0 done, 2 the user's input was wrong, 1 interrupted."""
+    """Run a command. Returns the exit code.
+
+    0: done; 1: interrupted; 2: the user's input was wrong; 75: told to stop, and saved.
+    """
     try:
         options = _parser().parse_args(arguments)
         pass_over_missing_tpu()

@@ -65,14 +65,19 @@ def everywhere(mesh: jax.sharding.Mesh) -> jax.NamedSharding:
     return jax.NamedSharding(mesh, jax.P())
 
 
+def placement(tree: Any, mesh: jax.sharding.Mesh, divide: bool = False) -> Any:
+    """Where each array of a tree lies: everywhere, or as `divided` says."""
+    if divide:
+        return jax.tree.map(partial(jax.NamedSharding, mesh), divided(tree, mesh))
+    return jax.tree.map(lambda _: everywhere(mesh), tree)
+
+
 def lay_out(tree: Any, mesh: jax.sharding.Mesh, divide: bool = False) -> Any:
     """Arrays that every process has alike, laid out on the devices of all of them.
 
-    divide: as `divided` says, instead of everywhere.
+    divide: as of `placement`.
     """
-    shardings = everywhere(mesh)
-    if divide:
-        shardings = jax.tree.map(partial(jax.NamedSharding, mesh), divided(tree, mesh))
+    shardings = placement(tree, mesh, divide)
     if jax.process_count() == 1:
         return jax.device_put(tree, shardings)
 

@@ -218,19 +218,17 @@ def train_steps(
     steps = state.config.epochs * len(batches)
     batches = own_part(batches, axis_name, axis=1)
 
-    def one(state: TrainState, i: jax.Array) -> tuple[TrainState, Metrics]:
-        batch = batches[i]
-        return train_step(
-            state,
-            images[batch],
-            None if labels is None else labels[batch],
-            axis_name=axis_name,
-            objective=objective,
-            learning_rate=_rate(state, steps, learning_rate),
-            beta=beta,
-        )
-
-    return _summed(one, state, first, last)
+    one = partial(
+        _step_of_a_run,
+        images=images,
+        labels=labels,
+        steps=steps,
+        learning_rate=learning_rate,
+        axis_name=axis_name,
+        objective=objective,
+        beta=beta,
+    )
+    return _summed(lambda state, i: one(state, batches[i]), state, first, last)
 
 
 @partial(jax.jit, static_argnames=("axis_name", "objective", "steps"), donate_argnames="state")
@@ -249,25 +247,36 @@ def train_portion(
     Every device is handed its own part of each batch; `steps` is how many the run has in all.
     """
 
-    def one(state: TrainState, i: jax.Array) -> tuple[TrainState, Metrics]:
-        return train_step(
-            state,
-            images[i],
-            None if labels is None else labels[i],
-            axis_name=axis_name,
-            objective=objective,
-            learning_rate=_rate(state, steps),
-        )
-
+    one = partial(
+        _step_of_a_run,
+        images=images,
+        labels=labels,
+        steps=steps,
+        axis_name=axis_name,
+        objective=objective,
+    )
     return _summed(one, state, 0, count)
 
 
-def _rate(
-    state: TrainState, steps: int, learning_rate: jax.Array | float | None = None
-) -> jax.Array | float:
-    """The learning rate at the next step of a run of so many."""
+def _step_of_a_run(
+    state: TrainState,
+    batch: jax.Array,
+    *,
+    images: jax.Array,
+    labels: jax.Array | None,
+    steps: int,
+    learning_rate: jax.Array | float | None = None,
+    **options: Any,
+) -> tuple[TrainState, Metrics]:
+    """`train_step` on images[batch], at the learning rate that a run of so many steps has there."""
     rate = state.config.learning_rate if learning_rate is None else learning_rate
-    return rate * rate_factor(state.config.schedule, state.step, steps)
+    return train_step(
+        state,
+        images[batch],
+        None if labels is None else labels[batch],
+        learning_rate=rate * rate_factor(state.config.schedule, state.step, steps),
+        **options,
+    )
 
 
 def _summed(
