@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jaxvae.errors import InputError, Preempted
+from jaxvae.errors import Damaged, InputError, Preempted, TrainingFailed
 from jaxvae.hosts import pass_over_missing_tpu
 from jaxvae.parallel import make_cores_devices
 
@@ -47,6 +47,8 @@ _FLAGS: dict[str, dict[str, Any]] = {
     "--binarization": {"metavar": "NAME", "help": "none (the default), dynamic or fixed"},
     "--optimizer": {"metavar": "NAME", "help": "rmsprop (the default) or adam"},
     "--epsilon": {"type": float, "metavar": "X", "help": "of the optimizer; default 1e-7"},
+    "--clip-norm": {"type": float, "metavar": "X", "help": "longest norm of a gradient; default 0: "
+                    "any"},
     "--schedule": {"metavar": "NAME", "help": "of the learning rate: constant (the default), "
                    "cosine or burda"},
     "--learning-rate": {"type": float, "nargs": "+", "metavar": "X", "help": "default 0.001"},
@@ -73,17 +75,20 @@ _PROCESSES: dict[str, dict[str, Any]] = {
 def main(arguments: list[str] | None = None) -> int:
     """Run a command. Returns the exit code.
 
-    0: done; 1: interrupted; 2: the user's input was wrong; 75: told to stop, and saved.
+    0: done; 1: interrupted, or training failed; 2: the user's input was wrong; 75: told to stop,
+    and saved.
     """
     try:
-        options = _parser().parse_args(arguments)
-        pass_over_missing_tpu()
-        make_cores_devices()
-        _keep_programs()
-        options.command(options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("once", Damaged)
+            warnings.showwarning = _tell_damage(warnings.showwarning)
+            _run(arguments)
     except InputError as error:
         print(f"jaxvae: {error}", file=sys.stderr)
         return 2
+    except TrainingFailed as error:
+        print(f"jaxvae: {error}", file=sys.stderr)
+        return 1
     except Preempted as stop:
         print(f"jaxvae: {stop}", file=sys.stderr)
         return 75
@@ -94,6 +99,26 @@ def main(arguments: list[str] | None = None) -> int:
         _leave_if_together(error)
         raise
     return 0
+
+
+def _run(arguments: list[str] | None) -> None:
+    options = _parser().parse_args(arguments)
+    pass_over_missing_tpu()
+    make_cores_devices()
+    _keep_programs()
+    options.command(options)
+
+
+def _tell_damage(show: Any) -> Any:
+    """What shows warnings, but those of damage as a line."""
+
+    def shown(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, Damaged):
+            print(f"jaxvae: {message}", file=sys.stderr)
+        else:
+            show(message, category, *where, **more)
+
+    return shown
 
 
 def _leave_if_together(error: Exception) -> None:

@@ -124,6 +124,8 @@ class TrainConfig(Config):
     mmd_weight: nats per unit of squared MMD; of "mmd".
     optimizer: "rmsprop" or "adam".
     epsilon: of the optimizer.
+    clip_norm: the norm over all parameters that a gradient is cut down to where it is longer;
+      0: it is left as it is.
     schedule: of the learning rate over the run: "constant"; "cosine": down to 0; "burda": in eight
       stages of 3^i parts each, times 10^(-i/7).
     binarization: "none": grey levels are probabilities; "dynamic": 0/1 pixels are drawn with these
@@ -142,6 +144,7 @@ class TrainConfig(Config):
     mmd_weight: float = 100.0
     optimizer: str = "rmsprop"
     epsilon: float = 1e-7
+    clip_norm: float = 0.0
     schedule: str = "constant"
     binarization: str = "none"
 
@@ -153,7 +156,7 @@ class TrainConfig(Config):
             if not _is_number(value) or not 0 < value < 1e6:
                 raise InputError(f"{name} is {value!r}: expected a number above 0")
             object.__setattr__(self, name, float(value))
-        for name in ("beta", "free_bits", "mmd_weight"):
+        for name in ("beta", "free_bits", "mmd_weight", "clip_norm"):
             value = getattr(self, name)
             if not _is_number(value) or not 0 <= value < 1e6:
                 raise InputError(f"{name} is {value!r}: expected a number of at least 0")

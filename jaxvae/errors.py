@@ -8,8 +8,19 @@ class InputError(ValueError):
     """
 
 
+class TrainingFailed(Exception):
+    """Training cannot go on, as its numbers or the disk went wrong; what it had saved is whole.
+
+    The command line prints it without a traceback and exits with code 1.
+    """
+
+
 class Preempted(Exception):
     """Training was told to stop, and has saved all that it needs to go on.
 
     The command line prints it and exits with code 75, EX_TEMPFAIL: try again.
     """
+
+
+class Damaged(UserWarning):
+    """Something of a run directory is damaged and was passed over for an older whole one."""

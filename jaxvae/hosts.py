@@ -128,7 +128,9 @@ def wait_for_all(what: str) -> None:
 
 @contextmanager
 def preemption(step: int) -> Iterator[Callable[[int], bool]]:
-    """Listens for SIGTERM; what it gives says whether it is time to save and stop.
+    """Listens for SIGTERM and Ctrl-C; what it gives says whether it is time to save and stop.
+
+    A second Ctrl-C interrupts at once.
 
     Asked at a step of a training that began at `step`, it answers for all steps up to that.
     Among several processes, a signal that any of them gets counts; they have to ask at the same
@@ -151,14 +153,17 @@ def preemption(step: int) -> Iterator[Callable[[int], bool]]:
 
     def tell(number: int, frame: FrameType | None) -> None:
         nonlocal told
+        if told and number == signal.SIGINT:
+            raise KeyboardInterrupt
         told = True
 
     try:
-        before = signal.signal(signal.SIGTERM, tell)
+        before = {one: signal.signal(one, tell) for one in (signal.SIGTERM, signal.SIGINT)}
     except ValueError:  # not the main thread: whoever has it listens
         yield lambda step: False
         return
     try:
         yield lambda step: told
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for one, handler in before.items():
+            signal.signal(one, handler)

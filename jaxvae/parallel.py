@@ -208,6 +208,16 @@ def mean_over(axis_name: str | None, tree: Any, whole: Any) -> Any:
     )
 
 
+def sum_over(axis_name: str | None, numbers: Any, tree: Any, whole: Any) -> jax.Array:
+    """The sum of a tree of numbers, one for each array of `tree`, over all its parts."""
+    if axis_name is None:
+        return jax.tree.reduce(jnp.add, numbers)
+    is_whole = jax.tree.map(_is_whole, tree, whole)
+    ours = jax.tree.map(lambda n, all_of_it: n * all_of_it, numbers, is_whole)
+    parts = jax.tree.map(lambda n, all_of_it: n * (not all_of_it), numbers, is_whole)
+    return jax.tree.reduce(jnp.add, ours) + lax.psum(jax.tree.reduce(jnp.add, parts), axis_name)
+
+
 def _is_whole(x: jax.Array, whole: jax.Array) -> bool:
     return x.shape == whole.shape
 

@@ -5,15 +5,15 @@
     checkpoints/     the latest epoch and the best one
     figures/         what `jaxvae figures` draws
     evaluation.json  what `jaxvae evaluate` measured last
+    diverged.json    where the loss was no number any more, if it came to that
 
 It can be killed at any instant: an epoch counts once its checkpoint is whole, and a resumed run
 repeats what came after the last one that is.
 """
 
-import json
-import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from jaxvae.checkpoint import Which, load, open_checkpoints, restore, unfinished, write
+from jaxvae.checkpoint import Which, load, newest_whole, open_checkpoints, restore, told, write
 from jaxvae.config import Config, ModelConfig, TrainConfig
 from jaxvae.data import Dataset, load_dataset
 from jaxvae.distributions import binarize, bits_per_dimension
@@ -32,6 +32,16 @@ from jaxvae.errors import InputError, Preempted
 from jaxvae.evaluation import evaluate, examine, mean_log_likelihood
 from jaxvae.feed import Epoch, feed
 from jaxvae.hosts import is_first, preemption, wait_for_all
+from jaxvae.journal import (
+    append_history,
+    on_disk,
+    owned,
+    read_json,
+    read_metrics,
+    version,
+    write_history,
+    write_json,
+)
 from jaxvae.model import Params
 from jaxvae.objectives import example_keys
 from jaxvae.parallel import devices_for, divided, everywhere, lay_out, share, whole
@@ -44,6 +54,7 @@ from jaxvae.training import (
     optimizer,
     train_step,
 )
+from jaxvae.watch import Watch
 
 T = TypeVar("T")
 
@@ -143,17 +154,57 @@ def start(run_dir: Path, config: RunConfig, data: Dataset, *, resume: bool) -> R
     Returns the configuration with the shape of the images in it. Raises InputError if there is
     a run in the directory already and it is not to go on, if the images are not those of the
     run or fewer than one batch, if a conditional model has no labels for them or wrong ones, if
-    the run to start from has another model, or if model and objective do not go together.
+    the run to start from has another model, if model and objective do not go together, or if
+    the newest checkpoint is of another run than config.json says.
     """
     config = fitted(run_dir, config, data, resume=resume)
-    if not resume:
+    if resume:
+        expect_the_same(run_dir, config)
+    else:
         refuse_another(run_dir)
         try_out(config, data)
     wait_for_all("nobody refuses the run")
     if is_first():
-        write_json(run_dir / "config.json", config.to_dict())
+        write_config(run_dir, config)
     wait_for_all("the run directory is there")
     return config
+
+
+def write_config(run_dir: Path, config: RunConfig) -> None:
+    """Write config.json, unless another training is in the directory, and make the directory."""
+    make_directory(run_dir)
+    with owned(run_dir):
+        write_json(run_dir / "config.json", {"jaxvae": version(), **config.to_dict()})
+
+
+def make_directory(run_dir: Path) -> None:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{run_dir} cannot be written: {error.strerror}") from None
+
+
+def expect_the_same(run_dir: Path, config: RunConfig) -> None:
+    """Raises InputError if the newest checkpoint was trained with another configuration."""
+    step = newest_whole(run_dir)
+    if step is None:
+        if len(read_metrics(run_dir)) > 1:  # a kill can leave one line before its checkpoint
+            raise InputError(
+                f"{run_dir} has lost its checkpoints, of which metrics.jsonl tells: put them back "
+                "from a copy, or start anew in another directory"
+            )
+        return
+    saved = told(run_dir, step)
+    for ours, theirs in (
+        (config.model.to_dict(), ModelConfig.from_dict(saved["model"]).to_dict()),
+        (config.train.to_dict(), TrainConfig.from_dict(saved["train"]).to_dict()),
+    ):
+        for name, value in ours.items():
+            if value != theirs[name] and name != "epochs":
+                raise InputError(
+                    f"{run_dir / 'config.json'} says {name} {value}, but the checkpoint of step "
+                    f"{step} was trained with {theirs[name]}: put config.json right"
+                )
 
 
 def fitted(run_dir: Path, config: RunConfig, data: Dataset, *, resume: bool) -> RunConfig:
@@ -244,51 +295,6 @@ def read_config(run_dir: Path) -> RunConfig:
     return read_json(run_dir / "config.json", RunConfig.from_dict)
 
 
-def read_json(path: Path, parse: Callable[[Any], T]) -> T:
-    """What a file of a run directory says, or InputError if it is not there or is damaged."""
-    try:
-        return parse(json.loads(path.read_text()))
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(
-            f"{path.parent} is not a run directory: expected one made by `jaxvae train`, "
-            f"with a {path.name}"
-        ) from None
-    except (OSError, ValueError, TypeError) as error:  # InputError and JSON's are ValueErrors
-        raise InputError(f"{path} is damaged: {error}") from None
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a file of a run directory, and make the directory."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write_whole(path, json.dumps(content, indent=2) + "\n")
-    except OSError as error:
-        raise InputError(f"{path.parent} cannot be written: {error.strerror}") from None
-
-
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The measurements of every finished epoch, in order."""
-    try:
-        lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
-    except FileNotFoundError:
-        return []
-    # A line without its end was cut off by a kill.
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def write_history(run_dir: Path, history: list[dict[str, Any]]) -> None:
-    """Make metrics.jsonl hold these lines."""
-    _write_whole(run_dir / "metrics.jsonl", "".join(map(_line, history)))
-
-
-def append_history(run_dir: Path, record: dict[str, Any]) -> None:
-    """Add a line to metrics.jsonl, on the disk before this returns."""
-    with (run_dir / "metrics.jsonl").open("a") as file:
-        file.write(_line(record))
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def train(
     run_dir: Path,
     config: RunConfig,
@@ -310,21 +316,36 @@ def train(
     Returns:
       The state after the last epoch.
     Raises:
-      InputError: fewer training images than one batch.
+      InputError: fewer training images than one batch; another training is in the directory; it
+        has checkpoints, but none that is whole.
+      TrainingFailed: a loss or a parameter is NaN or infinite, or the directory cannot be written.
+      Preempted: told to stop by SIGTERM or Ctrl-C, and saved.
     """
-    progress = progress or Progress(Console(quiet=True))
+    with owned(run_dir) if is_first() else nullcontext():
+        return _train(run_dir, config, data, objective, progress or Progress(Console(quiet=True)))
+
+
+def _train(
+    run_dir: Path,
+    config: RunConfig,
+    data: Dataset,
+    objective: Objective | None,
+    progress: Progress,
+) -> TrainState:
     train_key, test_key = keys(config)
     mesh = devices_for(config.train.batch_size)
     images, labels = used(data.train_images, data.train_labels, config.model)
     epochs, steps = config.train.epochs, len(images) // config.train.batch_size
     measure = _measuring(config, data, test_key)
+    saved = newest_whole(run_dir)
     with open_checkpoints(run_dir) as checkpoints:
-        if checkpoints.latest_step() is None:
+        if saved is None:
             state = lay_out(first_state(train_key, config), mesh, config.divide)
             totals, seconds = dict[str, Any](), 0.0
         else:
-            state = replace(restore(run_dir, mesh=mesh, divide=config.divide), config=config.train)
-            totals, seconds = unfinished(checkpoints, int(state.step))
+            state = restore(run_dir, saved, mesh=mesh, divide=config.divide)
+            state = replace(state, config=config.train)
+            totals, seconds = told(run_dir, saved).get("begun", ({}, 0.0))
         epoch_of = feed(
             images,
             labels,
@@ -335,17 +356,22 @@ def train(
             workers=config.workers,
         )
         done, first = divmod(int(state.step), steps)
+        watch = Watch(run_dir, len(images), steps)
         if is_first():
-            write_history(run_dir, read_metrics(run_dir)[:done])
+            with on_disk(run_dir):
+                write_history(run_dir, read_metrics(run_dir)[:done])
         with (
             preemption(int(state.step)) as is_to_stop,
             progress.training(epochs, len(images), done) as shown,
         ):
             for epoch in range(done + 1, epochs + 1):
                 began = time.perf_counter() - seconds
-                state, totals = train_one_epoch(epoch_of, state, first, totals, shown, is_to_stop)
+                state, totals = train_one_epoch(
+                    epoch_of, state, first, totals, shown, is_to_stop, watch
+                )
                 if int(state.step) < epoch * steps:
                     seconds = time.perf_counter() - began
+                    watch.expect_numbers(state, {})
                     write(checkpoints, state, {}, (totals, seconds))
                     raise Preempted(stopped(run_dir, int(state.step)))
                 record: dict[str, Any] = {
@@ -355,10 +381,12 @@ def train(
                     "test": measure(whole(state.params, mesh)),
                     "seconds": round(time.perf_counter() - began, 3),
                 }
+                watch.expect_numbers(state, record["test"])
                 # The line before the checkpoint: a kill in between leaves a line too many,
                 # which the resumed run takes back, and never one too few.
                 if is_first():
-                    append_history(run_dir, record)
+                    with on_disk(run_dir):
+                        append_history(run_dir, record)
                 write(checkpoints, state, record["test"])
                 shown.finish_epoch(record)
                 if epoch < epochs and is_to_stop(epoch * steps):
@@ -368,7 +396,7 @@ def train(
 
 
 def stopped(run_dir: Path, step: int) -> str:
-    """What to tell who has sent a SIGTERM."""
+    """What to tell who has sent a SIGTERM, or pressed Ctrl-C."""
     return (
         f"told to stop, and saved after step {step}; "
         f"go on with: jaxvae train --resume --run-dir {run_dir}"
@@ -471,6 +499,7 @@ def train_one_epoch(
     totals: Mapping[str, Any],
     shown: Shown,
     is_to_stop: Callable[[int], bool],
+    watch: Watch,
 ) -> tuple[TrainState, dict[str, Any]]:
     """The rest of an epoch of which `first` steps have been taken, unless it is to stop before.
 
@@ -482,6 +511,7 @@ def train_one_epoch(
     images = state.config.batch_size * state.step.size
     for count, advance in epoch_of(start, first):
         state, metrics = advance(state)
+        watch.expect_losses(state, count, metrics.pop("finite"))
         for name, value in jax.device_get(metrics).items():
             sums[name] = sums.get(name, 0.0) + np.float64(value)
         shown.advance(count * images, elbo=float(np.mean(metrics["elbo"])) / count)
@@ -516,14 +546,3 @@ def as_flag(name: str) -> str:
 
 def _flag(config: RunConfig, name: str) -> Any:
     return {**vars(config.model), **vars(config.train), **vars(config)}[name]
-
-
-def _line(record: dict[str, Any]) -> str:
-    return json.dumps(record) + "\n"
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write a file so that a kill leaves the old one or the new one."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)

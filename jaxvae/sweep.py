@@ -23,18 +23,29 @@ import numpy as np
 from rich.console import Console
 
 from jaxvae import run
-from jaxvae.checkpoint import open_checkpoints, restore, unfinished, write
+from jaxvae.checkpoint import newest_whole, open_checkpoints, restore, steps_of, told, write
 from jaxvae.convolution import backend, in_blocks
 from jaxvae.data import Dataset
 from jaxvae.errors import InputError, Preempted
 from jaxvae.evaluation import evaluate
 from jaxvae.feed import Advance, Epoch
 from jaxvae.hosts import preemption
+from jaxvae.journal import (
+    append_history,
+    on_disk,
+    owned,
+    read_json,
+    read_metrics,
+    version,
+    write_history,
+    write_json,
+)
 from jaxvae.model import Params
 from jaxvae.parallel import AXIS, devices_for, everywhere, share
 from jaxvae.progress import Progress
 from jaxvae.run import RunConfig, as_flag
 from jaxvae.training import Metrics, TrainState, shuffle, train_steps
+from jaxvae.watch import Watch
 
 _IMAGES_PER_DISPATCH = 8192  # of all models, between two movements of the progress bar
 
@@ -77,7 +88,7 @@ def resumed(run_dir: Path, flags: Mapping[str, Any]) -> dict[str, RunConfig]:
             raise InputError(
                 f"{as_flag(name)} was settled when {run_dir} was started: leave it out"
             )
-    recorded = run.read_json(run_dir / "sweep.json", lambda models: {
+    recorded = read_json(run_dir / "sweep.json", lambda models: {
         name: RunConfig.from_dict(config) for name, config in dict(models).items()
     })  # fmt: skip
     return {name: run.going_on(config, flags, run_dir) for name, config in recorded.items()}
@@ -95,10 +106,15 @@ def start(
         for place in (run_dir, *(run_dir / name for name in fitted)):
             run.refuse_another(place)
         run.try_out(next(iter(fitted.values())), data)
-    recorded = {name: config.to_dict() for name, config in fitted.items()}
-    run.write_json(run_dir / "sweep.json", recorded)
-    for name, config in recorded.items():
-        run.write_json(run_dir / name / "config.json", config)
+    else:
+        for name, config in fitted.items():
+            run.expect_the_same(run_dir / name, config)
+    run.make_directory(run_dir)
+    with owned(run_dir):
+        recorded = {name: config.to_dict() for name, config in fitted.items()}
+        write_json(run_dir / "sweep.json", {"jaxvae": version(), **recorded})
+        for name, config in fitted.items():
+            run.write_config(run_dir / name, config)
     return fitted
 
 
@@ -121,6 +137,8 @@ def train(
       progress: where to show how it goes.
     Returns:
       The models' states after the last epoch, stacked: every array has a first axis [models].
+    Raises:
+      InputError, TrainingFailed, Preempted: as of `run.train`.
     """
     progress = progress or Progress(Console(quiet=True))
     devices = devices_for(len(models), least=1)
@@ -145,15 +163,16 @@ def train(
     }
     train_keys, test_keys = map(jnp.stack, zip(*map(run.keys, configs), strict=True))
     with ExitStack() as stack:
-        # Two are kept: a kill can leave some models one checkpoint ahead of the others.
-        checkpoints = [stack.enter_context(open_checkpoints(f, latest=2)) for f in folders]
-        saved = [manager.latest_step() for manager in checkpoints]
+        for folder in (run_dir, *folders):
+            stack.enter_context(owned(folder))
+        saved = _common_step(folders)
+        checkpoints = [stack.enter_context(open_checkpoints(folder)) for folder in folders]
         totals, seconds = Values(), 0.0
-        if None in saved:
+        if saved is None:
             ones = [run.first_state(key, configs[0]) for key in train_keys]
         else:
-            ones = [restore(folder, min(saved)) for folder in folders]
-            begun = [unfinished(manager, min(saved)) for manager in checkpoints]
+            ones = [restore(folder, saved) for folder in folders]
+            begun = [told(folder, saved).get("begun", ({}, 0.0)) for folder in folders]
             totals = {name: np.array([own[name] for own, _ in begun]) for name in begun[0][0]}
             seconds = begun[0][1]
         states = _stacked([replace(state, config=shared) for state in ones])
@@ -163,8 +182,10 @@ def train(
         steps = images // shared.batch_size
         done, first = divmod(run.step_of(states), steps)
         epoch_of = _feed(take_steps, hyper, train)
-        for folder in (run_dir, *folders):
-            run.write_history(folder, run.read_metrics(folder)[:done])
+        watch = Watch(run_dir, images, steps, tuple(models))
+        with on_disk(run_dir):
+            for folder in (run_dir, *folders):
+                write_history(folder, read_metrics(folder)[:done])
         with (
             preemption(run.step_of(states)) as is_to_stop,
             progress.training(epochs, images * len(models), done) as shown,
@@ -172,16 +193,18 @@ def train(
             for epoch in range(done + 1, epochs + 1):
                 began = time.perf_counter() - seconds
                 states, totals = run.train_one_epoch(
-                    epoch_of, states, first, totals, shown, is_to_stop
+                    epoch_of, states, first, totals, shown, is_to_stop, watch
                 )
                 step = run.step_of(states)
                 if step < epoch * steps:
                     seconds = time.perf_counter() - began
+                    watch.expect_numbers(states, {})
                     begun = [(sums, seconds) for sums in _each(totals, len(models))]
                     _save(checkpoints, configs, states, [{} for _ in models], begun)
                     raise Preempted(run.stopped(run_dir, step))
                 metrics = {name: total / steps for name, total in totals.items()}
                 test = jax.device_get(measure(states.params, test_keys, *test_set))
+                watch.expect_numbers(states, test)
                 splits = _each(metrics, len(models)), _each(test, len(models))
                 ours = [{"train": a, "test": b} for a, b in zip(*splits, strict=True)]
                 about = {"epoch": epoch, "step": step}
@@ -192,9 +215,10 @@ def train(
                     "seconds": seconds,
                     "models": dict(zip(models, ours, strict=True)),
                 }
-                run.append_history(run_dir, record)
-                for folder, line in zip(folders, ours, strict=True):
-                    run.append_history(folder, {**about, **line, "seconds": seconds})
+                with on_disk(run_dir):
+                    append_history(run_dir, record)
+                    for folder, line in zip(folders, ours, strict=True):
+                        append_history(folder, {**about, **line, "seconds": seconds})
                 _save(checkpoints, configs, states, [line["test"] for line in ours])
                 shown.finish_epoch(record)
                 if epoch < epochs and is_to_stop(step):
@@ -203,9 +227,28 @@ def train(
     return jax.device_put(states, jax.local_devices()[0])
 
 
+def _common_step(folders: list[Path]) -> int | None:
+    """The last step of which every model has a whole checkpoint, if they have any.
+
+    Raises InputError if only some have.
+    """
+    newest = [newest_whole(folder) for folder in folders]
+    found = [step for step in newest if step is not None]
+    if len(found) < len(folders) and not any(len(steps_of(folder)) > 1 for folder in folders):
+        return None  # killed while the first ones were written
+    step = min(found, default=None)
+    for folder in folders:
+        if step not in steps_of(folder):
+            raise InputError(
+                f"{folder} holds no checkpoint of step {step}, the last that the other models "
+                "have: put it back from a copy, or start anew in another directory"
+            )
+    return step
+
+
 def results(run_dir: Path, models: Mapping[str, RunConfig]) -> Iterator[str]:
     """A line for every learning rate and beta: mean and standard deviation over its seeds."""
-    last = run.read_metrics(run_dir)[-1]["models"]
+    last = read_metrics(run_dir)[-1]["models"]
     groups: dict[tuple[float, float], list[float]] = {}
     for name, config in models.items():
         group = groups.setdefault((config.train.learning_rate, config.train.beta), [])
@@ -244,10 +287,8 @@ def _save(
     measured: list[dict[str, float]],
     begun: list[tuple[dict[str, float], float]] | None = None,
 ) -> None:
-    """Begin to write a checkpoint of every model, when all have their last one whole."""
+    """Write a checkpoint of every model."""
     begun = begun or [({}, 0.0)] * len(configs)
-    for manager in checkpoints:
-        manager.wait_until_finished()
     for i, (manager, config) in enumerate(zip(checkpoints, configs, strict=True)):
         state = replace(_unstacked(states, i), config=config.train)
         write(manager, state, measured[i], begun[i])

@@ -17,7 +17,7 @@ from jaxvae.distributions import binarize
 from jaxvae.errors import InputError
 from jaxvae.model import Params, init
 from jaxvae.objectives import Objective, beta_at, chosen, example_keys
-from jaxvae.parallel import mean_over, on_parts, own_part
+from jaxvae.parallel import mean_over, on_parts, own_part, sum_over
 
 Metrics = dict[str, jax.Array]
 
@@ -130,6 +130,8 @@ def train_step(
     examples = (keys, images) if labels is None else (keys, images, jnp.asarray(labels))
     size = batch if whole else max(1, block_size(batch * samples, state.params) // samples)
     grads, metrics = _mean_gradient(objective, state.params, examples, size, axis_name)
+    if state.config.clip_norm:
+        grads = _clipped(grads, state.config.clip_norm, axis_name)
     updates, opt_state = optimizer(state.config, learning_rate).update(
         grads, state.opt_state, state.params
     )
@@ -180,6 +182,7 @@ def train_epoch(
         learning_rate=learning_rate,
         beta=beta,
     )
+    del totals["finite"]
     return state, jax.tree.map(lambda total: total / len(batches), totals)
 
 
@@ -211,6 +214,8 @@ def train_steps(
     beta: jax.Array | float | None = None,
 ) -> tuple[TrainState, Metrics]:
     """The steps on batches[first:last], in one dispatch; the metrics are summed over them.
+
+    One more, `finite`, is how many steps came before the first whose loss is NaN or infinite.
 
     `first` and `last` are traced, so that one compiled program serves every part of an epoch.
     The state is donated, as in `train_epoch`.
@@ -290,10 +295,14 @@ def _summed(
     def step(i: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
         state, totals = carry
         state, metrics = one(state, i)
-        return state, jax.tree.map(jnp.add, totals, metrics)
+        so_far = totals.pop("finite")
+        good = jnp.isfinite(metrics["loss"]) & (so_far == i - first)
+        totals = jax.tree.map(jnp.add, totals, metrics)
+        return state, {**totals, "finite": so_far + good}
 
     _, metrics = jax.eval_shape(one, state, jnp.int32(0))
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), metrics)
+    nothing["finite"] = jnp.int32(0)
     return lax.fori_loop(first, last, step, (state, nothing))
 
 
@@ -311,9 +320,7 @@ def _mean_gradient(
     """
 
     batch = examples[0].shape[0]
-    whole_params = None
-    if axis_name:
-        whole_params = jax.eval_shape(lambda: init(jax.random.key(0), params.config))
+    whole_params = _whole_params(params) if axis_name else None
     objective = on_parts(objective, params, whole_params, axis_name)
 
     def part(params: Params, examples: tuple[jax.Array, ...]) -> tuple[jax.Array, Metrics]:
@@ -347,6 +354,25 @@ def _mean_gradient(
     if whole < batch:
         sums, _ = add(sums, jax.tree.map(lambda x: x[whole:], examples))
     return mean(sums)
+
+
+def _clipped(grads: Params, limit: float, axis_name: str | None) -> Params:
+    """The gradient g, made shorter where its norm over all parameters is above the limit c.
+
+        g min(1, c / |g|)
+
+    Pascanu, Mikolov and Bengio (2013), On the difficulty of training recurrent neural networks,
+    algorithm 1.
+    """
+    whole = _whole_params(grads) if axis_name else None
+    norm = jnp.sqrt(sum_over(axis_name, jax.tree.map(lambda g: jnp.sum(g**2), grads), grads, whole))
+    factor = limit / jnp.maximum(norm, limit)
+    return jax.tree.map(lambda g: g * factor, grads)
+
+
+def _whole_params(params: Params) -> Params:
+    """The shapes that parameters have in whole, of which these may be a device's part."""
+    return jax.eval_shape(lambda: init(jax.random.key(0), params.config))
 
 
 def _noise_key(state: TrainState) -> jax.Array:

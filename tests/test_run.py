@@ -65,6 +65,7 @@ def conditional(tmp_path_factory, npz):
 def test_config_json_holds_what_the_run_was_told(finished, npz):
     run_dir, _ = finished
     assert json.loads((run_dir / "config.json").read_text()) == {
+        "jaxvae": jaxvae.__version__,
         "data": str(npz),
         "data_dir": None,
         "manual_dir": None,
@@ -419,7 +420,7 @@ def test_images_of_another_shape_do_not_go_on(finished, tmp_path):
     [
         (None, "is not a run directory: expected one made by `jaxvae train`"),
         ("{", "config.json is damaged"),
-        ("[]", "config.json is damaged: RunConfig is"),
+        ("[]", "config.json is damaged: expected an object"),
         ('{"seed": "x"}', "config.json is damaged: seed is 'x'"),
         ('{"model": {"latent_dim": -1}}', "config.json is damaged: latent_dim is -1"),
     ],
