@@ -120,31 +120,30 @@ def newest_whole(run_dir: str | Path, which: Which = "latest") -> int | None:
 
     Warns of those that are damaged and would come before it. Raises InputError if all are.
     """
-    folder, faults = _folder(run_dir), {}
-    steps = steps_of(run_dir)[::-1]
-    if which == "best":
-        steps.sort(key=lambda step: -_elbo(folder / str(step)))  # of equals the newer one first
-    for step in steps:
-        fault = _fault(folder / str(step))
-        if fault is None:
+    folder, steps = _folder(run_dir), steps_of(run_dir)
+    faults = {}
+    for step in reversed(steps):
+        if fault := _fault(folder / str(step)):
+            faults[step] = fault
+        elif which == "latest":  # the older ones, of which we want none, are not read
             break
-        faults[step] = fault
-    else:
-        if faults:
-            told = "; ".join(f"step {step}: {fault}" for step, fault in faults.items())
-            raise InputError(
-                f"{run_dir} holds no whole checkpoint, and nothing was changed ({told}): put one "
-                "back from a copy, or start anew in another directory"
-            )
-        return None
+    sound = [step for step in steps if step not in faults]
+    if faults and not sound:
+        told = "; ".join(f"step {step}: {fault}" for step, fault in faults.items())
+        raise InputError(
+            f"{run_dir} holds no whole checkpoint, and nothing was changed ({told}): put one back "
+            "from a copy, or start anew in another directory"
+        )
+    if which == "best":
+        sound.sort(key=lambda step: _elbo(folder / str(step)))
     for damaged, fault in faults.items():
         warnings.warn(
             f"{run_dir}: the checkpoint of step {damaged} is damaged ({fault}); "
-            f"that of step {step} takes its place",
+            f"that of step {sound[-1]} takes its place",
             Damaged,
             stacklevel=2,
         )
-    return step
+    return sound[-1] if sound else None
 
 
 @contextmanager
@@ -165,12 +164,13 @@ def open_checkpoints(run_dir: str | Path) -> Iterator[ocp.CheckpointManager]:
     options = ocp.CheckpointManagerOptions(
         preservation_policy=policies.AnyPreservationPolicy(kept),
         best_fn=elbo,
-        cleanup_tmp_directories=True,
         enable_async_checkpointing=False,
     )
     folder = _folder(run_dir)
     if is_first():
         newest = newest_whole(run_dir)
+        for part in folder.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(part)
         for step in steps_of(run_dir):
             fault = _fault(folder / str(step))
             if fault and fault.endswith(_MISSING) and step < (newest or 0):
@@ -286,7 +286,7 @@ def _sums(folder: Path) -> dict[str, str]:
 
     sums = {}
     for parent, _, names in os.walk(folder, onerror=fail):
-        for path in (Path(parent, name) for name in names if not name.startswith(_SEAL)):
+        for path in (Path(parent, name) for name in names if name.removesuffix(".part") != _SEAL):
             with path.open("rb") as file:
                 sums[path.relative_to(folder).as_posix()] = hashlib.file_digest(
                     file, "sha256"

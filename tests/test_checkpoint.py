@@ -1,6 +1,7 @@
 """Checkpoints: what is saved comes back, and the latest and the best are kept."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import flax.linen as nn
@@ -11,7 +12,8 @@ import pytest
 from conftest import OwnDecoder, OwnEncoder, refused
 
 import jaxvae
-from jaxvae.checkpoint import open_checkpoints, write
+from jaxvae.checkpoint import newest_whole, open_checkpoints, steps_of, write
+from jaxvae.errors import Damaged
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -167,3 +169,138 @@ class Other(nn.Module):
         for width in self.widths:
             x = nn.relu(nn.Dense(width)(x))
         return nn.Dense(2)(x), nn.Dense(2)(x)
+
+
+@pytest.fixture(scope="module")
+def of_two_steps(tmp_path_factory):
+    """A run directory with checkpoints of the steps 1 and 2, and their states."""
+    run_dir = tmp_path_factory.mktemp("two")
+    config = jaxvae.ModelConfig((8, 8, 1), 2, network="mlp", width=4)
+    state = jaxvae.create_train_state(jax.random.key(5), config, jaxvae.TrainConfig())
+    states = [replace(state, step=jnp.int32(1))]
+    states += [replace(states[0], params=with_random_leaves(state.params), step=jnp.int32(2))]
+    with open_checkpoints(run_dir) as checkpoints:
+        for one, elbo in zip(states, (-30.0, -20.0), strict=True):
+            write(checkpoints, one, {"elbo": elbo})
+    return run_dir, states
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def unreadable(path):
+    """As root reads all that has a name, a folder stands in the file's place."""
+    path.unlink()
+    path.mkdir()
+
+
+def add(path):
+    path.with_name(path.name + "~").write_bytes(b"a stranger's")
+
+
+def files_of(run_dir, step):
+    folder = run_dir / "checkpoints" / str(step)
+    return sorted(path.relative_to(run_dir) for path in folder.rglob("*") if path.is_file())
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("damage", [cut, empty, flip, unreadable, add, type(None)],
+                         ids=["cut", "empty", "flip", "unreadable", "add", "delete"])  # fmt: skip
+def test_of_a_damaged_checkpoint_no_file_is_believed(of_two_steps, tmp_path, damage):
+    """Every file in turn: the older checkpoint takes its place, and a warning says so."""
+    run_dir, (older, newer) = of_two_steps
+    names = files_of(run_dir, 2)
+    assert len(names) > 10
+    for name in names:
+        copy = shutil.copytree(run_dir, tmp_path / "copy", dirs_exist_ok=False)
+        if damage is type(None):
+            (copy / name).unlink()
+        else:
+            damage(copy / name)
+        if name.name == "sha256.json" and damage is type(None):
+            # An older version wrote none: Orbax had finished, so all of it is there.
+            assert_states_equal(jaxvae.restore(copy), newer)
+        else:
+            for which in ("latest", "best"):
+                with pytest.warns(Damaged, match="step 2 is damaged .*; that of step 1 takes its"):
+                    assert newest_whole(copy, which) == 1
+            with refused("the checkpoint of step 2 is damaged: "):
+                jaxvae.restore(copy, 2)
+        shutil.rmtree(copy)
+    copy = shutil.copytree(run_dir, tmp_path / "copy")
+    flip(copy / names[-1])
+    with pytest.warns(Damaged):
+        assert_states_equal(jaxvae.restore(copy), older)
+
+
+def test_with_no_whole_checkpoint_all_is_left_as_it_is(of_two_steps, tmp_path):
+    run_dir, _ = of_two_steps
+    copy = shutil.copytree(run_dir, tmp_path / "copy")
+    for step in (1, 2):
+        flip(copy / files_of(copy, step)[4])
+    before = contents(copy)
+    with refused(f"{copy} holds no whole checkpoint, and nothing was changed (step 2: "):
+        jaxvae.load(copy)
+    assert contents(copy) == before
+
+
+def test_a_damaged_checkpoint_is_put_aside_when_others_are_written(of_two_steps, tmp_path):
+    run_dir, (_, newer) = of_two_steps
+    copy = shutil.copytree(run_dir, tmp_path / "copy")
+    flip(copy / files_of(copy, 2)[4])
+    damaged = contents(copy / "checkpoints" / "2")
+    with pytest.warns(Damaged), open_checkpoints(copy) as checkpoints:
+        write(checkpoints, newer, {})
+    assert_states_equal(jaxvae.restore(copy), newer)
+    aside = contents(copy / "checkpoints" / "2.damaged")
+    assert list(aside.values()) == list(damaged.values())
+
+
+def test_what_kills_left_in_the_midst_of_writing_or_deleting_is_taken_away(of_two_steps, tmp_path):
+    run_dir, (_, newer) = of_two_steps
+    copy = shutil.copytree(run_dir, tmp_path / "copy")
+    folder = copy / "checkpoints"
+    shutil.copytree(folder / "2", folder / "3.orbax-checkpoint-tmp")
+    (folder / "1" / "metrics" / "metrics").unlink()
+    with open_checkpoints(copy):
+        pass
+    assert [path.name for path in folder.iterdir()] == ["2"]
+    assert_states_equal(jaxvae.restore(copy), newer)
+
+
+def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path, state, monkeypatch):
+    monkeypatch.setattr("jaxvae.checkpoint.version", lambda: "99.0")
+    jaxvae.save(tmp_path, state)
+    with refused("was made by jaxvae 99.0, and this is", "use jaxvae 99.0 or newer"):
+        jaxvae.restore(tmp_path)
+
+
+def test_a_clock_that_jumps_back_does_not_change_which_is_the_latest(tmp_path, state, monkeypatch):
+    now = iter(range(2_000_000_000, 0, -1_000_000))
+    monkeypatch.setattr("time.time", lambda: float(next(now)))
+    monkeypatch.setattr("time.time_ns", lambda: next(now) * 10**9)
+    with open_checkpoints(tmp_path) as checkpoints:
+        for step in range(4):
+            write(checkpoints, replace(state, step=jnp.int32(step)), {"elbo": -1.0 * step})
+    assert int(jaxvae.restore(tmp_path).step) == 3
+    assert steps_of(tmp_path) == [0, 2, 3]
+
+
+def test_a_directory_that_cannot_be_written_is_refused(tmp_path, state):
+    (tmp_path / "file").write_text("")
+    with refused("file cannot be written: Not a directory"):
+        jaxvae.save(tmp_path / "file", state)
