@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 Which = Literal["latest", "best"]
 _SEAL = "sha256.json"
 _MISSING = "is missing"
+_MARGIN = 100_000  # bytes that a checkpoint takes beside its arrays
 
 
 def save(run_dir: str | Path, state: TrainState) -> None:
@@ -203,10 +204,16 @@ def write(
     args = ocp.args.Composite(
         state=ocp.args.StandardSave(_to_tree(state)), config=ocp.args.JsonSave(config)
     )
+    # Asked beforehand, as a full disk has Orbax's threads tell at length of one another.
+    needed = sum(x.nbytes for x in jax.tree.leaves(_to_tree(state))) + _MARGIN
+    free = shutil.disk_usage(checkpoints.directory).free
+    if is_first() and free < needed:
+        reason = f"{free / 1e6:.1f} MB are free, and a checkpoint needs {needed / 1e6:.1f}"
+        raise TrainingFailed(cannot_write(run_dir, reason))
     try:
         checkpoints.save(step, args=args, metrics=dict(metrics))
         checkpoints.wait_until_finished()
-    except (OSError, ValueError, jax.errors.JaxRuntimeError) as error:  # as TensorStore says it
+    except Exception as error:  # of any kind, groups of them too
         reason = " ".join(str(error).split())[:300]
         raise TrainingFailed(cannot_write(run_dir, reason)) from error
     if is_first():

@@ -18,6 +18,7 @@ from PIL import Image
 from jaxvae.data import Dataset
 from jaxvae.distributions import scale_images
 from jaxvae.errors import InputError
+from jaxvae.journal import write_whole
 from jaxvae.model import Params, Prior, decode, encode, prior, reconstruct, sample
 from jaxvae.priors import StandardNormal
 
@@ -63,7 +64,8 @@ def draw_all(
 
 def save(figure: Figure, path: Path) -> None:
     """Write a figure; the format follows from the path's suffix."""
-    figure.savefig(path, dpi=_DPI, bbox_inches="tight", pad_inches=0.15)
+    how = {"dpi": _DPI, "bbox_inches": "tight", "pad_inches": 0.15}
+    write_whole(path, lambda part: figure.savefig(part, format=path.suffix[1:], **how))
 
 
 def save_images(images: jax.Array, path: Path) -> None:
@@ -76,7 +78,8 @@ def save_images(images: jax.Array, path: Path) -> None:
     rows = math.ceil(n / columns)
     empty = jnp.zeros((rows * columns - n, *images.shape[1:]))
     try:
-        Image.fromarray(_pixels(tile(jnp.concatenate([images, empty]), rows))).save(path)
+        picture = Image.fromarray(_pixels(tile(jnp.concatenate([images, empty]), rows)))
+        write_whole(path, lambda part: picture.save(part, format="png"))
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
 

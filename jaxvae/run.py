@@ -484,12 +484,19 @@ def used(images: T, labels: np.ndarray | None, model: ModelConfig) -> tuple[T, n
 
 
 def draw(run_dir: Path, data: Dataset, params: Params) -> list[Path]:
-    """Draw the figures of a run's model into its directory; returns their paths."""
+    """Draw the figures of a run's model into its directory; returns their paths.
+
+    Raises InputError if they cannot be written.
+    """
     # matplotlib takes as long to import as JAX, so only what draws pays for it.
     from jaxvae.figures import draw_all
 
     _, key = keys(read_config(run_dir))
-    return draw_all(run_dir / "figures", params, data, read_metrics(run_dir), key)
+    try:
+        return draw_all(run_dir / "figures", params, data, read_metrics(run_dir), key)
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"{run_dir / 'figures'} cannot be written: {reason}") from None
 
 
 def train_one_epoch(

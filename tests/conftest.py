@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from contextlib import contextmanager
 
 import flax.linen as nn
@@ -75,11 +76,11 @@ def refused(*texts):
         assert text in message
 
 
-class SigtermAt:
-    """Progress that sends this process SIGTERM at its n-th advance."""
+class SignalAt:
+    """Progress that sends this process a signal at its n-th advance."""
 
-    def __init__(self, n):
-        self.left = n
+    def __init__(self, n, number=signal.SIGTERM, times=1):
+        self.left, self.number, self.times = n, number, times
 
     def training(self, epochs, images, done):
         return self
@@ -93,7 +94,9 @@ class SigtermAt:
     def advance(self, images, elbo):
         self.left -= 1
         if self.left == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(self.times):
+                os.kill(os.getpid(), self.number)
+                time.sleep(0.01)  # until it is heard
 
     def finish_epoch(self, record):
         pass

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import SigtermAt, refused
+from conftest import SignalAt, refused
 
 import jaxvae
 from jaxvae import hosts, run
@@ -215,7 +215,7 @@ def test_sigterm_saves_in_mid_epoch_and_loses_nothing(tmp_path, data, advance):
         config = run.start(run_dir, run.configured(flags), images, resume=False)
         if name == "stopped":
             with pytest.raises(Preempted, match=f"saved after step {2 * advance}"):
-                run.train(run_dir, config, images, progress=SigtermAt(advance))
+                run.train(run_dir, config, images, progress=SignalAt(advance))
             assert signal.getsignal(signal.SIGTERM) is handler
             assert int(jaxvae.restore(run_dir).step) == 2 * advance
         ends.append(run.train(run_dir, config, images))

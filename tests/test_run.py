@@ -14,10 +14,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import refused
+from conftest import SignalAt, refused
 
 import jaxvae
-from jaxvae import run
+from jaxvae import journal, run
+from jaxvae.errors import Damaged, Preempted, TrainingFailed
 from jaxvae.run import RunConfig
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -346,36 +347,49 @@ def test_a_line_beyond_the_last_checkpoint_is_taken_back(finished, tmp_path, npz
     assert (tmp_path / "metrics.jsonl").read_text() == whole
 
 
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path, npz):
-    """SIGKILL in mid-epoch; parameters, optimiser state and metrics as if it had not been."""
+def test_a_run_killed_again_and_again_goes_on_bit_for_bit(tmp_path, npz):
+    """SIGKILL in mid-epoch, then while a checkpoint is written, then while figures are drawn.
+
+    `experiments/reliability/kill.py` does it a hundred times, at random moments.
+    """
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(jaxvae.__file__).parents[1]),
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+    }
+    killed = tmp_path / "killed"
+    metrics = killed / "metrics.jsonl"
 
     def command(name, *more):
         flags = ["--data", str(npz), "--network", "mlp", "--batch-size", "2", "--epochs", "5"]
         words = [sys.executable, "-m", "jaxvae", "train", "--run-dir", str(tmp_path / name)]
         return [*words, *(more or flags)]
 
-    environment = os.environ | {
-        "PYTHONPATH": str(Path(jaxvae.__file__).parents[1]),
-        "XDG_CACHE_HOME": str(tmp_path / "cache"),
-    }
-    killed = subprocess.Popen(command("killed"), stderr=subprocess.DEVNULL, env=environment)
-    metrics = tmp_path / "killed" / "metrics.jsonl"
-    while not (metrics.exists() and metrics.read_text().count("\n") == 2):
-        assert killed.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.02)
-    time.sleep(0.2)
-    killed.send_signal(signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL
-    assert len(run.read_metrics(tmp_path / "killed")) < 5
+    def kill_when(told, *more):
+        with subprocess.Popen(command("killed", *more), stderr=-3, env=environment) as training:
+            while not told():
+                assert training.poll() is None, "the run ended before it could be killed"
+                time.sleep(0.002)
+            training.send_signal(signal.SIGKILL)
+        assert training.returncode == -signal.SIGKILL
+
+    def epochs():
+        return metrics.read_text().count("\n") if metrics.exists() else 0
+
+    def half_written(pattern):
+        return any(killed.glob(pattern))
+
+    kill_when(lambda: epochs() == 2)
+    kill_when(lambda: epochs() > 2 and half_written("checkpoints/*tmp*"), "--resume")
+    kill_when(lambda: half_written("figures/*.part"), "--resume")
+    assert len(run.read_metrics(killed)) == 5
     for one in (command("killed", "--resume"), command("whole")):
         subprocess.run(one, check=True, capture_output=True, env=environment)
 
     for a, b in zip(*(saved(tmp_path / name) for name in ("killed", "whole")), strict=True):
         np.testing.assert_array_equal(a, b)
-    assert len(run.read_metrics(tmp_path / "killed")) == 5
-    assert without_seconds(tmp_path / "killed") == without_seconds(tmp_path / "whole")
-    left = [path.name for path in (tmp_path / "killed").rglob("*") if "tmp" in path.name]
-    assert not left
+    assert without_seconds(killed) == without_seconds(tmp_path / "whole")
+    names = [path.name for path in killed.rglob("*")]
+    assert not [name for name in names if "tmp" in name or ".part" in name or "damaged" in name]
 
 
 def saved(run_dir):
@@ -455,3 +469,138 @@ def test_images_on_disk_are_trained_on_as_images_in_memory_are(finished, npz, tm
     for a, b in zip(*(jax.tree.leaves(s.params) for s in (state, streamed)), strict=True):
         np.testing.assert_array_equal(a, b)
     assert without_seconds(run_dir) == without_seconds(tmp_path / "disk")
+
+
+def test_ctrl_c_saves_in_mid_epoch_and_the_run_goes_on_bit_for_bit(tmp_path, npz, monkeypatch):
+    monkeypatch.setattr("jaxvae.feed._IMAGES_PER_DISPATCH", 128)  # two steps
+    flags = {"data": str(npz), "network": "mlp", "batch_size": 64, "epochs": 2}
+    once = trained(tmp_path / "once", flags)
+    config = run.configured(flags)
+    data = run.load_run_data(config)
+    config = run.start(tmp_path / "cut", config, data, resume=False)
+    progress = SignalAt(6, signal.SIGINT)
+    with pytest.raises(Preempted, match="saved after step 12; go on with: jaxvae train --resume"):
+        run.train(tmp_path / "cut", config, data, progress=progress)
+    assert_leaves_equal(once.params, trained(tmp_path / "cut", {}, resume=True).params)
+    assert without_seconds(tmp_path / "once") == without_seconds(tmp_path / "cut")
+
+
+def test_a_second_ctrl_c_interrupts_at_once(tmp_path, npz):
+    config = run.configured({"data": str(npz), "network": "mlp", "batch_size": 64, "epochs": 2})
+    data = run.load_run_data(config)
+    config = run.start(tmp_path, config, data, resume=False)
+    with pytest.raises(KeyboardInterrupt):
+        run.train(tmp_path, config, data, progress=SignalAt(1, signal.SIGINT, times=2))
+
+
+def test_two_trainings_do_not_share_a_directory(finished, tmp_path, npz):
+    run_dir = shutil.copytree(finished[0], tmp_path / "run")
+    before = contents(run_dir)
+    with journal.owned(run_dir):
+        for resume in (False, True):
+            with refused(f"{run_dir} "):
+                trained(run_dir, {"epochs": 9} if resume else {"data": str(npz)}, resume=resume)
+        config = run.read_config(run_dir)
+        with refused(f"{run_dir} is being trained by process {os.getpid()} on"):
+            run.train(run_dir, config, run.load_run_data(config))
+    assert contents(run_dir) == before
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*")
+            if path.is_file() and path.name != ".lock"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value", "says"),
+    [
+        ("model", "likelihood", "gaussian", "says likelihood gaussian, but the checkpoint of step"),
+        ("train", "learning_rate", 0.5, "step 16 was trained with 0.001: put config.json right"),
+    ],
+)
+def test_a_config_that_contradicts_the_checkpoint_is_refused(
+    finished, tmp_path, part, name, value, says
+):
+    run_dir = shutil.copytree(finished[0], tmp_path / "run")
+    config = json.loads((run_dir / "config.json").read_text())
+    config[part][name] = value
+    (run_dir / "config.json").write_text(json.dumps(config))
+    before = contents(run_dir)
+    with refused(f"{run_dir}/config.json says {name} {value}, but", says):
+        trained(run_dir, {"epochs": 3}, resume=True)
+    assert contents(run_dir) == before
+
+
+def test_a_run_falls_back_on_an_older_checkpoint_and_comes_to_the_same_end(finished, tmp_path):
+    run_dir = shutil.copytree(finished[0], tmp_path / "run")
+    for step in (8, 16):
+        assert (run_dir / "checkpoints" / str(step)).is_dir()
+    (run_dir / "checkpoints" / "16" / "state" / "manifest.ocdbt").write_bytes(b"")
+    with pytest.warns(Damaged, match=r"16 is damaged \(state/manifest.ocdbt is not .*step 8 takes"):
+        state = trained(run_dir, {}, resume=True)
+    assert_leaves_equal(state.params, finished[1].params)
+    assert without_seconds(run_dir) == without_seconds(finished[0])
+    assert (run_dir / "checkpoints" / "16.damaged").is_dir()
+
+
+def test_a_run_without_a_whole_checkpoint_does_not_begin_anew(finished, tmp_path):
+    run_dir = shutil.copytree(finished[0], tmp_path / "run")
+    for step in (8, 16):
+        (run_dir / "checkpoints" / str(step) / "config" / "metadata").unlink()
+    before = contents(run_dir)
+    with refused("holds no whole checkpoint, and nothing was changed (step 16: config/metadata is"):
+        trained(run_dir, {}, resume=True)
+    assert contents(run_dir) == before
+    shutil.rmtree(run_dir / "checkpoints")
+    with refused("has lost its checkpoints, of which metrics.jsonl tells"):
+        trained(run_dir, {}, resume=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of half a megabyte, where this user may make one."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(place)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_full_disk_ends_the_training_and_loses_nothing(small_disk, tmp_path, npz):
+    """The run goes on as if nothing had happened when there is room again."""
+    flags = {"data": str(npz), "network": "mlp", "width": 8, "batch_size": 64, "epochs": 2}
+    run_dir = small_disk / "run"
+    trained(run_dir, {**flags, "epochs": 1})
+    free = shutil.disk_usage(small_disk).free
+    (small_disk / "ballast").write_bytes(bytes(free - 4096))
+    with pytest.raises(TrainingFailed, match=r"run cannot be written: 0.0 MB are free, .* go on"):
+        trained(run_dir, {"epochs": 2}, resume=True)
+    assert int(jaxvae.restore(run_dir).step) == 8
+    (small_disk / "ballast").unlink()
+    state = trained(run_dir, {"epochs": 2}, resume=True)
+    assert_leaves_equal(state.params, trained(tmp_path / "once", flags).params)
+    assert without_seconds(run_dir) == without_seconds(tmp_path / "once")
+    assert not [path for path in run_dir.rglob("*") if "tmp" in path.name or ".part" in path.name]
+
+
+def test_a_read_only_disk_is_refused(small_disk, finished):
+    run_dir = small_disk / "run"
+    run_dir.mkdir()
+    shutil.copy(finished[0] / "config.json", run_dir)
+    config = run.read_config(run_dir)
+    data = run.load_run_data(config)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    for place, resume in ((small_disk / "other", False), (run_dir, True)):
+        with refused("cannot be written: Read-only file system"):
+            run.start(place, config, data, resume=resume)
+    subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
+
+
+def test_a_run_of_a_newer_version_is_left_alone(finished, tmp_path):
+    run_dir = shutil.copytree(finished[0], tmp_path / "run")
+    config = json.loads((run_dir / "config.json").read_text())
+    (run_dir / "config.json").write_text(json.dumps(config | {"jaxvae": "9.0", "novelty": 1}))
+    with refused("config.json was made by jaxvae 9.0, and this is"):
+        run.resumed(run_dir, {})

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import SigtermAt, refused
+from conftest import SignalAt, refused
 
 import jaxvae
 from jaxvae import run, sweep
@@ -205,7 +205,7 @@ def test_sigterm_saves_every_model_in_mid_epoch(tmp_path, npz, monkeypatch):
     data = run.load_run_data(next(iter(models.values())))
     sweep.start(stopped, models, data, resume=False)
     with pytest.raises(Preempted, match="saved after step 12; go on with"):
-        sweep.train(stopped, models, data, progress=SigtermAt(6))
+        sweep.train(stopped, models, data, progress=SignalAt(6))
     trained(stopped, {}, resume=True)
     assert without_seconds(stopped) == without_seconds(once)
     for name in models:

@@ -133,6 +133,24 @@ def test_a_step_is_rmsprop_on_the_gradient_of_the_mean_negative_elbo(state, imag
     assert np.linalg.norm(apart) < 1e-2 * np.linalg.norm(moved)
 
 
+@pytest.mark.parametrize("limit", [1e-3, 1.0, 1e5])
+def test_a_gradient_longer_than_the_limit_is_cut_down_to_it(state, images, limit):
+    """By optax's own: with plain gradient descent's first moment, Adam's step is of g alone."""
+    config = replace(state.config, optimizer="adam", epsilon=1e3, clip_norm=limit)
+    state = replace(state, config=config, opt_state=optimizer(config).init(state.params))
+    batch = jnp.asarray(images[:16])
+    keys = example_keys(jax.random.split(jax.random.fold_in(state.key, 0))[0], 16)
+    grads = jax.grad(lambda p: -jnp.mean(jaxvae.elbo(p, keys, batch).value))(state.params)
+    clip = optax.clip_by_global_norm(limit)
+    cut, _ = clip.update(grads, clip.init(state.params))
+    assert (float(optax.global_norm(cut)) < 0.999 * float(optax.global_norm(grads))) == (limit < 2)
+    updates, _ = optimizer(config).update(cut, state.opt_state)
+    after, _ = jaxvae.train_step(state, batch)
+    expected = optax.apply_updates(state.params, updates)
+    far = optax.global_norm(jax.tree.map(jnp.subtract, after.params, expected))
+    assert float(far) < 2e-2 * float(optax.global_norm(updates))
+
+
 def leaves(a, b):
     return zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
 
