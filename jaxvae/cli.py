@@ -86,6 +86,10 @@ def main(arguments: list[str] | None = None) -> int:
     except InputError as error:
         print(f"jaxvae: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # of a file that the user named
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"jaxvae: {where}{error.strerror or error}", file=sys.stderr)
+        return 2
     except TrainingFailed as error:
         print(f"jaxvae: {error}", file=sys.stderr)
         return 1
@@ -97,6 +101,13 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     except Exception as error:
         _leave_if_together(error)
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            reason = " ".join(str(error).split())[:200]
+            print(
+                f"jaxvae: out of memory: {reason}; take a smaller --batch-size or a smaller model",
+                file=sys.stderr,
+            )
+            return 1
         raise
     return 0
 

@@ -244,7 +244,13 @@ def try_out(config: RunConfig, data: Dataset) -> None:
         state = create_train_state(jax.random.key(0), config.model, config.train)
         return train_step(state, images, labels)
 
-    jax.eval_shape(step, images[batch], None if labels is None else labels[batch])
+    state, _ = jax.eval_shape(step, images[batch], None if labels is None else labels[batch])
+    needed, there = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)), host_memory()
+    if needed > there:
+        raise InputError(
+            f"the model needs {needed / 1e9:,.0f} GB for parameters and the optimizer's state: "
+            f"expected at most the {there / 1e9:,.0f} GB of memory that this machine has"
+        )
 
 
 def first_state(key: jax.Array, config: RunConfig) -> TrainState:

@@ -8,6 +8,8 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+import hypothesis
+import hypothesis.strategies as st
 import matplotlib as mpl
 import numpy as np
 import pytest
@@ -173,6 +175,7 @@ def test_train_makes_a_run_directory_and_tells_each_epoch_in_a_line(npz, tmp_pat
     train = ["train", "--data", str(npz), "--run-dir", str(run_dir), "--network", "mlp"]
     assert main([*train, "--latent-dim", "3", "--epochs", "2"]) == 0
     assert {path.name for path in run_dir.iterdir()} == {
+        ".lock",
         "config.json",
         "metrics.jsonl",
         "checkpoints",
@@ -212,6 +215,7 @@ def many(keep_no_programs, tmp_path_factory, npz):
 
 def test_train_of_many_seeds_makes_a_run_directory_of_each(many, tmp_path, capsys):
     assert {path.name for path in many.iterdir()} == {
+        ".lock",
         "sweep.json",
         "metrics.jsonl",
         "seed-0",
@@ -477,4 +481,41 @@ def test_wrong_input_ends_in_one_line_and_code_2(case, run_dir, many, npz, tmp_p
     assert captured.err.count("\n") == 1
     assert captured.err.startswith("jaxvae: ")
     assert says in captured.err
+    assert not (tmp_path / "x").exists()
+
+
+words = st.one_of(
+    st.sampled_from([*_FLAGS, "--seeds", "--resume", "--run-dir", "train", "sample", "--", "-1"]),
+    st.sampled_from(["nan", "inf", "-0", "1e999", "0x10", "9" * 400, "\N{SNOWMAN}", "", " ", "\n"]),
+    st.integers().map(str),
+    st.floats().map(str),
+    st.text(max_size=20).filter(lambda text: "\0" not in text),
+)
+
+
+@hypothesis.given(st.lists(words, max_size=6))
+@hypothesis.settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+def test_command_lines_of_every_wrong_kind_end_in_one_line_and_code_2(capsys, tmp_path, given):
+    """What would be right fails at last for want of the data."""
+    capsys.readouterr()
+    hypothesis.assume(not {"-h", "--help"} & set(given))
+    missing = str(tmp_path / "missing.npz")
+    assert main(["train", *given, "--data", missing, "--run-dir", str(tmp_path / "x")]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith("jaxvae: ")
+    assert len(told.err.splitlines()) == 1
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_model_too_large_for_the_machine_is_refused(npz, tmp_path, capsys):
+    train = ["train", "--data", str(npz), "--run-dir", str(tmp_path / "x"), "--network", "mlp"]
+    assert main([*train, "--latent-dim", "1000000000000"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("jaxvae: the model needs ")
+    assert told.count("\n") == 1
     assert not (tmp_path / "x").exists()
