@@ -1,4 +1,4 @@
-"""Files that nobody would write, tens of thousands of them: each is read, or refused as it should be.
+"""Files that nobody would write, in great numbers: each is read, or refused as it should be.
 
     python experiments/reliability/fuzz.py KIND --seconds N
 
