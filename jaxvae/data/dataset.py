@@ -54,6 +54,8 @@ def as_images(array: np.ndarray, name: object) -> np.ndarray:
             f"{name} holds images of shape {array.shape}: expected (images, height, width) or "
             "(images, height, width, channels)"
         )
+    if not array.size:  # before anything is made for each of its rows, which may be many
+        raise InputError(f"{name} holds no images, but an array of shape {array.shape}")
     return array if array.ndim == 4 else array[..., None]
 
 

@@ -157,7 +157,8 @@ WRONG = {
     "integers": (lambda d: save(d / "x.npz", images=PIXELS.astype(int)), "of type int64: expected"),
     "floats to 255": (lambda d: save(d / "x.npz", images=PIXELS * 1.0), "expected floats between"),
     "NaN": (lambda d: save(d / "x.npz", images=PIXELS * np.nan), "image 0 holds NaN"),
-    "no images": (lambda d: save(d / "x.npz", images=PIXELS[:0]), "has no train images"),
+    "no images": (lambda d: save(d / "x.npz", images=PIXELS[:0]), "holds no images, but"),
+    "one image": (lambda d: save(d / "x.npz", images=PIXELS[:1]), "has no train images: expected"),
     "labels short": (
         lambda d: save(d / "x.npz", x_train=PIXELS, y_train=LABELS[:3], x_test=PIXELS),
         "has 20 train images and 3 labels",

@@ -134,6 +134,10 @@ HOSTILE = {
     ),
     "npy of 2**60 bytes": (in_a_file("x.npy", of_shape((2**20,) * 3)), "at most this machine's"),
     "npy of no size": (in_a_file("x.npy", of_shape((0, 2**70, 1))), "cannot be read: "),
+    "2**32 images of nothing": (
+        in_a_file("x", idx(IMAGES[:0], (2**32 - 1, 0, 5))),
+        "holds no images, but an array of shape (4294967295, 0, 5)",
+    ),
     "npy of negative size": (in_a_file("x.npy", of_shape((-1, -6, 5))), "its shape is (-1, -6, 5)"),
     "npy cut off": (in_a_file("x.npy", IMAGES_NPY[:-1]), "expected 600 bytes for shape (20, 6, 5)"),
     "npy of nested brackets": (in_a_file("x.npy", npy_that_says("(" * 9000)), "cannot be read: "),
@@ -188,8 +192,8 @@ HOSTILE = {
     "letters": (in_a_file("x.npy", npy(np.full((1, 2, 3), "a"))), "not an array of numbers"),
     "nothing wide": (in_a_file("x.npy", of_shape((9, 9, 9), dtype="|V0")), "not an array of numbe"),
     "big-endian shorts": (in_a_file("x.npy", npy(IMAGES.astype(">u2"))), "images of type >u2: exp"),
-    "no rows": (in_a_file("x.npy", npy(IMAGES[:0])), "has no train images"),
-    "no columns": (in_a_file("x.npy", npy(IMAGES[:, :, :0])), "has no train images"),
+    "no rows": (in_a_file("x.npy", npy(IMAGES[:0])), "holds no images"),
+    "no columns": (in_a_file("x.npy", npy(IMAGES[:, :, :0])), "holds no images"),
     "infinity": (in_a_file("x.npy", npy(np.full((9, 2, 3), np.inf))), "holds NaN or infinity"),
     "labels of 2**63": (
         in_a_file("x.npz", npz(images=IMAGES, labels=LABELS.astype("u8") + np.uint64(2**63))),
