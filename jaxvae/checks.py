@@ -52,16 +52,18 @@ def as_array(name: str, x: Any) -> jax.Array:
         raise InputError(f"{name}: expected an array of numbers, not {_kind(x)}") from None
 
 
-def as_key(key: Any) -> jax.Array:
-    """PRNG keys, typed or raw, as typed ones, or InputError."""
-    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        return key
-    try:
-        return jax.random.wrap_key_data(key)
-    except (AttributeError, TypeError, ValueError):
-        raise InputError(
-            f"key: expected a PRNG key, as of jax.random.key(0), not {_kind(key)}"
-        ) from None
+def as_key(key: Any, *, several: bool = False) -> jax.Array:
+    """A PRNG key, or several, typed or raw: as typed ones, or InputError."""
+    if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
+        try:
+            key = jax.random.wrap_key_data(key)
+        except (AttributeError, TypeError, ValueError):
+            raise InputError(
+                f"key: expected a PRNG key, as of jax.random.key(0), not {_kind(key)}"
+            ) from None
+    if key.shape and not several:
+        raise InputError(f"there are {key.shape} keys: expected one")
+    return key
 
 
 def expect_real(name: str, x: jax.Array) -> None:
@@ -98,8 +100,10 @@ def _refuse(arguments: Mapping[str, Any]) -> None:
                 raise InputError(f"objective is {shown(value)}: expected a function")
         elif name in ("n", "num_samples"):
             whole_number(name, value)
+            if isinstance(value, jax.Array):
+                raise InputError(f"{name} is an array: expected a whole number, int({name})")
         elif name == "key":
-            as_key(value)
+            as_key(value, several=True)
         elif name != "axis_name" and not (value is None and name not in ("images", "z")):
             as_array(name, value)
 

@@ -336,7 +336,7 @@ def binarize(key: jax.Array, images: jax.Array) -> jax.Array:
     Salakhutdinov and Murray (2008), On the Quantitative Analysis of Deep Belief Networks.
     """
     x = scale_images(images).astype(jnp.float32)
-    key = as_key(key)
+    key = as_key(key, several=True)
     if key.shape not in ((), x.shape[:1]):
         raise InputError(f"there are {key.shape} keys: expected one, or one for each of {len(x)}")
 

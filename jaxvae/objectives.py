@@ -398,7 +398,7 @@ def example_keys(key: jax.Array, batch: int, first: jax.Array | int = 0) -> jax.
     Raises:
       InputError: another number of keys than one or `batch`.
     """
-    key = as_key(key)
+    key = as_key(key, several=True)
     if key.shape == (batch,):
         return key
     if key.shape:

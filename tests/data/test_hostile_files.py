@@ -301,7 +301,7 @@ def mutated(draw, content):
 
 @pytest.mark.parametrize("name", VALID)
 @settings(
-    max_examples=600,
+    max_examples=400,
     deadline=None,
     derandomize=True,
     database=None,
