@@ -19,11 +19,13 @@ class Config:
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
         """Build from a JSON object. Raises InputError on a missing, unknown or wrong field."""
         if not isinstance(fields, Mapping):
-            raise InputError(f"{cls.__name__} is {fields!r}: expected an object of named fields")
-        known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        if unknown := sorted(set(fields) - known):
             raise InputError(
-                f"{cls.__name__} has no field {unknown[0]!r}: expected {', '.join(sorted(known))}"
+                f"{cls.__name__} is {shown(fields)}: expected an object of named fields"
+            )
+        known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        if unknown := sorted(map(shown, set(fields) - known)):
+            raise InputError(
+                f"{cls.__name__} has no field {unknown[0]}: expected {', '.join(sorted(known))}"
             )
         return cls(**fields)
 
@@ -64,31 +66,36 @@ class ModelConfig(Config):
     def __post_init__(self) -> None:
         if not isinstance(self.image_shape, tuple | list) or len(self.image_shape) != 3:
             raise InputError(
-                f"image_shape is {self.image_shape!r}: expected (height, width, channels)"
+                f"image_shape is {shown(self.image_shape)}: expected (height, width, channels)"
             )
         # JSON has no tuples; a jitted function needs the config hashable.
-        shape = tuple(_whole(f"image_shape[{i}]", n) for i, n in enumerate(self.image_shape))
+        shape = tuple(whole_number(f"image_shape[{i}]", n) for i, n in enumerate(self.image_shape))
         object.__setattr__(self, "image_shape", shape)
         for name in ("latent_dim", "prior_components", "flow_steps"):
-            object.__setattr__(self, name, _whole(name, getattr(self, name)))
-        object.__setattr__(self, "num_classes", _whole("num_classes", self.num_classes, least=0))
+            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
+        object.__setattr__(
+            self, "num_classes", whole_number("num_classes", self.num_classes, least=0)
+        )
         if self.width is not None:
-            object.__setattr__(self, "width", _whole("width", self.width))
+            object.__setattr__(self, "width", whole_number("width", self.width))
         _check_choices(self, CHOICES["model"])
         if isinstance(self.network, list):
             object.__setattr__(self, "network", tuple(self.network))
-        if self.network == OWN_NETWORK:
+        named = isinstance(self.network, str)
+        if named and self.network == OWN_NETWORK:
             raise InputError(
                 "the model has a network of its own: hand its modules over, "
                 "network=(encoder, decoder)"
             )
-        if self.network not in NETWORKS and not _are_two_modules(self.network):
-            given = " ".join(repr(self.network).split())  # a module's fields stand on lines
+        if not (self.network in NETWORKS if named else _are_two_modules(self.network)):
+            given = " ".join(shown(self.network).split())  # a module's fields stand on lines
             raise InputError(
                 f"network is {given}: expected {_either(NETWORKS)}, "
                 "or a pair of Flax modules, (Encoder(), Decoder())"
             )
-        if self.width is not None and self.network not in ("mlp", "residual", "spatial"):
+        if self.width is not None and not (
+            named and self.network in ("mlp", "residual", "spatial")
+        ):
             raise InputError(
                 f"width is {self.width}, but this network has a width of its own: expected none, "
                 "or the network 'mlp', 'residual' or 'spatial'"
@@ -150,20 +157,20 @@ class TrainConfig(Config):
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "epochs", "num_samples"):
-            object.__setattr__(self, name, _whole(name, getattr(self, name)))
+            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
         for name in ("learning_rate", "epsilon"):
             value = getattr(self, name)
             if not _is_number(value) or not 0 < value < 1e6:
-                raise InputError(f"{name} is {value!r}: expected a number above 0")
+                raise InputError(f"{name} is {shown(value)}: expected a number above 0")
             object.__setattr__(self, name, float(value))
         for name in ("beta", "free_bits", "mmd_weight", "clip_norm"):
             value = getattr(self, name)
             if not _is_number(value) or not 0 <= value < 1e6:
-                raise InputError(f"{name} is {value!r}: expected a number of at least 0")
+                raise InputError(f"{name} is {shown(value)}: expected a number of at least 0")
             object.__setattr__(self, name, float(value))
         _check_choices(self, CHOICES["train"])
         least = 0 if self.warmup == "none" else 1
-        steps = _whole("warmup_steps", self.warmup_steps, least)
+        steps = whole_number("warmup_steps", self.warmup_steps, least)
         object.__setattr__(self, "warmup_steps", steps)
         if self.num_samples > 1 and self.objective in ("beta_tc", "mmd"):
             raise InputError(
@@ -201,8 +208,8 @@ CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
 def _check_choices(config: Any, choices: Mapping[str, tuple[str, ...]]) -> None:
     for name, allowed in choices.items():
         value = getattr(config, name)
-        if value not in allowed:
-            raise InputError(f"{name} is {value!r}: expected {_either(allowed)}")
+        if not isinstance(value, str) or value not in allowed:
+            raise InputError(f"{name} is {shown(value)}: expected {_either(allowed)}")
 
 
 def _are_two_modules(network: Any) -> bool:
@@ -222,16 +229,26 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _whole(name: str, value: Any, least: int = 1) -> int:
-    """`value` as an int of at least `least`; anything that counts as an index will do."""
+def shown(value: Any) -> str:
+    """A value as a message quotes it."""
+    try:
+        return repr(value)
+    except Exception:  # too many digits, too deep, or of its own making
+        return f"of type {type(value).__name__}"
+
+
+def whole_number(name: str, value: Any, least: int = 1, most: int = 2**31 - 1) -> int:
+    """`value` as an int from `least` to `most`; anything that counts as an index will do."""
     try:
         if isinstance(value, bool):
             raise TypeError
-        whole = value.__index__()
+        number = value.__index__()
     except (AttributeError, TypeError):
         raise InputError(
-            f"{name} is {value!r}: expected a whole number of at least {least}"
+            f"{name} is {shown(value)}: expected a whole number of at least {least}"
         ) from None
-    if whole < least:
-        raise InputError(f"{name} is {whole}: expected at least {least}")
-    return whole
+    if number < least:
+        raise InputError(f"{name} is {shown(number)}: expected at least {least}")
+    if number > most:
+        raise InputError(f"{name} is {shown(number)}: expected at most {most}")
+    return number

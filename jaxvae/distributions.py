@@ -13,6 +13,7 @@ from typing import NamedTuple, Self
 import jax
 import jax.numpy as jnp
 
+from jaxvae.checks import as_array, as_key
 from jaxvae.errors import InputError
 
 
@@ -26,10 +27,20 @@ def reparameterize(key: jax.Array, mean: jax.Array, log_var: jax.Array) -> jax.A
       mean, log_var: any one shape.
     Returns:
       z, of that shape.
+    Raises:
+      InputError: mean and log_var of different shapes, or not of floats.
 
     Kingma and Welling (2014), Auto-Encoding Variational Bayes, section 2.4.
     """
-    return mean + jnp.exp(log_var / 2) * jax.random.normal(key, mean.shape, mean.dtype)
+    mean, log_var = as_array("mean", mean), as_array("log_var", log_var)
+    for name, x in (("mean", mean), ("log_var", log_var)):
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise InputError(f"{name} is of type {x.dtype}: expected floats")
+    if mean.shape != log_var.shape:
+        raise InputError(
+            f"mean has shape {mean.shape}, log_var {log_var.shape}: expected one shape"
+        )
+    return mean + jnp.exp(log_var / 2) * jax.random.normal(as_key(key), mean.shape, mean.dtype)
 
 
 class Gaussian(NamedTuple):
@@ -325,8 +336,7 @@ def binarize(key: jax.Array, images: jax.Array) -> jax.Array:
     Salakhutdinov and Murray (2008), On the Quantitative Analysis of Deep Belief Networks.
     """
     x = scale_images(images).astype(jnp.float32)
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)
+    key = as_key(key, several=True)
     if key.shape not in ((), x.shape[:1]):
         raise InputError(f"there are {key.shape} keys: expected one, or one for each of {len(x)}")
 
@@ -344,12 +354,13 @@ def scale_images(images: jax.Array) -> jax.Array:
 
     Raises InputError for any other type.
     """
+    images = as_array("images", images)
     if images.dtype == jnp.uint8:
         return images.astype(jnp.float32) / 255
     if images.dtype == jnp.bool_:
         return images.astype(jnp.float32)
     if jnp.issubdtype(images.dtype, jnp.floating):
-        return jnp.asarray(images)
+        return images
     raise InputError(
         f"images are of type {images.dtype}: expected uint8, or floats between 0 and 1"
     )
@@ -357,6 +368,7 @@ def scale_images(images: jax.Array) -> jax.Array:
 
 def _pixels(images: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Images as floats in [0, 1]. Raises InputError for another shape than the decoder's."""
+    images = as_array("images", images)
     if images.shape != shape:
         raise InputError(f"images have shape {images.shape}: expected the decoder's {shape}")
     return scale_images(images)

@@ -7,6 +7,15 @@ class InputError(ValueError):
     The command line prints it without a traceback and exits with code 2.
     """
 
+    def __init__(self, message: str) -> None:
+        """What the message quotes may be anything: it is shortened, and escaped for terminals."""
+        if len(message) > _MOST:
+            message = f"{message[: _MOST // 2]} ... {message[-_MOST // 2 + 5 :]}"
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
+
+
+_MOST = 4000  # characters
+
 
 class TrainingFailed(Exception):
     """Training cannot go on, as its numbers or the disk went wrong; what it had saved is whole.

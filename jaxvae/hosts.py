@@ -120,6 +120,14 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def memory() -> int | None:
+    """Bytes of memory that this host has, where it tells."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
 def wait_for_all(what: str) -> None:
     """Go on when every process has come here; `what` names the place."""
     if several():

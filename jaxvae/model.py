@@ -1,14 +1,14 @@
 """The VAE as pure functions of its parameters."""
 
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxvae.config import ModelConfig
+from jaxvae.checks import as_array, as_key, expect_config, expect_real, jit
+from jaxvae.config import ModelConfig, whole_number
 from jaxvae.convolution import block_size, in_blocks
 from jaxvae.distributions import LIKELIHOODS, Gaussian, Likelihood, scale_images
 from jaxvae.errors import InputError
@@ -44,7 +44,7 @@ class Params:
     flow: Any = field(default_factory=dict)
 
 
-@partial(jax.jit, static_argnames="config")
+@jit(static_argnames="config")
 def init(key: jax.Array, config: ModelConfig) -> Params:
     """Fresh parameters: Glorot uniform kernels, zero biases, where a network says nothing else.
 
@@ -52,6 +52,8 @@ def init(key: jax.Array, config: ModelConfig) -> Params:
 
     Glorot and Bengio (2010), equation 16, as Keras initialises.
     """
+    expect_config("config", config, ModelConfig)
+    key = as_key(key)
     encoder_key, decoder_key = jax.random.split(key)
     prior_key, flow_key = jax.random.split(jax.random.fold_in(key, 2))
     images = jnp.zeros((1, *config.image_shape))
@@ -86,7 +88,7 @@ def modules(config: ModelConfig) -> tuple[nn.Module, nn.Module]:
     return encoder(config.latent_dim, dtype, **own), decoder(_outputs_shape(config), dtype, **own)
 
 
-@jax.jit
+@jit()
 def encode(params: Params, images: jax.Array, labels: jax.Array | None = None) -> Posterior:
     """The posterior q(z|x), whose `.mean` and `.log_var` are [batch, latent].
 
@@ -100,12 +102,7 @@ def encode(params: Params, images: jax.Array, labels: jax.Array | None = None) -
       InputError: images of another shape than the model's; labels where the model knows none, or
         none where it needs them.
     """
-    images = jnp.asarray(images)
-    if images.ndim != 4 or images.shape[1:] != params.config.image_shape or not len(images):
-        expected = ", ".join(map(str, params.config.image_shape))
-        raise InputError(
-            f"images have shape {images.shape}: expected (batch, {expected}), batch at least 1"
-        )
+    images = expected_images(params, images)
     encoded = _encoded(params, scale_images(images), *_one_hot(params, labels, len(images)))
     mean, log_var = encoded[:2]
     if params.config.posterior == "gaussian":
@@ -113,7 +110,7 @@ def encode(params: Params, images: jax.Array, labels: jax.Array | None = None) -
     return FlowPosterior(mean, log_var, _context(encoded), params.flow, _flow(params.config))
 
 
-@jax.jit
+@jit()
 def decode(params: Params, z: jax.Array, labels: jax.Array | None = None) -> Likelihood:
     """The likelihood p(x|z), of pixels [batch, height, width, channels]: by default Bernoulli.
 
@@ -123,7 +120,8 @@ def decode(params: Params, z: jax.Array, labels: jax.Array | None = None) -> Lik
     Raises:
       InputError: latents of another shape than the model's; labels as of `encode`.
     """
-    z = jnp.asarray(z)
+    z = as_array("latents", z)
+    expect_real("latents", z)
     if z.ndim != 2 or z.shape[1] != params.config.latent_dim or not len(z):
         raise InputError(
             f"latents have shape {z.shape}: expected (batch, {params.config.latent_dim}), "
@@ -158,7 +156,7 @@ def prior(params: Params) -> Prior:
     return Mixture(jnp.zeros(len(mean), mean.dtype), mean, log_var)
 
 
-@jax.jit
+@jit()
 def reconstruct(params: Params, images: jax.Array, labels: jax.Array | None = None) -> jax.Array:
     """The decoder's mean at the posterior's centre: float32 [batch, height, width, channels].
 
@@ -173,7 +171,7 @@ def reconstruct(params: Params, images: jax.Array, labels: jax.Array | None = No
     return decode(params, encode(params, images, labels).center, labels).mean
 
 
-@partial(jax.jit, static_argnames="n")
+@jit(static_argnames="n")
 def sample(params: Params, key: jax.Array, n: int, labels: jax.Array | None = None) -> jax.Array:
     """Decoder means of n draws from the prior: float32 [n, height, width, channels].
 
@@ -182,11 +180,21 @@ def sample(params: Params, key: jax.Array, n: int, labels: jax.Array | None = No
     Raises:
       InputError: n below 1, or labels as of `encode`.
     """
-    if n < 1:
-        raise InputError(f"n is {n}: expected at least 1")
+    n = whole_number("n", n)
     if params.config.num_classes and labels is None:
         labels = jnp.arange(n) % params.config.num_classes
-    return decode(params, prior(params).sample(key, n), labels).mean
+    return decode(params, prior(params).sample(as_key(key), n), labels).mean
+
+
+def expected_images(params: Params, images: jax.Array) -> jax.Array:
+    """Images as an array, or InputError where they are not those of the model."""
+    images = as_array("images", images)
+    if images.ndim != 4 or images.shape[1:] != params.config.image_shape or not len(images):
+        expected = ", ".join(map(str, params.config.image_shape))
+        raise InputError(
+            f"images have shape {images.shape}: expected (batch, {expected}), batch at least 1"
+        )
+    return images
 
 
 def _encoded(params: Params, *inputs: jax.Array) -> tuple[jax.Array, ...]:
@@ -212,11 +220,11 @@ def _outputs_shape(config: ModelConfig) -> tuple[int, int, int]:
     return height, width, channels * LIKELIHOODS[config.likelihood].outputs_per_channel
 
 
-def _one_hot(params: Params, labels: jax.Array | None, batch: int) -> tuple[jax.Array, ...]:
-    """The classes as the networks take them, [batch, classes]; nothing without classes."""
+def expected_labels(params: Params, labels: jax.Array | None, batch: int) -> jax.Array | None:
+    """Labels as an array, or InputError where they are not what the model takes."""
     classes = params.config.num_classes
     if labels is None and not classes:
-        return ()
+        return None
     if labels is None:
         raise InputError(
             f"there are no labels: expected ({batch},) of them, classes from 0 to {classes - 1}, "
@@ -224,12 +232,21 @@ def _one_hot(params: Params, labels: jax.Array | None, batch: int) -> tuple[jax.
         )
     if not classes:
         raise InputError("there are labels: expected none, as num_classes is 0")
-    if jnp.shape(labels) != (batch,):
+    labels = as_array("labels", labels)
+    if labels.shape != (batch,):
         raise InputError(
-            f"labels have shape {jnp.shape(labels)}: expected ({batch},), "
+            f"labels have shape {labels.shape}: expected ({batch},), "
             f"classes from 0 to {classes - 1}"
         )
-    return (jax.nn.one_hot(labels, classes),)
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise InputError(f"labels are of type {labels.dtype}: expected whole numbers")
+    return labels
+
+
+def _one_hot(params: Params, labels: jax.Array | None, batch: int) -> tuple[jax.Array, ...]:
+    """The classes as the networks take them, [batch, classes]; nothing without classes."""
+    labels = expected_labels(params, labels, batch)
+    return () if labels is None else (jax.nn.one_hot(labels, params.config.num_classes),)
 
 
 def _init(which: str, module: nn.Module, key: jax.Array, *inputs: jax.Array) -> tuple[Any, Any]:

@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxvae.config import TrainConfig
+from jaxvae.checks import as_key, jit
+from jaxvae.config import TrainConfig, whole_number
 from jaxvae.distributions import Gaussian
 from jaxvae.errors import InputError
-from jaxvae.model import Params, Posterior, decode, encode, prior
+from jaxvae.model import Params, Posterior, decode, encode, expected_images, prior
 
 
 class Elbo(NamedTuple):
@@ -35,7 +36,7 @@ class Elbo(NamedTuple):
 Objective = Callable[..., tuple[jax.Array, Elbo]]
 
 
-@jax.jit
+@jit()
 def elbo(
     params: Params, key: jax.Array, images: jax.Array, labels: jax.Array | None = None
 ) -> Elbo:
@@ -336,7 +337,7 @@ def beta_at(
     return beta * jnp.minimum(1, step / config.warmup_steps)
 
 
-@partial(jax.jit, static_argnames="num_samples")
+@jit(static_argnames="num_samples")
 def log_likelihood(
     params: Params,
     key: jax.Array,
@@ -362,9 +363,8 @@ def log_likelihood(
 
     Burda, Grosse and Salakhutdinov (2016), Importance Weighted Autoencoders, equation 8.
     """
-    if num_samples < 1:
-        raise InputError(f"num_samples is {num_samples}: expected at least 1")
-    images = jnp.asarray(images)
+    num_samples = whole_number("num_samples", num_samples)
+    images = expected_images(params, images)
     posterior, p_z = encode(params, images, labels), prior(params)
     batch = images.shape[0]
     keys = example_keys(key, batch)
@@ -398,8 +398,7 @@ def example_keys(key: jax.Array, batch: int, first: jax.Array | int = 0) -> jax.
     Raises:
       InputError: another number of keys than one or `batch`.
     """
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)
+    key = as_key(key, several=True)
     if key.shape == (batch,):
         return key
     if key.shape:

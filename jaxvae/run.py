@@ -25,13 +25,13 @@ import numpy as np
 from rich.console import Console
 
 from jaxvae.checkpoint import Which, load, newest_whole, open_checkpoints, restore, told, write
-from jaxvae.config import Config, ModelConfig, TrainConfig
+from jaxvae.config import Config, ModelConfig, TrainConfig, shown, whole_number
 from jaxvae.data import Dataset, load_dataset
 from jaxvae.distributions import binarize, bits_per_dimension
 from jaxvae.errors import InputError, Preempted
 from jaxvae.evaluation import evaluate, examine, mean_log_likelihood
 from jaxvae.feed import Epoch, feed
-from jaxvae.hosts import is_first, preemption, wait_for_all
+from jaxvae.hosts import is_first, memory, preemption, wait_for_all
 from jaxvae.journal import (
     append_history,
     on_disk,
@@ -80,12 +80,14 @@ class RunConfig(Config):
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
-        if (
-            isinstance(self.seed, bool)
-            or not isinstance(self.seed, int)
-            or not 0 <= self.seed < 2**32
-        ):
-            raise InputError(f"seed is {self.seed!r}: expected a whole number from 0 to 2**32 - 1")
+        for name in ("data", "data_dir", "manual_dir", "start_from"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and (value is not None or name == "data"):
+                raise InputError(f"{name} is {shown(value)}: expected a string")
+        if not isinstance(self.divide, bool):
+            raise InputError(f"divide is {shown(self.divide)}: expected true or false")
+        object.__setattr__(self, "seed", whole_number("seed", self.seed, 0, 2**32 - 1))
+        object.__setattr__(self, "workers", whole_number("workers", self.workers, 0))
         for name, kind in (("model", ModelConfig), ("train", TrainConfig)):
             if not isinstance(getattr(self, name), kind):
                 object.__setattr__(self, name, kind.from_dict(getattr(self, name)))
@@ -245,8 +247,8 @@ def try_out(config: RunConfig, data: Dataset) -> None:
         return train_step(state, images, labels)
 
     state, _ = jax.eval_shape(step, images[batch], None if labels is None else labels[batch])
-    needed, there = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)), host_memory()
-    if needed > there:
+    needed, there = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)), memory()
+    if there is not None and needed > there:
         raise InputError(
             f"the model needs {needed / 1e9:,.0f} GB for parameters and the optimizer's state: "
             f"expected at most the {there / 1e9:,.0f} GB of memory that this machine has"

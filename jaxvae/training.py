@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from jaxvae.checks import as_key, expect_config, expect_number, jit
 from jaxvae.config import ModelConfig, TrainConfig
 from jaxvae.convolution import block_size
 from jaxvae.distributions import binarize
 from jaxvae.errors import InputError
-from jaxvae.model import Params, init
+from jaxvae.model import Params, expected_images, expected_labels, init
 from jaxvae.objectives import Objective, beta_at, chosen, example_keys
 from jaxvae.parallel import mean_over, on_parts, own_part, sum_over
 
@@ -75,15 +76,15 @@ def create_train_state(
     key: jax.Array, config: ModelConfig, train_config: TrainConfig
 ) -> TrainState:
     """Fresh parameters and optimiser state, at step 0."""
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)
-    init_key, run_key = jax.random.split(key)
+    expect_config("config", config, ModelConfig)
+    expect_config("train_config", train_config, TrainConfig)
+    init_key, run_key = jax.random.split(as_key(key))
     params = init(init_key, config)
     opt_state = optimizer(train_config).init(params)  # type: ignore[arg-type]
     return TrainState(params, opt_state, jnp.int32(0), run_key, train_config)
 
 
-@partial(jax.jit, static_argnames=("axis_name", "objective"))
+@jit(static_argnames=("axis_name", "objective"))
 def train_step(
     state: TrainState,
     images: jax.Array,
@@ -114,10 +115,12 @@ def train_step(
       The next state, and `loss`, `elbo`, `log_likelihood`, `kl`: means over the whole batch,
       nats per image.
     Raises:
-      InputError: images of another shape than the model's.
+      InputError: images or labels of another shape or type than the model's.
     """
-    images = jnp.asarray(images)
+    images = expected_images(state.params, images)
     batch = images.shape[0]
+    labels = expected_labels(state.params, labels, batch)
+    _expect_numbers(learning_rate, beta)
     first = lax.axis_index(axis_name) * batch if axis_name else 0
     keys = example_keys(_noise_key(state), batch, first)
     if state.config.binarization == "dynamic":
@@ -127,7 +130,7 @@ def train_step(
         weight = beta_at(state.config, state.step, beta)
         objective, whole = chosen(state.config, weight, axis_name)
         samples = state.config.num_samples
-    examples = (keys, images) if labels is None else (keys, images, jnp.asarray(labels))
+    examples = (keys, images) if labels is None else (keys, images, labels)
     size = batch if whole else max(1, block_size(batch * samples, state.params) // samples)
     grads, metrics = _mean_gradient(objective, state.params, examples, size, axis_name)
     if state.config.clip_norm:
@@ -139,7 +142,7 @@ def train_step(
     return replace(state, params=params, opt_state=opt_state, step=state.step + 1), metrics
 
 
-@partial(jax.jit, static_argnames=("axis_name", "objective"), donate_argnames="state")
+@jit(static_argnames=("axis_name", "objective"), donate_argnames="state")
 def train_epoch(
     state: TrainState,
     images: jax.Array,
@@ -167,8 +170,11 @@ def train_epoch(
     Returns:
       The state after the epoch, and the metrics of `train_step` averaged over its steps.
     Raises:
-      InputError: fewer images than one batch, or images of another shape than the model's.
+      InputError: fewer images than one batch, or as of `train_step`.
     """
+    images = expected_images(state.params, images)
+    labels = expected_labels(state.params, labels, len(images))
+    _expect_numbers(learning_rate, beta)
     batches = shuffle(state, len(images))
     state, totals = train_steps(
         state,
@@ -261,6 +267,12 @@ def train_portion(
         objective=objective,
     )
     return _summed(one, state, 0, count)
+
+
+def _expect_numbers(learning_rate: Any, beta: Any) -> None:
+    for name, value in (("learning_rate", learning_rate), ("beta", beta)):
+        if value is not None:
+            expect_number(name, value)
 
 
 def _step_of_a_run(

@@ -1,6 +1,7 @@
 """Where images come from."""
 
 import gzip
+import warnings
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ def load_dataset(
     name: str, *, data_dir: str | Path | None = None, manual_dir: str | Path | None = None
 ) -> Dataset:
     """As `load_data`, by name: a Dataset of images and labels."""
+    if not isinstance(name, str):
+        raise InputError(f"the data are {name!r}: expected a name, or a path as a string")
     if name == "mnist-5k":
         return _mnist_5k()
     if name == "mnist" or name.startswith("tfds:"):
@@ -56,7 +59,15 @@ def load_dataset(
     else:
         from jaxvae.data import files
 
-        data = files.load_path(Path(name))
+        try:
+            with warnings.catch_warnings():
+                # Pillow and NumPy warn of what is odd in a file, and then read it or refuse it.
+                warnings.simplefilter("ignore")
+                data = files.load_path(Path(name))
+        except OSError as error:
+            raise InputError(f"{name} cannot be read: {error.strerror}") from None
+        except MemoryError:
+            raise InputError(f"{name} does not fit into memory: expected fewer images") from None
     return _checked(data, name)
 
 

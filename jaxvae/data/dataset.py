@@ -4,6 +4,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from jaxvae.errors import InputError
+
 
 class Images(Protocol):
     """Images that can be had by their numbers: an array, or what reads them from disk."""
@@ -43,3 +45,27 @@ def split_every_tenth(images: np.ndarray, labels: np.ndarray | None) -> Dataset:
     if labels is None:
         return Dataset(images[~held_out], None, images[held_out], None)
     return Dataset(images[~held_out], labels[~held_out], images[held_out], labels[held_out])
+
+
+def as_images(array: np.ndarray, name: object) -> np.ndarray:
+    """An array as [N, H, W, C], or InputError."""
+    if array.ndim not in (3, 4):
+        raise InputError(
+            f"{name} holds images of shape {array.shape}: expected (images, height, width) or "
+            "(images, height, width, channels)"
+        )
+    if not array.size:  # before anything is made for each of its rows, which may be many
+        raise InputError(f"{name} holds no images, but an array of shape {array.shape}")
+    return array if array.ndim == 4 else array[..., None]
+
+
+def as_labels(array: np.ndarray, name: object) -> np.ndarray:
+    """An array as int64 [N], or InputError."""
+    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+        raise InputError(
+            f"{name} holds labels of shape {array.shape} and type {array.dtype}: "
+            "expected one whole number for each image"
+        )
+    if array.size and array.max() > np.iinfo(np.int64).max:
+        raise InputError(f"{name} holds the label {array.max()}: expected at most 2**63 - 1")
+    return array.astype(np.int64)

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxvae.data.arrays import read_npy, reading
+from jaxvae.data.pictures import read_picture
 from jaxvae.errors import InputError
 
 
@@ -23,7 +25,7 @@ class Records:
         self, name: str, source: Callable[[], Any], decode: Callable[[Any], np.ndarray]
     ) -> None:
         """name: of the data, for messages; source: opens what has `__len__` and `__getitems__`;
-        decode: takes one of its items to an image, or raises ValueError or OSError.
+        decode: takes one of its items to an image; whatever it raises becomes an InputError.
         """
         self._name, self._source, self._decode = name, source, decode
         self._opened: Any = None
@@ -55,19 +57,13 @@ class Records:
 
     def _open(self) -> Any:
         if self._opened is None:
-            try:
+            with reading(self._name):
                 self._opened = self._source()
-            except (OSError, RuntimeError, ValueError) as error:
-                raise InputError(f"{self._name} cannot be read: {_one_line(error)}") from None
         return self._opened
 
     def _image(self, item: Any, row: int) -> np.ndarray:
-        try:
+        with reading(f"image {row} of {self._name}"):
             image = self._decode(item)
-        except (OSError, ValueError, EOFError) as error:
-            raise InputError(
-                f"image {row} of {self._name} cannot be read: {_one_line(error)}"
-            ) from None
         if image.dtype != np.uint8 or image.ndim not in (2, 3):
             raise InputError(
                 f"image {row} of {self._name} has shape {image.shape} and type {image.dtype}: "
@@ -89,13 +85,5 @@ def _opened(names: list[str]) -> Any:
 
 
 def _from_bytes(record: bytes) -> np.ndarray:
-    if record.startswith(b"\x93NUMPY"):
-        return np.load(io.BytesIO(record), allow_pickle=False)
-    from PIL import Image
-
-    with Image.open(io.BytesIO(record)) as picture:
-        return np.asarray(picture.convert("L" if picture.mode in ("1", "L", "LA") else "RGB"))
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+    file = io.BytesIO(record)
+    return read_npy(file) if record.startswith(b"\x93NUMPY") else read_picture(file)

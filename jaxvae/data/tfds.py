@@ -17,7 +17,6 @@ import sys
 import threading
 import time
 import urllib.request
-import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,8 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from jaxvae.data.dataset import Dataset, split_every_tenth
+from jaxvae.data.arrays import read_npy, read_npz, reading
+from jaxvae.data.dataset import Dataset, as_images, as_labels, split_every_tenth
 from jaxvae.data.records import Records
 from jaxvae.errors import InputError
 
@@ -225,9 +225,11 @@ def _read_labels(builder: Any, source: Callable[[], Any]) -> np.ndarray | None:
     if not _has_labels(builder):
         return None
     cache = Path(builder.data_dir) / "jaxvae-labels.npy"
-    with contextlib.suppress(OSError, ValueError, EOFError):
-        return np.load(cache, allow_pickle=False)
     records = source()
+    with contextlib.suppress(InputError), reading(cache), cache.open("rb") as file:
+        labels = as_labels(read_npy(file), cache)
+        if len(labels) == len(records):
+            return labels
     labels = np.array([records[i]["label"] for i in range(len(records))], np.int64)
     _replace(cache, lambda file: np.save(file, labels))
     return labels
@@ -260,12 +262,16 @@ def _read_split(
 
 
 def _read_cache(path: Path) -> Dataset | None:
-    try:
-        # Opened here, as np.load leaves a file open that turns out to be damaged.
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return Dataset(**{"train_labels": None, "test_labels": None, **arrays})
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile):  # absent or damaged
-        return None
+    with contextlib.suppress(InputError), reading(path), path.open("rb") as file:
+        arrays = read_npz(file, Dataset._fields)
+        labels = {name: as_labels(arrays[name], path) for name in arrays if "labels" in name}
+        return Dataset(
+            as_images(arrays["train_images"], path),
+            labels.get("train_labels"),
+            as_images(arrays["test_images"], path),
+            labels.get("test_labels"),
+        )
+    return None  # absent or damaged
 
 
 def _write_cache(path: Path, dataset: Dataset) -> None:
