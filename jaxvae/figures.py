@@ -64,7 +64,7 @@ def draw_all(
 
 def save(figure: Figure, path: Path) -> None:
     """Write a figure; the format follows from the path's suffix."""
-    how = {"dpi": _DPI, "bbox_inches": "tight", "pad_inches": 0.15}
+    how: dict[str, Any] = {"dpi": _DPI, "bbox_inches": "tight", "pad_inches": 0.15}
     write_whole(path, lambda part: figure.savefig(part, format=path.suffix[1:], **how))
 
 
