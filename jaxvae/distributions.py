@@ -12,6 +12,7 @@ from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxvae.checks import as_array, as_key
 from jaxvae.errors import InputError
@@ -354,13 +355,14 @@ def scale_images(images: jax.Array) -> jax.Array:
 
     Raises InputError for any other type.
     """
-    images = as_array("images", images)
+    if not isinstance(images, np.ndarray):  # whose division is exact
+        images = as_array("images", images)
     if images.dtype == jnp.uint8:
         return images.astype(jnp.float32) / 255
     if images.dtype == jnp.bool_:
         return images.astype(jnp.float32)
     if jnp.issubdtype(images.dtype, jnp.floating):
-        return images
+        return jnp.asarray(images)
     raise InputError(
         f"images are of type {images.dtype}: expected uint8, or floats between 0 and 1"
     )
@@ -368,10 +370,10 @@ def scale_images(images: jax.Array) -> jax.Array:
 
 def _pixels(images: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Images as floats in [0, 1]. Raises InputError for another shape than the decoder's."""
-    images = as_array("images", images)
-    if images.shape != shape:
-        raise InputError(f"images have shape {images.shape}: expected the decoder's {shape}")
-    return scale_images(images)
+    x = scale_images(images)
+    if x.shape != shape:
+        raise InputError(f"images have shape {x.shape}: expected the decoder's {shape}")
+    return x
 
 
 def _flat(*arrays: jax.Array) -> list[jax.Array]:

@@ -56,19 +56,18 @@ def load_dataset(
         from jaxvae.data import tfds
 
         data = tfds.load(name.removeprefix("tfds:"), data_dir=data_dir, manual_dir=manual_dir)
-    else:
-        from jaxvae.data import files
+        return _checked(data, name)
+    from jaxvae.data import files
 
-        try:
-            with warnings.catch_warnings():
-                # Pillow and NumPy warn of what is odd in a file, and then read it or refuse it.
-                warnings.simplefilter("ignore")
-                data = files.load_path(Path(name))
-        except OSError as error:
-            raise InputError(f"{name} cannot be read: {error.strerror}") from None
-        except MemoryError:
-            raise InputError(f"{name} does not fit into memory: expected fewer images") from None
-    return _checked(data, name)
+    try:
+        with warnings.catch_warnings():
+            # Pillow and NumPy warn of what is odd in a file, and then read it or refuse it.
+            warnings.simplefilter("ignore")
+            return _checked(files.load_path(Path(name)), name)
+    except OSError as error:
+        raise InputError(f"{name} cannot be read: {error.strerror}") from None
+    except MemoryError:
+        raise InputError(f"{name} does not fit into memory: expected fewer images") from None
 
 
 def _mnist_5k() -> Dataset:

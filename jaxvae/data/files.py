@@ -30,8 +30,12 @@ def load_path(path: Path) -> Dataset:
 
     Every tenth image is held out where the source itself does not split.
 
+    Any of them may come from a stranger: nothing is unpickled, unpacked or executed, and memory is
+    taken only for what is there.
+
     Raises:
-      InputError: the path is missing, or is not what it says it is.
+      InputError: the path is missing, or is not what it says it is; a picture has more than 2^24
+        pixels; an array is larger than this machine's memory.
     """
     if not path.exists():
         raise InputError(

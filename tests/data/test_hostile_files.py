@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from jaxvae import InputError
-from jaxvae.data import Dataset, load_dataset, tfds
+from jaxvae.data import Dataset, files, load_dataset, tfds
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (20, 6, 5), np.uint8)
 LABELS = np.arange(20)
@@ -317,3 +317,15 @@ def test_a_damaged_file_is_read_or_refused_in_one_line(tmp_path, name, data):
         (tmp_path / f"y{name[1:]}").write_bytes(VALID[name])
     with contextlib.suppress(InputError):  # which is one line, whatever it quotes
         assert isinstance(load_dataset(str(tmp_path if is_picture else path)), Dataset)
+
+
+def test_images_that_do_not_fit_into_memory_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "x.npy").write_bytes(IMAGES_NPY)
+
+    def without_memory(*arguments):
+        raise MemoryError
+
+    for name, says in (("split_every_tenth", "does not fit into memory"), ("read_npy", "MemoryEr")):
+        with monkeypatch.context() as patch, refused("x.npy", says):
+            patch.setattr(files, name, without_memory)
+            load_dataset(str(tmp_path / "x.npy"))
