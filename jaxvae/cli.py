@@ -6,6 +6,7 @@ import sys
 import time
 import warnings
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -192,13 +193,15 @@ def _train(options: argparse.Namespace) -> None:
 
 def _train_one(run_dir: Path, config: Any, data: Any, resume: bool) -> list[Path]:
     from jaxvae import hosts, run
+    from jaxvae.film import keep_frame
     from jaxvae.progress import Progress
 
     config = run.start(run_dir, config, data, resume=resume)
     if hosts.is_first():
         _tell_start(config.data, data, f"run directory {run_dir}")
     progress = Progress() if hosts.is_first() else None
-    state = run.train(run_dir, config, data, progress=progress)
+    watchers = [partial(keep_frame, run_dir)]
+    state = run.train(run_dir, config, data, progress=progress, watchers=watchers)
     return run.draw(run_dir, data, state.params) if hosts.is_first() else []
 
 
@@ -278,7 +281,7 @@ def _sample(options: argparse.Namespace) -> None:
         raise InputError(f"--out is {options.out}: expected a file name ending in .png")
     config = read_config(options.run)
     params = load(options.run, "best" if options.best else "latest")
-    from jaxvae.figures import save_images
+    from jaxvae.mosaic import save_images
 
     seed = config.seed if options.seed is None else options.seed
     save_images(sample(params, jax.random.key(seed), options.n), options.out)
@@ -290,7 +293,7 @@ def _figures(options: argparse.Namespace) -> None:
 
     data = run.load_run_data(run.read_config(options.run))
     params = load(options.run, "best" if options.best else "latest")
-    for path in run.draw(options.run, data, params):
+    for path in run.draw(options.run, data, params, options.format):
         print(path)
 
 
@@ -349,6 +352,8 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--out", type=Path, required=True, metavar="FILE.png")
     sample.add_argument("--seed", type=int, metavar="N", help="default: the run's")
     figures = command("figures", _figures, "draw the figures of a run again")
+    figures.add_argument("--format", choices=["png", "svg", "pdf"], default="png",
+                         help="default png; the film is a GIF in any case")  # fmt: skip
     for one in (evaluate, sample, figures):
         one.add_argument("run", type=Path, metavar="RUN_DIR", help="made by `jaxvae train`")
         one.add_argument("--best", action="store_true",

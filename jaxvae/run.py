@@ -3,6 +3,7 @@
     config.json      what it was told
     metrics.jsonl    a line per epoch: epoch, step, train and test metrics, seconds
     checkpoints/     the latest epoch and the best one
+    manifolds/       frames of the film among them, an epoch each
     figures/         what `jaxvae figures` draws
     evaluation.json  what `jaxvae evaluate` measured last
 
@@ -13,7 +14,7 @@ repeats what came after the last one that is.
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -46,6 +47,8 @@ from jaxvae.training import (
 )
 
 T = TypeVar("T")
+
+Watcher = Callable[[dict[str, Any], Params], None]
 
 
 @dataclass(frozen=True)
@@ -296,6 +299,7 @@ def train(
     *,
     objective: Objective | None = None,
     progress: Progress | None = None,
+    watchers: Sequence[Watcher] = (),
 ) -> TrainState:
     """Train from the run's last whole checkpoint, or from the start, to its last epoch.
 
@@ -307,6 +311,9 @@ def train(
       data: as `load_run_data` gives it.
       objective: what to minimise; by default that of `train_step`.
       progress: where to show how it goes.
+      watchers: functions of each epoch's line in metrics.jsonl and its parameters, called before
+        there is a checkpoint of them: what a kill cuts off, they are told again. Before training,
+        they are told of epoch 0, which has no metrics. Only the first process calls them.
     Returns:
       The state after the last epoch.
     Raises:
@@ -322,6 +329,7 @@ def train(
         if checkpoints.latest_step() is None:
             state = lay_out(first_state(train_key, config), mesh, config.divide)
             totals, seconds = dict[str, Any](), 0.0
+            _tell(watchers, {"epoch": 0, "step": 0}, whole(state.params, mesh))
         else:
             state = replace(restore(run_dir, mesh=mesh, divide=config.divide), config=config.train)
             totals, seconds = unfinished(checkpoints, int(state.step))
@@ -348,23 +356,30 @@ def train(
                     seconds = time.perf_counter() - began
                     write(checkpoints, state, {}, (totals, seconds))
                     raise Preempted(stopped(run_dir, int(state.step)))
+                params = whole(state.params, mesh)
                 record: dict[str, Any] = {
                     "epoch": epoch,
                     "step": int(state.step),
                     "train": {name: total / steps for name, total in totals.items()},
-                    "test": measure(whole(state.params, mesh)),
+                    "test": measure(params),
                     "seconds": round(time.perf_counter() - began, 3),
                 }
                 # The line before the checkpoint: a kill in between leaves a line too many,
                 # which the resumed run takes back, and never one too few.
                 if is_first():
                     append_history(run_dir, record)
+                _tell(watchers, record, params)
                 write(checkpoints, state, record["test"])
                 shown.finish_epoch(record)
                 if epoch < epochs and is_to_stop(epoch * steps):
                     raise Preempted(stopped(run_dir, int(state.step)))
                 first, totals, seconds = 0, {}, 0.0
     return whole(state, mesh)
+
+
+def _tell(watchers: Sequence[Watcher], record: dict[str, Any], params: Params) -> None:
+    for watch in watchers if is_first() else ():
+        watch(record, params)
 
 
 def stopped(run_dir: Path, step: int) -> str:
@@ -455,13 +470,18 @@ def used(images: T, labels: np.ndarray | None, model: ModelConfig) -> tuple[T, n
     return images, labels.astype(np.int32) if model.num_classes and labels is not None else None
 
 
-def draw(run_dir: Path, data: Dataset, params: Params) -> list[Path]:
-    """Draw the figures of a run's model into its directory; returns their paths."""
+def draw(run_dir: Path, data: Dataset, params: Params, kind: str = "png") -> list[Path]:
+    """Draw the figures of a run's model into its directory; returns their paths.
+
+    kind: "png", "svg" or "pdf".
+    """
     # matplotlib takes as long to import as JAX, so only what draws pays for it.
     from jaxvae.figures import draw_all
+    from jaxvae.film import draw_film
 
     _, key = keys(read_config(run_dir))
-    return draw_all(run_dir / "figures", params, data, read_metrics(run_dir), key)
+    paths = draw_all(run_dir / "figures", params, data, read_metrics(run_dir), key, kind)
+    return paths + draw_film(run_dir)
 
 
 def train_one_epoch(
