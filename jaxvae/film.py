@@ -24,9 +24,8 @@ _STRIP = 26  # pixels above a frame, for what it says
 
 def keep_frame(run_dir: Path, record: dict[str, Any], params: Params) -> None:
     """Write the frame of an epoch, if it is one to keep; `record` has its number."""
-    epoch, stride = record["epoch"], _stride(record["epoch"])
-    folder = run_dir / "manifolds"
-    if epoch % stride:
+    epoch, folder = record["epoch"], run_dir / "manifolds"
+    if not is_kept(epoch):
         return
     n = int(np.clip(_SIDE // max(params.config.image_shape[:2]), 3, 15))
     images, _, down = plane(params, n)
@@ -35,7 +34,7 @@ def keep_frame(run_dir: Path, record: dict[str, Any], params: Params) -> None:
     folder.mkdir(exist_ok=True)
     (folder / f"{epoch:04}.png").write_bytes(frame.getvalue())
     for path, other in _frames(run_dir):
-        if other % stride:
+        if other % _stride(epoch):
             path.unlink(missing_ok=True)
 
 
@@ -58,8 +57,13 @@ def draw_film(run_dir: Path) -> list[Path]:
     return [path]
 
 
+def is_kept(epoch: int) -> bool:
+    """Whether there is a frame of an epoch, at the time when it is over."""
+    return epoch % _stride(epoch) == 0
+
+
 def _stride(epoch: int) -> int:
-    """Every how many epochs there is a frame: a function of the epoch alone, whoever asks."""
+    """Every how many epochs there is a frame: a function of the epoch alone, for resumed runs."""
     stride = 1
     while epoch >= _FRAMES * stride:
         stride *= 2

@@ -6,6 +6,7 @@
     manifolds/       frames of the film among them, an epoch each
     figures/         what `jaxvae figures` draws
     evaluation.json  what `jaxvae evaluate` measured last
+    tensorboard/     and profile/, where they were asked for: `jaxvae.live`
 
 It can be killed at any instant: an epoch counts once its checkpoint is whole, and a resumed run
 repeats what came after the last one that is.

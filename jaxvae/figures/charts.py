@@ -112,11 +112,12 @@ def units(params: Params, data: Dataset, threshold: float = 0.01) -> Figure:
     order = np.argsort(-variance, kind="stable")
     active = int(active_units(mean, threshold))
     count = len(variance)
+    width = 0.8 * min(1, count / 8)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 3.6), layout="constrained")
         axes = figure.add_subplot()
         colours = [DARK if variance[i] > threshold else LIGHT for i in order]
-        axes.bar(np.arange(1, count + 1), variance[order], 0.8, color=colours)
+        axes.bar(np.arange(1, count + 1), variance[order], width, color=colours)
         axes.axhline(threshold, color=WARM, linewidth=1.2, linestyle="--")
         axes.set_yscale("log")
         low = min(threshold, max(variance.min(), 1e-6)) / 3
@@ -215,7 +216,9 @@ def _reach(p_z: Prior, latent: int, z: np.ndarray) -> tuple[float, float]:
     """What of a latent's axis is worth drawing: of prior and draws, all but 1 in 1,000."""
     low, _, high = latent_grid(p_z, int(latent), 3, tail=0.0005)
     seen = np.quantile(z, [0.0005, 0.9995])
-    return min(float(low), seen[0]), max(float(high), seen[1])
+    left, right = min(float(low), seen[0]), max(float(high), seen[1])
+    margin = (right - left) / 20
+    return left - margin, right + margin
 
 
 def _center(params: Params) -> str:
