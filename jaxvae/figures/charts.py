@@ -159,15 +159,17 @@ def aggregate(params: Params, data: Dataset, key: jax.Array) -> Figure:
         grid = figure.subplots(rows, columns, squeeze=False).ravel()
         for axes, latent in zip(grid, shown, strict=False):
             reach = _reach(p_z, latent, z[:, latent])
-            axes.hist(z[:, latent], 40, reach, density=True, color=LIGHT, label="q(z), drawn")
+            axes.hist(z[:, latent], 40, range=reach, density=True, color=LIGHT, label="q(z), drawn")
             x = jnp.linspace(*reach, 300)
             density = jnp.exp(_of_latents(p_z, [latent]).log_prob(x[:, None]))
             axes.plot(x, density, color=WARM, label="p(z)")
             axes.set(xlabel=f"z{latent + 1}", xlim=reach)
         for axes in grid[::columns]:
             axes.set_ylabel("density")
+        top = 1.1 * max(axes.get_ylim()[1] for axes in grid[: len(shown)])
+        for axes in grid[: len(shown)]:
+            axes.set_ylim(0, top)
         grid[0].legend(loc="upper left", fontsize=8, handlelength=1.2)
-        grid[0].set_ylim(top=grid[0].get_ylim()[1] * 1.2)
         if len(variance) == 2:
             _contours(grid[2], p_z, posterior, z)
         for axes in grid[panels:]:
