@@ -18,16 +18,6 @@ pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 ALWAYS = ["manifold_15", "manifold_20", "reconstructions", "samples", "traversals"]
 ALWAYS += ["interpolations", "latents", "aggregate", "units"]
-    "manifold_15",
-    "manifold_20",
-    "reconstructions",
-    "samples",
-    "traversals",
-    "interpolations",
-    "latents",
-    "aggregate",
-    "units",
-]
 
 
 def params(image_shape=(8, 8, 1), latent_dim=2):

@@ -41,6 +41,8 @@ def test_a_long_run_keeps_a_bounded_number_at_even_distances(tmp_path, monkeypat
     """Whether it was killed on the way and went on, or not."""
     monkeypatch.setattr(film, "_FRAMES", 8)
     model = params()
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
     for epoch in range(34):
         film.keep_frame(tmp_path / "whole", {"epoch": epoch}, model)
         assert len(kept(tmp_path / "whole")) <= 8

@@ -155,6 +155,7 @@ def test_the_profile_is_of_the_second_dispatch(tmp_path, monkeypatch):
 
 def test_train_writes_both_where_asked_to(tmp_path, npz, monkeypatch):
     monkeypatch.setattr("jaxvae.cli._keep_programs", lambda: None)
+    monkeypatch.setattr("jaxvae.run.draw", lambda *_: [])
     words = ["train", "--data", str(npz), "--network", "mlp", "--epochs", "2", "--batch-size", "64"]
     path = tmp_path / "run"
     assert main([*words, "--run-dir", str(path), "--tensorboard", "--profile"]) == 0
