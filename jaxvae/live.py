@@ -135,7 +135,9 @@ def _rgb(image: np.ndarray) -> np.ndarray:
 
 def _squares(images: np.ndarray) -> np.ndarray:
     """Images as the projector takes them: floats [N, 3, side, side], what is missing black."""
-    coloured = np.stack([_rgb(np.asarray(scale_images(jnp.asarray(x)))) for x in images]) / 255
+    coloured = np.asarray(scale_images(jnp.asarray(images)))
+    if coloured.shape[3] != 3:
+        coloured = np.repeat(coloured.mean(axis=3, keepdims=True), 3, axis=3)
     height, width = coloured.shape[1:3]
     side = max(height, width)
     padded = np.pad(coloured, ((0, 0), (0, side - height), (0, side - width), (0, 0)))
