@@ -1,6 +1,7 @@
 """Images side by side: mosaics as arrays and as plain PNG files."""
 
 import math
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -42,6 +43,7 @@ def save_images(images: jax.Array, path: Path) -> None:
         raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
+@partial(jax.jit, static_argnames="n")
 def latent_grid(p_z: Prior, latent: int, n: int, tail: float = 0.05) -> jax.Array:
     """n coordinates of a latent's axis: the prior's quantiles from `tail` to 1 - `tail`.
 
@@ -56,7 +58,7 @@ def latent_grid(p_z: Prior, latent: int, n: int, tail: float = 0.05) -> jax.Arra
     return jnp.interp(quantiles, below, x)
 
 
-def plane(params: Params, n: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def plane(params: Params, n: int) -> tuple[jax.Array, np.ndarray, np.ndarray]:
     """The decoder's mean on an n by n grid of the first two latents, any others at 0.
 
     The first latent grows to the right and the second upwards; a model of one latent gets one
@@ -66,12 +68,12 @@ def plane(params: Params, n: int) -> tuple[jax.Array, jax.Array, jax.Array]:
       The images [rows * n, H, W, C], the coordinates to the right [n], and those down [rows].
     """
     p_z = prior(params)
-    right = latent_grid(p_z, 0, n)
     latent_dim = params.config.latent_dim
-    down = latent_grid(p_z, 1, n)[::-1] if latent_dim > 1 else jnp.zeros(1)
-    second, first = (axis.ravel() for axis in jnp.meshgrid(down, right, indexing="ij"))
-    z = jnp.zeros((first.size, latent_dim)).at[:, 0].set(first)
+    right = np.asarray(latent_grid(p_z, 0, n))
+    down = np.asarray(latent_grid(p_z, 1, n))[::-1] if latent_dim > 1 else np.zeros(1)
+    z = np.zeros((len(down), n, latent_dim), np.float32)
+    z[:, :, 0] = right
     if latent_dim > 1:
-        z = z.at[:, 1].set(second)
-    labels = jnp.zeros(len(z), int) if params.config.num_classes else None
-    return decode(params, z, labels).mean, right, down
+        z[:, :, 1] = down[:, None]
+    labels = np.zeros(len(down) * n, int) if params.config.num_classes else None
+    return decode(params, z.reshape(-1, latent_dim), labels).mean, right, down

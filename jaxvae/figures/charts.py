@@ -16,7 +16,7 @@ from jaxvae.distributions import Gaussian
 from jaxvae.figures.pictures import activity, labels_of
 from jaxvae.figures.style import COLOURS, DARK, LIGHT, STYLE, WARM
 from jaxvae.measures import active_units, log_aggregate
-from jaxvae.model import Params, Prior, encode, prior
+from jaxvae.model import Params, Posterior, Prior, encode, prior
 from jaxvae.mosaic import latent_grid
 from jaxvae.priors import Mixture, StandardNormal
 
@@ -147,7 +147,7 @@ def aggregate(params: Params, data: Dataset, key: jax.Array) -> Figure:
     """
     images = jnp.asarray(data.test_images[:_SCATTERED])
     posterior = encode(params, images, labels_of(params, data, np.arange(len(images))))
-    z = np.asarray(posterior.sample_and_log_prob(jax.random.split(key, len(images)))[0])
+    z = np.asarray(_draws(posterior, key))
     p_z = prior(params)
     _, variance = activity(params, data)
     shown = np.sort(np.argsort(-variance, kind="stable")[:_PANELS])
@@ -160,8 +160,8 @@ def aggregate(params: Params, data: Dataset, key: jax.Array) -> Figure:
         for axes, latent in zip(grid, shown, strict=False):
             reach = _reach(p_z, latent, z[:, latent])
             axes.hist(z[:, latent], 40, range=reach, density=True, color=LIGHT, label="q(z), drawn")
-            x = jnp.linspace(*reach, 300)
-            density = jnp.exp(_of_latents(p_z, [latent]).log_prob(x[:, None]))
+            x = np.linspace(*reach, 300)
+            density = _density(_of_latent(p_z, latent), x[:, None])
             axes.plot(x, density, color=WARM, label="p(z)")
             axes.set(xlabel=f"z{latent + 1}", xlim=reach)
         for axes in grid[::columns]:
@@ -184,8 +184,8 @@ def aggregate(params: Params, data: Dataset, key: jax.Array) -> Figure:
 
 
 def _contours(axes: Axes, p_z: Prior, posterior: Any, z: np.ndarray) -> None:
-    x, y = (jnp.linspace(*_reach(p_z, latent, z[:, latent]), 121) for latent in (0, 1))
-    points = jnp.stack(jnp.meshgrid(x, y), axis=-1).reshape(-1, 2)
+    x, y = (np.linspace(*_reach(p_z, latent, z[:, latent]), 121) for latent in (0, 1))
+    points = np.float32(np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2))
     shape = len(y), len(x)
     if isinstance(posterior, Gaussian):
         density = np.exp(np.asarray(log_aggregate(posterior, points))).reshape(shape)
@@ -193,7 +193,7 @@ def _contours(axes: Axes, p_z: Prior, posterior: Any, z: np.ndarray) -> None:
         axes.contourf(x, y, density, levels, colors=[LIGHT, DARK], alpha=0.75)
     else:
         axes.scatter(z[:, 0], z[:, 1], s=3, color=LIGHT, linewidths=0, rasterized=True)
-    density = np.exp(np.asarray(p_z.log_prob(points))).reshape(shape)
+    density = np.asarray(_density(p_z, points)).reshape(shape)
     levels = [level_of(density, mass) for mass in _MASSES]
     axes.contour(x, y, density, levels, colors=WARM, linewidths=1.2)
     axes.set(xlabel="z1", ylabel="z2", title="regions of 50% and 90%")
@@ -206,11 +206,23 @@ def level_of(density: np.ndarray, mass: float) -> float:
     return float(falling[np.searchsorted(held, mass)])
 
 
-def _of_latents(p_z: Prior, latents: list[int]) -> Prior:
-    """The prior of some of the latents alone."""
+@jax.jit
+def _draws(posterior: Posterior, key: jax.Array) -> jax.Array:
+    """One of every image's posterior, [N, latent]."""
+    keys = jax.random.split(key, len(posterior.mean))
+    return posterior.sample_and_log_prob(keys)[0]
+
+
+@jax.jit
+def _density(p_z: Prior, z: jax.Array) -> jax.Array:
+    return jnp.exp(p_z.log_prob(z))
+
+
+def _of_latent(p_z: Prior, latent: int) -> Prior:
+    """The prior of one of the latents alone."""
     if isinstance(p_z, StandardNormal):
-        return StandardNormal(len(latents))
-    at = np.array(latents)
+        return StandardNormal(1)
+    at = slice(latent, latent + 1)
     return Mixture(p_z.logits, p_z.mean[:, at], p_z.log_var[:, at])
 
 

@@ -77,13 +77,10 @@ def traversals(params: Params, data: Dataset, columns: int = 11) -> Figure:
     """
     p_z, (mean, variance) = prior(params), activity(params, data)
     shown = np.argsort(-variance, kind="stable")[:_ROWS]
-    grids = [latent_grid(p_z, int(latent), columns, tail=0.01) for latent in shown]
-    z = jnp.concatenate(
-        [
-            jnp.tile(mean[:1], (columns, 1)).at[:, latent].set(grid)
-            for latent, grid in zip(shown, grids, strict=True)
-        ]
-    )
+    z = np.tile(mean[0], (len(shown), columns, 1))
+    for row, latent in enumerate(shown):
+        z[row, :, latent] = latent_grid(p_z, latent, columns, tail=0.01)
+    z = z.reshape(-1, params.config.latent_dim)
     labels = labels_of(params, data, np.zeros(len(z), int))
     title = "Traversals: one latent at a time, the others as of a test image"
     figure, axes = mosaic(decode(params, z, labels).mean, len(shown), title)
@@ -96,6 +93,7 @@ def traversals(params: Params, data: Dataset, columns: int = 11) -> Figure:
     return figure
 
 
+@jax.jit
 def slerp(start: jax.Array, end: jax.Array, t: jax.Array) -> jax.Array:
     """Points on the way from one vector to another that turns at a steady rate.
 
@@ -125,6 +123,7 @@ def slerp(start: jax.Array, end: jax.Array, t: jax.Array) -> jax.Array:
     return jnp.where(turns, round_, lerp(start, end, t[:, 0]))
 
 
+@jax.jit
 def lerp(start: jax.Array, end: jax.Array, t: jax.Array) -> jax.Array:
     """Points on the straight way: (1 - t) start + t end, [steps, latent]; as of `slerp`."""
     return (1 - t[:, None]) * start + t[:, None] * end
