@@ -314,7 +314,8 @@ def train(
       progress: where to show how it goes.
       watchers: functions of each epoch's line in metrics.jsonl and its parameters, called before
         there is a checkpoint of them: what a kill cuts off, they are told again. Before training,
-        they are told of epoch 0, which has no metrics. Only the first process calls them.
+        they are told of epoch 0, which has no metrics. The parameters' memory is taken back
+        afterwards. Only the first process calls them.
     Returns:
       The state after the last epoch.
     Raises:
