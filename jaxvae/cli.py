@@ -5,7 +5,8 @@ import os
 import sys
 import time
 import warnings
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -193,13 +194,16 @@ def _drop_oldest(folder: Path, limit: int) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from jaxvae import hosts, run, sweep
+    from jaxvae import hosts, live, run, sweep
+    from jaxvae.progress import Progress
 
     hosts.join(options.coordinator, options.num_processes, options.process_id)
     if hosts.several() and not options.run_dir:
         raise InputError("several processes train one model: say where to, with --run-dir DIR")
     names = [flag.strip("-").replace("-", "_") for flag in _FLAGS]
     flags = {n: getattr(options, n) for n in (*names, "seeds") if getattr(options, n) is not None}
+    if options.tensorboard:
+        live.need_tensorboard()
     if options.resume and not options.run_dir:
         raise InputError("--resume goes on with a run: say which, with --run-dir DIR")
     run_dir = Path(options.run_dir or time.strftime("runs/%Y%m%d-%H%M%S"))
@@ -213,12 +217,18 @@ def _train(options: argparse.Namespace) -> None:
     data = run.load_run_data(next(iter(models.values())))
     if len(models) > 1 and hosts.several():
         raise InputError("many models are trained at once by one process, not by several")
+    if len(models) > 1 and options.tensorboard:
+        raise InputError("--tensorboard shows the training of one model, not of many")
+    progress = Progress() if hosts.is_first() else None
+    if progress and options.profile:
+        progress = live.Profiled(progress, run_dir / "profile")
     try:
         if len(models) > 1:
-            paths = _train_many(run_dir, models, data, options.resume)
+            paths = _train_many(run_dir, models, data, options.resume, progress)
         else:
             (config,) = models.values()
-            paths = _train_one(run_dir, config, data, options.resume)
+            shown = (progress, options.tensorboard)
+            paths = _train_one(run_dir, config, data, options.resume, *shown)
     except KeyboardInterrupt:
         hint = f"; go on with: jaxvae train --resume --run-dir {run_dir}"
         raise KeyboardInterrupt(hint) from None
@@ -226,29 +236,35 @@ def _train(options: argparse.Namespace) -> None:
         print(f"figures: {', '.join(map(str, paths))}", file=sys.stderr)
 
 
-def _train_one(run_dir: Path, config: Any, data: Any, resume: bool) -> list[Path]:
-    from jaxvae import hosts, run
-    from jaxvae.progress import Progress
+def _train_one(
+    run_dir: Path, config: Any, data: Any, resume: bool, progress: Any, tensorboard: bool
+) -> list[Path]:
+    from jaxvae import hosts, live, run
+    from jaxvae.film import keep_frame
 
     config = run.start(run_dir, config, data, resume=resume)
     if hosts.is_first():
         _tell_start(config.data, data, f"run directory {run_dir}")
-    progress = Progress() if hosts.is_first() else None
-    state = run.train(run_dir, config, data, progress=progress)
+    watchers: list[Any] = [partial(keep_frame, run_dir)]
+    with ExitStack() as stack:
+        if tensorboard and hosts.is_first():
+            watchers.append(stack.enter_context(live.TensorBoard(run_dir, config, data)))
+        state = run.train(run_dir, config, data, progress=progress, watchers=watchers)
+        for board in watchers[1:]:
+            board.finish(state.params)
     return run.draw(run_dir, data, state.params) if hosts.is_first() else []
 
 
-def _train_many(run_dir: Path, models: Any, data: Any, resume: bool) -> list[Path]:
+def _train_many(run_dir: Path, models: Any, data: Any, resume: bool, progress: Any) -> list[Path]:
     from jaxvae import run, sweep
     from jaxvae.checkpoint import load
-    from jaxvae.progress import Progress
 
     models = sweep.start(run_dir, models, data, resume=resume)
     name = next(iter(models.values())).data
     _tell_start(
         name, data, f"{len(models)} models; run directories {run_dir}/{next(iter(models))}, ..."
     )
-    sweep.train(run_dir, models, data, progress=Progress())
+    sweep.train(run_dir, models, data, progress=progress)
     for line in sweep.results(run_dir, models):
         print(line, file=sys.stderr)
     folders = [run_dir / name for name in models]
@@ -314,7 +330,7 @@ def _sample(options: argparse.Namespace) -> None:
         raise InputError(f"--out is {options.out}: expected a file name ending in .png")
     config = read_config(options.run)
     params = load(options.run, "best" if options.best else "latest")
-    from jaxvae.figures import save_images
+    from jaxvae.mosaic import save_images
 
     seed = config.seed if options.seed is None else options.seed
     save_images(sample(params, jax.random.key(seed), options.n), options.out)
@@ -326,7 +342,7 @@ def _figures(options: argparse.Namespace) -> None:
 
     data = run.load_run_data(run.read_config(options.run))
     params = load(options.run, "best" if options.best else "latest")
-    for path in run.draw(options.run, data, params):
+    for path in run.draw(options.run, data, params, options.format):
         print(path)
 
 
@@ -376,6 +392,10 @@ def _parser() -> argparse.ArgumentParser:
         train.add_argument(flag, **how)
     train.add_argument("--run-dir", metavar="DIR", help="default runs/DATE-TIME")
     train.add_argument("--resume", action="store_true", help="go on with the run in --run-dir")
+    train.add_argument("--tensorboard", action="store_true",
+                       help="write RUN_DIR/tensorboard, for TensorBoard to show")  # fmt: skip
+    train.add_argument("--profile", action="store_true",
+                       help="write a profiler's trace of some steps, RUN_DIR/profile")  # fmt: skip
 
     evaluate = command("evaluate", _evaluate, "print the test metrics of a run")
     evaluate.add_argument("--num-samples", type=int, default=100, metavar="K",
@@ -385,6 +405,8 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--out", type=Path, required=True, metavar="FILE.png")
     sample.add_argument("--seed", type=int, metavar="N", help="default: the run's")
     figures = command("figures", _figures, "draw the figures of a run again")
+    figures.add_argument("--format", choices=["png", "svg", "pdf"], default="png",
+                         help="default png; the film is a GIF in any case")  # fmt: skip
     for one in (evaluate, sample, figures):
         one.add_argument("run", type=Path, metavar="RUN_DIR", help="made by `jaxvae train`")
         one.add_argument("--best", action="store_true",

@@ -3,8 +3,10 @@
     config.json      what it was told
     metrics.jsonl    a line per epoch: epoch, step, train and test metrics, seconds
     checkpoints/     the latest epoch and the best one
+    manifolds/       frames of the film among them, an epoch each
     figures/         what `jaxvae figures` draws
     evaluation.json  what `jaxvae evaluate` measured last
+    tensorboard/     and profile/, where they were asked for: `jaxvae.live`
     diverged.json    where the loss was no number any more, if it came to that
 
 It can be killed at any instant: an epoch counts once its checkpoint is whole, and a resumed run
@@ -12,7 +14,7 @@ repeats what came after the last one that is.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -57,6 +59,8 @@ from jaxvae.training import (
 from jaxvae.watch import Watch
 
 T = TypeVar("T")
+
+Watcher = Callable[[dict[str, Any], Params], None]
 
 
 @dataclass(frozen=True)
@@ -310,6 +314,7 @@ def train(
     *,
     objective: Objective | None = None,
     progress: Progress | None = None,
+    watchers: Sequence[Watcher] = (),
 ) -> TrainState:
     """Train from the run's last whole checkpoint, or from the start, to its last epoch.
 
@@ -321,6 +326,10 @@ def train(
       data: as `load_run_data` gives it.
       objective: what to minimise; by default that of `train_step`.
       progress: where to show how it goes.
+      watchers: functions of each epoch's line in metrics.jsonl and its parameters, called before
+        there is a checkpoint of them: what a kill cuts off, they are told again. Before training,
+        they are told of epoch 0, which has no metrics. The parameters' memory is taken back
+        afterwards. Only the first process calls them.
     Returns:
       The state after the last epoch.
     Raises:
@@ -330,7 +339,8 @@ def train(
       Preempted: told to stop by SIGTERM or Ctrl-C, and saved.
     """
     with owned(run_dir) if is_first() else nullcontext():
-        return _train(run_dir, config, data, objective, progress or Progress(Console(quiet=True)))
+        shown = progress or Progress(Console(quiet=True))
+        return _train(run_dir, config, data, objective, shown, watchers)
 
 
 def _train(
@@ -339,6 +349,7 @@ def _train(
     data: Dataset,
     objective: Objective | None,
     progress: Progress,
+    watchers: Sequence[Watcher],
 ) -> TrainState:
     train_key, test_key = keys(config)
     mesh = devices_for(config.train.batch_size)
@@ -350,6 +361,7 @@ def _train(
         if saved is None:
             state = lay_out(first_state(train_key, config), mesh, config.divide)
             totals, seconds = dict[str, Any](), 0.0
+            _tell(watchers, run_dir, {"epoch": 0, "step": 0}, whole(state.params, mesh))
         else:
             state = restore(run_dir, saved, mesh=mesh, divide=config.divide)
             state = replace(state, config=config.train)
@@ -382,11 +394,12 @@ def _train(
                     watch.expect_numbers(state, {})
                     write(checkpoints, state, {}, (totals, seconds))
                     raise Preempted(stopped(run_dir, int(state.step)))
+                params = whole(state.params, mesh)
                 record: dict[str, Any] = {
                     "epoch": epoch,
                     "step": int(state.step),
                     "train": {name: total / steps for name, total in totals.items()},
-                    "test": measure(whole(state.params, mesh)),
+                    "test": measure(params),
                     "seconds": round(time.perf_counter() - began, 3),
                 }
                 watch.expect_numbers(state, record["test"])
@@ -395,12 +408,21 @@ def _train(
                 if is_first():
                     with on_disk(run_dir):
                         append_history(run_dir, record)
+                _tell(watchers, run_dir, record, params)
                 write(checkpoints, state, record["test"])
                 shown.finish_epoch(record)
                 if epoch < epochs and is_to_stop(epoch * steps):
                     raise Preempted(stopped(run_dir, int(state.step)))
                 first, totals, seconds = 0, {}, 0.0
     return whole(state, mesh)
+
+
+def _tell(
+    watchers: Sequence[Watcher], run_dir: Path, record: dict[str, Any], params: Params
+) -> None:
+    with on_disk(run_dir):
+        for watch in watchers if is_first() else ():
+            watch(record, params)
 
 
 def stopped(run_dir: Path, step: int) -> str:
@@ -491,17 +513,21 @@ def used(images: T, labels: np.ndarray | None, model: ModelConfig) -> tuple[T, n
     return images, labels.astype(np.int32) if model.num_classes and labels is not None else None
 
 
-def draw(run_dir: Path, data: Dataset, params: Params) -> list[Path]:
+def draw(run_dir: Path, data: Dataset, params: Params, kind: str = "png") -> list[Path]:
     """Draw the figures of a run's model into its directory; returns their paths.
+
+    kind: "png", "svg" or "pdf".
 
     Raises InputError if they cannot be written.
     """
     # matplotlib takes as long to import as JAX, so only what draws pays for it.
     from jaxvae.figures import draw_all
+    from jaxvae.film import draw_film
 
     _, key = keys(read_config(run_dir))
     try:
-        return draw_all(run_dir / "figures", params, data, read_metrics(run_dir), key)
+        paths = draw_all(run_dir / "figures", params, data, read_metrics(run_dir), key, kind)
+        return paths + draw_film(run_dir)
     except OSError as error:
         reason = error.strerror or error
         raise InputError(f"{run_dir / 'figures'} cannot be written: {reason}") from None

@@ -150,8 +150,35 @@ def test_bits_per_dimension_are_of_grey_levels_alone(finished):
 def test_a_conditional_run_is_drawn(conditional, npz):
     run_dir, _ = conditional
     paths = run.draw(run_dir, run.load_run_data(run.read_config(run_dir)), jaxvae.load(run_dir))
-    assert len(paths) == 6
+    assert {"classes", "samples", "training"} < {path.stem for path in paths}
     assert all(path.stat().st_size > 1000 for path in paths)
+
+
+def test_watchers_are_told_of_every_epoch_before_it_is_saved(tmp_path, npz):
+    """And of epoch 0, before training; a run that goes on tells of its own epochs."""
+
+    def told(flags, *, resume=False):
+        config = run.resumed(tmp_path, flags) if resume else run.configured(flags)
+        data = run.load_run_data(config)
+        config = run.start(tmp_path, config, data, resume=resume)
+        heard = []
+
+        def watch(record, params):
+            saved = [path.name for path in (tmp_path / "checkpoints").glob("[0-9]*")]
+            heard.append((record, jax.device_get(params)))  # whose memory training takes back
+            assert str(record["step"]) not in saved
+
+        return heard, run.train(tmp_path, config, data, watchers=[watch])
+
+    flags = {"data": str(npz), "network": "mlp", "batch_size": 64, "epochs": 2}
+    heard, state = told(flags)
+    assert [record for record, _ in heard] == [{"epoch": 0, "step": 0}, *run.read_metrics(tmp_path)]
+    first = run.first_state(run.keys(run.read_config(tmp_path))[0], run.read_config(tmp_path))
+    assert_leaves_equal(heard[0][1], first.params)
+    assert_leaves_equal(heard[2][1], state.params)
+    heard, state = told({"epochs": 3}, resume=True)
+    assert [record["epoch"] for record, _ in heard] == [3]
+    assert_leaves_equal(heard[0][1], state.params)
 
 
 def test_classes_take_part_in_no_model_that_knows_of_none(npz):

@@ -1,0 +1,62 @@
+"""What all figures have in common."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from jaxvae.journal import write_whole
+from jaxvae.mosaic import pixels, tile
+
+STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "0.92",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+}
+# Paul Tol's "muted" scheme and black: ten classes that colour-blind readers can tell apart.
+COLOURS = ["#332288", "#88CCEE", "#44AA99", "#117733", "#999933"]
+COLOURS += ["#DDCC77", "#CC6677", "#882255", "#AA4499", "#000000"]
+DARK, LIGHT, WARM = COLOURS[0], COLOURS[1], COLOURS[6]
+_DPI = 150
+# Of vector formats: letters as letters, and the same bytes whenever it is drawn.
+_FILES = {"pdf.fonttype": 42, "svg.hashsalt": "jaxvae"}
+_UNDATED = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure; the format follows from the path's suffix."""
+    about = _UNDATED.get(path.suffix)
+    how: dict[str, Any] = {"dpi": _DPI, "bbox_inches": "tight", "pad_inches": 0.15}
+    how |= {"format": path.suffix[1:], "metadata": about}
+    with mpl.rc_context(_FILES):
+        write_whole(path, lambda part: figure.savefig(part, **how))
+
+
+def mosaic(images: jax.Array, rows: int, title: str) -> tuple[Figure, Axes]:
+    """A figure of tiled images, each pixel drawn as a whole number of dots."""
+    picture = pixels(tile(images, rows))
+    height, width = picture.shape[:2]
+    scale = max(1, round(900 / max(height, width)))
+    left, right, below, above = (0.95, 0.25, 0.65, 0.45)  # inches
+    size = (width * scale / _DPI + left + right, height * scale / _DPI + below + above)
+    with mpl.rc_context({**STYLE, "axes.grid": False}):
+        figure = Figure(figsize=size)
+        shares = (left, below, width * scale / _DPI, height * scale / _DPI)
+        axes = figure.add_axes(tuple(np.divide(shares, size * 2)))
+        extent = (0, width, height, 0)
+        axes.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest", extent=extent)
+        axes.set(title=title, xticks=[], yticks=[])
+        axes.tick_params(length=0)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+    return figure, axes
