@@ -294,6 +294,21 @@ def _figures(options: argparse.Namespace) -> None:
         print(path)
 
 
+def _export(options: argparse.Namespace) -> None:
+    from jaxvae.checkpoint import load
+    from jaxvae.export import export
+
+    params = load(options.run, "best" if options.best else "latest")
+    for path in export(params, options.out or options.run / "export", options.to):
+        print(path)
+
+
+def _import(options: argparse.Namespace) -> None:
+    from jaxvae.keras_weights import import_keras
+
+    print(import_keras(options.file, options.run_dir, options.decoder), file=sys.stderr)
+
+
 def _summary(options: argparse.Namespace) -> None:
     from jaxvae.config import ModelConfig
     from jaxvae.run import read_config
@@ -349,10 +364,20 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--out", type=Path, required=True, metavar="FILE.png")
     sample.add_argument("--seed", type=int, metavar="N", help="default: the run's")
     figures = command("figures", _figures, "draw the figures of a run again")
-    for one in (evaluate, sample, figures):
+    export = command("export", _export, "write a run's model for other programs")
+    export.add_argument("--to", nargs="+", required=True, metavar="FORMAT",
+                        help="stablehlo, onnx or safetensors, or several of them")  # fmt: skip
+    export.add_argument("--out", type=Path, metavar="DIR", help="default RUN_DIR/export")
+    for one in (evaluate, sample, figures, export):
         one.add_argument("run", type=Path, metavar="RUN_DIR", help="made by `jaxvae train`")
         one.add_argument("--best", action="store_true",
                          help="the epoch of the best test ELBO instead of the latest")  # fmt: skip
+
+    keras = command("import", _import, "make a run of the notebook's model, trained with Keras")
+    keras.add_argument("file", type=Path, metavar="FILE", help="a .keras, .weights.h5 or .h5 file")
+    keras.add_argument("--decoder", type=Path, metavar="FILE",
+                       help="where the decoder is in a file of its own")  # fmt: skip
+    keras.add_argument("--run-dir", type=Path, required=True, metavar="DIR")
 
     summary = command(
         "summary", _summary, "print the layer table of a run, or of the default model"

@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxvae.config import ModelConfig
 from jaxvae.convolution import block_size, in_blocks
@@ -101,12 +102,12 @@ def encode(params: Params, images: jax.Array, labels: jax.Array | None = None) -
         none where it needs them.
     """
     images = jnp.asarray(images)
-    if images.ndim != 4 or images.shape[1:] != params.config.image_shape or not len(images):
+    if images.ndim != 4 or images.shape[1:] != params.config.image_shape or images.shape[0] < 1:
         expected = ", ".join(map(str, params.config.image_shape))
         raise InputError(
             f"images have shape {images.shape}: expected (batch, {expected}), batch at least 1"
         )
-    encoded = _encoded(params, scale_images(images), *_one_hot(params, labels, len(images)))
+    encoded = _encoded(params, scale_images(images), *_one_hot(params, labels, images.shape[0]))
     mean, log_var = encoded[:2]
     if params.config.posterior == "gaussian":
         return Gaussian(mean, log_var)
@@ -124,17 +125,17 @@ def decode(params: Params, z: jax.Array, labels: jax.Array | None = None) -> Lik
       InputError: latents of another shape than the model's; labels as of `encode`.
     """
     z = jnp.asarray(z)
-    if z.ndim != 2 or z.shape[1] != params.config.latent_dim or not len(z):
+    if z.ndim != 2 or z.shape[1] != params.config.latent_dim or z.shape[0] < 1:
         raise InputError(
             f"latents have shape {z.shape}: expected (batch, {params.config.latent_dim}), "
             "batch at least 1"
         )
     _, decoder = modules(params.config)
-    inputs = (z, *_one_hot(params, labels, len(z)))
+    inputs = (z, *_one_hot(params, labels, z.shape[0]))
     outputs = in_blocks(
         lambda block: decoder.apply({"params": params.decoder}, *block),
         inputs,
-        block_size(len(z), params.decoder),
+        block_size(z.shape[0], params.decoder),
     )
     return LIKELIHOODS[params.config.likelihood].from_outputs(outputs, params.likelihood)
 
@@ -194,7 +195,7 @@ def _encoded(params: Params, *inputs: jax.Array) -> tuple[jax.Array, ...]:
     return in_blocks(
         lambda block: tuple(encoder.apply({"params": params.encoder}, *block)),
         inputs,
-        block_size(len(inputs[0]), params.encoder),
+        block_size(inputs[0].shape[0], params.encoder),
     )
 
 
@@ -224,9 +225,9 @@ def _one_hot(params: Params, labels: jax.Array | None, batch: int) -> tuple[jax.
         )
     if not classes:
         raise InputError("there are labels: expected none, as num_classes is 0")
-    if jnp.shape(labels) != (batch,):
+    if np.shape(labels) != (batch,):
         raise InputError(
-            f"labels have shape {jnp.shape(labels)}: expected ({batch},), "
+            f"labels have shape {np.shape(labels)}: expected ({batch},), "
             f"classes from 0 to {classes - 1}"
         )
     return (jax.nn.one_hot(labels, classes),)
