@@ -306,7 +306,8 @@ def _export(options: argparse.Namespace) -> None:
 def _import(options: argparse.Namespace) -> None:
     from jaxvae.keras_weights import import_keras
 
-    print(import_keras(options.file, options.run_dir, options.decoder), file=sys.stderr)
+    told = import_keras(options.file, options.run_dir, options.decoder, options.data)
+    print(told, file=sys.stderr)
 
 
 def _summary(options: argparse.Namespace) -> None:
@@ -378,6 +379,7 @@ def _parser() -> argparse.ArgumentParser:
     keras.add_argument("--decoder", type=Path, metavar="FILE",
                        help="where the decoder is in a file of its own")  # fmt: skip
     keras.add_argument("--run-dir", type=Path, required=True, metavar="DIR")
+    keras.add_argument("--data", default="mnist-5k", **_FLAGS["--data"])
 
     summary = command(
         "summary", _summary, "print the layer table of a run, or of the default model"

@@ -224,9 +224,9 @@ def _shapes(arrays: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], str]]:
 
 def _told(shapes: dict[str, tuple[tuple[int, ...], str]], name: str) -> str:
     if name not in shapes:
-        return f"no {name}"
+        return f"no {name!r}"
     shape, dtype = shapes[name]
-    return f"{name} of shape {shape} and type {dtype}"
+    return f"{name!r} of shape {shape} and type {dtype}"
 
 
 def _require(package: str) -> None:
