@@ -16,7 +16,7 @@ import importlib.util
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -112,16 +112,17 @@ class _Function(NamedTuple):
     """What is exported: a function of parameters, and what its arrays are called."""
 
     call: Callable[..., Any]
-    inputs: dict[str, tuple[tuple[int, ...], Any]]  # shape but for the batch, and type
+    inputs: Mapping[str, jax.ShapeDtypeStruct]  # of one row of the batch
     outputs: tuple[str, ...]
 
 
 def _functions(params: Params) -> dict[str, _Function]:
     config = params.config
-    of_images = {"images": (config.image_shape, jnp.float32)}
-    of_latents = {"latents": ((config.latent_dim,), jnp.float32)}
-    of_keys = {"keys": ((2,), jnp.uint32)}
-    labels = {"labels": ((), jnp.int32)} if config.num_classes else {}
+    shape = jax.ShapeDtypeStruct
+    images = {"images": shape(config.image_shape, jnp.float32)}
+    latents = {"latents": shape((config.latent_dim,), jnp.float32)}
+    keys = {"keys": shape((2,), jnp.uint32)}
+    labels = {"labels": shape((), jnp.int32)} if config.num_classes else {}
 
     # Each has only the parameters it needs, as all that it has are written.
     encoder_params = replace(params, decoder={}, likelihood={}, prior={})
@@ -143,10 +144,14 @@ def _functions(params: Params) -> dict[str, _Function]:
 
     encoded = ("mean", "log_var", "center") if config.posterior == "iaf" else ("mean", "log_var")
     return {
-        "encoder": _Function(encoder, of_images | labels, encoded),
-        "decoder": _Function(decoder, of_latents | labels, ("mean",)),
-        "sampler": _Function(sampler, of_keys | labels, ("mean",)),
+        "encoder": _Function(encoder, images | labels, encoded),
+        "decoder": _Function(decoder, latents | labels, ("mean",)),
+        "sampler": _Function(sampler, keys | labels, ("mean",)),
     }
+
+
+def _of_batch(size: Any, function: _Function) -> list[jax.ShapeDtypeStruct]:
+    return [jax.ShapeDtypeStruct((size, *x.shape), x.dtype) for x in function.inputs.values()]
 
 
 def _stablehlo(params: Params) -> dict[str, bytes]:
@@ -156,7 +161,7 @@ def _stablehlo(params: Params) -> dict[str, bytes]:
     (batch,) = jax_export.symbolic_shape("b")
     files = {}
     for name, function in _functions(params).items():
-        inputs = [jax.ShapeDtypeStruct((batch, *s), t) for s, t in function.inputs.values()]
+        inputs = _of_batch(batch, function)
         with _told_of_len(name):
             exported = jax_export.export(jax.jit(function.call), platforms=PLATFORMS)(*inputs)
         files[f"{name}.stablehlo"] = bytes(exported.serialize())
@@ -169,7 +174,7 @@ def _onnx(params: Params) -> dict[str, bytes]:
     functions = _functions(params)
     for name in ("encoder", "decoder"):
         function = functions[name]
-        inputs = [jax.ShapeDtypeStruct(("b", *s), t) for s, t in function.inputs.values()]  # type: ignore[arg-type]
+        inputs = _of_batch("b", function)
         try:
             with _told_of_len(name), _quiet("onnx_ir", "jax2onnx"):
                 from jax2onnx import to_onnx

@@ -260,8 +260,8 @@ def _grid(where: str, places: int, configs: list[_Config]) -> tuple[int, int]:
         if config.kind == "InputLayer":
             images = [shape[1:] for shape in shapes if isinstance(shape, list) and len(shape) == 4]
             grids |= {tuple(n / 2 for n in shape[:2]) for shape in images if _whole(shape)}
-        shape = config.fields.get("target_shape")
-        if config.kind == "Reshape" and _whole(shape) and len(shape) == 3:
+        shape = config.fields.get("target_shape") or []
+        if config.kind == "Reshape" and len(shape) == 3 and _whole(shape):
             grids.add(tuple(shape[:2]))
     side = math.isqrt(places)
     rows, columns = min(grids, default=(side, side))
@@ -289,18 +289,16 @@ def _from_file(path: Path) -> tuple[list[_Layer], list[_Config]]:
         with path.open("rb") as file:
             begin = file.read(8)
             file.seek(0)
+            config, weights = None, file
             if begin[:4] == b"PK\3\4":
                 config, weights = _unpacked(path, file)
-            elif begin == b"\x89HDF\r\n\x1a\n":
-                config, weights = None, file
-            else:
+            elif begin != b"\x89HDF\r\n\x1a\n":
                 raise InputError(
                     f"{path} is not a file of Keras: expected .keras, .weights.h5 or .h5"
                 )
             with h5py.File(weights, "r") as h5:
                 told = config if config is not None else h5.attrs.get("model_config", "null")
-                root = h5["model_weights"] if "model_weights" in h5 else h5
-                return _layers(path, root), list(_configs(json.loads(told)))
+                return _layers(path, h5), list(_configs(json.loads(told)))
     except InputError:
         raise
     except FileNotFoundError:
@@ -319,7 +317,7 @@ _DAMAGES = (
 )  # fmt: skip
 
 
-def _unpacked(path: Path, file: Any) -> tuple[bytes, io.BytesIO]:
+def _unpacked(path: Path, file: Any) -> tuple[bytes, Any]:
     """config.json and the weights in an archive."""
 
     def member(name: str, limit: int) -> bytes:
@@ -336,11 +334,11 @@ def _unpacked(path: Path, file: Any) -> tuple[bytes, io.BytesIO]:
         return config, io.BytesIO(member("model.weights.h5", _BYTES))
 
 
-def _layers(path: Path, root: Any) -> list[_Layer]:
-    """Every group of arrays below `root`, but for the optimizer's, as a layer."""
+def _layers(path: Path, h5: Any) -> list[_Layer]:
+    """Every group of arrays, but for the optimizer's, as a layer."""
     layers = []
     left = _BYTES
-    for name, arrays in _groups(path, root, "", 0, [_GROUPS]):
+    for name, arrays in _groups(path, h5, "", 0, [_GROUPS]):
         sizes = [array.size * array.dtype.itemsize for array in arrays]
         left -= sum(sizes)
         if left < 0:
