@@ -39,7 +39,7 @@ MODELS = {
         num_classes=3,
     ),
     "classes": jaxvae.ModelConfig((8, 7, 1), 2, num_classes=3, compute_dtype="bfloat16"),
-    "colour": jaxvae.ModelConfig((8, 8, 3), 3, network="residual", prior="vamp", width=2),
+    "colour": jaxvae.ModelConfig((4, 4, 3), 3, network="mlp", prior="vamp", width=8),
 }
 
 
@@ -113,7 +113,8 @@ for batch in batches:
     labels = [given["labels"]] if "labels" in given else []
     found = {}
     for name, takes in {"encoder": "images", "decoder": "latents", "sampler": "keys"}.items():
-        exported = jax.export.deserialize(bytearray(open(f"{folder}/{name}.stablehlo", "rb").read()))
+        content = open(f"{folder}/{name}.stablehlo", "rb").read()
+        exported = jax.export.deserialize(bytearray(content))
         assert exported.platforms == ("cpu", "cuda", "tpu")
         for i, x in enumerate(jax.tree.leaves(exported.call(given[takes], *labels))):
             found[f"{name}{i}"] = x
