@@ -169,6 +169,11 @@ def _stablehlo(params: Params) -> dict[str, bytes]:
 
 
 def _onnx(params: Params) -> dict[str, bytes]:
+    if importlib.util.find_spec("jax2onnx") is None and jax.__version_info__ >= (0, 12):
+        raise InputError(
+            f"ONNX is written by jax2onnx, which does not know JAX {jax.__version__} yet: expected "
+            "JAX 0.10 or 0.11, or the format stablehlo"
+        )
     _require("jax2onnx")
     _require("onnxruntime")
     files = {}

@@ -175,14 +175,6 @@ def test_what_jax2onnx_cannot_write_is_told_in_a_line(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.skipif(ONNX, reason="of JAX 0.12 and later")
-def test_onnx_without_jax2onnx_is_refused(tmp_path):
-    params = jaxvae.init(jax.random.key(0), jaxvae.ModelConfig((4, 4, 1), 2, network="mlp"))
-    with refused("jax2onnx"):
-        export(params, tmp_path / "x", ["onnx"])
-    assert not (tmp_path / "x").exists()
-
-
 def test_jax2onnx_leaves_settings_and_loggers_alone(model):
     assert not jax.config.jax_enable_x64
     assert logging.getLogger("onnx_ir").level == logging.NOTSET
@@ -302,8 +294,17 @@ def test_a_missing_package_is_named_with_how_to_install_it(
     monkeypatch.setattr(
         "importlib.util.find_spec", lambda name: None if name == package else find_spec(name)
     )
+    monkeypatch.setattr("jax.__version_info__", (0, 11, 2))
     with refused(f'{package} is not installed: pip install "jaxvae[export]"'):
         export(small, tmp_path / "x", [name])
+    assert not (tmp_path / "x").exists()
+
+
+def test_that_onnx_needs_an_older_jax_is_told(tmp_path, small, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("jax.__version_info__", (0, 12, 0))
+    with refused("does not know JAX", "expected JAX 0.10 or 0.11, or the format stablehlo"):
+        export(small, tmp_path / "x", ["onnx"])
     assert not (tmp_path / "x").exists()
 
 
