@@ -123,13 +123,14 @@ for batch in batches:
 
 
 def in_a_process(code, *arguments, cwd=None):
-    environment = {"PYTHONPATH": str(Path(jaxvae.__file__).parents[1]), "JAX_PLATFORMS": "cpu"}
+    places = [str(Path(jaxvae.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = {"PYTHONPATH": os.pathsep.join(places), "JAX_PLATFORMS": "cpu"}
     environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # as compile_quickly
     subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
         check=True,
         cwd=cwd,
-        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | environment,
+        env=os.environ | environment,
     )
 
 
