@@ -346,6 +346,22 @@ def _figures(options: argparse.Namespace) -> None:
         print(path)
 
 
+def _export(options: argparse.Namespace) -> None:
+    from jaxvae.checkpoint import load
+    from jaxvae.export import export
+
+    params = load(options.run, "best" if options.best else "latest")
+    for path in export(params, options.out or options.run / "export", options.to):
+        print(path)
+
+
+def _import(options: argparse.Namespace) -> None:
+    from jaxvae.keras_weights import import_keras
+
+    told = import_keras(options.file, options.run_dir, options.decoder, options.data)
+    print(told, file=sys.stderr)
+
+
 def _summary(options: argparse.Namespace) -> None:
     from jaxvae.config import ModelConfig
     from jaxvae.run import read_config
@@ -407,10 +423,21 @@ def _parser() -> argparse.ArgumentParser:
     figures = command("figures", _figures, "draw the figures of a run again")
     figures.add_argument("--format", choices=["png", "svg", "pdf"], default="png",
                          help="default png; the film is a GIF in any case")  # fmt: skip
-    for one in (evaluate, sample, figures):
+    export = command("export", _export, "write a run's model for other programs")
+    export.add_argument("--to", nargs="+", required=True, metavar="FORMAT",
+                        help="stablehlo, onnx or safetensors, or several of them")  # fmt: skip
+    export.add_argument("--out", type=Path, metavar="DIR", help="default RUN_DIR/export")
+    for one in (evaluate, sample, figures, export):
         one.add_argument("run", type=Path, metavar="RUN_DIR", help="made by `jaxvae train`")
         one.add_argument("--best", action="store_true",
                          help="the epoch of the best test ELBO instead of the latest")  # fmt: skip
+
+    keras = command("import", _import, "make a run of the notebook's model, trained with Keras")
+    keras.add_argument("file", type=Path, metavar="FILE", help="a .keras, .weights.h5 or .h5 file")
+    keras.add_argument("--decoder", type=Path, metavar="FILE",
+                       help="where the decoder is in a file of its own")  # fmt: skip
+    keras.add_argument("--run-dir", type=Path, required=True, metavar="DIR")
+    keras.add_argument("--data", default="mnist-5k", **_FLAGS["--data"])
 
     summary = command(
         "summary", _summary, "print the layer table of a run, or of the default model"

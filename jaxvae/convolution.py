@@ -14,6 +14,7 @@ between them is matrix products and sums, which differentiate into the same. Bat
 through in blocks that stay in cache.
 
 On every other backend XLA's own convolution is the fast one, and the whole batch is one block.
+So it is for a batch of symbolic size, as of `jax.export`: what is exported may run anywhere.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,7 +41,7 @@ def block_size(batch: int, params: Any) -> int:
     params: of the networks they go through; where these hold no filters but only matrices, the
       whole batch is best taken in one product.
     """
-    if backend() != "cpu" or not any(x.ndim == 4 for x in jax.tree.leaves(params)):
+    if _as_xla_does(batch) or not any(x.ndim == 4 for x in jax.tree.leaves(params)):
         return batch
     # A device that has all the cores needs more work at a time to share out among them than
     # one that has a core, and its cache, to itself.
@@ -92,7 +93,7 @@ def conv_general_dilated(
         and options.get("feature_group_count", 1) == options.get("batch_group_count", 1) == 1
         and options.get("preferred_element_type") is None
     )
-    if not plain or backend() != "cpu":
+    if not plain or _as_xla_does(lhs.shape[0]):
         return lax.conv_general_dilated(lhs, rhs, window_strides, padding, **options)
     *kernel, fan_in, fan_out = rhs.shape
     sides = list(zip(lhs.shape[1:3], kernel, window_strides, strict=True))
@@ -126,7 +127,7 @@ def conv_transpose(x: jax.Array, kernel: jax.Array, strides: tuple[int, int]) ->
     Returns:
       [batch, height * down, width * right, out].
     """
-    if backend() != "cpu":
+    if _as_xla_does(x.shape[0]):
         return lax.conv_transpose(x, kernel, strides, "SAME", dimension_numbers=_NHWC)
     *size, fan_in, fan_out = kernel.shape
     # lax.conv_transpose correlates with the filter as it lies; adding each input pixel's
@@ -136,6 +137,10 @@ def conv_transpose(x: jax.Array, kernel: jax.Array, strides: tuple[int, int]) ->
     low = [max(k - stride, 0) // 2 for k, stride in zip(size, strides, strict=True)]
     window = _Window(_pair(size), _pair(strides), _pair(low), _pair(x.shape[1:3]))
     return _overlap_add(products, window, (x.shape[1] * strides[0], x.shape[2] * strides[1]))
+
+
+def _as_xla_does(batch: int) -> bool:
+    return backend() != "cpu" or not isinstance(batch, int)
 
 
 class _Window(NamedTuple):

@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxvae.checks import as_array, as_key, expect_config, expect_real, jit
 from jaxvae.config import ModelConfig, whole_number
@@ -103,7 +104,7 @@ def encode(params: Params, images: jax.Array, labels: jax.Array | None = None) -
         none where it needs them.
     """
     images = expected_images(params, images)
-    encoded = _encoded(params, scale_images(images), *_one_hot(params, labels, len(images)))
+    encoded = _encoded(params, scale_images(images), *_one_hot(params, labels, images.shape[0]))
     mean, log_var = encoded[:2]
     if params.config.posterior == "gaussian":
         return Gaussian(mean, log_var)
@@ -122,17 +123,17 @@ def decode(params: Params, z: jax.Array, labels: jax.Array | None = None) -> Lik
     """
     z = as_array("latents", z)
     expect_real("latents", z)
-    if z.ndim != 2 or z.shape[1] != params.config.latent_dim or not len(z):
+    if z.ndim != 2 or z.shape[1] != params.config.latent_dim or z.shape[0] < 1:
         raise InputError(
             f"latents have shape {z.shape}: expected (batch, {params.config.latent_dim}), "
             "batch at least 1"
         )
     _, decoder = modules(params.config)
-    inputs = (z, *_one_hot(params, labels, len(z)))
+    inputs = (z, *_one_hot(params, labels, z.shape[0]))
     outputs = in_blocks(
         lambda block: decoder.apply({"params": params.decoder}, *block),
         inputs,
-        block_size(len(z), params.decoder),
+        block_size(z.shape[0], params.decoder),
     )
     return LIKELIHOODS[params.config.likelihood].from_outputs(outputs, params.likelihood)
 
@@ -189,7 +190,7 @@ def sample(params: Params, key: jax.Array, n: int, labels: jax.Array | None = No
 def expected_images(params: Params, images: jax.Array) -> jax.Array:
     """Images as an array, or InputError where they are not those of the model."""
     images = as_array("images", images)
-    if images.ndim != 4 or images.shape[1:] != params.config.image_shape or not len(images):
+    if images.ndim != 4 or images.shape[1:] != params.config.image_shape or images.shape[0] < 1:
         expected = ", ".join(map(str, params.config.image_shape))
         raise InputError(
             f"images have shape {images.shape}: expected (batch, {expected}), batch at least 1"
@@ -202,7 +203,7 @@ def _encoded(params: Params, *inputs: jax.Array) -> tuple[jax.Array, ...]:
     return in_blocks(
         lambda block: tuple(encoder.apply({"params": params.encoder}, *block)),
         inputs,
-        block_size(len(inputs[0]), params.encoder),
+        block_size(inputs[0].shape[0], params.encoder),
     )
 
 

@@ -65,6 +65,18 @@ def npz(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def keras(tmp_path_factory):
+    """Keras itself, on JAX."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("KERAS_BACKEND", "jax")
+        environment.setenv("KERAS_HOME", str(tmp_path_factory.mktemp("keras")))
+        import keras
+
+        assert keras.backend.backend() == "jax"
+        yield keras
+
+
 @contextmanager
 def refused(*texts):
     """An InputError whose message is one line that has these texts in it."""

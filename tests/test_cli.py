@@ -10,6 +10,7 @@ from pathlib import Path
 
 import hypothesis
 import hypothesis.strategies as st
+import jax
 import matplotlib as mpl
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ import jaxvae
 from jaxvae import run
 from jaxvae.cli import _FLAGS, _drop_oldest, main
 from jaxvae.config import CHOICES
+from jaxvae.export import load_safetensors
 
 pytestmark = pytest.mark.usefixtures("compile_quickly", "keep_no_programs")
 
@@ -274,6 +276,16 @@ def test_figures_are_vectors_where_asked_for(run_dir, capsys):
     assert all(path.exists() for path in drawn)
 
 
+def test_export_writes_the_runs_model_and_tells_where(run_dir, tmp_path, capsys):
+    export = ["export", str(run_dir), "--to", "safetensors", "stablehlo", "--out", str(tmp_path)]
+    assert main(export) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert sorted(told) == sorted(map(str, tmp_path.iterdir()))
+    assert len(told) == 4
+    back = load_safetensors(tmp_path / "model.safetensors")
+    assert jax.tree.all(jax.tree.map(np.array_equal, back, jaxvae.load(run_dir)))
+
+
 def test_summary_prints_the_default_model_or_a_runs(run_dir, capsys):
     assert main(["summary"]) == 0
     assert capsys.readouterr().out.strip().endswith("550,629 parameters")
@@ -469,6 +481,19 @@ WRONG = {
     "sample nowhere": ("sample {run} --n 1 --out {tmp}/no/a.png", "cannot be written"),
     "sample of no run": ("sample {tmp} --n 1 --out {tmp}/a.png", "is not a run directory"),
     "figures of no run": ("figures {tmp}/none", "is not a run directory"),
+    "export nothing": ("export {tmp} --to safetensors", "holds no checkpoint"),
+    "export to what": ("export {run}", "the following arguments are required: --to"),
+    "export to words": (
+        "export {run} --to text --out {tmp}/x",
+        "the format is 'text': expected st",
+    ),
+    "export into a file": ("export {run} --to safetensors --out {npz}/x", "cannot be written"),
+    "import nothing": ("import {tmp}/no.h5 --run-dir {tmp}/x", "no.h5 does not exist: expected a"),
+    "import data": (
+        "import {npz} --run-dir {tmp}/x",
+        "has no config.json in it: expected a .keras",
+    ),
+    "import over a run": ("import {npz} --run-dir {run}", "already holds a run"),
     "summary of no run": ("summary {npz}", "is not a run directory"),
 }
 

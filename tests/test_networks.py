@@ -56,17 +56,6 @@ def params():
     return init(jax.random.key(0), ModelConfig())
 
 
-@pytest.fixture(scope="module")
-def keras(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("KERAS_BACKEND", "jax")
-        environment.setenv("KERAS_HOME", str(tmp_path_factory.mktemp("keras")))
-        import keras
-
-        assert keras.backend.backend() == "jax"
-        yield keras
-
-
 def test_parameter_counts_are_the_notebooks(params):
     assert count(params.encoder) == 494_244
     assert count(params.decoder) == 56_385
