@@ -6,7 +6,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxvae.checks import as_array, as_key, expect_config, expect_real, jit
 from jaxvae.config import ModelConfig, whole_number
