@@ -294,6 +294,19 @@ def _figures(options: argparse.Namespace) -> None:
         print(path)
 
 
+def _explore(options: argparse.Namespace) -> None:
+    from jaxvae import explorer, run
+    from jaxvae.checkpoint import load
+
+    config = run.read_config(options.run)
+    out = options.out or options.run / "explorer.html"
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"--out is {out}: expected a file name ending in .html")
+    params = load(options.run, "best" if options.best else "latest")
+    explorer.write(out, params, run.load_run_data(config), options.run.resolve().name)
+    print(out)
+
+
 def _summary(options: argparse.Namespace) -> None:
     from jaxvae.config import ModelConfig
     from jaxvae.run import read_config
@@ -349,7 +362,10 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--out", type=Path, required=True, metavar="FILE.png")
     sample.add_argument("--seed", type=int, metavar="N", help="default: the run's")
     figures = command("figures", _figures, "draw the figures of a run again")
-    for one in (evaluate, sample, figures):
+    explore = command("explore", _explore, "write a page in which to explore the latents of a run")
+    explore.add_argument("--out", type=Path, metavar="FILE.html",
+                         help="default RUN_DIR/explorer.html")  # fmt: skip
+    for one in (evaluate, sample, figures, explore):
         one.add_argument("run", type=Path, metavar="RUN_DIR", help="made by `jaxvae train`")
         one.add_argument("--best", action="store_true",
                          help="the epoch of the best test ELBO instead of the latest")  # fmt: skip

@@ -33,9 +33,9 @@ _STYLE = {
     "legend.frameon": False,
 }
 # Paul Tol's "muted" scheme and black: ten classes that colour-blind readers can tell apart.
-_COLOURS = ["#332288", "#88CCEE", "#44AA99", "#117733", "#999933"]
-_COLOURS += ["#DDCC77", "#CC6677", "#882255", "#AA4499", "#000000"]
-_SPLITS = {"train": _COLOURS[1], "test": _COLOURS[0]}
+COLOURS = ["#332288", "#88CCEE", "#44AA99", "#117733", "#999933"]
+COLOURS += ["#DDCC77", "#CC6677", "#882255", "#AA4499", "#000000"]
+_SPLITS = {"train": COLOURS[1], "test": COLOURS[0]}
 _DPI = 150
 _SCATTERED = 10_000  # points beyond this only hide each other
 
@@ -76,7 +76,7 @@ def save_images(images: jax.Array, path: Path) -> None:
     rows = math.ceil(n / columns)
     empty = jnp.zeros((rows * columns - n, *images.shape[1:]))
     try:
-        Image.fromarray(_pixels(tile(jnp.concatenate([images, empty]), rows))).save(path)
+        Image.fromarray(pixels(tile(jnp.concatenate([images, empty]), rows))).save(path)
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
 
@@ -165,18 +165,18 @@ def latents(params: Params, data: Dataset) -> Figure:
         axes.set(xlabel=names[0], ylabel=names[1], title=f"Latents of {len(points):,} test images")
         if data.test_labels is None:
             axes.scatter(
-                points[:, 0], points[:, 1], s=6, alpha=0.5, color=_COLOURS[0], linewidths=0
+                points[:, 0], points[:, 1], s=6, alpha=0.5, color=COLOURS[0], linewidths=0
             )
             return figure
         classes, index = np.unique(data.test_labels[: len(points)], return_inverse=True)
-        colours = np.array(_COLOURS)[index % len(_COLOURS)]
+        colours = np.array(COLOURS)[index % len(COLOURS)]
         # In the order of the data, so that no class lies on top of the others.
         size = 6 if len(points) > 2000 else 14
         axes.scatter(points[:, 0], points[:, 1], s=size, alpha=0.6, c=colours, linewidths=0)
         halo = [withStroke(linewidth=3, foreground="white")]
-        for i, label in enumerate(classes[: 2 * len(_COLOURS)]):
+        for i, label in enumerate(classes[: 2 * len(COLOURS)]):
             where = np.median(points[index == i], axis=0)
-            colour = _COLOURS[i % len(_COLOURS)]
+            colour = COLOURS[i % len(COLOURS)]
             style: dict[str, Any] = {
                 "color": colour,
                 "size": 15,
@@ -222,7 +222,7 @@ def tile(images: jax.Array, rows: int) -> np.ndarray:
 
 def _mosaic(images: jax.Array, rows: int, title: str) -> tuple[Figure, Axes]:
     """A figure of tiled images, each pixel drawn as a whole number of dots."""
-    mosaic = _pixels(tile(images, rows))
+    mosaic = pixels(tile(images, rows))
     height, width = mosaic.shape[:2]
     scale = max(1, round(900 / max(height, width)))
     left, right, below, above = (0.95, 0.25, 0.65, 0.45)  # inches
@@ -239,7 +239,7 @@ def _mosaic(images: jax.Array, rows: int, title: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _pixels(image: np.ndarray) -> np.ndarray:
+def pixels(image: np.ndarray) -> np.ndarray:
     """uint8 grey [H, W] or colour [H, W, 3]; of other numbers of channels, their mean."""
     if image.shape[2] != 3:
         image = image.mean(axis=2)
