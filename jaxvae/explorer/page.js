@@ -221,6 +221,27 @@ function drawPoints() {
     pen.stroke();
   }
   pen.globalAlpha = 1;
+  if (!data.classes && kinds.length <= 2 * data.colours.length) nameClasses(pen);
+}
+
+// A class's number at its median, so that it need not be told by its colour alone.
+function nameClasses(pen) {
+  pen.font = "700 17px system-ui, sans-serif";
+  pen.textAlign = "center";
+  pen.textBaseline = "middle";
+  pen.lineJoin = "round";
+  for (const kind of kinds) {
+    if (alone !== null && kind !== alone) continue;
+    const of = [...data.labels.keys()].filter((i) => data.labels[i] === kind);
+    const median = (numbers) => of.map((i) => numbers[i]).sort((a, b) => a - b)[of.length >> 1];
+    const [px, py] = toScreen(median(plane.x), median(plane.y));
+    pen.lineWidth = 5;
+    pen.strokeStyle = "#ffffff";
+    pen.strokeText(kind, px, py);
+    pen.fillStyle = colourOf(kind);
+    pen.fillText(kind, px, py);
+  }
+  pen.textBaseline = "alphabetic";
 }
 
 let path = []; // stops, in the plane's coordinates

@@ -229,6 +229,7 @@ const FUNCTIONS = {
     }
     return (2 / Math.sqrt(Math.PI)) * Math.exp(-x * x) * sum;
   },
+  erfc: (x) => 1 - FUNCTIONS.erf(x),
   // The nearest number of eight significant bits; of two, the even one.
   bfloat16(a) {
     if (!Number.isFinite(a)) return a;
