@@ -164,9 +164,7 @@ def latents(params: Params, data: Dataset) -> Figure:
         axes = figure.add_subplot()
         axes.set(xlabel=names[0], ylabel=names[1], title=f"Latents of {len(points):,} test images")
         if data.test_labels is None:
-            axes.scatter(
-                points[:, 0], points[:, 1], s=6, alpha=0.5, color=COLOURS[0], linewidths=0
-            )
+            axes.scatter(points[:, 0], points[:, 1], s=6, alpha=0.5, color=COLOURS[0], linewidths=0)
             return figure
         classes, index = np.unique(data.test_labels[: len(points)], return_inverse=True)
         colours = np.array(COLOURS)[index % len(COLOURS)]
@@ -213,7 +211,7 @@ def training(history: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
-def tile(images: jax.Array, rows: int) -> np.ndarray:
+def tile(images: jax.Array | np.ndarray, rows: int) -> np.ndarray:
     """Images [rows * columns, H, W, C] side by side: [rows * H, columns * W, C]."""
     n, height, width, channels = images.shape
     grid = np.asarray(images).reshape(rows, n // rows, height, width, channels)

@@ -2,12 +2,12 @@
 
     python experiments/explorer/measure.py RUN_DIR... [--screenshot FILE.png]
 
-Each run's page is written as `jaxvae explore` does and opened in headless Chromium; what is measured
-is written as results/RUN.json beside this file. The screenshot is of the first run.
+Each run's page is written as `jaxvae explore` does and opened in headless Chromium. What is
+measured is written as results/RUN.json beside this file. The screenshot is of the first run.
 
-A frame is a new point of the plane, decoded and drawn. The pointer is moved once in every frame, in a
-figure of eight, for some seconds; the time between two frames is bounded from below by the 60 a
-second that the browser draws, so the time of decoding alone is told as well.
+A frame is a new point of the plane, decoded and drawn. The pointer is moved once in every frame,
+in a figure of eight, for some seconds. The browser draws no more than 60 frames a second, so the
+time of decoding alone is told as well.
 """
 
 import argparse

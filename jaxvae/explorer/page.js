@@ -58,7 +58,8 @@ let basis = BASES[0];
 let across = 0;
 let up = 1; // with one latent, there is no second axis
 
-const plane = { x: new Float32Array(data.count), y: new Float32Array(data.count), box: null };
+const kinds = data.labels ? [...new Set(data.labels)].sort((a, b) => a - b) : [];
+const plane = { x: new Float32Array(data.count), y: new Float32Array(data.count), box: null, medians: [] };
 
 function lay() {
   for (let i = 0; i < data.count; i++) {
@@ -67,6 +68,11 @@ function lay() {
     plane.y[i] = dims > 1 ? basis.get(latents, up, i * dims) : ((i * 0.6180339887) % 1) * 2 - 1;
   }
   plane.box = [...reach(plane.x), ...reach(plane.y)];
+  plane.medians = kinds.map((kind) => {
+    const of = [...data.labels.keys()].filter((i) => data.labels[i] === kind);
+    return [plane.x, plane.y].map(
+      (numbers) => of.map((i) => numbers[i]).sort((a, b) => a - b)[of.length >> 1]);
+  });
 }
 function reach(numbers) {
   let low = -2, high = 2;
@@ -127,7 +133,7 @@ function tell() {
   const said = [[basis.name(across), signed(x)]];
   if (dims > 1) said.push([basis.name(up), signed(y)]);
   if (data.classes) said.push(["class", label]);
-  else if (data.labels) said.push(["nearest", data.labels[nearest(x, y).index]]);
+  else if (data.labels) said.push(["nearest class", data.labels[nearest(x, y).index]]);
   $("readout").replaceChildren(...said.map(([name, value]) => {
     const item = document.createElement("b"), faint = document.createElement("span");
     faint.textContent = `${name} `;
@@ -151,7 +157,6 @@ const fromScreen = (px, py) => {
 };
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
-const kinds = data.labels ? [...new Set(data.labels)].sort((a, b) => a - b) : [];
 const kindOf = new Map(kinds.map((kind, i) => [kind, i]));
 const colourOf = (kind) => data.colours[(kindOf.get(kind) ?? 0) % data.colours.length];
 let alone = null; // the class shown alone
@@ -172,11 +177,22 @@ function drawPoints() {
   const [left, right, bottom, top] = plane.box;
   const behind = $("tiles").checked;
   if (behind) {
-    pen.imageSmoothingEnabled = $("smooth").checked;
+    pen.fillStyle = "#000000";
+    pen.fillRect(0, 0, size, tall);
+    pen.globalAlpha = 0.65; // the points are in front
     pen.drawImage(sheet, 0, 0, size, tall);
+    pen.globalAlpha = 1;
   }
+  const write = (text, x, y) => {
+    if (behind) {
+      pen.strokeStyle = "#000000";
+      pen.lineWidth = 4;
+      pen.lineJoin = "round";
+      pen.strokeText(text, x, y);
+    }
+    pen.fillText(text, x, y);
+  };
   pen.font = "12px system-ui, sans-serif";
-  pen.lineWidth = 1;
   const faint = behind ? "#ffffff" : colour("--faint");
   for (const [low, high, axis] of [[left, right, 0], [bottom, top, 1]]) {
     if (axis === 1 && dims === 1) continue;
@@ -185,6 +201,7 @@ function drawPoints() {
       const [px, py] = toScreen(axis ? left : at, axis ? at : bottom);
       if (!behind) {
         pen.strokeStyle = colour("--line");
+        pen.lineWidth = 1;
         pen.globalAlpha = at === 0 ? 1 : 0.45;
         pen.beginPath();
         pen.moveTo(axis ? 0 : px, axis ? py : 0);
@@ -196,15 +213,15 @@ function drawPoints() {
       pen.textAlign = axis ? "left" : "center";
       const text = String(at).replace("-", "\u2212");
       if (axis ? py > 24 && py < tall - 24 : px > 30 && px < size - 40)
-        pen.fillText(text, axis ? 6 : px, axis ? py + 4 : tall - 6);
+        write(text, axis ? 6 : px, axis ? py + 4 : tall - 6);
     }
   }
   pen.font = "600 13px system-ui, sans-serif";
   pen.textAlign = "right";
   pen.fillStyle = faint;
-  pen.fillText(`${basis.name(across)} \u2192`, size - 8, tall - 7);
+  write(`${basis.name(across)} \u2192`, size - 8, tall - 7);
   pen.textAlign = "left";
-  if (dims > 1) pen.fillText(`\u2191 ${basis.name(up)}`, 6, 18);
+  if (dims > 1) write(`\u2191 ${basis.name(up)}`, 6, 18);
 
   const radius = data.count > 3000 ? 2 : data.count > 800 ? 2.75 : 3.75;
   pen.strokeStyle = behind ? "rgba(255, 255, 255, 0.8)" : colour("--edge");
@@ -230,11 +247,9 @@ function nameClasses(pen) {
   pen.textAlign = "center";
   pen.textBaseline = "middle";
   pen.lineJoin = "round";
-  for (const kind of kinds) {
+  for (const [i, kind] of kinds.entries()) {
     if (alone !== null && kind !== alone) continue;
-    const of = [...data.labels.keys()].filter((i) => data.labels[i] === kind);
-    const median = (numbers) => of.map((i) => numbers[i]).sort((a, b) => a - b)[of.length >> 1];
-    const [px, py] = toScreen(median(plane.x), median(plane.y));
+    const [px, py] = toScreen(...plane.medians[i]);
     pen.lineWidth = 5;
     pen.strokeStyle = "#ffffff";
     pen.strokeText(kind, px, py);
@@ -410,6 +425,7 @@ $("plane").addEventListener("pointerdown", (event) => {
 });
 $("plane").addEventListener("pointermove", (event) => {
   if (playing) return;
+  $("readout").setAttribute("aria-live", "off");
   if (pressed && Math.hypot(event.clientX - pressed.x, event.clientY - pressed.y) > 5)
     pressed.moved = true;
   if (pressed && drawing) setPath([...path, place(event)]);
@@ -454,6 +470,7 @@ $("plane").addEventListener("keydown", (event) => {
   if (!act) return;
   event.preventDefault();
   if (event.key.startsWith("Arrow")) stop();
+  $("readout").setAttribute("aria-live", "polite"); // to who cannot see where the keys have led
   act();
 });
 
@@ -465,7 +482,6 @@ $("clear").addEventListener("click", () => { stop(); setPath([]); });
 $("tiles").addEventListener("change", tileBehind);
 $("smooth").addEventListener("change", () => {
   document.body.classList.toggle("smooth", $("smooth").checked);
-  drawPoints();
 });
 
 kinds.forEach((kind) => {
@@ -529,7 +545,7 @@ function makeSliders() {
     });
   }
   $("rest").hidden = !sliders.length;
-  $("others").textContent = basis === BASES[0] ? "latents" : "components";
+  $("others").textContent = `The other ${basis === BASES[0] ? "latents" : "components"}`;
 }
 $("reset").addEventListener("click", () => {
   for (let k = 0; k < basis.size; k++) if (k !== across && k !== up) basis.set(z, k, 0);

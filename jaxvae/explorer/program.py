@@ -54,7 +54,7 @@ def decoder_program(params: Params) -> Program:
     """
 
     def mean(z: jax.Array, *labels: jax.Array) -> jax.Array:
-        return decode.__wrapped__(params, z, *labels).mean
+        return decode(params, z, *labels).mean
 
     inputs = [jax.ShapeDtypeStruct((1, params.config.latent_dim), jnp.float32)]
     if params.config.num_classes:

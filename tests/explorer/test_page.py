@@ -33,7 +33,9 @@ def dataset(count=60, shape=(8, 8, 1), classes=3):
 
 def model(**fields):
     """Latents far enough apart, and pixels that change with them."""
-    config = jaxvae.ModelConfig(**{"image_shape": (8, 8, 1), "network": "mlp", "width": 20} | fields)
+    config = jaxvae.ModelConfig(
+        **{"image_shape": (8, 8, 1), "network": "mlp", "width": 20} | fields
+    )
     return jax.tree.map(lambda x: 3 * x, jaxvae.init(jax.random.key(0), config))
 
 
@@ -41,7 +43,7 @@ class Opened:
     """A page that has been opened, and what a reader would do with it."""
 
     def __init__(self, browser, path, params, data, **how):
-        explorer.write(path, params, data, "a <run> & its \"name\"")
+        explorer.write(path, params, data, 'a <run> & its "name"')
         self.context = browser.new_context(**how)
         self.page = self.context.new_page()
         self.complaints, self.requests = [], []
@@ -214,10 +216,15 @@ def test_a_finger_moves_the_point_and_a_tap_takes_one(open_page):
     touch = phone.context.new_cdp_session(phone.page)
     first = phone.state()["z"]
 
+    def send(kind, fingers):
+        touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": fingers})
+
     def drag():
         for kind, share in (("touchStart", 0.2), ("touchMove", 0.4), ("touchMove", 0.8)):
             x, y = phone.at(share, share)
-            touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [{"x": x, "y": y}]})
+            touch.send(
+                "Input.dispatchTouchEvent", {"type": kind, "touchPoints": [{"x": x, "y": y}]}
+            )
         touch.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
 
     phone.after_a_frame(drag)
@@ -306,7 +313,9 @@ def test_principal_components_are_axes_too(open_page):
     """The points' spread along each is that of the latents' covariance."""
     params, data = model(latent_dim=4), dataset()
     opened = open_page(params)
-    opened.after_a_frame(lambda: opened.page.locator("#basis").select_option("principal components"))
+    opened.after_a_frame(
+        lambda: opened.page.locator("#basis").select_option("principal components")
+    )
     means = np.asarray(jaxvae.encode(params, data.test_images).mean, np.float64)
     widest, axes = np.linalg.eigh(np.cov(means.T))
     points = np.array(opened.state()["points"])
