@@ -11,12 +11,14 @@ time of decoding alone is told as well.
 """
 
 import argparse
+import io
 import json
 import shutil
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
 import jaxvae
@@ -90,7 +92,8 @@ def screenshot(page: Page, file: Path) -> None:
     page.mouse.click(box["x"] + 1 + x, box["y"] + 1 + y)
     page.mouse.move(box["x"] + 0.42 * box["width"], box["y"] + 0.36 * box["height"])
     page.wait_for_timeout(500)
-    page.screenshot(path=file)
+    with Image.open(io.BytesIO(page.screenshot())) as picture:
+        picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(file, optimize=True)
 
 
 def main() -> None:

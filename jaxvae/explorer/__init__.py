@@ -102,7 +102,10 @@ def title_of(params: Params) -> str:
 
 
 def _classes(params: Params, labels: np.ndarray | None) -> jax.Array | None:
-    return jnp.asarray(labels, jnp.int32) if params.config.num_classes else None
+    """The labels as the functions of a conditional model take them."""
+    if not params.config.num_classes or labels is None:
+        return None
+    return jnp.asarray(labels, jnp.int32)
 
 
 def _components(latents: np.ndarray) -> np.ndarray:

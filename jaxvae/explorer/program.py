@@ -282,6 +282,14 @@ def _convert(work: _Translation, equation: Any, x: _Array) -> _Array:
     )
 
 
+def _polynomial(work: _Translation, equation: Any, x: _Array, *terms: _Array) -> _Array:
+    """By Horner's rule; JAX gives the constant term first."""
+    *rest, total = terms
+    for term in reversed(rest):
+        total = work.map("add", work.map("mul", total, x), term)
+    return work.broadcast(total, equation.outvars[0].aval.shape)
+
+
 def _integer_pow(work: _Translation, equation: Any, x: _Array) -> _Array:
     return work.map("pow", x, work.constant(float(equation.params["y"])))
 
@@ -420,6 +428,7 @@ _RULES: dict[str, Callable[..., Any]] = {
     "add_any": _mapped("add"),
     "div": _divide,
     "integer_pow": _integer_pow,
+    "polynomial": _polynomial,
     "select_n": _select,
     "convert_element_type": _convert,
     "copy": _same,

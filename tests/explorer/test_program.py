@@ -124,6 +124,7 @@ FUNCTIONS = {
     "transpose": lambda x: jnp.transpose(x, (2, 0, 1)),
     "sums and maxima": lambda x: jnp.max(x, 0).sum(1) + jnp.min(x, (0, 2)) + x.mean((0, 2)),
     "products in a batch": lambda x: jnp.einsum("bij,bkj->kbi", x, x),
+    "a polynomial": lambda x: jnp.polyval(jnp.array([2.0, -1.0, 0.5, 3.0]), x),
     "a loop": lambda x: jax.lax.scan(lambda c, r: (c * 0.5 + r, c.sum()), x[0], x, reverse=True)[1],
     "elementwise": lambda x: jnp.where(x > 0, jnp.log1p(jnp.abs(x)), jnp.expm1(x)) ** 3,
     "more of these": lambda x: jnp.sqrt(jnp.abs(x)) + jnp.sin(x) * jnp.cos(x) - jnp.floor(x),
