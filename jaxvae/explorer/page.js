@@ -304,9 +304,11 @@ function drawPointer() {
 const SIDE = 18;
 const sheet = document.createElement("canvas");
 let version = 0;
+let tiling = false;
 function tileBehind() {
   const mine = ++version;
-  if (!$("tiles").checked) return drawPoints();
+  tiling = $("tiles").checked;
+  if (!tiling) return drawPoints();
   if (sheet.width !== SIDE * width || sheet.height !== SIDE * height)
     Object.assign(sheet, { width: SIDE * width, height: SIDE * height });
   const pen = sheet.getContext("2d");
@@ -323,7 +325,8 @@ function tileBehind() {
       pen.putImageData(pixels(decode(at, ofClass)), column * width, row * height);
     }
     drawPoints();
-    if (next < SIDE * SIDE) setTimeout(some, 10);
+    tiling = next < SIDE * SIDE;
+    if (tiling) setTimeout(some, 10);
   };
   setTimeout(some, 60);
 }
@@ -600,7 +603,7 @@ layAgain();
 window.explorer = {
   decode: (at, ofClass = 0) => Array.from(decode(Float32Array.from(at), ofClass)),
   state: () => ({
-    z: Array.from(z), label, chosen, stops: path.length, playing: Boolean(playing), frames,
+    z: Array.from(z), label, chosen, stops: path.length, playing: Boolean(playing), tiling, frames,
     points: Array.from(plane.x, (x, i) => toScreen(x, plane.y[i])),
   }),
 };

@@ -167,7 +167,7 @@ class _Translation:
     def equation(self, equation: Any, given: list[_Array]) -> list[_Array]:
         name, how = equation.primitive.name, equation.params
         if name == "scan":
-            return self.scan(how, given)
+            return self.scan(equation, given)
         if name in _RULES:
             results = _RULES[name](self, equation, *given)
             results = results if isinstance(results, list) else [results]
@@ -186,27 +186,35 @@ class _Translation:
             )
         return self.inline(inner, getattr(called, "consts", ()), given)
 
-    def scan(self, how: dict[str, Any], given: list[_Array]) -> list[_Array]:
+    def scan(self, equation: Any, given: list[_Array]) -> list[_Array]:
         """A loop of known length, written out."""
-        first, split = how["num_consts"], how["num_consts"] + how["num_carry"]
-        consts, carry, rows = given[:first], given[first:split], given[split:]
-        body, length = how["jaxpr"], how["length"]
-        collected: list[list[_Array]] = []
-        for step in reversed(range(length)) if how["reverse"] else range(length):
+        how, body = equation.params, equation.params["jaxpr"]
+        jaxpr, consts = getattr(body, "jaxpr", body), getattr(body, "consts", ())
+        # Of an array that goes through the loop, each turn sees a row: its shape tells it from what
+        # every turn sees whole. JAX's versions say it in different parameters.
+        rows = sum(len(x.shape) > v.aval.ndim for x, v in zip(given, jaxpr.invars, strict=True))
+        stacked = sum(
+            outer.aval.ndim > inner.aval.ndim
+            for outer, inner in zip(equation.outvars, jaxpr.outvars, strict=True)
+        )
+        carried = len(jaxpr.outvars) - stacked
+        first, last = len(given) - rows - carried, len(given) - rows
+        fixed, carry, through = given[:first], given[first:last], given[last:]
+        turns = range(how["length"])
+        collected: dict[int, list[_Array]] = {}
+        for turn in reversed(turns) if how["reverse"] else turns:
             now = [
-                self.view(x, x.shape[1:], _strides(x.shape)[1:], step * math.prod(x.shape[1:]))
-                for x in rows
+                self.view(x, x.shape[1:], _strides(x.shape)[1:], turn * math.prod(x.shape[1:]))
+                for x in through
             ]
-            results = self.inline(body.jaxpr, body.consts, [*consts, *carry, *now])
-            carry = results[: how["num_carry"]]
-            collected.append(results[how["num_carry"] :])
-        if how["reverse"]:
-            collected.reverse()
-        stacked = [
+            results = self.inline(jaxpr, consts, [*fixed, *carry, *now])
+            carry, collected[turn] = results[:carried], results[carried:]
+        columns = zip(*(collected[turn] for turn in turns), strict=True)
+        whole = [
             self.concatenate([x._replace(shape=(1, *x.shape)) for x in column], 0)
-            for column in zip(*collected, strict=True)
+            for column in columns
         ]
-        return [*carry, *stacked]
+        return [*carry, *whole]
 
     def finished(self, inputs: list[int], output: int) -> Program:
         """What the output needs, with the constants numbered first."""

@@ -359,6 +359,18 @@ def test_any_model_has_a_page(open_page, fields, classes):
     assert opened.page.evaluate(size) == [width, height]
 
 
+def test_the_plane_decoded_lies_behind_the_points(plane):
+    """Its first picture is of the upper left corner of the plane."""
+    plane.page.locator("#tiles").check()
+    while plane.state()["tiling"]:
+        plane.page.wait_for_timeout(20)
+    first = "Array.from(sheet.getContext('2d').getImageData(0, 0, 8, 8).data)"
+    picture = np.reshape(plane.page.evaluate(first), (8, 8, 4))[..., 0]
+    left, right, bottom, top = plane.page.evaluate("plane.box")
+    corner = [left + (right - left) / 36, top - (top - bottom) / 36]
+    np.testing.assert_allclose(picture, 255 * decoded(model(), corner), atol=0.51)
+
+
 def test_dark_mode_is_followed(open_page):
     paper = "getComputedStyle(document.body).backgroundColor"
     shades = [
