@@ -362,6 +362,19 @@ def _import(options: argparse.Namespace) -> None:
     print(told, file=sys.stderr)
 
 
+def _explore(options: argparse.Namespace) -> None:
+    from jaxvae import explorer, run
+    from jaxvae.checkpoint import load
+
+    config = run.read_config(options.run)
+    out = options.out or options.run / "explorer.html"
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"--out is {out}: expected a file name ending in .html")
+    params = load(options.run, "best" if options.best else "latest")
+    explorer.write(out, params, run.load_run_data(config), options.run.resolve().name)
+    print(out)
+
+
 def _summary(options: argparse.Namespace) -> None:
     from jaxvae.config import ModelConfig
     from jaxvae.run import read_config
@@ -427,7 +440,10 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--to", nargs="+", required=True, metavar="FORMAT",
                         help="stablehlo, onnx or safetensors, or several of them")  # fmt: skip
     export.add_argument("--out", type=Path, metavar="DIR", help="default RUN_DIR/export")
-    for one in (evaluate, sample, figures, export):
+    explore = command("explore", _explore, "write a page in which to explore the latents of a run")
+    explore.add_argument("--out", type=Path, metavar="FILE.html",
+                         help="default RUN_DIR/explorer.html")  # fmt: skip
+    for one in (evaluate, sample, figures, explore, export):
         one.add_argument("run", type=Path, metavar="RUN_DIR", help="made by `jaxvae train`")
         one.add_argument("--best", action="store_true",
                          help="the epoch of the best test ELBO instead of the latest")  # fmt: skip

@@ -15,7 +15,7 @@ from jaxvae.model import Params, Prior, decode, prior
 from jaxvae.priors import StandardNormal
 
 
-def tile(images: jax.Array, rows: int) -> np.ndarray:
+def tile(images: jax.Array | np.ndarray, rows: int) -> np.ndarray:
     """Images [rows * columns, H, W, C] side by side: [rows * H, columns * W, C]."""
     n, height, width, channels = images.shape
     grid = np.asarray(images).reshape(rows, n // rows, height, width, channels)

@@ -1,6 +1,7 @@
 """What every test may use."""
 
 import os
+import shutil
 import signal
 import time
 from contextlib import contextmanager
@@ -75,6 +76,20 @@ def keras(tmp_path_factory):
 
         assert keras.backend.backend() == "jax"
         yield keras
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A Chromium without a window. It has an event loop running, which checkpoints cannot bear."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="there is no playwright")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    found = next((path for path in map(shutil.which, names) if path), None)
+    if found is None:
+        pytest.skip("there is no Chromium on the path: apt-get install chromium")
+    with playwright.sync_playwright() as play:
+        chromium = play.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
 
 
 @contextmanager

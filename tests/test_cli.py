@@ -249,6 +249,15 @@ def test_evaluate_prints_the_recorded_test_elbo(run_dir, capsys):
         assert float(table[row]) == pytest.approx(recorded[name], rel=1e-5, abs=6e-4)
 
 
+def test_explore_writes_a_page_into_the_run_or_where_it_is_told(conditional, tmp_path, capsys):
+    assert main(["explore", str(conditional)]) == 0
+    assert capsys.readouterr().out == f"{conditional / 'explorer.html'}\n"
+    page = (conditional / "explorer.html").read_text()
+    assert "<h1>conditional</h1>" in page
+    assert main(["explore", str(conditional), "--best", "--out", str(tmp_path / "a.html")]) == 0
+    assert (tmp_path / "a.html").read_text() == page  # of one epoch, the latest is the best
+
+
 def test_sample_writes_a_picture_that_the_seed_decides(run_dir, tmp_path):
     pictures = []
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
@@ -494,6 +503,11 @@ WRONG = {
         "has no config.json in it: expected a .keras",
     ),
     "import over a run": ("import {npz} --run-dir {run}", "already holds a run"),
+    "explore a jpeg": (
+        "explore {run} --out {tmp}/a.jpg",
+        "expected a file name ending in .html",
+    ),
+    "explore no run": ("explore {tmp}", "is not a run directory"),
     "summary of no run": ("summary {npz}", "is not a run directory"),
 }
 

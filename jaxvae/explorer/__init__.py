@@ -1,0 +1,167 @@
+"""A page in which the decoder runs: the latent plane under a finger, its image beside it."""
+
+import base64
+import html
+import io
+import json
+import math
+import os
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from jaxvae.data import Dataset
+from jaxvae.errors import InputError
+from jaxvae.explorer.program import Program, decoder_program
+from jaxvae.figures.style import COLOURS
+from jaxvae.model import Params, decode, encode
+from jaxvae.mosaic import pixels, tile
+
+_BYTES = 5_000_000  # of a page
+_IMAGES = 10_000  # beyond this, points only hide each other
+_COMPONENTS = 16
+_LARGE = 1024  # numbers of a constant that may be kept in half the bytes
+_HALF_A_LEVEL = 0.5 / 255
+
+
+def write(path: Path, params: Params, data: Dataset, title: str) -> None:
+    """Write the page of a model and its test images. Raises InputError as `page`, and if it cannot.
+
+    A kill leaves the old file or the new one.
+    """
+    text = page(params, data, title)
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def page(params: Params, data: Dataset, title: str) -> str:
+    """One HTML file that needs nothing else: the decoder, and the test images with their latents.
+
+    It stays below 5 MB, where the decoder itself does: large weights are stored in float16 where
+    that moves no pixel of the test images by half a grey level, and then fewer images shown.
+
+    Raises:
+      InputError: a network of one's own with operations that `program` cannot translate.
+    """
+    program = decoder_program(params)
+    count = min(len(data.test_images), _IMAGES)
+    half = False
+    while True:
+        text = _filled(title, _content(params, program, data, count, half))
+        if len(text) <= _BYTES or (half and count <= 100):
+            return text
+        if not half and _half_is_enough(params, data):
+            half = True
+        elif count > 100:
+            count = max(100, count // 2)
+        else:
+            return text
+
+
+def _content(
+    params: Params, program: Program, data: Dataset, count: int, half: bool
+) -> dict[str, Any]:
+    """What the page's script is given."""
+    config = params.config
+    images = np.asarray(data.test_images[:count])
+    labels = None if data.test_labels is None else np.asarray(data.test_labels[:count])
+    latents = np.asarray(encode(params, images, _classes(params, labels)).center, np.float32)
+    columns = math.ceil(math.sqrt(count))
+    return {
+        "title": title_of(params),
+        "latents": config.latent_dim,
+        "classes": config.num_classes,
+        "shape": config.image_shape,
+        "colours": COLOURS,
+        "program": program._replace(constants=[])._asdict(),
+        "constants": _packed(program.constants, half),
+        "count": count,
+        "points": _base64(latents),
+        "labels": None if labels is None else labels.tolist(),
+        "components": [_base64(row) for row in _components(latents)],
+        "sheet": _sheet(images, columns),
+        "columns": columns,
+    }
+
+
+def title_of(params: Params) -> str:
+    """A model in a few words."""
+    config = params.config
+    network = config.network if isinstance(config.network, str) else "own"
+    words = [f"{network} network", f"{config.latent_dim} latents", config.likelihood]
+    words += [f"{config.num_classes} classes"] if config.num_classes else []
+    return ", ".join(words).replace("1 latents", "1 latent").replace("_", " ")
+
+
+def _classes(params: Params, labels: np.ndarray | None) -> jax.Array | None:
+    """The labels as the functions of a conditional model take them."""
+    if not params.config.num_classes or labels is None:
+        return None
+    return jnp.asarray(labels, jnp.int32)
+
+
+def _components(latents: np.ndarray) -> np.ndarray:
+    """The principal components of the latents, at most 16, as unit vectors: the widest first."""
+    if latents.shape[1] < 3:
+        return np.zeros((0, latents.shape[1]), np.float32)
+    centred = latents - latents.mean(axis=0)
+    return np.linalg.svd(centred, full_matrices=False)[2][:_COMPONENTS].astype(np.float32)
+
+
+def _half_is_enough(params: Params, data: Dataset, count: int = 500) -> bool:
+    """Whether large weights in float16 leave every pixel of test images within half a level."""
+    labels = None if data.test_labels is None else data.test_labels[:count]
+    classes = _classes(params, labels)
+    z = encode(params, jnp.asarray(data.test_images[:count]), classes).center
+
+    def rounded(x: jax.Array) -> jax.Array:
+        return x.astype(jnp.float16).astype(x.dtype) if x.size >= _LARGE else x
+
+    moved = decode(jax.tree.map(rounded, params), z, classes).mean
+    return bool(jnp.max(jnp.abs(moved - decode(params, z, classes).mean)) < _HALF_A_LEVEL)
+
+
+def _packed(constants: list[np.ndarray], half: bool) -> list[list[Any]]:
+    """For every constant, its bits and its numbers."""
+    bits = [16 if half and len(x) >= _LARGE else 32 for x in constants]
+    return [[n, _base64(x.astype(f"<f{n // 8}"))] for n, x in zip(bits, constants, strict=True)]
+
+
+def _base64(numbers: np.ndarray) -> str:
+    return base64.b64encode(np.ascontiguousarray(numbers).tobytes()).decode()
+
+
+def _sheet(images: np.ndarray, columns: int) -> str:
+    """The images side by side, as the address of a PNG."""
+    rows = math.ceil(len(images) / columns)
+    empty = np.zeros((rows * columns - len(images), *images.shape[1:]), images.dtype)
+    file = io.BytesIO()
+    sheet = tile(np.concatenate([images, empty]), rows) / 255
+    Image.fromarray(pixels(sheet)).save(file, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _filled(title: str, content: dict[str, Any]) -> str:
+    """The page's template with its style, its scripts and its data."""
+    folder = resources.files(__package__)
+    parts = {
+        "title": html.escape(title),
+        "style": (folder / "page.css").read_text(encoding="utf-8"),
+        "runtime": (folder / "runtime.js").read_text(encoding="utf-8"),
+        "script": (folder / "page.js").read_text(encoding="utf-8"),
+        # "</script>" in a string would end the element.
+        "data": json.dumps(content, separators=(",", ":")).replace("<", "\\u003c"),
+    }
+    text = (folder / "page.html").read_text(encoding="utf-8")
+    for name, part in parts.items():
+        text = text.replace("{{" + name + "}}", part)
+    return text
