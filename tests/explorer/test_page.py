@@ -115,10 +115,9 @@ def test_it_loads_without_complaints_and_without_any_request(plane):
     "fields",
     [
         {},
-        {"network": "notebook", "width": None, "likelihood": "continuous_bernoulli"},
         {"num_classes": 3, "latent_dim": 5, "likelihood": "discretized_logistic"},
     ],
-    ids=["mlp", "notebook", "conditional"],
+    ids=["plain", "conditional"],
 )
 def test_the_page_decodes_what_the_library_decodes(open_page, fields):
     params = model(**fields)
