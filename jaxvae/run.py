@@ -2,13 +2,12 @@
 
     config.json      what it was told
     metrics.jsonl    a line per epoch: epoch, step, train and test metrics, seconds
-    checkpoints/     the latest epoch and the best one
+    checkpoints/     the last two epochs and the best one
     manifolds/       frames of the film among them, an epoch each
     figures/         what `jaxvae figures` draws
     evaluation.json  what `jaxvae evaluate` measured last
     tensorboard/     and profile/, where they were asked for: `jaxvae.live`
     .lock            held by the training that is in it
-    diverged.json    where the loss was no number any more, if it came to that
     diverged.json    where the loss was no number any more, if it came to that
 
 It can be killed at any instant: an epoch counts once its checkpoint is whole, and a resumed run
