@@ -384,7 +384,7 @@ WRONG = {
     "more seeds": ("train --resume --run-dir {many} --seeds 3", "--seeds was settled when"),
     "evaluate many": ("evaluate {many}", "holds many models: name the run directory of one"),
     "figures of many": ("figures {many}", "holds many models"),
-    "negative seed": ("train --seed -1", "seed is -1: expected a whole number from 0"),
+    "negative seed": ("train --seed -1", "seed is -1: expected at least 0"),
     "large batch": ("train --data {npz} --batch-size 1000", "batch_size is 1000: expected at most"),
     "unknown data set": ("train --data tfds:no_such_set", "no data set 'no_such_set'"),
     "unknown network": ("train --network cnn", "network is 'cnn': expected 'notebook', 'mlp', "),
