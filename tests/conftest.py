@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import tempfile
 import time
 from contextlib import contextmanager
 
@@ -19,6 +20,17 @@ import jaxvae
 jax.config.update("jax_platforms", os.environ.setdefault("JAX_PLATFORMS", "cpu"))
 # Eight devices of one CPU, for what is shared between devices. Must come before JAX's first use.
 jax.config.update("jax_num_cpu_devices", 8)
+# What one module or worker has compiled, the others find. Not for the processes that tests start,
+# some of which are killed in the midst of writing.
+if "JAXVAE_TESTS_PROGRAMS" not in os.environ:
+    os.environ["JAXVAE_TESTS_PROGRAMS"] = tempfile.mkdtemp(prefix="jaxvae-")
+jax.config.update("jax_compilation_cache_dir", os.environ["JAXVAE_TESTS_PROGRAMS"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def pytest_unconfigure(config):
+    if not hasattr(config, "workerinput"):  # the last of all to end
+        shutil.rmtree(os.environ["JAXVAE_TESTS_PROGRAMS"], ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
