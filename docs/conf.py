@@ -1,0 +1,126 @@
+"""How Sphinx makes the site of README, docs, experiments and docstrings: make docs."""
+
+import re
+import shutil
+from pathlib import Path
+
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
+
+project = "jaxvae"
+author = "the authors of jaxvae"
+copyright = author
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+]
+
+# The whole repository is the source, so that links lead from one file to another as they do there.
+root_doc = "README"
+include_patterns = [
+    "README.md",
+    "docs/*.md",
+    "docs/*.ipynb",
+    "experiments/*/README.md",
+]
+exclude_patterns = [".*", "build", "runs"]
+
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3
+nb_execution_mode = "off"  # the notebooks hold their outputs
+
+default_role = "py:obj"
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
+python_use_unqualified_type_names = True
+
+html_theme = "furo"
+html_title = "jaxvae"
+html_math_renderer = "mathml"
+
+CONTENTS = """
+```{toctree}
+:hidden:
+:caption: Tutorial
+
+docs/tutorial
+docs/tutorial.ko
+```
+```{toctree}
+:hidden:
+:caption: Guides
+
+docs/models
+docs/gallery
+docs/live
+docs/export
+docs/scale
+docs/speed
+docs/reliability
+```
+```{toctree}
+:hidden:
+:caption: Reference
+
+docs/api
+docs/modules
+```
+```{toctree}
+:hidden:
+:caption: Experiments
+:glob:
+
+experiments/*/README
+```
+"""
+
+
+def add_contents(app, name, source):
+    """README is the start page; the contents at its side are the site's alone."""
+    if name == root_doc:
+        source[0] += CONTENTS
+
+
+def as_restructured_text(app, what, name, obj, options, lines):
+    """Docstrings are plain text: equations are blocks indented by four, and *, | mean themselves."""
+    literal, blank, text = False, True, []
+    for line in lines:
+        if not line.strip():
+            blank = True
+            text.append(line)
+            continue
+        if line.startswith("    ") and (literal or blank):
+            if not literal:
+                text += ["::", ""]
+            literal = True
+            text.append(line)
+        else:
+            literal = False
+            parts = re.split("(`[^`]*`)", line)  # code at the odd places
+            parts[::2] = [re.sub(r"([*|\\]|_(?!\w))", r"\\\1", part) for part in parts[::2]]
+            text.append("".join(parts))
+        blank = False
+    lines[:] = text
+
+
+def write_math(self, node):
+    """As MathML, which browsers show by themselves: the site needs no network."""
+    kind = "block" if node.tagname == "math_block" else "inline"
+    self.body.append(tex2mathml(node.astext(), as_block=kind == "block"))
+    raise nodes.SkipNode
+
+
+def copy_start_page(app, exception):
+    if exception is None and app.builder.name == "html":
+        shutil.copy(Path(app.outdir) / "README.html", Path(app.outdir) / "index.html")
+
+
+def setup(app):
+    app.connect("source-read", add_contents)
+    app.connect("autodoc-process-docstring", as_restructured_text, priority=400)
+    app.connect("build-finished", copy_start_page)
+    app.add_html_math_renderer("mathml", (write_math, None), (write_math, None))
+    return {"parallel_read_safe": True}
