@@ -2,75 +2,21 @@
 
 import argparse
 import os
+import shutil
 import sys
 import time
 import warnings
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from jaxvae.errors import Damaged, InputError, Preempted, TrainingFailed
 from jaxvae.hosts import pass_over_missing_tpu
+from jaxvae.options import FLAGS, completion_script, make_parser
 from jaxvae.parallel import make_cores_devices
 
 _CACHE_BYTES = 2**30  # of compiled programs, kept between commands
-
-_FLAGS: dict[str, dict[str, Any]] = {
-    "--data": {"metavar": "NAME|FOLDER|FILE", "help": "mnist-5k (the default), mnist, tfds:NAME, "
-               "a folder of pictures or IDX files, or an .npz, .npy or IDX file"},
-    "--data-dir": {"metavar": "DIR", "help": "where TensorFlow Datasets keeps prepared data"},
-    "--manual-dir": {"metavar": "DIR", "help": "where data files fetched by hand lie"},
-    "--epochs": {"type": int, "metavar": "N", "help": "default 10"},
-    "--batch-size": {"type": int, "metavar": "N", "help": "default 128"},
-    "--latent-dim": {"type": int, "metavar": "N", "help": "default 2"},
-    "--compute-dtype": {"metavar": "TYPE", "help": "float32 (the default), or bfloat16: mixed "
-                        "precision, for accelerators"},
-    "--network": {"metavar": "NAME", "help": "notebook (the default), mlp, residual or spatial"},
-    "--width": {"type": int, "metavar": "N", "help": "of mlp, residual or spatial; default 200, "
-                "or 32"},
-    "--likelihood": {"metavar": "NAME", "help": "bernoulli (the default), continuous_bernoulli, "
-                     "gaussian or discretized_logistic"},
-    "--prior": {"metavar": "NAME", "help": "standard_normal (the default), mixture or vamp"},
-    "--prior-components": {"type": int, "metavar": "N", "help": "of mixture and vamp; default 500"},
-    "--posterior": {"metavar": "NAME", "help": "gaussian (the default) or iaf"},
-    "--flow-steps": {"type": int, "metavar": "N", "help": "of iaf; default 2"},
-    "--num-classes": {"type": int, "metavar": "N", "help": "of a class-conditional model; default "
-                      "0: none"},
-    "--objective": {"metavar": "NAME", "help": "elbo (the default), stl, iwae, dreg, beta_tc or "
-                    "mmd"},
-    "--num-samples": {"type": int, "metavar": "K", "help": "latent samples per image and step, of "
-                      "elbo, stl, iwae and dreg; default 1"},
-    "--warmup": {"metavar": "NAME", "help": "of beta: none (the default), linear or cyclical"},
-    "--warmup-steps": {"type": int, "metavar": "N", "help": "how long the warm-up takes"},
-    "--free-bits": {"type": float, "metavar": "X", "help": "nats per latent, of elbo; default 0"},
-    "--mmd-weight": {"type": float, "metavar": "X", "help": "of mmd; default 100"},
-    "--binarization": {"metavar": "NAME", "help": "none (the default), dynamic or fixed"},
-    "--optimizer": {"metavar": "NAME", "help": "rmsprop (the default) or adam"},
-    "--epsilon": {"type": float, "metavar": "X", "help": "of the optimizer; default 1e-7"},
-    "--clip-norm": {"type": float, "metavar": "X", "help": "longest norm of a gradient; default 0: "
-                    "any"},
-    "--schedule": {"metavar": "NAME", "help": "of the learning rate: constant (the default), "
-                   "cosine or burda"},
-    "--learning-rate": {"type": float, "nargs": "+", "metavar": "X", "help": "default 0.001"},
-    "--beta": {"type": float, "nargs": "+", "metavar": "X",
-               "help": "weight of the KL term; default 1. Several learning rates or betas: a model "
-               "for every combination and seed, all trained at once"},
-    "--start-from": {"metavar": "RUN_DIR", "help": "another run, whose parameters to start from"},
-    "--seed": {"type": int, "metavar": "N", "help": "default 0"},
-    "--divide": {"action": "store_true", "default": None, "help": "every device keeps its part of "
-                 "the parameters instead of all of them, for models too large for one"},
-    "--workers": {"type": int, "metavar": "N", "help": "processes that read images on disk; "
-                  "default 0: threads"},
-}  # fmt: skip
-
-
-_PROCESSES: dict[str, dict[str, Any]] = {
-    "--coordinator": {"metavar": "HOST:PORT", "help": "where process 0 of several listens; these "
-                      "three flags are not needed under SLURM, Open MPI, Kubernetes or on TPUs"},
-    "--num-processes": {"type": int, "metavar": "N", "help": "how many train one model together"},
-    "--process-id": {"type": int, "metavar": "I", "help": "which of them this is, from 0"},
-}  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -87,6 +33,9 @@ def main(arguments: list[str] | None = None) -> int:
     except InputError as error:
         print(f"jaxvae: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # who reads the output has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:  # of a file that the user named
         where = f"{error.filename}: " if error.filename else ""
         print(f"jaxvae: {where}{error.strerror or error}", file=sys.stderr)
@@ -114,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(arguments: list[str] | None) -> None:
-    options = _parser().parse_args(arguments)
+    options = make_parser(_COMMANDS).parse_args(arguments)
     pass_over_missing_tpu()
     make_cores_devices()
     _keep_programs()
@@ -200,7 +149,7 @@ def _train(options: argparse.Namespace) -> None:
     hosts.join(options.coordinator, options.num_processes, options.process_id)
     if hosts.several() and not options.run_dir:
         raise InputError("several processes train one model: say where to, with --run-dir DIR")
-    names = [flag.strip("-").replace("-", "_") for flag in _FLAGS]
+    names = [flag.strip("-").replace("-", "_") for flag in FLAGS]
     flags = {n: getattr(options, n) for n in (*names, "seeds") if getattr(options, n) is not None}
     if options.tensorboard:
         live.need_tensorboard()
@@ -233,7 +182,32 @@ def _train(options: argparse.Namespace) -> None:
         hint = f"; go on with: jaxvae train --resume --run-dir {run_dir}"
         raise KeyboardInterrupt(hint) from None
     if paths:
-        print(f"figures: {', '.join(map(str, paths))}", file=sys.stderr)
+        _tell_next(run_dir, next(iter(models)), paths)
+
+
+def _tell_next(run_dir: Path, model: str, figures: list[Path]) -> None:
+    """What a training left, and what can be done with it; `model` is one's folder, of many."""
+    one = run_dir / model
+    print(f"{len(figures)} figures; the first: {figures[0]}", file=sys.stderr)
+    name = _called()
+    lines = {
+        f"{name} explore {one}": "a page in which to move about its latents",
+        f"{name} evaluate {one}": "test ELBO, log p(x) and more, as a table",
+        f"{name} sample {one} --n 64 --out samples.png": "new images",
+        f"{name} train --resume --run-dir {run_dir} --epochs N": "train on, to N epochs",
+    }
+    width = max(map(len, lines))
+    for line, says in lines.items():
+        print(f"  {line:{width}}  {says}", file=sys.stderr)
+
+
+def _called() -> str:
+    """What the user called this program as, so that a line can be copied and works."""
+    called = Path(sys.argv[0])
+    if called.parts[-2:] == ("jaxvae", "__main__.py"):
+        return "python -m jaxvae"
+    outside = called.name == "jaxvae" and not shutil.which("jaxvae")
+    return str(called) if outside else "jaxvae"
 
 
 def _train_one(
@@ -395,69 +369,19 @@ def _at_least_one(flag: str, value: int) -> None:
         raise InputError(f"{flag} is {value}: expected at least 1")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see `{self.prog} --help`")
+def _completion(options: argparse.Namespace) -> None:
+    print(completion_script(make_parser(_COMMANDS), options.shell))
 
 
-def _parser() -> argparse.ArgumentParser:
-    from jaxvae import __version__
-
-    parser = _Parser(prog="jaxvae", description="Variational autoencoders in JAX.")
-    parser.add_argument("--version", action="version", version=f"jaxvae {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def command(name: str, function: Any, says: str) -> argparse.ArgumentParser:
-        one = commands.add_parser(name, help=says, description=says, allow_abbrev=False)
-        one.set_defaults(command=function)
-        return one
-
-    train = command("train", _train, "train a model and draw its figures")
-    for flag, how in _FLAGS.items():
-        train.add_argument(flag, **how)
-    train.add_argument("--seeds", type=int, metavar="N",
-                       help="train N models at once, seeds from --seed on; default 1")  # fmt: skip
-    for flag, how in _PROCESSES.items():
-        train.add_argument(flag, **how)
-    train.add_argument("--run-dir", metavar="DIR", help="default runs/DATE-TIME")
-    train.add_argument("--resume", action="store_true", help="go on with the run in --run-dir")
-    train.add_argument("--tensorboard", action="store_true",
-                       help="write RUN_DIR/tensorboard, for TensorBoard to show")  # fmt: skip
-    train.add_argument("--profile", action="store_true",
-                       help="write a profiler's trace of some steps, RUN_DIR/profile")  # fmt: skip
-
-    evaluate = command("evaluate", _evaluate, "print the test metrics of a run")
-    evaluate.add_argument("--num-samples", type=int, default=100, metavar="K",
-                          help="importance samples for log p(x); default 100")  # fmt: skip
-    sample = command("sample", _sample, "draw samples of a run's model into a picture")
-    sample.add_argument("--n", type=int, required=True, metavar="N", help="how many")
-    sample.add_argument("--out", type=Path, required=True, metavar="FILE.png")
-    sample.add_argument("--seed", type=int, metavar="N", help="default: the run's")
-    figures = command("figures", _figures, "draw the figures of a run again")
-    figures.add_argument("--format", choices=["png", "svg", "pdf"], default="png",
-                         help="default png; the film is a GIF in any case")  # fmt: skip
-    export = command("export", _export, "write a run's model for other programs")
-    export.add_argument("--to", nargs="+", required=True, metavar="FORMAT",
-                        help="stablehlo, onnx or safetensors, or several of them")  # fmt: skip
-    export.add_argument("--out", type=Path, metavar="DIR", help="default RUN_DIR/export")
-    explore = command("explore", _explore, "write a page in which to explore the latents of a run")
-    explore.add_argument("--out", type=Path, metavar="FILE.html",
-                         help="default RUN_DIR/explorer.html")  # fmt: skip
-    for one in (evaluate, sample, figures, explore, export):
-        one.add_argument("run", type=Path, metavar="RUN_DIR", help="made by `jaxvae train`")
-        one.add_argument("--best", action="store_true",
-                         help="the epoch of the best test ELBO instead of the latest")  # fmt: skip
-
-    keras = command("import", _import, "make a run of the notebook's model, trained with Keras")
-    keras.add_argument("file", type=Path, metavar="FILE", help="a .keras, .weights.h5 or .h5 file")
-    keras.add_argument("--decoder", type=Path, metavar="FILE",
-                       help="where the decoder is in a file of its own")  # fmt: skip
-    keras.add_argument("--run-dir", type=Path, required=True, metavar="DIR")
-    keras.add_argument("--data", default="mnist-5k", **_FLAGS["--data"])
-
-    summary = command(
-        "summary", _summary, "print the layer table of a run, or of the default model"
-    )
-    summary.add_argument("run", type=Path, nargs="?", metavar="RUN_DIR")
-    command("benchmark", _benchmark, "time the step against plain Flax, in one run")
-    return parser
+_COMMANDS = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "sample": _sample,
+    "figures": _figures,
+    "export": _export,
+    "explore": _explore,
+    "import": _import,
+    "summary": _summary,
+    "benchmark": _benchmark,
+    "completion": _completion,
+}

@@ -1,9 +1,10 @@
-"""How a training goes: a bar on a terminal, a line per epoch everywhere."""
+"""How a training goes: a bar on a terminal and in Jupyter, a line per epoch everywhere."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 from rich.console import Console
@@ -11,8 +12,13 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainin
 from rich.progress import Progress as Bar
 
 
+def _can_move(console: Console) -> bool:
+    """Whether a bar can be drawn over: on a terminal, and in Jupyter where it has widgets."""
+    return console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
+
+
 class Progress:
-    """Shows a training on a console, by default standard error."""
+    """Shows a training on a console, by default standard error, or in a Jupyter notebook."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True)
@@ -29,7 +35,7 @@ class Progress:
             TextColumn("to go, {task.fields[told]}"),
             console=self._console,
             transient=True,
-            disable=not self._console.is_terminal,
+            disable=not _can_move(self._console),
         )
         task = bar.add_task(
             "",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,9 +19,10 @@ from PIL import Image
 
 import jaxvae
 from jaxvae import run
-from jaxvae.cli import _FLAGS, _drop_oldest, main
+from jaxvae.cli import _COMMANDS, _called, _drop_oldest, main
 from jaxvae.config import CHOICES
 from jaxvae.export import load_safetensors
+from jaxvae.options import FLAGS, SHELLS, make_parser
 
 pytestmark = pytest.mark.usefixtures("compile_quickly", "keep_no_programs")
 
@@ -99,7 +101,7 @@ def test_every_choice_has_a_flag(conditional):
     )
     of_a_run = {field.name for kind in (run.RunConfig, jaxvae.ModelConfig, jaxvae.TrainConfig)
                 for field in fields(kind)} - {"model", "train", "image_shape"}  # fmt: skip
-    assert {flag.strip("-").replace("-", "_") for flag in _FLAGS} == of_a_run
+    assert {flag.strip("-").replace("-", "_") for flag in FLAGS} == of_a_run
 
 
 def test_the_help_names_every_choice(capsys):
@@ -186,15 +188,38 @@ def test_train_makes_a_run_directory_and_tells_each_epoch_in_a_line(npz, tmp_pat
     }
     assert jaxvae.load(run_dir).config.latent_dim == 3
     told = capsys.readouterr().err.splitlines()
-    drawn = told[3].removeprefix("figures: ").split(", ")
-    assert set(drawn) == set(map(str, (run_dir / "figures").iterdir()))
-    names = {Path(path).name for path in drawn}
+    names = {path.name for path in (run_dir / "figures").iterdir()}
     assert {"manifold_20.png", "samples.png", "training.png", "manifold.gif"} < names
     assert "512 training and 100 test images" in told[0]
     for line, epoch in zip(told[1:3], ("1/2", "2/2"), strict=True):
         assert line.startswith(f"epoch {epoch}  ELBO -")
         assert line.endswith("images/s")
-    assert told[3].startswith("figures: ")
+    first = run_dir / "figures" / "manifold_15.png"
+    assert told[3] == f"{len(names)} figures; the first: {first}"
+    assert first.exists()
+
+
+def test_what_a_training_says_to_try_next_works(npz, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train = ["train", "--data", str(npz), "--run-dir", "run", "--network", "mlp", "--epochs", "1"]
+    assert main(train) == 0
+    told = [line.split("  ")[1] for line in capsys.readouterr().err.splitlines()[3:]]
+    assert [line.split()[1] for line in told] == ["explore", "evaluate", "sample", "train"]
+    for line in told:
+        program, *arguments = line.replace("epochs N", "epochs 2").split()
+        assert program == "jaxvae"
+        assert main(arguments) == 0
+
+
+def test_a_copied_line_calls_the_program_as_the_user_did(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    for called, name in {
+        ".venv/bin/jaxvae": ".venv/bin/jaxvae",
+        "/somewhere/jaxvae/__main__.py": "python -m jaxvae",
+        "pytest": "jaxvae",
+    }.items():
+        monkeypatch.setattr("sys.argv", [called])
+        assert _called() == name
 
 
 def test_train_resume_of_a_finished_run_changes_nothing(run_dir):
@@ -300,6 +325,46 @@ def test_summary_prints_the_default_model_or_a_runs(run_dir, capsys):
     assert capsys.readouterr().out.strip().endswith("550,629 parameters")
     assert main(["summary", str(run_dir)]) == 0
     assert "8 x 8 x 1" in capsys.readouterr().out
+
+
+def test_every_command_but_the_plainest_has_examples_which_it_takes(capsys):
+    helps = [["--help"]] + [[name, "--help"] for name in _COMMANDS if name != "benchmark"]
+    for arguments in helps:
+        with pytest.raises(SystemExit):
+            main(arguments)
+        _, examples = capsys.readouterr().out.split("\nexamples:\n")
+        for line in examples.strip().splitlines():
+            words = re.split(r"   +| > ", line.strip())[0].split()
+            assert words.pop(0) == "jaxvae"
+            if words != ["COMMAND", "--help"]:
+                make_parser(_COMMANDS).parse_args(words)
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_script_for_the_shell_completes_commands_flags_and_names(shell, capsys):
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    for word in ("explore", "clip-norm", "discretized_logistic", "residual", "safetensors"):
+        assert word in script
+
+
+def test_bash_completes(tmp_path, capsys):
+    bash = shutil.which("bash")
+    if not bash:
+        pytest.skip("no bash here")
+    assert main(["completion", "bash"]) == 0
+    script = tmp_path / "jaxvae.bash"
+    script.write_text(capsys.readouterr().out)
+    for line, expected in {
+        "jaxvae ex": "export explore",
+        "jaxvae train --cl": "--clip-norm",
+        "jaxvae train --objective d": "dreg",
+    }.items():
+        words = line.split()
+        ask = f"source {script}; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; "
+        ask += '_shtab_jaxvae jaxvae; echo "${COMPREPLY[*]}"'
+        told = subprocess.run([bash, "-c", ask], capture_output=True, text=True, check=True)
+        assert told.stdout.split() == expected.split(), told
 
 
 def test_help_and_version(capsys):
@@ -534,7 +599,7 @@ def test_wrong_input_ends_in_one_line_and_code_2(case, run_dir, many, npz, tmp_p
 
 
 words = st.one_of(
-    st.sampled_from([*_FLAGS, "--seeds", "--resume", "--run-dir", "train", "sample", "--", "-1"]),
+    st.sampled_from([*FLAGS, "--seeds", "--resume", "--run-dir", "train", "sample", "--", "-1"]),
     st.sampled_from(["nan", "inf", "-0", "1e999", "0x10", "9" * 400, "\N{SNOWMAN}", "", " ", "\n"]),
     st.integers().map(str),
     st.floats().map(str),

@@ -2,6 +2,8 @@
 
 import io
 
+import nbformat
+from nbclient import NotebookClient
 from rich.console import Console
 
 from jaxvae.progress import Progress
@@ -43,3 +45,28 @@ def test_a_terminal_gets_a_bar_with_time_rate_and_elbo_as_well():
     assert "to go" in written
     assert "ELBO -201.5" in written
     assert "images/s" in written
+
+
+CELL = """
+from jaxvae.progress import Progress
+with Progress().training(2, 1000, 0) as training:
+    training.advance(500, elbo=-210.0)
+    training.finish_epoch({record})
+
+import jax, jaxvae
+from jaxvae.figures import manifold
+manifold(jaxvae.init(jax.random.key(0), jaxvae.ModelConfig((8, 8, 1), network="mlp")), n=3)
+"""
+
+
+def test_a_jupyter_notebook_gets_the_lines_and_shows_figures_as_they_are():
+    """In a real kernel, without any magic command and without a warning."""
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(CELL.format(record=RECORD))]
+    )
+    NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
+    outputs = notebook.cells[0].outputs
+    assert not [output for output in outputs if output.output_type in ("error", "stream")]
+    assert any(LINE in output.get("data", {}).get("text/plain", "") for output in outputs)
+    assert outputs[-1].output_type == "execute_result"
+    assert "image/png" in outputs[-1].data

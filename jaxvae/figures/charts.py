@@ -14,7 +14,7 @@ from matplotlib.patheffects import withStroke
 from jaxvae.data import Dataset
 from jaxvae.distributions import Gaussian
 from jaxvae.figures.pictures import activity, labels_of
-from jaxvae.figures.style import COLOURS, DARK, LIGHT, STYLE, WARM
+from jaxvae.figures.style import COLOURS, DARK, LIGHT, STYLE, WARM, Picture
 from jaxvae.measures import active_units, log_aggregate
 from jaxvae.model import Params, Posterior, Prior, encode, prior
 from jaxvae.mosaic import latent_grid
@@ -42,7 +42,7 @@ def latents(params: Params, data: Dataset) -> Figure:
         y, names = posterior.center[:, 1], (f"posterior {mean} of z1", f"posterior {mean} of z2")
     points = np.stack([x, y], axis=1)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(7.2, 6.4), layout="constrained")
+        figure = Picture(figsize=(7.2, 6.4), layout="constrained")
         axes = figure.add_subplot()
         axes.set(xlabel=names[0], ylabel=names[1], title=f"Latents of {len(points):,} test images")
         if data.test_labels is None:
@@ -86,7 +86,7 @@ def training(history: Sequence[dict[str, Any]]) -> Figure:
         "kl": "KL to the prior",
     }
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(10.5, 3.6), layout="constrained")
+        figure = Picture(figsize=(10.5, 3.6), layout="constrained")
         for axes, (name, title) in zip(figure.subplots(1, 3), panels.items(), strict=True):
             curves = {split: [record[split][name] for record in history] for split in _SPLITS}
             hidden = _is_outlier(curves)
@@ -114,7 +114,7 @@ def units(params: Params, data: Dataset, threshold: float = 0.01) -> Figure:
     count = len(variance)
     width = 0.8 * min(1, count / 8)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(7.2, 3.6), layout="constrained")
+        figure = Picture(figsize=(7.2, 3.6), layout="constrained")
         axes = figure.add_subplot()
         colours = [DARK if variance[i] > threshold else LIGHT for i in order]
         axes.bar(np.arange(1, count + 1), variance[order], width, color=colours)
@@ -155,7 +155,7 @@ def aggregate(params: Params, data: Dataset, key: jax.Array) -> Figure:
     columns = min(panels, 4)
     rows = -(-panels // columns)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(3.1 * columns + 0.5, 3.0 * rows + 0.4), layout="constrained")
+        figure = Picture(figsize=(3.1 * columns + 0.5, 3.0 * rows + 0.4), layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False).ravel()
         for axes, latent in zip(grid, shown, strict=False):
             reach = _reach(p_z, latent, z[:, latent])

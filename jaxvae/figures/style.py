@@ -1,5 +1,6 @@
 """What all figures have in common."""
 
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,15 @@ _FILES = {"pdf.fonttype": 42, "svg.hashsalt": "jaxvae"}
 _UNDATED = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
 
 
+class Picture(Figure):
+    """A figure that Jupyter shows without being told to by `%matplotlib inline`."""
+
+    def _repr_png_(self) -> bytes:
+        with BytesIO() as file:
+            self.savefig(file, format="png", dpi=self.dpi, bbox_inches="tight")
+            return file.getvalue()
+
+
 def save(figure: Figure, path: Path) -> None:
     """Write a figure; the format follows from the path's suffix."""
     about = _UNDATED.get(path.suffix)
@@ -50,7 +60,7 @@ def mosaic(images: jax.Array, rows: int, title: str) -> tuple[Figure, Axes]:
     left, right, below, above = (0.95, 0.25, 0.65, 0.45)  # inches
     size = (width * scale / _DPI + left + right, height * scale / _DPI + below + above)
     with mpl.rc_context({**STYLE, "axes.grid": False}):
-        figure = Figure(figsize=size)
+        figure = Picture(figsize=size)
         shares = (left, below, width * scale / _DPI, height * scale / _DPI)
         axes = figure.add_axes(tuple(np.divide(shares, size * 2)))
         extent = (0, width, height, 0)
