@@ -182,7 +182,7 @@ def _train(options: argparse.Namespace) -> None:
         hint = f"; go on with: jaxvae train --resume --run-dir {run_dir}"
         raise KeyboardInterrupt(hint) from None
     if paths:
-        _tell_next(run_dir, next(iter(models)), paths)
+        _tell_next(run_dir, next(iter(models)) if len(models) > 1 else "", paths)
 
 
 def _tell_next(run_dir: Path, model: str, figures: list[Path]) -> None:
