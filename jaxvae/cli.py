@@ -308,6 +308,7 @@ def _sample(options: argparse.Namespace) -> None:
 
     seed = config.seed if options.seed is None else options.seed
     save_images(sample(params, jax.random.key(seed), options.n), options.out)
+    print(options.out)
 
 
 def _figures(options: argparse.Namespace) -> None:

@@ -283,11 +283,12 @@ def test_explore_writes_a_page_into_the_run_or_where_it_is_told(conditional, tmp
     assert (tmp_path / "a.html").read_text() == page  # of one epoch, the latest is the best
 
 
-def test_sample_writes_a_picture_that_the_seed_decides(run_dir, tmp_path):
+def test_sample_writes_a_picture_that_the_seed_decides(run_dir, tmp_path, capsys):
     pictures = []
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
         out = tmp_path / f"{name}.png"
         assert main(["sample", str(run_dir), "--n", "9", "--out", str(out), "--seed", seed]) == 0
+        assert capsys.readouterr().out == f"{out}\n"
         with Image.open(out) as picture:
             pictures.append(np.asarray(picture))
     assert pictures[0].shape == (24, 24)
