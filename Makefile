@@ -1,13 +1,15 @@
 # make train   set up, then train on 5,000 MNIST digits and draw the figures
-# make test    set up, then lint, types and every test
+# make test    set up, then lint, types, documentation and every test
+# make docs    set up, then make the documentation's site, build/docs/index.html
 # make speed   set up, then time training and sampling beside Flax, PyTorch, Keras and pythae
 # Another interpreter: make test PYTHON=python3.13 VENV=.venv-3.13
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+SITE := $(BIN)/sphinx-build --quiet --fresh-env --fail-on-warning --keep-going -c docs . build/docs
 
-.PHONY: train test speed clean
+.PHONY: train test docs speed clean
 
 train: $(VENV)/installed
 	$(BIN)/jaxvae train --batch-size 16
@@ -16,7 +18,11 @@ test: $(VENV)/installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(SITE)
 	$(BIN)/pytest
+
+docs: $(VENV)/installed-dev
+	$(SITE)
 
 speed: $(VENV)/installed
 	$(BIN)/python experiments/speed/run.py

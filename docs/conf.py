@@ -7,6 +7,8 @@ from pathlib import Path
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
 
+import jaxvae
+
 project = "jaxvae"
 author = "the authors of jaxvae"
 copyright = author
@@ -24,6 +26,7 @@ include_patterns = [
     "docs/*.md",
     "docs/*.ipynb",
     "experiments/*/README.md",
+    "experiments/speed/results/*.md",
 ]
 exclude_patterns = [".*", "build", "runs"]
 
@@ -31,12 +34,13 @@ myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # the notebooks hold their outputs
 
-default_role = "py:obj"
+default_role = "code"
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 python_use_unqualified_type_names = True
 
+smartquotes = False
 html_theme = "furo"
 html_title = "jaxvae"
 html_math_renderer = "mathml"
@@ -74,36 +78,47 @@ docs/modules
 :glob:
 
 experiments/*/README
+experiments/speed/results/*
 ```
 """
 
 
-def add_contents(app, name, source):
-    """README is the start page; the contents at its side are the site's alone."""
+def adapt(app, name, source):
+    """README is the start page and leads to all others; tables have a title; folders are none."""
+    if "/results/" in name:
+        source[0] = f"# Speed: {Path(name).name.replace('_', ' ')}\n\n{source[0]}"
+    source[0] = re.sub(r"\[([^]]*)\]\(results\)", r"\1", source[0])
     if name == root_doc:
         source[0] += CONTENTS
 
 
 def as_restructured_text(app, what, name, obj, options, lines):
-    """Docstrings are plain text: equations are blocks indented by four, and *, | mean themselves."""
-    literal, blank, text = False, True, []
-    for line in lines:
-        if not line.strip():
-            blank = True
-            text.append(line)
+    """Docstrings are plain text: blocks indented by four are equations; *, | mean themselves."""
+    if lines and lines[0].startswith("Alias for field number"):  # says Python, of a NamedTuple
+        lines.clear()
+    text = []
+    for paragraph in re.split(r"\n\s*\n", "\n".join(lines)):
+        if paragraph.startswith("    "):
+            text += ["::", "", *paragraph.splitlines(), ""]
             continue
-        if line.startswith("    ") and (literal or blank):
-            if not literal:
-                text += ["::", ""]
-            literal = True
-            text.append(line)
+        parts = re.split("(`[^`]*`)", paragraph)  # code at the odd places
+        parts[::2] = [re.sub(r"([*|\\]|_(?!\w))", r"\\\1", part) for part in parts[::2]]
+        plain = "".join(parts).splitlines()
+        if plain and all(re.match(r"[a-z]\w*(, [a-z]\w*)*: |  ", line) for line in plain):
+            # "name: what it is", each with what follows it indented by two: a list of definitions.
+            for line in plain:
+                term, _, says = line.partition(": ") if line[0] != " " else ("", "", line.strip())
+                text += [f"``{term}``", f"    {says}"] if term else [f"    {says}"]
         else:
-            literal = False
-            parts = re.split("(`[^`]*`)", line)  # code at the odd places
-            parts[::2] = [re.sub(r"([*|\\]|_(?!\w))", r"\\\1", part) for part in parts[::2]]
-            text.append("".join(parts))
-        blank = False
+            text += plain
+        text.append("")
     lines[:] = text
+
+
+def leave_to_the_first_page(app, what, name, obj, skip, options):
+    """What is a public name is described once, where those are."""
+    public = name in jaxvae.__all__ and getattr(jaxvae, name) is obj
+    return skip or (public and app.env.docname == "docs/modules")
 
 
 def write_math(self, node):
@@ -119,8 +134,9 @@ def copy_start_page(app, exception):
 
 
 def setup(app):
-    app.connect("source-read", add_contents)
+    app.connect("source-read", adapt)
     app.connect("autodoc-process-docstring", as_restructured_text, priority=400)
+    app.connect("autodoc-skip-member", leave_to_the_first_page)
     app.connect("build-finished", copy_start_page)
     app.add_html_math_renderer("mathml", (write_math, None), (write_math, None))
     return {"parallel_read_safe": True}

@@ -52,7 +52,7 @@ class Gaussian(NamedTuple):
 
     @property
     def center(self) -> jax.Array:
-        """The point that stands for it: the mean."""
+        """The mean, the point that stands for it."""
         return self.mean
 
     def log_prob(self, z: jax.Array) -> jax.Array:
@@ -114,7 +114,7 @@ class Bernoulli(_Logits):
 
     @property
     def mean(self) -> jax.Array:
-        """The probability of each pixel being 1: float32 [batch, height, width, channels]."""
+        """The probability of each pixel being 1, float32 [batch, height, width, channels]."""
         return jax.nn.sigmoid(self.logits)
 
     def log_prob(self, images: jax.Array) -> jax.Array:

@@ -120,7 +120,7 @@ class FlowPosterior:
 
     @property
     def center(self) -> jax.Array:
-        """Where the flow takes the Gaussian's mean: [batch, latent]."""
+        """Where the flow takes the Gaussian's mean, [batch, latent]."""
         return self._apply(self.mean)[0]
 
     def sample(self, key: jax.Array) -> jax.Array:
