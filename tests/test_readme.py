@@ -1,0 +1,22 @@
+"""The README's example, as a newcomer would run it, but with a few images."""
+
+import re
+from pathlib import Path
+
+import jaxvae
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def test_the_example_runs(tmp_path, monkeypatch, capsys):
+    load_data = jaxvae.load_data
+    monkeypatch.setattr(jaxvae, "load_data", lambda name: [a[:32] for a in load_data(name)])
+    monkeypatch.chdir(tmp_path)
+    example = re.search(r"```python\n(import jax\n.*?)```", README.read_text(), re.S)[1]
+    found = {}
+    exec(example, found)
+    assert capsys.readouterr().out.count("\n") == 3  # epochs
+    assert found["images"].shape == (16, 28, 28, 1)
+    assert found["posterior"].mean.shape == (32, 2)
+    assert found["log_px"].shape == (10,)
+    assert (tmp_path / "runs" / "mine").is_dir()
