@@ -38,4 +38,4 @@ $(VENV)/installed-dev: pyproject.toml
 	touch $@ $(VENV)/installed
 
 clean:
-	rm -rf $(VENV) *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build/docs *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

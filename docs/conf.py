@@ -33,6 +33,7 @@ exclude_patterns = [".*", "build", "runs"]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # the notebooks hold their outputs
+highlight_language = "none"  # where none is named: commands and equations
 
 default_role = "code"
 autodoc_member_order = "bysource"
@@ -124,8 +125,18 @@ def leave_to_the_first_page(app, what, name, obj, skip, options):
 def write_math(self, node):
     """As MathML, which browsers show by themselves: the site needs no network."""
     kind = "block" if node.tagname == "math_block" else "inline"
-    self.body.append(tex2mathml(node.astext(), as_block=kind == "block"))
+    math = tex2mathml(node.astext(), as_block=kind == "block")
+    # "log p", with the space of TeX.
+    self.body.append(math.replace("<mo>&ApplyFunction;</mo>", '<mspace width="0.17em"/>'))
     raise nodes.SkipNode
+
+
+def lead_back(app, pagename, templatename, context, doctree):
+    """From a module's source to its names; viewcode takes all for public if one is."""
+    if pagename.startswith("_modules/jaxvae/"):
+        module = pagename.removeprefix("_modules/").replace("/", ".")
+        there = rf"(/modules\.html#)(?:{re.escape(module)}|jaxvae)\."
+        context["body"] = re.sub(there, rf"\1{module}.", context["body"])
 
 
 def copy_start_page(app, exception):
@@ -138,5 +149,6 @@ def setup(app):
     app.connect("autodoc-process-docstring", as_restructured_text, priority=400)
     app.connect("autodoc-skip-member", leave_to_the_first_page)
     app.connect("build-finished", copy_start_page)
+    app.connect("html-page-context", lead_back)
     app.add_html_math_renderer("mathml", (write_math, None), (write_math, None))
     return {"parallel_read_safe": True}
