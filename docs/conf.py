@@ -41,7 +41,7 @@ autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 python_use_unqualified_type_names = True
 
-smartquotes = False
+smartquotes_action = "D"  # dashes, but not quotes
 html_theme = "furo"
 html_title = "jaxvae"
 html_math_renderer = "mathml"

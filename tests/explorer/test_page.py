@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import refused
 
 import jaxvae
 from jaxvae import explorer
 from jaxvae.data import Dataset
-from tests.conftest import refused
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import OwnDecoder, OwnEncoder, refused
 
 import jaxvae
 from jaxvae.config import CHOICES
 from jaxvae.explorer.program import decoder_program, translate
-from tests.conftest import OwnDecoder, OwnEncoder, refused
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
