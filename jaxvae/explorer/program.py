@@ -131,7 +131,8 @@ class _Translation:
         strides = _strides(x.shape)
         shape = [-(-(b - a) // step) for a, b, step in zip(first, last, steps, strict=True)]
         moved = [s * step for s, step in zip(strides, steps, strict=True)]
-        return self.view(x, shape, moved, np.dot(first, strides) if strides else 0)
+        offset = sum(int(a) * s for a, s in zip(first, strides, strict=True))
+        return self.view(x, shape, moved, offset)
 
     def place(
         self, fill: _Array, parts: Sequence[_Array], wheres: Sequence[Any], shape: Sequence[int]
