@@ -13,9 +13,10 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from jaxvae import run
 from jaxvae.config import ModelConfig, TrainConfig
-from jaxvae.parallel import cores
+from jaxvae.devices.sharding import cores
+from jaxvae.runs.config import RunConfig, as_flag, read_config
+from jaxvae.runs.files import read_metrics
 
 COLUMNS = {
     "elbo": ("ELBO", "{:.2f}"),
@@ -28,10 +29,10 @@ COLUMNS = {
 }
 
 
-def command(config: run.RunConfig) -> str:
+def command(config: RunConfig) -> str:
     """The command line that makes a run, without its directory."""
     words = ["jaxvae train", "--data", Path(config.data).name]
-    own, plain = vars(config), vars(run.RunConfig())
+    own, plain = vars(config), vars(RunConfig())
     for kind, part in ((ModelConfig, config.model), (TrainConfig, config.train)):
         own = own | vars(part)
         plain = plain | {field.name: field.default for field in fields(kind)}
@@ -41,7 +42,7 @@ def command(config: run.RunConfig) -> str:
         if own[name] == plain[name]:
             continue
         value = Path(own[name]).name if name == "start_from" else own[name]
-        words += [run.as_flag(name), f"{value}"]
+        words += [as_flag(name), f"{value}"]
     return " ".join(words)
 
 
@@ -54,8 +55,8 @@ def machine() -> str:
 
 
 def record(run_dir: Path) -> dict:
-    config = run.read_config(run_dir)
-    lines = run.read_metrics(run_dir)
+    config = read_config(run_dir)
+    lines = read_metrics(run_dir)
     return {
         "command": command(config),
         "seed": config.seed,

@@ -1,13 +1,13 @@
 """Variational autoencoders in JAX: pure functions of parameters that know their model."""
 
-from jaxvae.checkpoint import load, restore, save
 from jaxvae.config import ModelConfig, TrainConfig
 from jaxvae.data import load_data
-from jaxvae.distributions import Bernoulli, Gaussian, reparameterize
 from jaxvae.errors import InputError
-from jaxvae.model import Params, decode, encode, init, reconstruct, sample
+from jaxvae.models.likelihoods import Bernoulli, Gaussian, reparameterize
+from jaxvae.models.vae import Params, decode, encode, init, reconstruct, sample
 from jaxvae.objectives import Elbo, elbo, log_likelihood
-from jaxvae.training import TrainState, create_train_state, train_epoch, train_step
+from jaxvae.runs.checkpoints import load, restore, save
+from jaxvae.training.step import TrainState, create_train_state, train_epoch, train_step
 
 __version__ = "0.1.0"
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from jaxvae.cli import main
+from jaxvae.cli.commands import main
 
 sys.exit(main())

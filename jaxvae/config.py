@@ -40,7 +40,7 @@ class ModelConfig(Config):
       parameters, their gradients and the terms of the ELBO are float32 all the same.
     network: "notebook"; "mlp", the IWAE paper's; "residual", for colour; "spatial", the same with
       a grid of latents; or a pair of Flax modules (encoder, decoder) of your own, as described in
-      `jaxvae.networks`.
+      `jaxvae.models.networks`.
     width: units of a layer of "mlp", 200 by default, or channels of "residual" and "spatial" at the
       images' own resolution, 32 by default; the notebook's network has no such choice.
     likelihood: p(x|z): "bernoulli", "continuous_bernoulli", "gaussian" or "discretized_logistic".

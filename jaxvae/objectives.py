@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxvae.checks import as_key, jit
 from jaxvae.config import TrainConfig, whole_number
-from jaxvae.distributions import Gaussian
 from jaxvae.errors import InputError
-from jaxvae.model import Params, Posterior, decode, encode, expected_images, prior
+from jaxvae.models.likelihoods import Gaussian
+from jaxvae.models.vae import Params, Posterior, decode, encode, expected_images, prior
+from jaxvae.validation import as_key, jit
 
 
 class Elbo(NamedTuple):

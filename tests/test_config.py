@@ -8,8 +8,8 @@ from conftest import OwnDecoder, OwnEncoder, refused
 
 from jaxvae import InputError, ModelConfig, TrainConfig
 from jaxvae.config import CHOICES, NETWORKS
-from jaxvae.distributions import LIKELIHOODS
-from jaxvae.networks import NETWORKS as MODULES
+from jaxvae.models.likelihoods import LIKELIHOODS
+from jaxvae.models.networks import NETWORKS as MODULES
 from jaxvae.objectives import OBJECTIVES
 
 OWN = (OwnEncoder(2), OwnDecoder((28, 28, 1)))

@@ -22,9 +22,9 @@ from jax.flatten_util import ravel_pytree
 from scipy import special, stats
 
 from jaxvae import ModelConfig, Params, TrainConfig, decode, elbo, encode, init
-from jaxvae.distributions import LIKELIHOODS, GaussianPixels
-from jaxvae.model import prior
-from jaxvae.networks import MlpDecoder, MlpEncoder
+from jaxvae.models.likelihoods import LIKELIHOODS, GaussianPixels
+from jaxvae.models.networks import MlpDecoder, MlpEncoder
+from jaxvae.models.vae import prior
 from jaxvae.objectives import (
     OBJECTIVES,
     Elbo,

@@ -23,7 +23,9 @@ from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
 import jaxvae
-from jaxvae import explorer, run
+from jaxvae import explorer
+from jaxvae.runs.config import read_config
+from jaxvae.runs.data import load_run_data
 
 HERE = Path(__file__).parent
 SECONDS = 6
@@ -113,7 +115,7 @@ def main() -> None:
     for run_dir in options.runs:
         params = jaxvae.load(run_dir)
         path = run_dir.resolve() / "explorer.html"
-        explorer.write(path, params, run.load_run_data(run.read_config(run_dir)), run_dir.name)
+        explorer.write(path, params, load_run_data(read_config(run_dir)), run_dir.name)
         pages.append((path, params))
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])

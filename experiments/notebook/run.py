@@ -18,9 +18,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from jaxvae import Elbo, Params, checkpoint, decode, encode, run
-from jaxvae.evaluation import evaluate, mean_log_likelihood
-from jaxvae.progress import Progress
+from jaxvae import Elbo, Params, decode, encode
+from jaxvae.evaluation.evaluate import evaluate, mean_log_likelihood
+from jaxvae.runs import checkpoints, directory, loop
+from jaxvae.runs.config import configured, resumed, run_keys
+from jaxvae.runs.data import load_run_data
+from jaxvae.runs.progress import Progress
 
 
 def objective(params, keys, images, *, loss, sampling):
@@ -66,14 +69,14 @@ def main():
     run_dir, resume = options.pop("run_dir"), options.pop("resume")
     choices = {name: options.pop(name) for name in ("loss", "sampling")}
 
-    config = run.resumed(run_dir, options) if resume else run.configured(options)
-    data = run.load_run_data(config)
-    config = run.start(run_dir, config, data, resume=resume)
+    config = resumed(run_dir, options) if resume else configured(options)
+    data = load_run_data(config)
+    config = directory.start(run_dir, config, data, resume=resume)
     ours = partial(objective, **choices)
-    run.train(run_dir, config, data, objective=ours, progress=Progress())
-    params = checkpoint.load(run_dir)
+    loop.train(run_dir, config, data, objective=ours, progress=Progress())
+    params = checkpoints.load(run_dir)
     images = jax.device_put(data.test_images)
-    _, key = run.keys(config)
+    _, key = run_keys(config)
     doubled = reading_log_sigma(params)
     proposal = doubled if choices["sampling"] == "notebook" else params
     result = {

@@ -27,8 +27,8 @@ import jax
 import numpy as np
 
 import jaxvae
-from jaxvae.checkpoint import steps_of
-from jaxvae.journal import read_metrics
+from jaxvae.runs.checkpoints import steps_of
+from jaxvae.runs.files import read_metrics
 
 HERE = Path(__file__).parent
 EPOCHS = 8

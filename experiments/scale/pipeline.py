@@ -16,8 +16,8 @@ from PIL import Image
 
 import jaxvae
 from jaxvae.data.records import array_records
-from jaxvae.feed import _read
-from jaxvae.parallel import AXIS, devices_for, lay_out, make_cores_devices, share
+from jaxvae.devices.sharding import AXIS, devices_for, lay_out, make_cores_devices, share
+from jaxvae.training.pipeline import _read
 
 SIDE, COUNT, BATCH = 64, 5120, 128
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxvae
-from jaxvae.parallel import AXIS, divided
-from jaxvae.training import train_epoch, train_step
+from jaxvae.devices.sharding import AXIS, divided
+from jaxvae.training.step import train_epoch, train_step
 
 IMAGES = 60_000
 _BYTES = {"f32": 4, "bf16": 2, "f16": 2, "u32": 4, "s32": 4, "u8": 1, "pred": 1, "f64": 8}

@@ -50,7 +50,7 @@ def measure_step(batch: int, devices: int) -> float:
     import jax
 
     import jaxvae
-    from jaxvae.parallel import AXIS, devices_for, lay_out, make_cores_devices, share
+    from jaxvae.devices.sharding import AXIS, devices_for, lay_out, make_cores_devices, share
 
     make_cores_devices()
     mesh = devices_for(batch)

@@ -14,8 +14,8 @@ from typing import BinaryIO, Literal
 
 import numpy as np
 
+from jaxvae.devices.processes import memory
 from jaxvae.errors import InputError
-from jaxvae.hosts import memory
 
 _CHUNK = 2**20  # bytes
 _MOST_HEADER = 10_000  # bytes, NumPy's own limit

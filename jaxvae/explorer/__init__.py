@@ -18,9 +18,9 @@ from PIL import Image
 from jaxvae.data import Dataset
 from jaxvae.errors import InputError
 from jaxvae.explorer.program import Program, decoder_program
+from jaxvae.figures.grid import pixels, tile
 from jaxvae.figures.style import COLOURS
-from jaxvae.model import Params, decode, encode
-from jaxvae.mosaic import pixels, tile
+from jaxvae.models.vae import Params, decode, encode
 
 _BYTES = 5_000_000  # of a page
 _IMAGES = 10_000  # beyond this, points only hide each other

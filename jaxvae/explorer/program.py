@@ -23,7 +23,7 @@ import numpy as np
 from jax.extend.core import Literal
 
 from jaxvae.errors import InputError
-from jaxvae.model import Params, decode
+from jaxvae.models.vae import Params, decode
 
 
 class Program(NamedTuple):

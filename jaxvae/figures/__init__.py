@@ -18,7 +18,7 @@ from jaxvae.figures.pictures import (
     traversals,
 )
 from jaxvae.figures.style import save
-from jaxvae.model import Params
+from jaxvae.models.vae import Params
 
 FORMATS = ("png", "svg", "pdf")
 

@@ -12,13 +12,13 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
 from jaxvae.data import Dataset
-from jaxvae.distributions import Gaussian
+from jaxvae.evaluation.metrics import active_units, log_aggregate
+from jaxvae.figures.grid import latent_grid
 from jaxvae.figures.pictures import activity, labels_of
 from jaxvae.figures.style import COLOURS, DARK, LIGHT, STYLE, WARM, Picture
-from jaxvae.measures import active_units, log_aggregate
-from jaxvae.model import Params, Posterior, Prior, encode, prior
-from jaxvae.mosaic import latent_grid
-from jaxvae.priors import Mixture, StandardNormal
+from jaxvae.models.likelihoods import Gaussian
+from jaxvae.models.priors import Mixture, StandardNormal
+from jaxvae.models.vae import Params, Posterior, Prior, encode, prior
 
 _SPLITS = {"train": LIGHT, "test": DARK}
 _SCATTERED = 10_000  # points beyond this only hide each other
@@ -106,7 +106,7 @@ def training(history: Sequence[dict[str, Any]]) -> Figure:
 def units(params: Params, data: Dataset, threshold: float = 0.01) -> Figure:
     """How much every latent's posterior mean varies over the test images, largest first.
 
-    Above the threshold a latent counts as active: `jaxvae.measures.active_units`.
+    Above the threshold a latent counts as active: `jaxvae.evaluation.metrics.active_units`.
     """
     mean, variance = activity(params, data)
     order = np.argsort(-variance, kind="stable")

@@ -9,18 +9,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from jaxvae.data import Dataset
-from jaxvae.distributions import scale_images
+from jaxvae.figures.grid import latent_grid, plane
 from jaxvae.figures.style import mosaic
-from jaxvae.model import Params, decode, encode, prior, reconstruct, sample
-from jaxvae.mosaic import latent_grid, plane
-from jaxvae.priors import StandardNormal
+from jaxvae.models.likelihoods import scale_images
+from jaxvae.models.priors import StandardNormal
+from jaxvae.models.vae import Params, decode, encode, prior, reconstruct, sample
 
 _ROWS = 10  # more classes or latents than these get no row
 _MEASURED = 10_000  # test images that say which latents vary
 
 
 def manifold(params: Params, n: int = 15) -> Figure:
-    """The decoder's mean on an n by n grid of the first two latents, as `jaxvae.mosaic.plane`."""
+    """The decoder's mean on an n by n grid of the first two latents, as of `figures.grid.plane`."""
     images, right, down = plane(params, n)
     latent_dim = params.config.latent_dim
     title = f"Decoder means over the latent {'plane' if latent_dim > 1 else 'line'}"

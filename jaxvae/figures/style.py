@@ -10,8 +10,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from jaxvae.journal import write_whole
-from jaxvae.mosaic import pixels, tile
+from jaxvae.figures.grid import pixels, tile
+from jaxvae.runs.files import write_whole
 
 STYLE = {
     "font.size": 10,

@@ -10,7 +10,7 @@ import protocol
 from protocol import Timed
 
 import jaxvae
-from jaxvae.parallel import AXIS, devices_for, everywhere, make_cores_devices, share
+from jaxvae.devices.sharding import AXIS, devices_for, everywhere, make_cores_devices, share
 
 make_cores_devices()
 GPU = jax.default_backend() == "gpu"

@@ -1,0 +1,398 @@
+"""The command line."""
+
+import argparse
+import os
+import shutil
+import sys
+import time
+import warnings
+from contextlib import ExitStack, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from jaxvae.cli.parser import FLAGS, completion_script, make_parser
+from jaxvae.devices.processes import pass_over_missing_tpu
+from jaxvae.devices.sharding import make_cores_devices
+from jaxvae.errors import Damaged, InputError, Preempted, TrainingFailed
+
+_CACHE_BYTES = 2**30  # of compiled programs, kept between commands
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command. Returns the exit code.
+
+    0: done; 1: interrupted, or training failed; 2: the user's input was wrong; 75: told to stop,
+    and saved.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("once", Damaged)
+            warnings.showwarning = _tell_damage(warnings.showwarning)
+            _run(arguments)
+    except InputError as error:
+        print(f"jaxvae: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # who reads the output has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:  # of a file that the user named
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"jaxvae: {where}{error.strerror or error}", file=sys.stderr)
+        return 2
+    except TrainingFailed as error:
+        print(f"jaxvae: {error}", file=sys.stderr)
+        return 1
+    except Preempted as stop:
+        print(f"jaxvae: {stop}", file=sys.stderr)
+        return 75
+    except KeyboardInterrupt as interrupt:
+        print(f"jaxvae: interrupted{interrupt}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        _leave_if_together(error)
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            reason = " ".join(str(error).split())[:200]
+            print(
+                f"jaxvae: out of memory: {reason}; take a smaller --batch-size or a smaller model",
+                file=sys.stderr,
+            )
+            return 1
+        raise
+    return 0
+
+
+def _run(arguments: list[str] | None) -> None:
+    options = make_parser(_COMMANDS).parse_args(arguments)
+    pass_over_missing_tpu()
+    make_cores_devices()
+    _keep_programs()
+    options.command(options)
+
+
+def _tell_damage(show: Any) -> Any:
+    """What shows warnings, but those of damage as a line."""
+
+    def shown(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, Damaged):
+            print(f"jaxvae: {message}", file=sys.stderr)
+        else:
+            show(message, category, *where, **more)
+
+    return shown
+
+
+def _leave_if_together(error: Exception) -> None:
+    """End this process if it computed with others, as one of them is lost.
+
+    At once: to take leave of the others, as at an ordinary end, would be to wait for the lost one.
+    """
+    import jax
+
+    if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
+        reason = " ".join(str(error).split())[:300]
+        print(
+            f"jaxvae: process {jax.process_index()} of {jax.process_count()} stopped, as what all "
+            f"compute together failed: {reason}; when all have ended, start them again with "
+            "--resume",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
+
+
+def _keep_programs() -> None:
+    """Keep what XLA compiles in the user's cache folder: the next command compiles nothing.
+
+    A cache folder that the user gave JAX is taken instead, and a folder that cannot be written
+    is done without.
+    """
+    import jax
+
+    if jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
+        return
+    try:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(home).absolute() / "jaxvae" / "xla"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # RuntimeError: there is no home
+        return
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return
+    _drop_oldest(folder, _CACHE_BYTES)
+    # A damaged entry or a full disk costs a compilation, which is no news to the user.
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _drop_oldest(folder: Path, limit: int) -> None:
+    """Delete the files used longest ago, until the folder holds at most `limit` bytes.
+
+    JAX bounds its cache itself only where the filelock package is installed.
+    """
+    with suppress(OSError):  # another command may be at it
+        files = [(file, file.stat()) for file in folder.rglob("*") if file.is_file()]
+        total = sum(stat.st_size for _, stat in files)
+        for file, stat in sorted(files, key=lambda one: one[1].st_atime):
+            if total <= limit:
+                break
+            file.unlink()
+            total -= stat.st_size
+
+
+def _train(options: argparse.Namespace) -> None:
+    from jaxvae.devices import processes
+    from jaxvae.runs import sweep, tensorboard
+    from jaxvae.runs.config import resumed
+    from jaxvae.runs.data import load_run_data
+    from jaxvae.runs.progress import Progress
+
+    processes.join(options.coordinator, options.num_processes, options.process_id)
+    if processes.several() and not options.run_dir:
+        raise InputError("several processes train one model: say where to, with --run-dir DIR")
+    names = [flag.strip("-").replace("-", "_") for flag in FLAGS]
+    flags = {n: getattr(options, n) for n in (*names, "seeds") if getattr(options, n) is not None}
+    if options.tensorboard:
+        tensorboard.need_tensorboard()
+    if options.resume and not options.run_dir:
+        raise InputError("--resume goes on with a run: say which, with --run-dir DIR")
+    run_dir = Path(options.run_dir or time.strftime("runs/%Y%m%d-%H%M%S"))
+    if not options.resume:
+        seeds = flags.pop("seeds", 1)
+        models = sweep.configured(flags, seeds)
+    elif (run_dir / "sweep.json").exists():
+        models = sweep.resumed(run_dir, flags)
+    else:
+        models = {"": resumed(run_dir, _of_one_model(flags, run_dir))}
+    data = load_run_data(next(iter(models.values())))
+    if len(models) > 1 and processes.several():
+        raise InputError("many models are trained at once by one process, not by several")
+    if len(models) > 1 and options.tensorboard:
+        raise InputError("--tensorboard shows the training of one model, not of many")
+    progress = Progress() if processes.is_first() else None
+    if progress and options.profile:
+        progress = tensorboard.Profiled(progress, run_dir / "profile")
+    try:
+        if len(models) > 1:
+            paths = _train_many(run_dir, models, data, options.resume, progress)
+        else:
+            (config,) = models.values()
+            shown = (progress, options.tensorboard)
+            paths = _train_one(run_dir, config, data, options.resume, *shown)
+    except KeyboardInterrupt:
+        hint = f"; go on with: jaxvae train --resume --run-dir {run_dir}"
+        raise KeyboardInterrupt(hint) from None
+    if paths:
+        _tell_next(run_dir, next(iter(models)) if len(models) > 1 else "", paths)
+
+
+def _tell_next(run_dir: Path, model: str, figures: list[Path]) -> None:
+    """What a training left, and what can be done with it; `model` is one's folder, of many."""
+    one = run_dir / model
+    print(f"{len(figures)} figures; the first: {figures[0]}", file=sys.stderr)
+    name = _called()
+    lines = {
+        f"{name} explore {one}": "a page in which to move about its latents",
+        f"{name} evaluate {one}": "test ELBO, log p(x) and more, as a table",
+        f"{name} sample {one} --n 64 --out samples.png": "new images",
+        f"{name} train --resume --run-dir {run_dir} --epochs N": "train on, to N epochs",
+    }
+    width = max(map(len, lines))
+    for line, says in lines.items():
+        print(f"  {line:{width}}  {says}", file=sys.stderr)
+
+
+def _called() -> str:
+    """What the user called this program as, so that a line can be copied and works."""
+    called = Path(sys.argv[0])
+    if called.parts[-2:] == ("jaxvae", "__main__.py"):
+        return "python -m jaxvae"
+    outside = called.name == "jaxvae" and not shutil.which("jaxvae")
+    return str(called) if outside else "jaxvae"
+
+
+def _train_one(
+    run_dir: Path, config: Any, data: Any, resume: bool, progress: Any, to_tensorboard: bool
+) -> list[Path]:
+    from jaxvae.devices import processes
+    from jaxvae.figures.animation import keep_frame
+    from jaxvae.runs import directory, drawing, loop, tensorboard
+
+    config = directory.start(run_dir, config, data, resume=resume)
+    if processes.is_first():
+        _tell_start(config.data, data, f"run directory {run_dir}")
+    watchers: list[Any] = [partial(keep_frame, run_dir)]
+    with ExitStack() as stack:
+        if to_tensorboard and processes.is_first():
+            watchers.append(stack.enter_context(tensorboard.TensorBoard(run_dir, config, data)))
+        state = loop.train(run_dir, config, data, progress=progress, watchers=watchers)
+        for board in watchers[1:]:
+            board.finish(state.params)
+    return drawing.draw(run_dir, data, state.params) if processes.is_first() else []
+
+
+def _train_many(run_dir: Path, models: Any, data: Any, resume: bool, progress: Any) -> list[Path]:
+    from jaxvae.runs import drawing, sweep
+    from jaxvae.runs.checkpoints import load
+
+    models = sweep.start(run_dir, models, data, resume=resume)
+    name = next(iter(models.values())).data
+    _tell_start(
+        name, data, f"{len(models)} models; run directories {run_dir}/{next(iter(models))}, ..."
+    )
+    sweep.train(run_dir, models, data, progress=progress)
+    for line in sweep.results(run_dir, models):
+        print(line, file=sys.stderr)
+    folders = [run_dir / name for name in models]
+    return [path for one in folders for path in drawing.draw(one, data, load(one))]
+
+
+def _tell_start(name: str, data: Any, where: str) -> None:
+    counts = f"{len(data.train_images):,} training and {len(data.test_images):,} test images"
+    print(f"{name}: {counts}; {where}", file=sys.stderr)
+
+
+def _of_one_model(flags: dict[str, Any], run_dir: Path) -> dict[str, Any]:
+    """The flags with each value alone, or InputError where they ask for several models."""
+    from jaxvae.runs.config import as_flag
+
+    single = {}
+    for name, value in flags.items():
+        values = value if isinstance(value, list) else [value]
+        if len(values) > 1 or (name == "seeds" and value != 1):
+            raise InputError(f"{as_flag(name)} asks for many models, but {run_dir} is a run of one")
+        single[name] = values[0]
+    single.pop("seeds", None)
+    return single
+
+
+_MEASURES = {
+    "elbo": "ELBO",
+    "log_likelihood": "log-likelihood E[log p(x|z)]",
+    "kl": "KL(q(z|x) || p(z))",
+    "mutual_information": "  mutual information I(n; z)",
+    "marginal_kl": "  KL(q(z) || p(z))",
+    "log_p_x": "log p(x), {num_samples} samples",
+    "bits_per_dimension": "bits per dimension, of log p(x)",
+    "active_units": "active units",
+    "reconstruction_error": "mean squared error of a pixel",
+    "logistic_regression": "accuracy of logistic regression",
+    "nearest_neighbors": "accuracy of 5 nearest neighbors",
+}
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from jaxvae.runs import evaluation
+
+    _at_least_one("--num-samples", options.num_samples)
+    found = evaluation.measure(
+        options.run, options.num_samples, "best" if options.best else "latest"
+    )
+    print(f"{options.run}, step {found['step']}: {found['images']:,} test images, nats per image")
+    for name, says in _MEASURES.items():
+        if name in found:
+            digits = 0 if name == "active_units" else 4 if "error" in name else 3
+            print(f"  {says.format(**found):34}{found[name]:10.{digits}f}")
+    print(f"evaluation: {options.run / 'evaluation.json'}", file=sys.stderr)
+
+
+def _sample(options: argparse.Namespace) -> None:
+    import jax
+
+    from jaxvae.models.vae import sample
+    from jaxvae.runs.checkpoints import load
+    from jaxvae.runs.config import read_config
+
+    _at_least_one("--n", options.n)
+    if options.out.suffix.lower() != ".png":
+        raise InputError(f"--out is {options.out}: expected a file name ending in .png")
+    config = read_config(options.run)
+    params = load(options.run, "best" if options.best else "latest")
+    from jaxvae.figures.grid import save_images
+
+    seed = config.seed if options.seed is None else options.seed
+    save_images(sample(params, jax.random.key(seed), options.n), options.out)
+    print(options.out)
+
+
+def _figures(options: argparse.Namespace) -> None:
+    from jaxvae.runs import drawing
+    from jaxvae.runs.checkpoints import load
+    from jaxvae.runs.config import read_config
+    from jaxvae.runs.data import load_run_data
+
+    data = load_run_data(read_config(options.run))
+    params = load(options.run, "best" if options.best else "latest")
+    for path in drawing.draw(options.run, data, params, options.format):
+        print(path)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from jaxvae.interchange.export import export
+    from jaxvae.runs.checkpoints import load
+
+    params = load(options.run, "best" if options.best else "latest")
+    for path in export(params, options.out or options.run / "export", options.to):
+        print(path)
+
+
+def _import(options: argparse.Namespace) -> None:
+    from jaxvae.interchange.keras import import_keras
+
+    told = import_keras(options.file, options.run_dir, options.decoder, options.data)
+    print(told, file=sys.stderr)
+
+
+def _explore(options: argparse.Namespace) -> None:
+    from jaxvae import explorer
+    from jaxvae.runs.checkpoints import load
+    from jaxvae.runs.config import read_config
+    from jaxvae.runs.data import load_run_data
+
+    config = read_config(options.run)
+    out = options.out or options.run / "explorer.html"
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"--out is {out}: expected a file name ending in .html")
+    params = load(options.run, "best" if options.best else "latest")
+    explorer.write(out, params, load_run_data(config), options.run.resolve().name)
+    print(out)
+
+
+def _summary(options: argparse.Namespace) -> None:
+    from jaxvae.config import ModelConfig
+    from jaxvae.models.summary import summary
+    from jaxvae.runs.config import read_config
+
+    print(summary(read_config(options.run).model if options.run else ModelConfig()))
+
+
+def _benchmark(options: argparse.Namespace) -> None:
+    from jaxvae.cli.benchmark import benchmark
+
+    for line in benchmark():
+        print(line, flush=True)
+
+
+def _at_least_one(flag: str, value: int) -> None:
+    if value < 1:
+        raise InputError(f"{flag} is {value}: expected at least 1")
+
+
+def _completion(options: argparse.Namespace) -> None:
+    print(completion_script(make_parser(_COMMANDS), options.shell))
+
+
+_COMMANDS = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "sample": _sample,
+    "figures": _figures,
+    "export": _export,
+    "explore": _explore,
+    "import": _import,
+    "summary": _summary,
+    "benchmark": _benchmark,
+    "completion": _completion,
+}

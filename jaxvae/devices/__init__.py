@@ -1,0 +1,1 @@
+"""How the work is carried out: convolutions, sharding over devices, several processes."""

@@ -1,0 +1,111 @@
+"""Test metrics."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxvae.data import Dataset
+from jaxvae.devices.convolution import in_blocks
+from jaxvae.devices.sharding import own_part
+from jaxvae.evaluation.metrics import active_units, elbo_surgery, latent_probe, reconstruction_error
+from jaxvae.models.likelihoods import Gaussian
+from jaxvae.models.vae import Params, encode, prior, reconstruct
+from jaxvae.objectives import elbo, example_keys, log_likelihood
+
+_BLOCK = 1000  # images at once: bounds memory, whatever the size of the test set
+
+
+@partial(jax.jit, static_argnames="axis_name")
+def evaluate(
+    params: Params,
+    key: jax.Array,
+    images: jax.Array,
+    labels: jax.Array | None = None,
+    *,
+    axis_name: str | None = None,
+) -> dict[str, jax.Array]:
+    """Mean metrics over a test set, one posterior sample per image.
+
+    Args:
+      key: PRNG key.
+      images: [N, height, width, channels], float32 in [0, 1] or uint8.
+      labels: [N], their classes, where the model is conditional.
+      axis_name: of the `pmap` whose devices share the images; each is handed all of them and
+        takes its own part, N / devices.
+    Returns:
+      `loss` (the negative ELBO), `elbo`, `log_likelihood` and `kl`, nats per image.
+    Raises:
+      InputError: images of another shape than the model's.
+    """
+    examples = own_part((example_keys(key, len(images)), jnp.asarray(images), labels), axis_name)
+    terms = in_blocks(lambda block: elbo(params, *block), examples, _BLOCK)
+    means = {name: jnp.mean(values) for name, values in terms._asdict().items()}
+    if axis_name:
+        means = lax.pmean(means, axis_name)
+    value = means.pop("value")
+    return {"loss": -value, "elbo": value, **means}
+
+
+@partial(jax.jit, static_argnames=("num_samples", "axis_name"))
+def mean_log_likelihood(
+    params: Params,
+    key: jax.Array,
+    images: jax.Array,
+    labels: jax.Array | None = None,
+    *,
+    num_samples: int,
+    axis_name: str | None = None,
+) -> jax.Array:
+    """The mean of `jaxvae.log_likelihood` over a test set, in constant memory: nats per image.
+
+    axis_name: as of `evaluate`.
+    """
+    examples = own_part((example_keys(key, len(images)), jnp.asarray(images), labels), axis_name)
+
+    def estimate(block: tuple[jax.Array, jax.Array, jax.Array | None]) -> jax.Array:
+        keys, images, labels = block
+        return log_likelihood(params, keys, images, num_samples, labels)
+
+    mean = jnp.mean(in_blocks(estimate, examples, _BLOCK))
+    return lax.pmean(mean, axis_name) if axis_name else mean
+
+
+def examine(params: Params, key: jax.Array, data: Dataset) -> dict[str, float]:
+    """What a model has made of its latents, and how far its reconstructions are off.
+
+    Returns:
+      `mutual_information` and `marginal_kl`, nats per image, where the posterior is Gaussian;
+      `active_units`; `reconstruction_error`, the mean square per pixel; and, where there are
+      labels of two classes or more, the accuracies of `jaxvae.evaluation.metrics.latent_probe`.
+    """
+    images = jnp.asarray(data.test_images)
+    labels, train_labels = (
+        jnp.asarray(labels, jnp.int32) if params.config.num_classes else None
+        for labels in (data.test_labels, data.train_labels)
+    )
+    posterior = encode(params, images, labels)
+    found: dict[str, float] = {}
+    if isinstance(posterior, Gaussian):
+        z = posterior.sample(key)
+        surgery = elbo_surgery(posterior, z, prior(params).log_prob(z))
+        found |= {name: float(part) for name, part in surgery._asdict().items()}
+    found["active_units"] = int(active_units(posterior.mean))
+    means = reconstruct(params, images, labels)
+    found["reconstruction_error"] = float(jnp.mean(reconstruction_error(images, means)))
+    if (
+        data.train_labels is not None
+        and data.test_labels is not None
+        and np.ptp(data.train_labels) > 0
+    ):
+        train_mean = encode(params, data.train_images, train_labels).center
+        probe = latent_probe(
+            np.asarray(train_mean),
+            data.train_labels,
+            np.asarray(posterior.center),
+            data.test_labels,
+        )
+        found |= probe._asdict()
+    return found

@@ -1,0 +1,1 @@
+"""Models written for, and read from, other programs."""

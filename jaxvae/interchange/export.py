@@ -1,0 +1,302 @@
+"""Models in the formats of other programs: StableHLO, ONNX and safetensors.
+
+    encoder   images [b, height, width, channels], float32 in [0, 1]
+              -> mean, log_var [b, latent]; with a flow also the center [b, latent]
+    decoder   latents [b, latent], float32 -> mean [b, height, width, channels], float32 in [0, 1]
+    sampler   keys [b, 2], any 64 random bits for every image, uint32
+              -> mean of the decoder at a draw from the prior, as of the decoder
+
+b is of any size, from 1. Conditional models take labels [b], int32, as a last argument. The
+parameters are in the functions.
+
+What lies in each file, and how another program reads it, is in docs/export.md.
+"""
+
+import importlib.util
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxvae.config import ModelConfig
+from jaxvae.errors import InputError
+from jaxvae.models.flows import FlowPosterior
+from jaxvae.models.vae import Params, decode, encode, init, prior
+
+FORMATS = ("stablehlo", "onnx", "safetensors")
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+_CONFIG = "jaxvae.ModelConfig"  # the name, in the file's metadata, of what `load_safetensors` reads
+
+
+def export(params: Params, folder: str | Path, formats: Sequence[str] = FORMATS) -> list[Path]:
+    """Write a model into a folder, which is made, in one format or several.
+
+    stablehlo: encoder.stablehlo, decoder.stablehlo and sampler.stablehlo; onnx: encoder.onnx and
+    decoder.onnx; safetensors: model.safetensors. Files of an earlier export are replaced, once
+    everything asked for is at hand.
+
+    Returns:
+      The paths written.
+    Raises:
+      InputError: another format; a package that a format needs is missing, or cannot write this
+        model; the folder cannot be written.
+    """
+    contents: dict[str, bytes] = {}
+    for name in formats:
+        if name not in FORMATS:
+            raise InputError(f"the format is {name!r}: expected {', '.join(FORMATS)}")
+        contents |= _WRITERS[name](params)
+    paths = [Path(folder) / name for name in contents]
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for path, content in zip(paths, contents.values(), strict=True):
+            part = path.with_name(path.name + ".part")
+            part.write_bytes(content)
+            os.replace(part, path)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written: {error.strerror}") from None
+    return paths
+
+
+def load_safetensors(path: str | Path, network: Any = None) -> Params:
+    """The model in a file that `export` has written.
+
+    Args:
+      network: the modules (encoder, decoder), where the model was given some of its own.
+    Raises:
+      InputError: the file is not there, is damaged, or holds other parameters than those of the
+        model that it says it is.
+    """
+    _require("safetensors")
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            about = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (SafetensorError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is damaged: {error}") from None
+    if _CONFIG not in about:
+        raise InputError(
+            f"{path} does not say which model it is: expected a file of `jaxvae export`, "
+            f"with {_CONFIG} in its metadata"
+        )
+    try:
+        own = {} if network is None else {"network": network}
+        config = ModelConfig.from_dict(json.loads(about[_CONFIG]) | own)
+    except (json.JSONDecodeError, TypeError) as error:
+        raise InputError(f"{path} is damaged: {error}") from None
+    like = jax.eval_shape(init, jax.random.key(0), config)
+    expected, found = _shapes(_named(like)), _shapes(arrays)
+    if expected != found:
+        name = min(set(expected.items()) ^ set(found.items()))[0]
+        raise InputError(
+            f"{path} has {_told(found, name)}: expected {_told(expected, name)}, as of its model"
+        )
+    leaves = [jnp.asarray(arrays[name]) for name in _named(like)]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+class _Function(NamedTuple):
+    """What is exported: a function of parameters, and what its arrays are called."""
+
+    call: Callable[..., Any]
+    inputs: Mapping[str, jax.ShapeDtypeStruct]  # of one row of the batch
+    outputs: tuple[str, ...]
+
+
+def _functions(params: Params) -> dict[str, _Function]:
+    config = params.config
+    shape = jax.ShapeDtypeStruct
+    images = {"images": shape(config.image_shape, jnp.float32)}
+    latents = {"latents": shape((config.latent_dim,), jnp.float32)}
+    keys = {"keys": shape((2,), jnp.uint32)}
+    labels = {"labels": shape((), jnp.int32)} if config.num_classes else {}
+
+    # Each has only the parameters it needs, as all that it has are written.
+    encoder_params = replace(params, decoder={}, likelihood={}, prior={})
+    decoder_params = replace(params, encoder={}, prior={}, flow={})
+
+    def encoder(images: jax.Array, *labels: jax.Array) -> tuple[jax.Array, ...]:
+        posterior = encode(encoder_params, images, *labels)
+        center = (posterior.center,) if isinstance(posterior, FlowPosterior) else ()
+        return posterior.mean, posterior.log_var, *center
+
+    def decoder(z: jax.Array, *labels: jax.Array) -> jax.Array:
+        return decode(decoder_params, z, *labels).mean
+
+    def sampler(keys: jax.Array, *labels: jax.Array) -> jax.Array:
+        # By keys, as an array of a size that is not known yet cannot be asked for by its size.
+        own = jax.random.wrap_key_data(keys, impl="threefry2x32")
+        z = jax.vmap(lambda key: prior(params).sample(key, 1)[0])(own)
+        return decoder(z, *labels)
+
+    encoded = ("mean", "log_var", "center") if config.posterior == "iaf" else ("mean", "log_var")
+    return {
+        "encoder": _Function(encoder, images | labels, encoded),
+        "decoder": _Function(decoder, latents | labels, ("mean",)),
+        "sampler": _Function(sampler, keys | labels, ("mean",)),
+    }
+
+
+def _of_batch(size: Any, function: _Function) -> list[jax.ShapeDtypeStruct]:
+    return [jax.ShapeDtypeStruct((size, *x.shape), x.dtype) for x in function.inputs.values()]
+
+
+def _stablehlo(params: Params) -> dict[str, bytes]:
+    from jax import export as jax_export
+
+    _require("flatbuffers")
+    (batch,) = jax_export.symbolic_shape("b")
+    files = {}
+    for name, function in _functions(params).items():
+        inputs = _of_batch(batch, function)
+        with _told_of_len(name):
+            exported = jax_export.export(jax.jit(function.call), platforms=PLATFORMS)(*inputs)
+        files[f"{name}.stablehlo"] = bytes(exported.serialize())
+    return files
+
+
+def _onnx(params: Params) -> dict[str, bytes]:
+    if importlib.util.find_spec("jax2onnx") is None and jax.__version_info__ >= (0, 12):
+        raise InputError(
+            f"ONNX is written by jax2onnx, which does not know JAX {jax.__version__} yet: expected "
+            "JAX 0.10 or 0.11, or the format stablehlo"
+        )
+    _require("jax2onnx")
+    _require("onnxruntime")
+    files = {}
+    # In float32 alone: what mixed precision computes in bfloat16, few programs read.
+    config = replace(params.config, compute_dtype="float32")
+    functions = _functions(replace(params, config=config))
+    for name in ("encoder", "decoder"):
+        function = functions[name]
+        try:
+            with _told_of_len(name), _quiet("onnx_ir", "jax2onnx"):
+                from jax2onnx import to_onnx
+
+                model = to_onnx(
+                    function.call,
+                    _of_batch("b", function),
+                    model_name=name,
+                    input_names=list(function.inputs),
+                    output_names=function.outputs,
+                )
+            content = model.SerializeToString()
+            problem = _difference(function, content, config)
+        except InputError:
+            raise
+        except Exception as error:  # of another's code, which knows some programs and JAXs
+            problem = " ".join(str(error).split())[:200] or type(error).__name__
+        if problem:
+            from importlib.metadata import version
+
+            raise InputError(
+                f"jax2onnx {version('jax2onnx')} cannot write this {name} with JAX "
+                f"{jax.__version__}: {problem}; expected JAX 0.10 or 0.11 and a model it knows, or "
+                "the format stablehlo, which takes every model"
+            )
+        files[f"{name}.onnx"] = content
+    return files
+
+
+def _difference(function: _Function, content: bytes, config: ModelConfig) -> str:
+    """What ONNX Runtime computes otherwise; nothing, where it computes the same.
+
+    jax2onnx knows Flax's layers by name, and passes over options of theirs that it does not know.
+    """
+    import onnxruntime
+
+    rng = np.random.default_rng(0)
+    draw: dict[str, Callable[[Any], np.ndarray]] = {
+        "images": lambda shape: rng.random(shape).astype(np.float32),
+        "latents": lambda shape: rng.normal(size=shape).astype(np.float32),
+        "labels": lambda shape: np.arange(*shape, dtype=np.int32) % config.num_classes,
+    }
+    given = {name: draw[name]((3, *x.shape)) for name, x in function.inputs.items()}
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    theirs = session.run(None, given)
+    with jax.default_matmul_precision("highest"):  # of accelerators, as of ONNX Runtime's CPU
+        ours = jax.tree.leaves(function.call(*given.values()))
+    for name, a, b in zip(function.outputs, ours, theirs, strict=True):
+        off = np.abs(a - b).max()
+        if not off <= 1e-4 * max(1, np.abs(a).max()):
+            return f"its {name} is off by {off:.2g}"
+    return ""
+
+
+def _safetensors(params: Params) -> dict[str, bytes]:
+    _require("safetensors")
+    from safetensors.numpy import save
+
+    arrays = {name: np.ascontiguousarray(x) for name, x in _named(params).items()}
+    about = {_CONFIG: json.dumps(params.config.to_dict())}
+    return {"model.safetensors": save(arrays, about)}
+
+
+_WRITERS: dict[str, Callable[[Params], dict[str, bytes]]] = {
+    "stablehlo": _stablehlo,
+    "onnx": _onnx,
+    "safetensors": _safetensors,
+}
+
+
+def _named(params: Params) -> dict[str, Any]:
+    """Every array by its place, as in encoder.conv_1.kernel."""
+    leaves, _ = jax.tree.flatten_with_path(params)
+    return {jax.tree_util.keystr(k, simple=True, separator="."): x for k, x in leaves}
+
+
+def _shapes(arrays: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], str]]:
+    return {name: (tuple(x.shape), str(x.dtype)) for name, x in arrays.items()}
+
+
+def _told(shapes: dict[str, tuple[tuple[int, ...], str]], name: str) -> str:
+    if name not in shapes:
+        return f"no {name!r}"
+    shape, dtype = shapes[name]
+    return f"{name!r} of shape {shape} and type {dtype}"
+
+
+def _require(package: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise InputError(f'{package} is not installed: pip install "jaxvae[export]"')
+
+
+@contextmanager
+def _told_of_len(name: str) -> Iterator[None]:
+    """An InputError where modules of one's own ask for the size of the batch as a number."""
+    try:
+        yield
+    except TypeError as error:
+        if "_DimExpr" not in str(error):
+            raise
+        raise InputError(
+            f"the {name} asks for the size of a batch, which may be any in an export: "
+            "expected x.shape[0], not len(x), in modules of your own"
+        ) from None
+
+
+@contextmanager
+def _quiet(*names: str) -> Iterator[None]:
+    """Keeps the loggers of packages from warnings that are no news to the user."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,1 @@
+"""The VAE and its components: networks, priors, posteriors, likelihoods."""

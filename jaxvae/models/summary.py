@@ -1,0 +1,70 @@
+"""The layer table of a model."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxvae.config import ModelConfig
+from jaxvae.models.vae import init, modules
+
+Row = tuple[str, str, str, int]
+
+
+def summary(config: ModelConfig) -> str:
+    """A line for every layer: its name, output shape, kernel shape and number of parameters."""
+    params = jax.eval_shape(init, jax.random.key(0), config)
+    encoder, decoder = modules(config)
+    classes = [jnp.zeros((1, config.num_classes))] if config.num_classes else []
+    images = [jnp.zeros((1, *config.image_shape)), *classes]
+    latents = [jnp.zeros((1, config.latent_dim)), *classes]
+    tables = {
+        "encoder, q(z|x)": _rows(encoder, params.encoder, "images", images),
+        "decoder, p(x|z)": _rows(decoder, params.decoder, "latents", latents),
+    }
+    learned = {"posterior": params.flow, "prior": params.prior, "likelihood": params.likelihood}
+    for part, weights in learned.items():
+        if weights:
+            kind = getattr(config, part)
+            tables[f"{part}, {kind}"] = [(kind, "", "", _count(weights))]
+    lines = []
+    for title, rows in tables.items():
+        total = sum(row[-1] for row in rows)
+        lines += [*_table(title, rows), f"{'':58}{total:>12,}", ""]
+    return "\n".join([*lines, f"{_count(params):,} parameters"])
+
+
+def _rows(module: Any, params: Any, input_name: str, examples: list[jax.Array]) -> list[Row]:
+    names: list[str] = []  # in the order of the calls, which tracing sorts away
+
+    def outputs(params: Any) -> list[jax.Array]:
+        _, state = module.apply({"params": params}, *examples, capture_intermediates=True)
+        layers = {k: v for k, v in state["intermediates"].items() if k != "__call__"}
+        names[:] = layers
+        return [layer["__call__"][0] for layer in layers.values()]
+
+    shapes = jax.eval_shape(outputs, params)
+    rows: list[Row] = [(input_name, _shape(examples[0].shape[1:]), "", 0)]
+    for name, output in zip(names, shapes, strict=True):
+        weights = params.get(name, {})
+        # A block of several layers has no kernel of its own, and may have several results.
+        kernel = _shape(weights["kernel"].shape) if "kernel" in weights else ""
+        shape = _shape(output.shape[1:]) if hasattr(output, "shape") else ""
+        rows.append((name, shape, kernel, _count(weights)))
+    # What belongs to no layer that was called.
+    rows += [(name, "", "", _count(params[name])) for name in params if name not in names]
+    return rows
+
+
+def _count(params: Any) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def _table(title: str, rows: list[Row]) -> list[str]:
+    head = f"{title:22}{'output':16}{'kernel':20}{'parameters':>12}"
+    return [head, "-" * len(head), *(f"{n:22}{o:16}{k:20}{c:>12,}" for n, o, k, c in rows)]
+
+
+def _shape(sides: tuple[int, ...]) -> str:
+    return " x ".join(map(str, sides))

@@ -1,0 +1,194 @@
+"""What may be looked at while a run trains: TensorBoard, and a trace of JAX's profiler.
+
+tensorboard/     scalars and pictures of every epoch, the hyperparameters, the test latents
+profile/         one dispatch of training steps, as the profiler saw it
+"""
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxvae.data import Dataset
+from jaxvae.errors import InputError
+from jaxvae.figures.animation import is_kept
+from jaxvae.figures.grid import pixels, plane, tile
+from jaxvae.models.likelihoods import scale_images
+from jaxvae.models.vae import Params, encode, reconstruct, sample
+from jaxvae.runs.config import RunConfig, run_keys
+from jaxvae.runs.data import model_inputs
+from jaxvae.runs.progress import Progress, Shown
+
+_PICTURED = 8  # reconstructions, and the square root of how many samples
+_PROJECTED = 2500  # test latents in the projector
+_SPRITE = 8192  # pixels, of which TensorBoard takes no larger picture
+
+
+def need_tensorboard() -> None:
+    """Raises InputError if what writes TensorBoard's files is not installed."""
+    if importlib.util.find_spec("tensorboardX") is None:
+        raise InputError(
+            "--tensorboard needs tensorboardX, which is not installed: "
+            'pip install "jaxvae[tensorboard]"'
+        )
+
+
+class TensorBoard:
+    """A watcher of `run.train` that writes TensorBoard's files into RUN_DIR/tensorboard.
+
+    A run that goes on writes into the same place; TensorBoard passes over what was written of the
+    steps that are taken again.
+    """
+
+    def __init__(self, run_dir: Path, config: RunConfig, data: Dataset) -> None:
+        self._folder, self._config = run_dir / "tensorboard", config
+        self._images, self._labels = model_inputs(data.test_images, data.test_labels, config.model)
+        self._classes = data.test_labels
+        self._writer: Any = None
+
+    def __call__(self, record: dict[str, Any], params: Params) -> None:
+        """Write the metrics and pictures of an epoch; on the disk before this returns."""
+        step = record["step"]
+        if self._writer is None:
+            self._open(step)
+        for split in ("train", "test"):
+            for name, value in record.get(split, {}).items():
+                self._writer.add_scalar(f"{split}/{name}", value, step)
+        if "seconds" in record:
+            self._writer.add_scalar("seconds", record["seconds"], step)
+        if is_kept(record["epoch"]):
+            for name, picture in self._pictures(params).items():
+                self._writer.add_image(name, picture, step, dataformats="HWC")
+        self._writer.flush()
+
+    def finish(self, params: Params) -> None:
+        """Write the latents of the test images for the embedding projector, with the images."""
+        if self._writer is None:
+            self._open(None)
+        side = max(self._images.shape[1:3])
+        count = min(len(self._images), _PROJECTED, (_SPRITE // side) ** 2)
+        rows = np.linspace(0, len(self._images) - 1, count).astype(int)
+        labels = None if self._labels is None else jnp.asarray(self._labels[rows])
+        center = encode(params, jnp.asarray(self._images[rows]), labels).center
+        # Those of an earlier end of the run, which tensorboardX would add to.
+        (self._folder / "projector_config.pbtxt").unlink(missing_ok=True)
+        shutil.rmtree(self._folder / "00000", ignore_errors=True)
+        self._writer.add_embedding(
+            np.asarray(center),
+            None if self._classes is None else [str(label) for label in self._classes[rows]],
+            _squares(self._images[rows]),
+            tag="latents",
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def _open(self, step: int | None) -> None:
+        from tensorboardX import SummaryWriter
+        from tensorboardX.summary import hparams
+
+        # A file is named after the second it was opened in: the step tells two of them apart.
+        self._writer = SummaryWriter(
+            str(self._folder), purge_step=step, filename_suffix=f".{step or 0:010}"
+        )
+        config = self._config.to_dict()
+        told = f"```\n{json.dumps(config, indent=2)}\n```"
+        self._writer.add_text("config", told, step)
+        flat = {**config.pop("model"), **config.pop("train"), **config}
+        numbers = (bool, int, float, str)
+        flat = {k: v if isinstance(v, numbers) else str(v) for k, v in flat.items()}
+        for summary in hparams(flat, {"test/elbo": 0.0})[:2]:
+            self._writer.file_writer.add_summary(summary)
+
+    def _pictures(self, params: Params) -> dict[str, np.ndarray]:
+        """Reconstructions, and the plane of two latents or samples: uint8 [height, width, 3]."""
+        rows = np.linspace(0, len(self._images) - 1, _PICTURED).astype(int)
+        images = jnp.asarray(self._images[rows])
+        labels = None if self._labels is None else jnp.asarray(self._labels[rows])
+        pairs = jnp.concatenate([scale_images(images), reconstruct(params, images, labels)])
+        pictures = {"reconstructions": _rgb(tile(pairs, 2))}
+        if params.config.latent_dim == 2:
+            means, _, down = plane(params, 15)
+            return pictures | {"manifold": _rgb(tile(means, len(down)))}
+        _, key = run_keys(self._config)
+        drawn = sample(params, key, _PICTURED**2)
+        return pictures | {"samples": _rgb(tile(drawn, _PICTURED))}
+
+
+def _rgb(image: np.ndarray) -> np.ndarray:
+    grey_or_colour = pixels(image)
+    if grey_or_colour.ndim == 3:
+        return grey_or_colour
+    return np.repeat(grey_or_colour[..., None], 3, axis=2)
+
+
+def _squares(images: np.ndarray) -> np.ndarray:
+    """Images as the projector takes them: floats [N, 3, side, side], what is missing black."""
+    coloured = np.asarray(scale_images(jnp.asarray(images)))
+    if coloured.shape[3] != 3:
+        coloured = np.repeat(coloured.mean(axis=3, keepdims=True), 3, axis=3)
+    height, width = coloured.shape[1:3]
+    side = max(height, width)
+    padded = np.pad(coloured, ((0, 0), (0, side - height), (0, side - width), (0, 0)))
+    return padded.transpose(0, 3, 1, 2)
+
+
+class Profiled(Progress):
+    """A Progress that has JAX's profiler trace the second dispatch of steps into a folder.
+
+    The first one compiles. Of a training that has no second, what comes after the first is traced.
+    """
+
+    def __init__(self, progress: Progress, folder: Path) -> None:
+        self._progress, self._folder = progress, folder
+
+    @contextmanager
+    def training(self, epochs: int, images: int, done: int) -> Iterator[Shown]:
+        """As of Progress."""
+        with self._progress.training(epochs, images, done) as shown:
+            trace = _Trace(self._folder)
+            advance = shown.advance
+
+            def advanced(images: int, elbo: float) -> None:
+                trace.advance()
+                advance(images, elbo)
+
+            shown.advance = advanced  # type: ignore[method-assign]
+            try:
+                yield shown
+            finally:
+                trace.stop()
+
+
+class _Trace:
+    """A trace that begins after the first dispatch and ends after the second."""
+
+    def __init__(self, folder: Path) -> None:
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level = 0  # the calls of Python would fill the trace
+        self._start = partial(jax.profiler.start_trace, str(folder), profiler_options=options)
+        self._state = "before"
+
+    def advance(self) -> None:
+        if self._state == "before":
+            self._start()
+            self._state = "running"
+        else:
+            self.stop()
+
+    def stop(self) -> None:
+        if self._state == "running":
+            jax.profiler.stop_trace()
+        self._state = "over"

@@ -1,0 +1,1 @@
+"""State, step and input pipeline."""

@@ -1,0 +1,400 @@
+"""State and step."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from jaxvae.config import ModelConfig, TrainConfig
+from jaxvae.devices.convolution import block_size
+from jaxvae.devices.sharding import mean_over, on_parts, own_part, sum_over
+from jaxvae.errors import InputError
+from jaxvae.models.likelihoods import binarize
+from jaxvae.models.vae import Params, expected_images, expected_labels, init
+from jaxvae.objectives import Objective, beta_at, chosen, example_keys
+from jaxvae.validation import as_key, expect_config, expect_number, jit
+
+Metrics = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """Everything that the next step depends on, as a pytree.
+
+    step: steps taken, int32.
+    key: the run's PRNG key; it never changes, each step folds its number into it.
+    config: how to train (static).
+    """
+
+    params: Params
+    opt_state: optax.OptState
+    step: jax.Array
+    key: jax.Array
+    config: TrainConfig = field(metadata={"static": True})
+
+
+def optimizer(
+    config: TrainConfig, learning_rate: jax.Array | float | None = None
+) -> optax.GradientTransformation:
+    """RMSprop with Keras's defaults: decay 0.9, epsilon inside the root, no momentum. Or Adam.
+
+    learning_rate: instead of the configuration's; may be traced.
+
+    Tieleman and Hinton (2012), Lecture 6.5. Kingma and Ba (2015), Adam, algorithm 1.
+    """
+    rate = config.learning_rate if learning_rate is None else learning_rate
+    if config.optimizer == "adam":
+        return optax.adam(rate, b1=0.9, b2=0.999, eps=config.epsilon)
+    return optax.rmsprop(rate, decay=0.9, eps=config.epsilon, eps_in_sqrt=True)
+
+
+def rate_factor(schedule: str, step: jax.Array, steps: int) -> jax.Array | float:
+    """What the learning rate is multiplied by at a step of a run of so many.
+
+        cosine    1/2 (1 + cos(pi step / steps))
+        burda     10^(-i / 7) in stage i = 0, ..., 7, which is 3^i parts of 3,280 long
+
+    Loshchilov and Hutter (2017), SGDR, equation 5. Burda, Grosse and Salakhutdinov (2016),
+    section 5.
+    """
+    if schedule == "cosine":
+        return 0.5 * (1 + jnp.cos(jnp.pi * step / steps))
+    if schedule == "burda":
+        ends = [math.ceil(steps * (3**i - 1) / (3**8 - 1)) for i in range(1, 8)]
+        return 10.0 ** (-jnp.sum(step >= jnp.array(ends)) / 7)
+    return 1.0
+
+
+def create_train_state(
+    key: jax.Array, config: ModelConfig, train_config: TrainConfig
+) -> TrainState:
+    """Fresh parameters and optimiser state, at step 0."""
+    expect_config("config", config, ModelConfig)
+    expect_config("train_config", train_config, TrainConfig)
+    init_key, run_key = jax.random.split(as_key(key))
+    params = init(init_key, config)
+    opt_state = optimizer(train_config).init(params)  # type: ignore[arg-type]
+    return TrainState(params, opt_state, jnp.int32(0), run_key, train_config)
+
+
+@jit(static_argnames=("axis_name", "objective"))
+def train_step(
+    state: TrainState,
+    images: jax.Array,
+    labels: jax.Array | None = None,
+    *,
+    axis_name: str | None = None,
+    objective: Objective | None = None,
+    learning_rate: jax.Array | float | None = None,
+    beta: jax.Array | float | None = None,
+) -> tuple[TrainState, Metrics]:
+    """One step of the optimizer on the mean loss of a batch.
+
+    The state handed in stays usable; `jax.jit(train_step, donate_argnums=0)` gives it up.
+
+    Args:
+      images: [batch, height, width, channels], float32 in [0, 1] or uint8.
+      labels: [batch], their classes, where the model is conditional.
+      axis_name: of the `pmap` whose devices share the batch, each holding its equal part in
+        order; gradients and metrics are then averaged over it. The state's arrays may be parts
+        too, as `jaxvae.devices.sharding.divided` deals them out.
+      objective: what to minimise instead of the configuration's objective: a function of params,
+        [batch] keys and images, and of labels where there are any, to a loss [batch] and the terms
+        of an `Elbo`. It treats every image on its own.
+      learning_rate, beta: instead of the configuration's. They are traced, so that under `vmap`
+        each model can have its own; an objective of one's own takes no beta. The learning rate's
+        schedule is for `train_epoch` to follow, which knows how long a run is.
+    Returns:
+      The next state, and `loss`, `elbo`, `log_likelihood`, `kl`: means over the whole batch,
+      nats per image.
+    Raises:
+      InputError: images or labels of another shape or type than the model's.
+    """
+    images = expected_images(state.params, images)
+    batch = images.shape[0]
+    labels = expected_labels(state.params, labels, batch)
+    _expect_numbers(learning_rate, beta)
+    first = lax.axis_index(axis_name) * batch if axis_name else 0
+    keys = example_keys(_noise_key(state), batch, first)
+    if state.config.binarization == "dynamic":
+        images = binarize(example_keys(_binarization_key(state), batch, first), images)
+    whole, samples = False, 1
+    if objective is None:
+        weight = beta_at(state.config, state.step, beta)
+        objective, whole = chosen(state.config, weight, axis_name)
+        samples = state.config.num_samples
+    examples = (keys, images) if labels is None else (keys, images, labels)
+    size = batch if whole else max(1, block_size(batch * samples, state.params) // samples)
+    grads, metrics = _mean_gradient(objective, state.params, examples, size, axis_name)
+    if state.config.clip_norm:
+        grads = _clipped(grads, state.config.clip_norm, axis_name)
+    updates, opt_state = optimizer(state.config, learning_rate).update(
+        grads, state.opt_state, state.params
+    )
+    params = optax.apply_updates(state.params, updates)  # type: ignore[arg-type]
+    return replace(state, params=params, opt_state=opt_state, step=state.step + 1), metrics
+
+
+@jit(static_argnames=("axis_name", "objective"), donate_argnames="state")
+def train_epoch(
+    state: TrainState,
+    images: jax.Array,
+    labels: jax.Array | None = None,
+    *,
+    axis_name: str | None = None,
+    objective: Objective | None = None,
+    learning_rate: jax.Array | float | None = None,
+    beta: jax.Array | float | None = None,
+) -> tuple[TrainState, Metrics]:
+    """Shuffle the images and take every step of an epoch, in one dispatch.
+
+    The images that do not fill a last batch are left out; which ones differs every epoch.
+
+    The state is donated: the next one takes over its memory, and the arrays of the one handed in
+    are deleted. Go on with the one returned; `jax.tree.map(jnp.copy, state)` keeps an old one.
+
+    Args:
+      state: where the epoch begins; donated.
+      images: [N, height, width, channels], float32 in [0, 1] or uint8.
+      labels: [N], their classes, where the model is conditional.
+      axis_name: of the `pmap` whose devices share every batch; each is handed all the images
+        and takes its own part.
+      objective, learning_rate, beta: as in `train_step`.
+    Returns:
+      The state after the epoch, and the metrics of `train_step` averaged over its steps.
+    Raises:
+      InputError: fewer images than one batch, or as of `train_step`.
+    """
+    images = expected_images(state.params, images)
+    labels = expected_labels(state.params, labels, len(images))
+    _expect_numbers(learning_rate, beta)
+    batches = shuffle(state, len(images))
+    state, totals = train_steps(
+        state,
+        images,
+        batches,
+        0,
+        len(batches),
+        labels,
+        axis_name=axis_name,
+        objective=objective,
+        learning_rate=learning_rate,
+        beta=beta,
+    )
+    del totals["finite"]
+    return state, jax.tree.map(lambda total: total / len(batches), totals)
+
+
+@partial(jax.jit, static_argnames="num_images")
+def shuffle(state: TrainState, num_images: int) -> jax.Array:
+    """The batches of the epoch that begins at this state: indices, [steps, batch_size]."""
+    batch_size = state.config.batch_size
+    if batch_size > num_images:
+        raise InputError(
+            f"batch_size is {batch_size}: expected at most the {num_images} training images"
+        )
+    steps = num_images // batch_size
+    order = jax.random.permutation(_shuffle_key(state), num_images)
+    return order[: steps * batch_size].reshape(steps, batch_size)
+
+
+@partial(jax.jit, static_argnames=("axis_name", "objective"), donate_argnames="state")
+def train_steps(
+    state: TrainState,
+    images: jax.Array,
+    batches: jax.Array,
+    first: jax.Array | int,
+    last: jax.Array | int,
+    labels: jax.Array | None = None,
+    *,
+    axis_name: str | None = None,
+    objective: Objective | None = None,
+    learning_rate: jax.Array | float | None = None,
+    beta: jax.Array | float | None = None,
+) -> tuple[TrainState, Metrics]:
+    """The steps on batches[first:last], in one dispatch; the metrics are summed over them.
+
+    One more, `finite`, is how many steps came before the first whose loss is NaN or infinite.
+
+    `first` and `last` are traced, so that one compiled program serves every part of an epoch.
+    The state is donated, as in `train_epoch`.
+    """
+    steps = state.config.epochs * len(batches)
+    batches = own_part(batches, axis_name, axis=1)
+
+    one = partial(
+        _step_of_a_run,
+        images=images,
+        labels=labels,
+        steps=steps,
+        learning_rate=learning_rate,
+        axis_name=axis_name,
+        objective=objective,
+        beta=beta,
+    )
+    return _summed(lambda state, i: one(state, batches[i]), state, first, last)
+
+
+@partial(jax.jit, static_argnames=("axis_name", "objective", "steps"), donate_argnames="state")
+def train_portion(
+    state: TrainState,
+    images: jax.Array,
+    labels: jax.Array | None,
+    count: jax.Array | int,
+    *,
+    steps: int,
+    axis_name: str | None = None,
+    objective: Objective | None = None,
+) -> tuple[TrainState, Metrics]:
+    """The steps on images[:count], [batches, batch, ...], as of `train_steps`.
+
+    Every device is handed its own part of each batch; `steps` is how many the run has in all.
+    """
+
+    one = partial(
+        _step_of_a_run,
+        images=images,
+        labels=labels,
+        steps=steps,
+        axis_name=axis_name,
+        objective=objective,
+    )
+    return _summed(one, state, 0, count)
+
+
+def _expect_numbers(learning_rate: Any, beta: Any) -> None:
+    for name, value in (("learning_rate", learning_rate), ("beta", beta)):
+        if value is not None:
+            expect_number(name, value)
+
+
+def _step_of_a_run(
+    state: TrainState,
+    batch: jax.Array,
+    *,
+    images: jax.Array,
+    labels: jax.Array | None,
+    steps: int,
+    learning_rate: jax.Array | float | None = None,
+    **options: Any,
+) -> tuple[TrainState, Metrics]:
+    """`train_step` on images[batch], at the learning rate that a run of so many steps has there."""
+    rate = state.config.learning_rate if learning_rate is None else learning_rate
+    return train_step(
+        state,
+        images[batch],
+        None if labels is None else labels[batch],
+        learning_rate=rate * rate_factor(state.config.schedule, state.step, steps),
+        **options,
+    )
+
+
+def _summed(
+    one: Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]],
+    state: TrainState,
+    first: jax.Array | int,
+    last: jax.Array | int,
+) -> tuple[TrainState, Metrics]:
+    """The state after one(state, i) for i in [first, last), and the sums of the metrics."""
+
+    def step(i: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
+        state, totals = carry
+        state, metrics = one(state, i)
+        so_far = totals.pop("finite")
+        good = jnp.isfinite(metrics["loss"]) & (so_far == i - first)
+        totals = jax.tree.map(jnp.add, totals, metrics)
+        return state, {**totals, "finite": so_far + good}
+
+    _, metrics = jax.eval_shape(one, state, jnp.int32(0))
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), metrics)
+    nothing["finite"] = jnp.int32(0)
+    return lax.fori_loop(first, last, step, (state, nothing))
+
+
+def _mean_gradient(
+    objective: Objective,
+    params: Params,
+    examples: tuple[jax.Array, ...],
+    size: int,
+    axis_name: str | None,
+) -> tuple[Params, Metrics]:
+    """The gradient of the mean loss over a batch, and the mean of its metrics.
+
+    Summed over blocks of `size` examples, each taken forward and backward before the next, so
+    that what the backward pass needs is still in cache.
+    """
+
+    batch = examples[0].shape[0]
+    whole_params = _whole_params(params) if axis_name else None
+    objective = on_parts(objective, params, whole_params, axis_name)
+
+    def part(params: Params, examples: tuple[jax.Array, ...]) -> tuple[jax.Array, Metrics]:
+        loss, terms = objective(params, *examples)
+        metrics = {
+            "loss": loss,
+            "elbo": terms.value,
+            "log_likelihood": terms.log_likelihood,
+            "kl": terms.kl,
+        }
+        return jnp.sum(loss) / batch, jax.tree.map(lambda x: jnp.sum(x) / batch, metrics)
+
+    gradient = jax.grad(part, has_aux=True)
+    whole = batch // size * size
+
+    def mean(sums: tuple[Params, Metrics]) -> tuple[Params, Metrics]:
+        return mean_over(axis_name, sums, (whole_params, sums[1]))
+
+    if size == batch:
+        return mean(gradient(params, examples))
+
+    def add(sums: Any, block: tuple[jax.Array, ...]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, sums, gradient(params, block)), None
+
+    nothing = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype),
+        jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[:size], examples)),
+    )
+    blocks = jax.tree.map(lambda x: x[:whole].reshape(-1, size, *x.shape[1:]), examples)
+    sums, _ = lax.scan(add, nothing, blocks)
+    if whole < batch:
+        sums, _ = add(sums, jax.tree.map(lambda x: x[whole:], examples))
+    return mean(sums)
+
+
+def _clipped(grads: Params, limit: float, axis_name: str | None) -> Params:
+    """The gradient g, made shorter where its norm over all parameters is above the limit c.
+
+        g min(1, c / |g|)
+
+    Pascanu, Mikolov and Bengio (2013), On the difficulty of training recurrent neural networks,
+    algorithm 1.
+    """
+    whole = _whole_params(grads) if axis_name else None
+    norm = jnp.sqrt(sum_over(axis_name, jax.tree.map(lambda g: jnp.sum(g**2), grads), grads, whole))
+    factor = limit / jnp.maximum(norm, limit)
+    return jax.tree.map(lambda g: g * factor, grads)
+
+
+def _whole_params(params: Params) -> Params:
+    """The shapes that parameters have in whole, of which these may be a device's part."""
+    return jax.eval_shape(lambda: init(jax.random.key(0), params.config))
+
+
+def _noise_key(state: TrainState) -> jax.Array:
+    return jax.random.split(jax.random.fold_in(state.key, state.step))[0]
+
+
+def _shuffle_key(state: TrainState) -> jax.Array:
+    return jax.random.split(jax.random.fold_in(state.key, state.step))[1]
+
+
+def _binarization_key(state: TrainState) -> jax.Array:
+    # Not of the noise's key: what is folded into that are the noise keys of the images.
+    return jax.random.fold_in(jax.random.fold_in(state.key, state.step), 2)

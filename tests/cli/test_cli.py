@@ -1,0 +1,637 @@
+"""The command line: what each command does, and that wrong input ends in one line and code 2."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import matplotlib as mpl
+import numpy as np
+import pytest
+from PIL import Image
+
+import jaxvae
+from jaxvae.cli.commands import _COMMANDS, _called, _drop_oldest, main
+from jaxvae.cli.parser import FLAGS, SHELLS, make_parser
+from jaxvae.config import CHOICES
+from jaxvae.interchange.export import load_safetensors
+from jaxvae.runs.config import RunConfig, read_config
+from jaxvae.runs.files import read_metrics
+
+pytestmark = pytest.mark.usefixtures("compile_quickly", "keep_no_programs")
+
+
+@pytest.fixture(scope="module")
+def keep_no_programs():
+    """Leaves this process's settings and the user's cache folder alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jaxvae.cli.commands._keep_programs", lambda: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def run_dir(keep_no_programs, tmp_path_factory, npz):
+    path = tmp_path_factory.mktemp("runs") / "run"
+    train = ["train", "--data", str(npz), "--run-dir", str(path), "--epochs", "2"]
+    train += ["--network", "mlp"]
+    assert main([*train, "--latent-dim", "3", "--learning-rate", "0.0005"]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def conditional(keep_no_programs, tmp_path_factory, npz):
+    """A run of many choices, each told by its flag."""
+    path = tmp_path_factory.mktemp("runs") / "conditional"
+    flags = {
+        "data": npz,
+        "run-dir": path,
+        "epochs": 1,
+        "network": "mlp",
+        "width": 20,
+        "likelihood": "discretized_logistic",
+        "prior": "mixture",
+        "prior-components": 5,
+        "posterior": "iaf",
+        "flow-steps": 1,
+        "num-classes": 3,
+        "objective": "iwae",
+        "num-samples": 2,
+        "warmup": "linear",
+        "warmup-steps": 10,
+        "optimizer": "adam",
+        "epsilon": 1e-4,
+        "schedule": "cosine",
+        "learning-rate": 3e-4,
+    }
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    assert main(["train", *words]) == 0
+    return path
+
+
+def test_every_choice_has_a_flag(conditional):
+    config = read_config(conditional)
+    assert config.model == jaxvae.ModelConfig(
+        (8, 8, 1),
+        2,
+        network="mlp",
+        width=20,
+        likelihood="discretized_logistic",
+        prior="mixture",
+        prior_components=5,
+        posterior="iaf",
+        flow_steps=1,
+        num_classes=3,
+    )
+    assert config.train == jaxvae.TrainConfig(
+        epochs=1,
+        objective="iwae",
+        num_samples=2,
+        warmup="linear",
+        warmup_steps=10,
+        optimizer="adam",
+        epsilon=1e-4,
+        schedule="cosine",
+        learning_rate=3e-4,
+    )
+    of_a_run = {field.name for kind in (RunConfig, jaxvae.ModelConfig, jaxvae.TrainConfig)
+                for field in fields(kind)} - {"model", "train", "image_shape"}  # fmt: skip
+    assert {flag.strip("-").replace("-", "_") for flag in FLAGS} == of_a_run
+
+
+def test_the_help_names_every_choice(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    told = capsys.readouterr().out
+    for kind in CHOICES.values():
+        for names in kind.values():
+            assert all(name in told for name in names)
+
+
+def test_a_run_of_many_choices_is_evaluated_sampled_and_drawn(conditional, tmp_path, capsys):
+    assert (conditional / "figures" / "classes.png").exists()
+    assert main(["evaluate", str(conditional), "--num-samples", "3"]) == 0
+    _, table = printed(capsys.readouterr().out)
+    assert "bits per dimension, of log p(x)" in table
+    assert main(["sample", str(conditional), "--n", "4", "--out", str(tmp_path / "a.png")]) == 0
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.size == (16, 16)
+    assert main(["summary", str(conditional)]) == 0
+    told = capsys.readouterr().out
+    assert "posterior, iaf" in told
+    assert "prior, mixture" in told
+
+
+def test_a_run_starts_from_another(run_dir, npz, tmp_path):
+    train = ["train", "--data", str(npz), "--network", "mlp", "--latent-dim", "3", "--epochs", "1"]
+    path = tmp_path / "next"
+    assert main([*train, "--start-from", str(run_dir), "--run-dir", str(path)]) == 0
+    assert read_config(path).start_from == str(run_dir)
+    before, after = (read_metrics(folder) for folder in (run_dir, path))
+    assert after[0]["train"]["elbo"] > before[0]["train"]["elbo"]
+
+
+def printed(text):
+    """The head and the numbers of the table that `jaxvae evaluate` prints."""
+    head, *rows = text.splitlines()
+    table = {}
+    for row in rows:
+        name, number = row.rsplit(maxsplit=1)
+        table[name.strip()] = number
+    return head, table
+
+
+def test_evaluate_prints_one_table_of_what_it_writes_down(run_dir, capsys):
+    assert main(["evaluate", str(run_dir), "--num-samples", "20"]) == 0
+    told = capsys.readouterr()
+    head, table = printed(told.out)
+    written = json.loads((run_dir / "evaluation.json").read_text())
+    assert told.err == f"evaluation: {run_dir / 'evaluation.json'}\n"
+    assert head == f"{run_dir}, step 8: 100 test images, nats per image"
+    names = {
+        "ELBO": "elbo",
+        "log-likelihood E[log p(x|z)]": "log_likelihood",
+        "KL(q(z|x) || p(z))": "kl",
+        "mutual information I(n; z)": "mutual_information",
+        "KL(q(z) || p(z))": "marginal_kl",
+        "log p(x), 20 samples": "log_p_x",
+        "active units": "active_units",
+        "mean squared error of a pixel": "reconstruction_error",
+        "accuracy of logistic regression": "logistic_regression",
+        "accuracy of 5 nearest neighbors": "nearest_neighbors",
+    }
+    assert list(table) == list(names)
+    for row, name in names.items():
+        digits = len(table[row].partition(".")[2])
+        assert float(table[row]) == round(written[name], digits)
+    about = {"step", "images", "num_samples", "seconds", "devices"}
+    assert set(written) == set(names.values()) | about
+
+
+def test_train_makes_a_run_directory_and_tells_each_epoch_in_a_line(npz, tmp_path, capsys):
+    """Where there is no terminal."""
+    run_dir = tmp_path / "run"
+    train = ["train", "--data", str(npz), "--run-dir", str(run_dir), "--network", "mlp"]
+    assert main([*train, "--latent-dim", "3", "--epochs", "2"]) == 0
+    assert {path.name for path in run_dir.iterdir()} == {
+        ".lock",
+        "config.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "manifolds",
+        "figures",
+    }
+    assert jaxvae.load(run_dir).config.latent_dim == 3
+    told = capsys.readouterr().err.splitlines()
+    names = {path.name for path in (run_dir / "figures").iterdir()}
+    assert {"manifold_20.png", "samples.png", "training.png", "manifold.gif"} < names
+    assert "512 training and 100 test images" in told[0]
+    for line, epoch in zip(told[1:3], ("1/2", "2/2"), strict=True):
+        assert line.startswith(f"epoch {epoch}  ELBO -")
+        assert line.endswith("images/s")
+    first = run_dir / "figures" / "manifold_15.png"
+    assert told[3] == f"{len(names)} figures; the first: {first}"
+    assert first.exists()
+
+
+def test_what_a_training_says_to_try_next_works(npz, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train = ["train", "--data", str(npz), "--run-dir", "run", "--network", "mlp", "--epochs", "1"]
+    assert main(train) == 0
+    told = [line.split("  ")[1] for line in capsys.readouterr().err.splitlines()[3:]]
+    assert [line.split()[1] for line in told] == ["explore", "evaluate", "sample", "train"]
+    for line in told:
+        program, *arguments = line.replace("epochs N", "epochs 2").split()
+        assert program == "jaxvae"
+        assert main(arguments) == 0
+
+
+def test_a_copied_line_calls_the_program_as_the_user_did(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    for called, name in {
+        ".venv/bin/jaxvae": ".venv/bin/jaxvae",
+        "/somewhere/jaxvae/__main__.py": "python -m jaxvae",
+        "pytest": "jaxvae",
+    }.items():
+        monkeypatch.setattr("sys.argv", [called])
+        assert _called() == name
+
+
+def test_train_resume_of_a_finished_run_changes_nothing(run_dir):
+    before = (run_dir / "metrics.jsonl").read_text()
+    assert main(["train", "--resume", "--run-dir", str(run_dir)]) == 0
+    assert (run_dir / "metrics.jsonl").read_text() == before
+
+
+@pytest.fixture(scope="module")
+def many(keep_no_programs, tmp_path_factory, npz):
+    path = tmp_path_factory.mktemp("runs") / "many"
+    train = ["train", "--data", str(npz), "--run-dir", str(path), "--epochs", "1"]
+    train += ["--network", "mlp", "--seeds", "2", "--beta", "0.5", "--learning-rate", "1e-3"]
+    assert main(train) == 0
+    return path
+
+
+def test_train_of_many_seeds_makes_a_run_directory_of_each(many, tmp_path, capsys):
+    assert {path.name for path in many.iterdir()} == {
+        ".lock",
+        "sweep.json",
+        "metrics.jsonl",
+        "seed-0",
+        "seed-1",
+    }
+    for name in ("seed-0", "seed-1"):
+        assert (many / name / "figures" / "training.png").exists()
+        assert main(["evaluate", str(many / name), "--num-samples", "2"]) == 0
+        recorded = read_metrics(many / name)[-1]["test"]
+        assert f"{recorded['elbo']:.3f}" in capsys.readouterr().out
+        out = tmp_path / f"{name}.png"
+        assert main(["sample", str(many / name), "--n", "1", "--out", str(out)]) == 0
+
+
+def test_train_of_many_goes_on_and_tells_mean_and_spread(many, tmp_path, capsys):
+    copy = shutil.copytree(many, tmp_path / "copy")
+    assert main(["train", "--resume", "--run-dir", str(copy), "--epochs", "2"]) == 0
+    told = capsys.readouterr().err.splitlines()
+    line = read_metrics(copy)[-1]
+    spread = f"{line['test']['elbo']:.2f} ± {line['test_sd']['elbo']:.2f}"
+    assert f"2 models; run directories {copy}/seed-0, ..." in told[0]
+    assert told[1].startswith("epoch 2/2  ELBO ")
+    assert f"{spread} test" in told[1]
+    assert told[2] == f"learning rate 0.001, beta 0.5: test ELBO {spread} over 2 seeds"
+
+
+def test_evaluate_prints_the_recorded_test_elbo(run_dir, capsys):
+    assert main(["evaluate", str(run_dir), "--num-samples", "20"]) == 0
+    _, table = printed(capsys.readouterr().out)
+    recorded = read_metrics(run_dir)[-1]["test"]
+    for row, name in (("ELBO", "elbo"), ("KL(q(z|x) || p(z))", "kl")):
+        assert float(table[row]) == pytest.approx(recorded[name], rel=1e-5, abs=6e-4)
+
+
+def test_explore_writes_a_page_into_the_run_or_where_it_is_told(conditional, tmp_path, capsys):
+    assert main(["explore", str(conditional)]) == 0
+    assert capsys.readouterr().out == f"{conditional / 'explorer.html'}\n"
+    page = (conditional / "explorer.html").read_text()
+    assert "<h1>conditional</h1>" in page
+    assert main(["explore", str(conditional), "--best", "--out", str(tmp_path / "a.html")]) == 0
+    assert (tmp_path / "a.html").read_text() == page  # of one epoch, the latest is the best
+
+
+def test_sample_writes_a_picture_that_the_seed_decides(run_dir, tmp_path, capsys):
+    pictures = []
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        out = tmp_path / f"{name}.png"
+        assert main(["sample", str(run_dir), "--n", "9", "--out", str(out), "--seed", seed]) == 0
+        assert capsys.readouterr().out == f"{out}\n"
+        with Image.open(out) as picture:
+            pictures.append(np.asarray(picture))
+    assert pictures[0].shape == (24, 24)
+    np.testing.assert_array_equal(pictures[0], pictures[1])
+    assert not np.array_equal(pictures[0], pictures[2])
+
+
+def test_figures_draws_again(run_dir, capsys):
+    (run_dir / "figures" / "samples.png").unlink()
+    assert main(["figures", str(run_dir), "--best"]) == 0
+    assert str(run_dir / "figures" / "samples.png") in capsys.readouterr().out.splitlines()
+    assert (run_dir / "figures" / "samples.png").exists()
+
+
+def test_figures_are_vectors_where_asked_for(run_dir, capsys):
+    assert main(["figures", str(run_dir), "--format", "svg"]) == 0
+    drawn = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    assert {path.suffix for path in drawn if path.name != "manifold.gif"} == {".svg"}
+    assert run_dir / "figures" / "training.svg" in drawn
+    assert all(path.exists() for path in drawn)
+
+
+def test_export_writes_the_runs_model_and_tells_where(run_dir, tmp_path, capsys):
+    export = ["export", str(run_dir), "--to", "safetensors", "stablehlo", "--out", str(tmp_path)]
+    assert main(export) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert sorted(told) == sorted(map(str, tmp_path.iterdir()))
+    assert len(told) == 4
+    back = load_safetensors(tmp_path / "model.safetensors")
+    assert jax.tree.all(jax.tree.map(np.array_equal, back, jaxvae.load(run_dir)))
+
+
+def test_summary_prints_the_default_model_or_a_runs(run_dir, capsys):
+    assert main(["summary"]) == 0
+    assert capsys.readouterr().out.strip().endswith("550,629 parameters")
+    assert main(["summary", str(run_dir)]) == 0
+    assert "8 x 8 x 1" in capsys.readouterr().out
+
+
+def test_every_command_but_the_plainest_has_examples_which_it_takes(capsys):
+    helps = [["--help"]] + [[name, "--help"] for name in _COMMANDS if name != "benchmark"]
+    for arguments in helps:
+        with pytest.raises(SystemExit):
+            main(arguments)
+        _, examples = capsys.readouterr().out.split("\nexamples:\n")
+        for line in examples.strip().splitlines():
+            words = re.split(r"   +| > ", line.strip())[0].split()
+            assert words.pop(0) == "jaxvae"
+            if words != ["COMMAND", "--help"]:
+                make_parser(_COMMANDS).parse_args(words)
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_script_for_the_shell_completes_commands_flags_and_names(shell, capsys):
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    for word in ("explore", "clip-norm", "discretized_logistic", "residual", "safetensors"):
+        assert word in script
+
+
+def test_bash_completes(tmp_path, capsys):
+    bash = shutil.which("bash")
+    if not bash:
+        pytest.skip("no bash here")
+    assert main(["completion", "bash"]) == 0
+    script = tmp_path / "jaxvae.bash"
+    script.write_text(capsys.readouterr().out)
+    for line, expected in {
+        "jaxvae ex": "export explore",
+        "jaxvae train --cl": "--clip-norm",
+        "jaxvae train --objective d": "dreg",
+    }.items():
+        words = line.split()
+        ask = f"source {script}; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; "
+        ask += '_shtab_jaxvae jaxvae; echo "${COMPREPLY[*]}"'
+        told = subprocess.run([bash, "-c", ask], capture_output=True, text=True, check=True)
+        assert told.stdout.split() == expected.split(), told
+
+
+def test_help_and_version(capsys):
+    for arguments in (["--help"], ["train", "--help"], ["--version"]):
+        with pytest.raises(SystemExit) as end:
+            main(arguments)
+        assert end.value.code == 0
+    assert capsys.readouterr().out.endswith(f"jaxvae {jaxvae.__version__}\n")
+
+
+def test_an_interrupted_training_says_how_to_go_on(npz, tmp_path, capsys, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jaxvae.runs.loop.train", interrupt)
+    path = tmp_path / "run"
+    assert main(["train", "--data", str(npz), "--run-dir", str(path)]) == 1
+    expected = f"jaxvae: interrupted; go on with: jaxvae train --resume --run-dir {path}"
+    assert capsys.readouterr().err.splitlines()[-1] == expected
+
+
+COUNT = """
+import json, sys
+import jax
+from jaxvae.cli.commands import main
+
+events = []
+jax.monitoring.register_event_listener(lambda event, **_: events.append(event.split("/")[-1]))
+code = main(sys.argv[1:])
+print(json.dumps([code, events.count("cache_hits"), events.count("cache_misses")]))
+"""
+
+
+def counted(arguments, **environment):
+    """A command in a process of its own: exit code, programs found and made, standard error."""
+    ours = {"PYTHONPATH": str(Path(jaxvae.__file__).parents[1]), "MPLCONFIGDIR": mpl.get_cachedir()}
+    theirs = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
+    theirs["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # as compile_quickly
+    command = [sys.executable, "-c", COUNT, *map(str, arguments)]
+    done = subprocess.run(
+        command, env=theirs | ours | environment, capture_output=True, text=True, check=True
+    )
+    return [*json.loads(done.stdout.splitlines()[-1]), done.stderr]
+
+
+def test_a_second_start_compiles_nothing(npz, tmp_path):
+    train = ["train", "--data", npz, "--network", "mlp", "--epochs", "1", "--run-dir"]
+    cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    code, _, compiled, _ = counted([*train, tmp_path / "first"], **cache)
+    assert code == 0
+    assert compiled > 10
+    assert len(list((tmp_path / "cache" / "jaxvae" / "xla").glob("*-cache"))) == compiled
+    code, found, compiled_again, _ = counted([*train, tmp_path / "second"], **cache)
+    assert (code, compiled_again) == (0, 0)
+    assert found >= compiled
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(run_dir, npz, tmp_path):
+    sample = ["sample", run_dir, "--n", "1", "--out", tmp_path / "a.png"]
+    *counts, told = counted(sample, XDG_CACHE_HOME=str(npz))
+    assert counts == [0, 0, 0]
+    assert "cache" not in told
+
+
+def test_a_cache_of_the_users_own_is_taken(run_dir, tmp_path):
+    sample = ["sample", run_dir, "--n", "1", "--out", tmp_path / "a.png"]
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    environment = {"JAX_COMPILATION_CACHE_DIR": str(theirs), "XDG_CACHE_HOME": str(ours)}
+    assert counted(sample, **environment)[0] == 0
+    assert theirs.exists()
+    assert not (ours / "jaxvae").exists()
+
+
+def test_the_cache_drops_what_was_used_longest_ago(tmp_path):
+    for age, name in enumerate("abcd"):
+        (tmp_path / name).write_bytes(bytes(100))
+        os.utime(tmp_path / name, (1000 - age, 1000 - age))
+    _drop_oldest(tmp_path, 250)
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
+    _drop_oldest(tmp_path, 250)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+WRONG = {
+    "no command": ("", "required"),
+    "unknown command": ("fly", "invalid choice"),
+    "unknown flag": ("train --speed 3", "unrecognized arguments: --speed"),
+    "missing file": ("train --data {tmp}/none.npz", "none.npz does not exist: expected mnist-5k"),
+    "zero epochs": ("train --epochs 0", "epochs is 0: expected at least 1"),
+    "epochs in words": ("train --epochs ten", "invalid int value: 'ten'"),
+    "half precision": ("train --compute-dtype half", "compute_dtype is 'half': expected 'float32'"),
+    "negative rate": ("train --learning-rate -1", "learning_rate is -1.0: expected a number above"),
+    "negative rate of two": (
+        "train --learning-rate 1e-3 -1",
+        "learning_rate is -1.0: expected a number above",
+    ),
+    "negative beta": ("train --beta -1", "beta is -1.0: expected a number of at least 0"),
+    "beta twice": ("train --beta 1 4 1", "--beta has a value twice: expected each value once"),
+    "no seeds": ("train --seeds 0", "--seeds is 0: expected at least 1"),
+    "large batch of many": ("train --data {npz} --seeds 2 --batch-size 1000", "batch_size is 1000"),
+    "many over one": ("train --data {npz} --seeds 2 --run-dir {run}", "already holds a run"),
+    "one over many": ("train --data {npz} --run-dir {many}", "already holds a run"),
+    "one goes on as many": ("train --resume --run-dir {run} --seeds 2", "--seeds asks for many"),
+    "one of two rates": (
+        "train --resume --run-dir {run} --learning-rate 1 2",
+        "--learning-rate asks for many models, but",
+    ),
+    "more seeds": ("train --resume --run-dir {many} --seeds 3", "--seeds was settled when"),
+    "evaluate many": ("evaluate {many}", "holds many models: name the run directory of one"),
+    "figures as a film": ("figures {run} --format mp4", "invalid choice: 'mp4'"),
+    "tensorboard of many": (
+        "train --data {npz} --seeds 2 --tensorboard --run-dir {tmp}/x",
+        "--tensorboard shows the training of one model, not of many",
+    ),
+    "figures of many": ("figures {many}", "holds many models"),
+    "negative seed": ("train --seed -1", "seed is -1: expected at least 0"),
+    "large batch": ("train --data {npz} --batch-size 1000", "batch_size is 1000: expected at most"),
+    "unknown data set": ("train --data tfds:no_such_set", "no data set 'no_such_set'"),
+    "unknown network": ("train --network cnn", "network is 'cnn': expected 'notebook', 'mlp', "),
+    "a network of one's own": ("train --network own", "hand its modules over"),
+    "unknown likelihood": ("train --likelihood poisson", "likelihood is 'poisson': expected 'bern"),
+    "unknown prior": ("train --prior flow", "prior is 'flow': expected 'standard_normal', 'mix"),
+    "unknown posterior": ("train --posterior flow", "posterior is 'flow': expected 'gaussian' or"),
+    "unknown objective": ("train --objective elob", "objective is 'elob': expected 'elbo', 'stl'"),
+    "unknown warm-up": ("train --warmup cosine", "warmup is 'cosine': expected 'none', 'linear'"),
+    "unknown schedule": ("train --schedule step", "schedule is 'step': expected 'constant', 'cos"),
+    "unknown optimizer": ("train --optimizer sgd", "optimizer is 'sgd': expected 'rmsprop' or"),
+    "unknown binarization": ("train --binarization all", "binarization is 'all': expected 'none'"),
+    "no components": ("train --prior-components 0", "prior_components is 0: expected at least 1"),
+    "no flow": ("train --flow-steps 0", "flow_steps is 0: expected at least 1"),
+    "vamp with classes": ("train --prior vamp --num-classes 9", "pseudo-inputs have no classes"),
+    "too few classes": (
+        "train --data {npz} --num-classes 2 --run-dir {tmp}/x",
+        "has train labels from 0 to 2: expected classes from 0 to 1, as num_classes is 2",
+    ),
+    "no labels": (
+        "train --data {bare} --num-classes 2 --batch-size 3 --run-dir {tmp}/x",
+        "has no train labels: expected classes from 0 to 1",
+    ),
+    "warm-up without steps": ("train --warmup linear", "warmup_steps is 0: expected at least 1"),
+    "several samples": (
+        "train --objective mmd --num-samples 2",
+        "num_samples is 2: expected 1 with the objective 'mmd'",
+    ),
+    "free bits": ("train --objective iwae --free-bits 1", "free_bits is 1.0: expected 0 with the"),
+    "free bits of a mixture": (
+        "train --data {npz} --network mlp --prior mixture --free-bits 1 --run-dir {tmp}/x",
+        "free_bits needs the KL of every latent: expected the posterior 'gaussian' and the prior",
+    ),
+    "path of a flow": (
+        "train --data {npz} --network mlp --posterior iaf --objective stl --run-dir {tmp}/x",
+        "with a flow train by 'elbo', 'iwae' or 'mmd'",
+    ),
+    "start from nothing": (
+        "train --data {npz} --start-from {tmp} --run-dir {tmp}/x",
+        "holds no checkpoint",
+    ),
+    "start from another": (
+        "train --data {npz} --start-from {run} --run-dir {tmp}/x",
+        "has a model with latent_dim 3: expected 2, as the run that starts from it",
+    ),
+    "another likelihood": (
+        "train --resume --run-dir {run} --likelihood gaussian",
+        "--likelihood is gaussian, but",
+    ),
+    "another objective of many": (
+        "train --resume --run-dir {many} --objective iwae",
+        "--objective is iwae, but",
+    ),
+    "NaN": ("train --data {nan}", "image 1 holds NaN or infinity"),
+    "wrong shape": ("train --data {flat}", "images of shape (4, 4): expected (images, height"),
+    "resume what": ("train --resume", "say which, with --run-dir DIR"),
+    "resume nothing": ("train --resume --run-dir {tmp}", "is not a run directory"),
+    "run over run": ("train --data {npz} --run-dir {run}", "already holds a run"),
+    "run in a file": ("train --data {npz} --run-dir {npz}/x", "cannot be written"),
+    "another batch": ("train --resume --run-dir {run} --batch-size 9", "--batch-size is 9, but"),
+    "another type": (
+        "train --resume --run-dir {run} --compute-dtype bfloat16",
+        "--compute-dtype is bfloat16, but",
+    ),
+    "evaluate nothing": ("evaluate {tmp}", "is not a run directory"),
+    "no samples": ("evaluate {run} --num-samples 0", "--num-samples is 0: expected at least 1"),
+    "sample none": ("sample {run} --n 0 --out {tmp}/a.png", "--n is 0: expected at least 1"),
+    "sample a jpeg": (
+        "sample {run} --n 1 --out {tmp}/a.jpg",
+        "expected a file name ending in .png",
+    ),
+    "sample nowhere": ("sample {run} --n 1 --out {tmp}/no/a.png", "cannot be written"),
+    "sample of no run": ("sample {tmp} --n 1 --out {tmp}/a.png", "is not a run directory"),
+    "figures of no run": ("figures {tmp}/none", "is not a run directory"),
+    "export nothing": ("export {tmp} --to safetensors", "holds no checkpoint"),
+    "export to what": ("export {run}", "the following arguments are required: --to"),
+    "export to words": (
+        "export {run} --to text --out {tmp}/x",
+        "the format is 'text': expected st",
+    ),
+    "export into a file": ("export {run} --to safetensors --out {npz}/x", "cannot be written"),
+    "import nothing": ("import {tmp}/no.h5 --run-dir {tmp}/x", "no.h5 does not exist: expected a"),
+    "import data": (
+        "import {npz} --run-dir {tmp}/x",
+        "has no config.json in it: expected a .keras",
+    ),
+    "import over a run": ("import {npz} --run-dir {run}", "already holds a run"),
+    "explore a jpeg": (
+        "explore {run} --out {tmp}/a.jpg",
+        "expected a file name ending in .html",
+    ),
+    "explore no run": ("explore {tmp}", "is not a run directory"),
+    "summary of no run": ("summary {npz}", "is not a run directory"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_ends_in_one_line_and_code_2(case, run_dir, many, npz, tmp_path, capsys):
+    arguments, says = WRONG[case]
+    images = np.random.default_rng(0).random((30, 4, 4))
+    images[1, 2, 2] = np.nan
+    np.savez(tmp_path / "nan.npz", x_train=images, x_test=images[2:])
+    np.save(tmp_path / "flat.npy", images[0])
+    places = {"tmp": tmp_path, "npz": npz, "run": run_dir, "many": many}
+    np.savez(tmp_path / "bare.npz", x_train=images[2:], x_test=images[2:])
+    places |= {name: tmp_path / f"{name}.npz" for name in ("nan", "bare")}
+    places |= {"flat": tmp_path / "flat.npy"}
+    capsys.readouterr()
+    assert main(arguments.format(**places).split()) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("jaxvae: ")
+    assert says in captured.err
+    assert not (tmp_path / "x").exists()
+
+
+words = st.one_of(
+    st.sampled_from([*FLAGS, "--seeds", "--resume", "--run-dir", "train", "sample", "--", "-1"]),
+    st.sampled_from(["nan", "inf", "-0", "1e999", "0x10", "9" * 400, "\N{SNOWMAN}", "", " ", "\n"]),
+    st.integers().map(str),
+    st.floats().map(str),
+    st.text(max_size=20).filter(lambda text: "\0" not in text),
+)
+
+
+@hypothesis.given(st.lists(words, max_size=6))
+@hypothesis.settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+def test_command_lines_of_every_wrong_kind_end_in_one_line_and_code_2(capsys, tmp_path, given):
+    """What would be right fails at last for want of the data."""
+    capsys.readouterr()
+    hypothesis.assume(not {"-h", "--help"} & set(given))
+    missing = str(tmp_path / "missing.npz")
+    assert main(["train", *given, "--data", missing, "--run-dir", str(tmp_path / "x")]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith("jaxvae: ")
+    assert len(told.err.splitlines()) == 1
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_model_too_large_for_the_machine_is_refused(npz, tmp_path, capsys):
+    train = ["train", "--data", str(npz), "--run-dir", str(tmp_path / "x"), "--network", "mlp"]
+    assert main([*train, "--latent-dim", "100000000"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("jaxvae: the model needs ")
+    assert told.count("\n") == 1
+    assert not (tmp_path / "x").exists()

@@ -1,0 +1,542 @@
+"""The model's functions: what they return, and that every transformation of JAX applies."""
+
+from dataclasses import replace
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import OwnDecoder, OwnEncoder, refused
+
+import jaxvae
+from jaxvae import ModelConfig, Params, TrainConfig
+from jaxvae.config import CHOICES
+from jaxvae.models.vae import prior
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+CONFIG = ModelConfig((6, 5, 2), 2)
+KEY = jax.random.key(7)
+close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+
+# Each a function of (params, images) only.
+FUNCTIONS = {
+    "encode": lambda params, images: jaxvae.encode(params, images),
+    "decode": lambda params, images: jaxvae.decode(params, images[:, 0, :2, 0]).mean,
+    "sample": lambda params, images: jaxvae.sample(params, KEY, 4),
+    "reconstruct": lambda params, images: jaxvae.reconstruct(params, images),
+    "elbo": lambda params, images: jaxvae.elbo(params, KEY, images),
+    "log_likelihood": lambda params, images: jaxvae.log_likelihood(params, KEY, images, 5),
+}
+every_function = pytest.mark.parametrize("f", FUNCTIONS.values(), ids=FUNCTIONS)
+of_images = pytest.mark.parametrize(
+    "f",
+    [FUNCTIONS[name] for name in ("encode", "reconstruct", "elbo", "log_likelihood")],
+    ids=["encode", "reconstruct", "elbo", "log_likelihood"],
+)
+
+
+def assert_close(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(close, a, b)
+
+
+def assert_equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def row(tree, i):
+    return jax.tree.map(lambda x: x[i], tree)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jaxvae.init(jax.random.key(0), CONFIG)
+
+
+@pytest.fixture(scope="module")
+def stacked():
+    return jax.vmap(partial(jaxvae.init, config=CONFIG))(jax.random.split(jax.random.key(1), 2))
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.random.default_rng(0).integers(0, 256, (5, 6, 5, 2), dtype=np.uint8)
+
+
+def test_init_depends_on_the_key_alone(params):
+    assert_equal(jaxvae.init(jax.random.key(0), CONFIG), params)
+    other = jaxvae.init(jax.random.key(1), CONFIG)
+    for network in "encoder", "decoder":
+        for name, layer in getattr(other, network).items():
+            assert np.all(layer["kernel"] != getattr(params, network)[name]["kernel"])
+
+
+def test_init_draws_every_kernel_independently(params):
+    def first(layer):
+        return np.ravel(layer["kernel"])[:6] / np.abs(layer["kernel"]).max()
+
+    starts = [first(layer) for layer in (*params.encoder.values(), *params.decoder.values())]
+    assert len(np.unique(np.round(starts, 5), axis=0)) == 10
+
+
+def test_raw_keys_are_as_good_as_typed_ones(params, images):
+    raw, typed = jax.random.PRNGKey(3), jax.random.key(3)
+    assert_equal(jaxvae.init(raw, CONFIG), jaxvae.init(typed, CONFIG))
+    for f in (
+        lambda key: jaxvae.sample(params, key, 4),
+        lambda key: jax.jit(jaxvae.elbo)(params, key, images),
+        lambda key: jaxvae.reparameterize(key, jnp.zeros((2, 2)), jnp.ones((2, 2))),
+    ):
+        assert_equal(f(raw), f(typed))
+
+
+def test_init_under_vmap_stacks_what_each_key_gives(stacked):
+    for i, key in enumerate(jax.random.split(jax.random.key(1), 2)):
+        assert_equal(row(stacked, i), jaxvae.init(key, CONFIG))
+    assert stacked.config == CONFIG
+
+
+@every_function
+def test_functions_are_the_same_under_jit(f, params, images):
+    assert_close(jax.jit(f)(params, images), f(params, images))
+
+
+@every_function
+def test_functions_map_over_stacked_params(f, stacked, images):
+    both = jax.jit(jax.vmap(f, (0, None)))(stacked, images)
+    for i in range(2):
+        assert_close(row(both, i), f(row(stacked, i), images))
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda params, images, key: jaxvae.sample(params, key, 4),
+        lambda params, images, key: jaxvae.elbo(params, key, images),
+        lambda params, images, key: jaxvae.log_likelihood(params, key, images, 5),
+    ],
+    ids=["sample", "elbo", "log_likelihood"],
+)
+def test_functions_map_over_keys_and_their_noise_differs(f, params, images):
+    keys = jax.random.split(jax.random.key(5), 3)
+    f = jax.jit(partial(f, params, images))
+    every = jax.vmap(f)(keys)
+    for i, key in enumerate(keys):
+        assert_close(row(every, i), f(key))
+    assert not np.allclose(jax.tree.leaves(every)[0][0], jax.tree.leaves(every)[0][1])
+
+
+@every_function
+def test_functions_are_differentiable_in_the_params(f, params, images):
+    def total(params):
+        return sum(jnp.sum(x) for x in jax.tree.leaves(f(params, images)))
+
+    slopes = jax.jit(jax.grad(total))(params)
+    assert slopes.config == CONFIG
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(slopes))
+    used = {
+        "encoder": f not in (FUNCTIONS["decode"], FUNCTIONS["sample"]),
+        "decoder": f is not FUNCTIONS["encode"],
+    }
+    if f is FUNCTIONS["reconstruct"]:
+        slopes.encoder.pop("log_var")
+    for network, expected in used.items():
+        for leaf in jax.tree.leaves(getattr(slopes, network)):
+            assert np.any(leaf != 0) == expected
+
+
+@of_images
+def test_uint8_images_are_their_255ths(f, params, images):
+    expected = f(params, np.float32(images) / 255)
+    assert_close(f(params, images), expected)
+    assert_close(f(params, jnp.asarray(images)), expected)
+
+
+def test_encoding_a_batch_is_encoding_its_images_one_at_a_time(params):
+    images = np.random.default_rng(1).uniform(size=(21, 6, 5, 2)).astype("f")
+    encode = jax.jit(jaxvae.encode)
+    together = encode(params, images)
+    for i in range(21):
+        assert_close(row(together, i), row(encode(params, images[i : i + 1]), 0))
+    assert len(np.unique(np.round(together.mean, 5), axis=0)) == 21
+
+
+def test_decoding_a_batch_is_decoding_its_latents_one_at_a_time(params):
+    z = np.random.default_rng(1).normal(size=(21, 2)).astype("f")
+    decode = jax.jit(jaxvae.decode)
+    together = decode(params, z)
+    for i in range(21):
+        assert_close(row(together, i), row(decode(params, z[i : i + 1]), 0))
+
+
+@pytest.mark.parametrize("n", [1, 19])
+def test_samples_are_decoder_means_of_the_prior(params, n):
+    images = jaxvae.sample(params, KEY, n)
+    assert images.shape == (n, 6, 5, 2)
+    assert images.dtype == jnp.float32
+    assert np.min(images) >= 0
+    assert np.max(images) <= 1
+    z = jax.random.normal(KEY, (n, 2))
+    assert_close(images, jax.jit(jaxvae.decode)(params, z).mean)
+    assert len(np.unique(np.round(images, 5), axis=0)) == n
+
+
+def test_reconstruct_is_the_decoder_mean_at_the_posterior_mean(params, images):
+    reconstructed = jaxvae.reconstruct(params, images)
+    assert reconstructed.shape == (5, 6, 5, 2)
+    assert reconstructed.dtype == jnp.float32
+    mean = jaxvae.encode(params, images).mean
+    assert_close(reconstructed, jaxvae.decode(params, mean).mean)
+
+
+def test_params_are_a_pytree_that_keeps_its_config(params):
+    leaves, structure = jax.tree.flatten(params)
+    assert len(leaves) == 20
+    assert all(isinstance(x, jax.Array) for x in leaves)
+    assert_equal(jax.tree.unflatten(structure, leaves), params)
+    doubled = jax.tree.map(lambda x: 2 * x, params)
+    assert isinstance(doubled, Params)
+    assert doubled.config == CONFIG
+    np.testing.assert_array_equal(
+        doubled.encoder["mean"]["kernel"], 2 * params.encoder["mean"]["kernel"]
+    )
+    other = jax.eval_shape(lambda: jaxvae.init(KEY, ModelConfig((5, 6, 2), 2)))
+    assert jax.tree.structure(other) != structure
+
+
+@of_images
+@pytest.mark.parametrize("shape", [(0, 6, 5, 2), (6, 5, 2), (4, 5, 6, 2), (4, 6, 5), (4, 60)])
+def test_images_of_another_shape_are_refused(f, shape, params):
+    with refused(str(shape), "expected (batch, 6, 5, 2)"):
+        f(params, jnp.zeros(shape))
+
+
+@of_images
+@pytest.mark.parametrize("dtype", [np.int32, np.complex64])
+def test_images_of_another_type_are_refused(f, dtype, params):
+    with refused(np.dtype(dtype).name, "expected uint8"):
+        f(params, np.zeros((4, 6, 5, 2), dtype))
+
+
+@pytest.mark.parametrize("shape", [(0, 2), (2,), (4, 3), (4, 2, 1)])
+def test_latents_of_another_shape_are_refused(shape, params):
+    with refused(str(shape), "expected (batch, 2)"):
+        jaxvae.decode(params, jnp.zeros(shape))
+
+
+@pytest.mark.parametrize("n", [0, -1])
+def test_numbers_of_samples_below_one_are_refused(n, params, images):
+    with refused(f"n is {n}: expected at least 1"):
+        jaxvae.sample(params, KEY, n)
+    with refused(f"num_samples is {n}: expected at least 1"):
+        jaxvae.log_likelihood(params, KEY, images, num_samples=n)
+
+
+def mixed(params):
+    """The same parameters, computed with in bfloat16."""
+    return replace(params, config=replace(params.config, compute_dtype="bfloat16"))
+
+
+def test_in_mixed_precision_every_product_is_of_bfloat16s(params, images):
+    """Forward and backward."""
+    batch = jnp.asarray(images, jnp.float32)
+
+    def loss(params):
+        return -jaxvae.elbo(params, KEY, batch).value.mean()
+
+    for model, kind in ((params, jnp.float32), (mixed(params), jnp.bfloat16)):
+        products = product_types(jax.make_jaxpr(jax.grad(loss))(model).jaxpr)
+        assert len(products) > 20
+        assert set(products) == {jnp.dtype(kind)}
+
+
+def product_types(jaxpr):
+    """The types that matrix products and convolutions in a program take."""
+    types = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+            types += [x.aval.dtype for x in equation.invars]
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            types += product_types(inner) if hasattr(inner, "eqns") else []
+    return types
+
+
+@every_function
+def test_mixed_precision_gives_float32_near_float32s(f, params, images):
+    exact, near = f(params, images), f(mixed(params), images)
+    for a, b in zip(jax.tree.leaves(exact), jax.tree.leaves(near), strict=True):
+        assert b.dtype == jnp.float32
+        # bfloat16 has 8 significant bits: 2**-8 is 0.4 %.
+        np.testing.assert_allclose(b, a, rtol=0.02, atol=0.02)
+    assert any(
+        not np.array_equal(a, b)
+        for a, b in zip(jax.tree.leaves(exact), jax.tree.leaves(near), strict=True)
+    )
+
+
+def test_gradients_in_mixed_precision_are_float32_near_float32s(params):
+    """Of large, bright images: sums over their pixels would not fit bfloat16."""
+    images = jnp.full((8, 40, 40, 1), 0.9)
+    params = jaxvae.init(KEY, ModelConfig(images.shape[1:], 2))
+
+    def loss(params):
+        return -jaxvae.elbo(params, KEY, images).value.mean()
+
+    exact, near = jax.grad(loss)(params), jax.grad(loss)(mixed(params))
+    for a, b in zip(jax.tree.leaves(exact), jax.tree.leaves(near), strict=True):
+        assert b.dtype == jnp.float32
+        assert 0 < np.linalg.norm(b - a) < 0.1 * np.linalg.norm(a)
+
+
+OWN = ModelConfig((6, 5, 2), 2, network=(OwnEncoder(2), OwnDecoder((6, 5, 2))))
+
+
+def test_networks_of_ones_own_are_the_models(images):
+    encoder, decoder = OWN.network
+    params = jaxvae.init(KEY, OWN)
+    posterior = jaxvae.encode(params, images)
+    mean, log_var = encoder.apply({"params": params.encoder}, images / np.float32(255))
+    close(posterior.mean, mean)
+    close(posterior.log_var, log_var)
+    logits = decoder.apply({"params": params.decoder}, mean)
+    close(jaxvae.decode(params, mean).mean, 1 / (1 + np.exp(-logits)))
+    close(jaxvae.reconstruct(params, images), 1 / (1 + np.exp(-logits)))
+    terms = jaxvae.elbo(params, KEY, images)
+    close(terms.kl, 0.5 * np.sum(mean**2 + np.exp(log_var) - log_var - 1, axis=1))
+    assert not np.allclose(*(jaxvae.init(key, OWN).encoder["Dense_0"]["kernel"]
+                             for key in jax.random.split(KEY)))  # fmt: skip
+
+
+def test_networks_of_ones_own_are_trained_saved_and_loaded(tmp_path, images):
+    state = jaxvae.create_train_state(KEY, OWN, TrainConfig(batch_size=5))
+    after, metrics = jaxvae.train_step(state, images)
+    assert np.isfinite(metrics["elbo"])
+    for old, new in zip(*map(jax.tree.leaves, (state.params, after.params)), strict=True):
+        assert np.any(old != new)
+    jaxvae.save(tmp_path, after)
+    assert_equal(jaxvae.load(tmp_path, network=OWN.network), after.params)
+    assert jaxvae.restore(tmp_path, network=OWN.network).params.config == OWN
+    with refused("network of its own: hand its modules over, network=(encoder, decoder)"):
+        jaxvae.load(tmp_path)
+
+
+class Gives(nn.Module):
+    """A network that gives so many numbers per image, in arrays of these shapes."""
+
+    shapes: tuple[tuple[int, ...], ...] | tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x):
+        def one(shape):
+            x_ = nn.Dense(int(np.prod(shape)))(x.reshape(len(x), -1))
+            return x_.reshape(-1, *shape)
+
+        alone = isinstance(self.shapes[0], int)
+        return one(self.shapes) if alone else tuple(map(one, self.shapes))
+
+
+GOOD_ENCODER, GOOD_DECODER = Gives(((2,), (2,))), Gives((6, 5, 2))
+
+
+@pytest.mark.parametrize(
+    ("network", "says"),
+    [
+        ((Gives(((3,), (3,))), GOOD_DECODER), "encoder gives (1, 3), (1, 3) for one image: expect"),
+        ((Gives(((2,), (1,))), GOOD_DECODER), "expected (1, 2), (1, 2)"),
+        ((Gives((2,)), GOOD_DECODER), "the encoder gives (1, 2) for one image"),
+        ((GOOD_ENCODER, Gives((6, 5, 1))), "gives (1, 6, 5, 1) for one image: expected (1, 6, 5,"),
+        ((GOOD_ENCODER, Gives((60,))), "the decoder gives (1, 60) for one image"),
+        ((GOOD_ENCODER, GOOD_ENCODER), "the decoder gives tuple for one image"),
+    ],
+    ids=["latents", "log_var", "only a mean", "channels", "flat", "two results"],
+)
+def test_networks_of_other_shapes_are_refused(network, says):
+    with refused(says):
+        jaxvae.init(KEY, ModelConfig((6, 5, 2), 2, network=network))
+
+
+def test_a_decoder_gives_as_many_numbers_as_the_likelihood_takes():
+    config = ModelConfig((6, 5, 2), 2, network=(GOOD_ENCODER, GOOD_DECODER))
+    assert jaxvae.init(KEY, replace(config, likelihood="continuous_bernoulli"))
+    config = replace(config, likelihood="discretized_logistic")
+    with refused("the decoder gives (1, 6, 5, 2) for one image: expected (1, 6, 5, 4)"):
+        jaxvae.init(KEY, config)
+    assert jaxvae.init(KEY, replace(config, network=(GOOD_ENCODER, Gives((6, 5, 4)))))
+
+
+def test_networks_with_other_variables_than_parameters_are_refused():
+    class Normed(nn.Module):
+        @nn.compact
+        def __call__(self, images):
+            x = nn.BatchNorm(use_running_average=False)(images.reshape(len(images), -1))
+            return nn.Dense(2)(x), nn.Dense(2)(x)
+
+    with refused("the encoder has variables 'batch_stats': expected parameters alone"):
+        jaxvae.init(KEY, ModelConfig((6, 5, 2), 2, network=(Normed(), GOOD_DECODER)))
+
+
+def test_a_third_result_of_the_encoder_is_for_the_flow_alone(images):
+    two, three = Gives(((2,), (2,))), Gives(((2,), (2,), (7,)))
+    for encoder, posterior in (
+        (two, "gaussian"),
+        (three, "gaussian"),
+        (two, "iaf"),
+        (three, "iaf"),
+    ):
+        network = (encoder, GOOD_DECODER)
+        params = jaxvae.init(KEY, ModelConfig((6, 5, 2), 2, network=network, posterior=posterior))
+        q = jaxvae.encode(params, images)
+        results = encoder.apply({"params": params.encoder}, images / np.float32(255))
+        close(q.mean, results[0])
+        close(q.log_var, results[1])
+        if posterior == "iaf":
+            seen = np.concatenate(results, axis=1) if encoder is two else results[2]
+            close(q.context, seen)
+        else:
+            assert isinstance(q, jaxvae.Gaussian)
+            assert params.flow == {}
+
+
+CONDITIONAL = {
+    name: ModelConfig((6, 5, 2), 2, network=network, num_classes=3)
+    for name, network in (("mlp", "mlp"), ("own", OWN.network))
+}
+LABELS = np.array([2, 0, 1, 1, 0])
+
+
+@pytest.fixture(scope="module", params=CONDITIONAL)
+def conditional(request):
+    return jaxvae.init(KEY, CONDITIONAL[request.param])
+
+
+# Each a function of (params, images, labels) only.
+OF_LABELS = {
+    "encode": lambda params, images, labels: jaxvae.encode(params, images, labels),
+    "decode": lambda params, images, labels: jaxvae.decode(params, images[:, 0, :2, 0], labels),
+    "reconstruct": lambda params, images, labels: jaxvae.reconstruct(params, images, labels),
+    "elbo": lambda params, images, labels: jaxvae.elbo(params, KEY, images, labels),
+    "log_likelihood": lambda params, images, labels: jaxvae.log_likelihood(
+        params, KEY, images, 5, labels
+    ),
+}
+every_function_of_labels = pytest.mark.parametrize("f", OF_LABELS.values(), ids=OF_LABELS)
+
+
+@every_function_of_labels
+def test_every_image_is_taken_with_its_own_label(f, conditional, images):
+    results = jax.tree.leaves(f(conditional, images, LABELS))
+    others = jax.tree.leaves(f(conditional, images, np.array([2, 0, 0, 1, 0])))
+    for result, other in zip(results, others, strict=True):
+        close(np.delete(other, 2, axis=0), np.delete(result, 2, axis=0))
+        assert not np.allclose(other[2], result[2])
+
+
+def test_networks_are_told_the_class_as_a_vector(conditional, images):
+    encoder, decoder = jaxvae.models.vae.modules(conditional.config)
+    classes = np.float32([[0, 0, 1], [1, 0, 0], [0, 1, 0], [0, 1, 0], [1, 0, 0]])
+    posterior = jaxvae.encode(conditional, images, LABELS)
+    x = images / np.float32(255)
+    close(posterior.mean, encoder.apply({"params": conditional.encoder}, x, classes)[0])
+    logits = decoder.apply({"params": conditional.decoder}, posterior.mean, classes)
+    p_x = jaxvae.decode(conditional, posterior.mean, LABELS)
+    close(p_x.mean, 1 / (1 + np.exp(-logits)))
+    close(jaxvae.reconstruct(conditional, images, LABELS), p_x.mean)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int32, np.int64])
+def test_labels_are_of_any_kind_of_whole_number(kind, conditional, images):
+    expected = jaxvae.encode(conditional, images, jnp.asarray(LABELS))
+    assert_equal(jaxvae.encode(conditional, images, LABELS.astype(kind)), expected)
+
+
+def test_samples_are_of_all_classes_in_turn_or_of_those_asked_for(conditional):
+    by_default = jaxvae.sample(conditional, KEY, 7)
+    in_turn = jnp.array([0, 1, 2, 0, 1, 2, 0])
+    assert_equal(jaxvae.sample(conditional, KEY, 7, in_turn), by_default)
+    ones = jaxvae.sample(conditional, KEY, 7, jnp.ones(7, int))
+    same = [bool(np.allclose(*pair)) for pair in zip(ones, by_default, strict=True)]
+    assert same == [False, True, False, False, True, False, False]
+
+
+@every_function_of_labels
+def test_labels_that_are_missing_or_of_another_shape_are_refused(f, conditional, images):
+    with refused("no labels: expected (5,) of them, classes from 0 to 2, as num_classes is 3"):
+        f(conditional, images, None)
+    for labels in (LABELS[:4], np.eye(3)[LABELS], np.int32(1)):
+        with refused(f"labels have shape {labels.shape}: expected (5,), classes from 0 to 2"):
+            f(conditional, images, labels)
+
+
+@every_function_of_labels
+def test_labels_for_a_model_without_classes_are_refused(f, params, images):
+    with refused("there are labels: expected none, as num_classes is 0"):
+        f(params, images, LABELS)
+
+
+def test_labels_of_samples_and_steps_are_checked(params, images):
+    model = CONDITIONAL["mlp"]
+    conditional = jaxvae.init(KEY, model)
+    with refused("labels have shape (5,): expected (4,)"):
+        jaxvae.sample(conditional, KEY, 4, LABELS)
+    with refused("there are labels: expected none"):
+        jaxvae.sample(params, KEY, 5, LABELS)
+    state = jaxvae.create_train_state(KEY, model, TrainConfig(batch_size=5))
+    with refused("no labels: expected (5,)"):
+        jaxvae.train_step(state, images)
+    with refused("labels have shape (4,): expected (5,)"):
+        jaxvae.train_step(state, images, LABELS[:4])
+    state, metrics = jaxvae.train_step(state, images, LABELS)
+    assert np.isfinite(metrics["elbo"])
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "prior_name", "posterior"),
+    [  # every pair of two choices
+        (likelihood, prior, CHOICES["model"]["posterior"][(i + j) % 2])
+        for i, likelihood in enumerate(CHOICES["model"]["likelihood"])
+        for j, prior in enumerate(CHOICES["model"]["prior"])
+    ],
+)
+def test_every_model_is_trained_sampled_saved_and_loaded(
+    likelihood, prior_name, posterior, tmp_path
+):
+    images = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 1), np.uint8)
+    config = ModelConfig(
+        (8, 8, 1),
+        2,
+        network="mlp",
+        likelihood=likelihood,
+        prior=prior_name,
+        prior_components=5,
+        posterior=posterior,
+        flow_steps=1,
+    )
+    state = jaxvae.create_train_state(KEY, config, TrainConfig(batch_size=8))
+    after, metrics = jaxvae.train_step(state, images)
+    assert all(np.isfinite(value) for value in metrics.values())
+    close(metrics["elbo"], metrics["log_likelihood"] - metrics["kl"])
+    learned = {
+        "encoder": True,
+        "decoder": True,
+        "likelihood": likelihood == "gaussian",
+        "prior": prior_name != "standard_normal",
+        "flow": posterior == "iaf",
+    }
+    for part, learns in learned.items():
+        old, new = (jax.tree.leaves(getattr(s.params, part)) for s in (state, after))
+        assert any(np.any(a != b) for a, b in zip(old, new, strict=True)) == learns
+    assert prior(after.params).log_prob(jnp.zeros((3, 2))).shape == (3,)
+    samples = jaxvae.sample(after.params, KEY, 3)
+    assert samples.shape == (3, 8, 8, 1)
+    assert samples.dtype == jnp.float32
+    assert np.min(samples) >= 0
+    assert np.max(samples) <= 1
+    jaxvae.save(tmp_path, after)
+    assert_equal(jaxvae.load(tmp_path), after.params)

@@ -1,0 +1,306 @@
+"""Checkpoints: what is saved comes back, and the latest and the best are kept."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import OwnDecoder, OwnEncoder, refused
+
+import jaxvae
+from jaxvae.errors import Damaged
+from jaxvae.runs.checkpoints import newest_whole, open_checkpoints, steps_of, write
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+
+@pytest.fixture
+def state(model_config, images):
+    config = jaxvae.TrainConfig(batch_size=16, learning_rate=3e-4)
+    state = jaxvae.create_train_state(jax.random.key(5), model_config, config)
+    return jaxvae.train_epoch(state, images)[0]
+
+
+def assert_states_equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        assert np.array_equal(*map(numbers, (x, y)))
+
+
+def numbers(x):
+    return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+
+
+def test_a_state_comes_back_bit_for_bit(tmp_path, state):
+    jaxvae.save(tmp_path, state)
+    assert_states_equal(jaxvae.restore(tmp_path), state)
+
+
+def test_a_directory_is_enough_to_use_a_model(tmp_path, state, images):
+    jaxvae.save(tmp_path, state)
+    params = jaxvae.load(str(tmp_path))
+    assert params.config == state.params.config
+    np.testing.assert_array_equal(
+        jaxvae.reconstruct(params, images), jaxvae.reconstruct(state.params, images)
+    )
+
+
+def test_training_goes_on_as_if_nothing_had_happened(tmp_path, state, images):
+    jaxvae.save(tmp_path, state)
+    assert_states_equal(
+        jaxvae.train_epoch(jaxvae.restore(tmp_path), images)[0],
+        jaxvae.train_epoch(state, images)[0],
+    )
+
+
+def test_the_latest_and_the_best_are_kept(tmp_path, state):
+    with open_checkpoints(tmp_path) as checkpoints:
+        for step, elbo in enumerate([-30.0, -10.0, -20.0, -25.0]):
+            write(checkpoints, replace(state, step=jnp.int32(step)), {"elbo": elbo})
+    assert int(jaxvae.restore(tmp_path).step) == 3
+    assert int(jaxvae.restore(tmp_path, "best").step) == 1
+    kept = {path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()}
+    assert kept == {"1", "2", "3"}
+
+
+def test_a_state_saved_without_a_measurement_does_not_push_out_the_best(tmp_path, state, caplog):
+    with open_checkpoints(tmp_path) as checkpoints:
+        for step, elbo in enumerate([-10.0, -30.0]):
+            write(checkpoints, replace(state, step=jnp.int32(step)), {"elbo": elbo})
+    jaxvae.save(tmp_path, state)
+    assert int(jaxvae.restore(tmp_path).step) == 4
+    assert int(jaxvae.restore(tmp_path, "best").step) == 0
+    assert not caplog.records
+
+
+def test_a_checkpoint_is_not_overwritten(tmp_path, state):
+    jaxvae.save(tmp_path, state)
+    with pytest.raises(jaxvae.InputError, match="already holds a checkpoint of step 4"):
+        jaxvae.save(tmp_path, state)
+
+
+@pytest.mark.parametrize("make", [lambda path: None, lambda path: (path / "checkpoints").mkdir()])
+def test_a_directory_without_checkpoints_is_refused(tmp_path, make):
+    make(tmp_path)
+    with pytest.raises(jaxvae.InputError, match="holds no checkpoint: expected the run directory"):
+        jaxvae.load(tmp_path)
+    with pytest.raises(jaxvae.InputError, match="holds no checkpoint"):
+        jaxvae.load(tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()
+
+
+def with_random_leaves(params):
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(9), len(leaves))
+    pairs = zip(keys, leaves, strict=True)
+    return jax.tree.unflatten(structure, [jax.random.normal(k, x.shape) for k, x in pairs])
+
+
+def test_what_every_part_has_learned_comes_back(tmp_path):
+    config = jaxvae.ModelConfig(
+        (8, 8, 1),
+        3,
+        network="mlp",
+        likelihood="gaussian",
+        prior="mixture",
+        prior_components=5,
+        posterior="iaf",
+        num_classes=4,
+    )
+    train_config = jaxvae.TrainConfig(optimizer="adam", objective="iwae", num_samples=3)
+    state = jaxvae.create_train_state(jax.random.key(0), config, train_config)
+    state = replace(state, params=with_random_leaves(state.params))
+    for part in (state.params.likelihood, state.params.prior, state.params.flow):
+        assert jax.tree.leaves(part)
+    jaxvae.save(tmp_path, state)
+    restored = jaxvae.restore(tmp_path)
+    assert_states_equal(restored, state)
+    assert restored.config == train_config
+    assert restored.params.config == config
+
+
+def test_a_checkpoint_from_before_there_were_choices_is_the_default_model(tmp_path, state):
+    """As the files of an older version: no seal, only fields that it knew, and networks alone."""
+    jaxvae.save(tmp_path, state)
+    (seal,) = (tmp_path / "checkpoints").glob("*/sha256.json")
+    seal.unlink()
+    (written,) = (tmp_path / "checkpoints").glob("*/config/metadata")
+    config = json.loads(written.read_text())
+    del config["jaxvae"]
+    config["model"] = {name: config["model"][name] for name in ("image_shape", "latent_dim")}
+    config["train"] = {n: config["train"][n] for n in ("batch_size", "epochs", "learning_rate")}
+    written.write_text(json.dumps(config))
+    stored = (tmp_path / "checkpoints").glob("*/state/_METADATA")
+    names = {key.split("'")[1] for path in stored
+             for key in json.loads(path.read_text())["tree_metadata"]}  # fmt: skip
+    assert names == {"encoder", "decoder", "opt_state", "step", "key"}
+    assert_states_equal(jaxvae.restore(tmp_path), state)
+
+
+def test_modules_of_ones_own_are_handed_over(tmp_path, images):
+    network = OwnEncoder(2), OwnDecoder((8, 8, 1))
+    config = jaxvae.ModelConfig((8, 8, 1), 2, network=network)
+    state = jaxvae.create_train_state(jax.random.key(0), config, jaxvae.TrainConfig(batch_size=16))
+    jaxvae.save(tmp_path, state)
+    assert_states_equal(jaxvae.restore(tmp_path, network=network), state)
+    with refused("the model has a network of its own: hand its modules over, network="):
+        jaxvae.restore(tmp_path)
+    for other in ((OwnEncoder(2), OwnEncoder(2)), (OwnEncoder(3), network[1])):
+        with refused("for one image: expected"):
+            jaxvae.load(tmp_path, network=other)
+    for other in ("mlp", (Other((16, 16)), network[1]), (Other((17,)), network[1])):
+        with refused(f"{tmp_path} holds other parameters than those of `network`: expected the"):
+            jaxvae.load(tmp_path, network=other)
+
+
+class Other(nn.Module):
+    """An encoder of other layers."""
+
+    widths: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, images):
+        x = images.reshape(len(images), -1)
+        for width in self.widths:
+            x = nn.relu(nn.Dense(width)(x))
+        return nn.Dense(2)(x), nn.Dense(2)(x)
+
+
+@pytest.fixture(scope="module")
+def of_two_steps(tmp_path_factory):
+    """A run directory with checkpoints of the steps 1 and 2, and their states."""
+    run_dir = tmp_path_factory.mktemp("two")
+    config = jaxvae.ModelConfig((8, 8, 1), 2, network="mlp", width=4)
+    state = jaxvae.create_train_state(jax.random.key(5), config, jaxvae.TrainConfig())
+    states = [replace(state, step=jnp.int32(1))]
+    states += [replace(states[0], params=with_random_leaves(state.params), step=jnp.int32(2))]
+    with open_checkpoints(run_dir) as checkpoints:
+        for one, elbo in zip(states, (-30.0, -20.0), strict=True):
+            write(checkpoints, one, {"elbo": elbo})
+    return run_dir, states
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def unreadable(path):
+    """As root reads all that has a name, a folder stands in the file's place."""
+    path.unlink()
+    path.mkdir()
+
+
+def add(path):
+    path.with_name(path.name + "~").write_bytes(b"a stranger's")
+
+
+def files_of(run_dir, step):
+    folder = run_dir / "checkpoints" / str(step)
+    return sorted(path.relative_to(run_dir) for path in folder.rglob("*") if path.is_file())
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("damage", [cut, empty, flip, unreadable, add, type(None)],
+                         ids=["cut", "empty", "flip", "unreadable", "add", "delete"])  # fmt: skip
+def test_of_a_damaged_checkpoint_no_file_is_believed(of_two_steps, tmp_path, damage):
+    """Every file in turn: the older checkpoint takes its place, and a warning says so."""
+    run_dir, (older, newer) = of_two_steps
+    names = files_of(run_dir, 2)
+    assert len(names) > 10
+    for name in names:
+        copy = shutil.copytree(run_dir, tmp_path / "copy", dirs_exist_ok=False)
+        if damage is type(None):
+            (copy / name).unlink()
+        else:
+            damage(copy / name)
+        if name.name == "sha256.json" and damage is type(None):
+            # An older version wrote none: Orbax had finished, so all of it is there.
+            assert_states_equal(jaxvae.restore(copy), newer)
+        else:
+            for which in ("latest", "best"):
+                with pytest.warns(Damaged, match="step 2 is damaged .*; that of step 1 takes its"):
+                    assert newest_whole(copy, which) == 1
+            with refused("the checkpoint of step 2 is damaged: "):
+                jaxvae.restore(copy, 2)
+        shutil.rmtree(copy)
+    copy = shutil.copytree(run_dir, tmp_path / "copy")
+    flip(copy / names[-1])
+    with pytest.warns(Damaged):
+        assert_states_equal(jaxvae.restore(copy), older)
+
+
+def test_with_no_whole_checkpoint_all_is_left_as_it_is(of_two_steps, tmp_path):
+    run_dir, _ = of_two_steps
+    copy = shutil.copytree(run_dir, tmp_path / "copy")
+    for step in (1, 2):
+        flip(copy / files_of(copy, step)[4])
+    before = contents(copy)
+    with refused(f"{copy} holds no whole checkpoint, and nothing was changed (step 2: "):
+        jaxvae.load(copy)
+    assert contents(copy) == before
+
+
+def test_a_damaged_checkpoint_is_put_aside_when_others_are_written(of_two_steps, tmp_path):
+    run_dir, (_, newer) = of_two_steps
+    copy = shutil.copytree(run_dir, tmp_path / "copy")
+    flip(copy / files_of(copy, 2)[4])
+    damaged = contents(copy / "checkpoints" / "2")
+    with pytest.warns(Damaged), open_checkpoints(copy) as checkpoints:
+        write(checkpoints, newer, {})
+    assert_states_equal(jaxvae.restore(copy), newer)
+    aside = contents(copy / "checkpoints" / "2.damaged")
+    assert list(aside.values()) == list(damaged.values())
+
+
+def test_what_kills_left_in_the_midst_of_writing_or_deleting_is_taken_away(of_two_steps, tmp_path):
+    run_dir, (_, newer) = of_two_steps
+    copy = shutil.copytree(run_dir, tmp_path / "copy")
+    folder = copy / "checkpoints"
+    shutil.copytree(folder / "2", folder / "3.orbax-checkpoint-tmp")
+    (folder / "1" / "metrics" / "metrics").unlink()
+    with open_checkpoints(copy):
+        pass
+    assert [path.name for path in folder.iterdir()] == ["2"]
+    assert_states_equal(jaxvae.restore(copy), newer)
+
+
+def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path, state, monkeypatch):
+    monkeypatch.setattr("jaxvae.runs.checkpoints.version", lambda: "99.0")
+    jaxvae.save(tmp_path, state)
+    with refused("was made by jaxvae 99.0, and this is", "use jaxvae 99.0 or newer"):
+        jaxvae.restore(tmp_path)
+
+
+def test_a_clock_that_jumps_back_does_not_change_which_is_the_latest(tmp_path, state, monkeypatch):
+    now = iter(range(2_000_000_000, 0, -1_000_000))
+    monkeypatch.setattr("time.time", lambda: float(next(now)))
+    monkeypatch.setattr("time.time_ns", lambda: next(now) * 10**9)
+    with open_checkpoints(tmp_path) as checkpoints:
+        for step in range(4):
+            write(checkpoints, replace(state, step=jnp.int32(step)), {"elbo": -1.0 * step})
+    assert int(jaxvae.restore(tmp_path).step) == 3
+    assert steps_of(tmp_path) == [0, 2, 3]
+
+
+def test_a_directory_that_cannot_be_written_is_refused(tmp_path, state):
+    (tmp_path / "file").write_text("")
+    with refused("file cannot be written: Not a directory"):
+        jaxvae.save(tmp_path / "file", state)

@@ -1,0 +1,135 @@
+"""A loss that is no number ends a training at once, and nothing bad is saved."""
+
+import json
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxvae
+from jaxvae.errors import TrainingFailed
+from jaxvae.runs import directory, loop, sweep
+from jaxvae.runs.checkpoints import steps_of
+from jaxvae.runs.config import configured
+from jaxvae.runs.data import load_run_data
+from jaxvae.runs.divergence import Watch
+from jaxvae.runs.files import read_metrics
+from jaxvae.training.step import shuffle, train_steps
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+
+def poisoned(params, keys, images):
+    """The ELBO, but NaN for an image whose first pixel is 255."""
+    terms = jaxvae.elbo(params, keys, images)
+    bad = jnp.where(images[:, 0, 0, 0] == 255, jnp.nan, 0.0)
+    return -terms.value + bad, terms
+
+
+def test_the_step_the_images_and_the_last_good_checkpoint_are_named(tmp_path, npz):
+    config = configured({"data": str(npz), "network": "mlp", "batch_size": 32, "epochs": 1})
+    data = load_run_data(config)
+    clean = np.minimum(data.train_images, 254)
+    config = directory.start(tmp_path, config, data, resume=False)
+    state = loop.train(tmp_path, config, data._replace(train_images=clean), objective=poisoned)
+    before = (tmp_path / "metrics.jsonl").read_text()
+    # An image of the third batch of the second epoch.
+    at_start = replace(state, config=replace(state.config, epochs=2))
+    batch = np.asarray(shuffle(at_start, len(clean)))[2]
+    clean[batch[5], 0, 0, 0] = 255
+    config = replace(config, train=replace(config.train, epochs=2))
+    with pytest.raises(TrainingFailed) as failed:
+        loop.train(tmp_path, config, data._replace(train_images=clean), objective=poisoned)
+    told = str(failed.value)
+    assert "the loss is NaN or infinite at step 19 (epoch 2, batch 3: training images" in told
+    assert ", ".join(map(str, batch[:8])) + ", ...; all in" in told
+    assert f"the last good checkpoint is that of step 16, in {tmp_path}" in told
+    assert "\n" not in told
+    written = json.loads((tmp_path / "diverged.json").read_text())
+    assert written == {"step": 19, "epoch": 2, "batch": 3, "images": batch.tolist()}
+    assert steps_of(tmp_path) == [16]
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+def test_one_of_many_models_is_named(tmp_path, npz):
+    flags = {"data": str(npz), "network": "mlp", "epochs": 1, "learning_rate": [1e-3, 9e5]}
+    models = sweep.configured(flags)
+    data = load_run_data(next(iter(models.values())))
+    models = sweep.start(tmp_path, models, data, resume=False)
+    names = list(models)
+    with pytest.raises(TrainingFailed, match=f"of {names[1]} is NaN or infinite .*none is saved"):
+        sweep.train(tmp_path, models, data)
+    assert [steps_of(tmp_path / name) for name in names] == [[], []]
+
+
+def test_parameters_that_are_no_numbers_are_not_saved(model_config, tmp_path):
+    state = jaxvae.create_train_state(jax.random.key(0), model_config, jaxvae.TrainConfig())
+    watch = Watch(tmp_path, 64, 4)
+    watch.expect_numbers(state, {"elbo": -3.0})
+    bad = replace(state, params=jax.tree.map(lambda x: x * jnp.inf, state.params))
+    with pytest.raises(TrainingFailed, match="a parameter is NaN or infinite after step 0"):
+        watch.expect_numbers(bad, {})
+    with pytest.raises(TrainingFailed, match="the test elbo is NaN or infinite"):
+        watch.expect_numbers(state, {"elbo": np.nan, "kl": 1.0})
+
+
+def test_finite_counts_the_steps_before_the_first_bad_one(model_config, images):
+    state = jaxvae.create_train_state(
+        jax.random.key(0), model_config, jaxvae.TrainConfig(batch_size=8)
+    )
+    images = np.minimum(images, 254)
+    batches = np.arange(64).reshape(8, 8)
+    images[[30, 50], 0, 0, 0] = 255  # of the batches 3 and 6
+    for first, last, finite in ((0, 8, 3), (0, 3, 3), (3, 8, 0), (4, 6, 2), (4, 8, 2)):
+        copy = jax.tree.map(jnp.copy, state)
+        _, totals = train_steps(copy, images, batches, first, last, objective=poisoned)
+        assert int(totals["finite"]) == finite
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: np.zeros((1, 8, 8, 1), np.uint8),
+        lambda: np.full((16, 8, 8, 1), 255, np.uint8),
+        lambda: np.full((16, 8, 8, 1), 0.5, np.float32),
+        lambda: np.full((16, 8, 8, 1), 1e-38, np.float32),
+        lambda: np.full((16, 8, 8, 1), np.finfo(np.float32).tiny / 2, np.float32),
+        lambda: np.nextafter(np.ones((16, 8, 8, 1), np.float32), np.float32(0)),
+    ],
+    ids=["a single one", "saturated", "constant", "small", "subnormal", "just below 1"],
+)
+@pytest.mark.parametrize("likelihood", ["bernoulli", "continuous_bernoulli", "gaussian",
+                                        "discretized_logistic"])  # fmt: skip
+def test_extreme_images_train(make, likelihood):
+    images = make()
+    config = jaxvae.ModelConfig((8, 8, 1), 2, network="mlp", likelihood=likelihood)
+    train_config = jaxvae.TrainConfig(batch_size=len(images))
+    state = jaxvae.create_train_state(jax.random.key(0), config, train_config)
+    for _ in range(3):
+        state, metrics = jaxvae.train_epoch(state, images)
+    Watch("", len(images), 1).expect_numbers(state, jax.device_get(metrics))
+
+
+def test_a_thousand_latents_train(images):
+    config = jaxvae.ModelConfig((8, 8, 1), 1000, network="mlp")
+    train_config = jaxvae.TrainConfig(batch_size=16, clip_norm=1.0)
+    state = jaxvae.create_train_state(jax.random.key(0), config, train_config)
+    first = None
+    for _ in range(5):
+        state, metrics = jaxvae.train_epoch(state, images)
+        first = first or float(metrics["loss"])
+    assert float(metrics["loss"]) < first
+    assert jaxvae.sample(state.params, jax.random.key(1), 3).shape == (3, 8, 8, 1)
+
+
+def test_a_run_directory_without_a_checkpoint_says_so(tmp_path):
+    with pytest.raises(TrainingFailed, match="none is saved"):
+        Watch(tmp_path, 8, 1).expect_numbers(_state(), {"elbo": np.inf})
+    assert read_metrics(tmp_path) == []
+
+
+def _state():
+    config = jaxvae.ModelConfig((8, 8, 1), 2, network="mlp")
+    return jaxvae.create_train_state(jax.random.key(0), config, jaxvae.TrainConfig())

@@ -1,0 +1,635 @@
+"""A run is a directory that can be killed at any instant and go on as if nothing had happened."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import SignalAt, refused
+
+import jaxvae
+from jaxvae.errors import Damaged, Preempted, TrainingFailed
+from jaxvae.runs import directory, drawing, evaluation, files, loop
+from jaxvae.runs.config import RunConfig, configured, read_config, resumed, run_keys
+from jaxvae.runs.data import load_run_data, model_inputs
+from jaxvae.runs.files import read_metrics
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+
+def trained(run_dir, flags, *, resume=False):
+    config = resumed(run_dir, flags) if resume else configured(flags)
+    data = load_run_data(config)
+    config = directory.start(run_dir, config, data, resume=resume)
+    return loop.train(run_dir, config, data)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, npz):
+    """A finished run of two epochs and its last state."""
+    run_dir = tmp_path_factory.mktemp("runs") / "finished"
+    flags = {"data": str(npz), "network": "mlp", "batch_size": 64, "epochs": 2, "seed": 3}
+    return run_dir, trained(run_dir, flags)
+
+
+# A run of many choices, and its 512 training images are eight batches.
+CHOICES = {
+    "batch_size": 64,
+    "network": "mlp",
+    "likelihood": "discretized_logistic",
+    "prior": "mixture",
+    "prior_components": 5,
+    "num_classes": 3,
+    "objective": "iwae",
+    "num_samples": 2,
+    "warmup": "linear",
+    "warmup_steps": 10,
+    "optimizer": "adam",
+    "learning_rate": 3e-4,
+}
+
+
+@pytest.fixture(scope="module")
+def conditional(tmp_path_factory, npz):
+    """A finished run of many choices, two epochs, and its last state."""
+    run_dir = tmp_path_factory.mktemp("runs") / "conditional"
+    return run_dir, trained(run_dir, {**CHOICES, "data": str(npz), "epochs": 2})
+
+
+def test_config_json_holds_what_the_run_was_told(finished, npz):
+    run_dir, _ = finished
+    assert json.loads((run_dir / "config.json").read_text()) == {
+        "jaxvae": jaxvae.__version__,
+        "data": str(npz),
+        "data_dir": None,
+        "manual_dir": None,
+        "seed": 3,
+        "start_from": None,
+        "divide": False,
+        "workers": 0,
+        "model": jaxvae.ModelConfig((8, 8, 1), network="mlp").to_dict()
+        | {"image_shape": [8, 8, 1]},
+        "train": jaxvae.TrainConfig(batch_size=64, epochs=2).to_dict(),
+    }
+
+
+def test_metrics_jsonl_holds_a_line_for_every_epoch(finished):
+    lines = read_metrics(finished[0])
+    assert [(line["epoch"], line["step"]) for line in lines] == [(1, 8), (2, 16)]
+    for line in lines:
+        assert set(line) == {"epoch", "step", "train", "test", "seconds"}
+        for split in ("train", "test"):
+            assert set(line[split]) == {"loss", "elbo", "log_likelihood", "kl"}
+            terms = line[split]["log_likelihood"] - line[split]["kl"]
+            assert line[split]["elbo"] == pytest.approx(terms, rel=1e-4)
+
+
+def test_the_last_checkpoint_is_the_last_state(finished):
+    run_dir, state = finished
+    assert_leaves_equal(jaxvae.load(run_dir), state.params)
+
+
+def test_the_test_metrics_are_those_of_the_test_images(finished, npz):
+    run_dir, state = finished
+    _, test_images = jaxvae.load_data(str(npz))
+    _, key = run_keys(read_config(run_dir))
+    terms = jaxvae.elbo(state.params, key, test_images)
+    recorded = read_metrics(run_dir)[-1]["test"]
+    assert recorded["elbo"] == pytest.approx(float(terms.value.mean()), rel=1e-5)
+
+
+def test_a_conditional_run_is_trained_and_measured_with_its_labels(conditional, npz):
+    run_dir, state = conditional
+    _, (images, labels) = jaxvae.load_data(str(npz), labels=True)
+    _, key = run_keys(read_config(run_dir))
+    recorded = [line["test"]["elbo"] for line in read_metrics(run_dir)]
+    terms = jaxvae.elbo(state.params, key, images, labels)
+    assert recorded[1] == pytest.approx(float(terms.value.mean()), rel=1e-5)
+    others = jaxvae.elbo(state.params, key, images, (labels + 1) % 3)
+    assert recorded[1] != pytest.approx(float(others.value.mean()), rel=1e-5)
+    assert recorded[0] < recorded[1]
+
+
+def test_a_measurement_is_of_the_latest_model_and_is_written_down(conditional, npz):
+    run_dir, state = conditional
+    found = evaluation.measure(run_dir, num_samples=20)
+    assert json.loads((run_dir / "evaluation.json").read_text()) == found
+    _, (images, labels) = jaxvae.load_data(str(npz), labels=True)
+    _, key = run_keys(read_config(run_dir))
+    for name, value in read_metrics(run_dir)[-1]["test"].items():
+        if name != "loss":
+            assert found[name] == pytest.approx(value, rel=1e-5)
+    log_px = jaxvae.log_likelihood(state.params, key, images, 20, labels)
+    assert found["log_p_x"] == pytest.approx(float(log_px.mean()), rel=1e-5)
+    bits = -found["log_p_x"] / math.log(2) / 64
+    assert found["bits_per_dimension"] == pytest.approx(bits, rel=1e-5)
+    means = jaxvae.reconstruct(state.params, images, labels)
+    error = float(np.mean((images / 255 - means) ** 2))
+    assert found["reconstruction_error"] == pytest.approx(error, rel=1e-4)
+    parts = found["mutual_information"] + found["marginal_kl"]
+    assert abs(parts - found["kl"]) < 0.5
+    assert found["active_units"] in (0, 1, 2)
+    for probe in ("logistic_regression", "nearest_neighbors"):
+        assert 0 <= found[probe] <= 1
+    assert (found["step"], found["images"], found["num_samples"]) == (16, 100, 20)
+
+
+def test_bits_per_dimension_are_of_grey_levels_alone(finished):
+    found = evaluation.measure(finished[0], num_samples=2)
+    assert "bits_per_dimension" not in found
+    assert found["log_p_x"] < 0
+
+
+def test_a_conditional_run_is_drawn(conditional, npz):
+    run_dir, _ = conditional
+    paths = drawing.draw(run_dir, load_run_data(read_config(run_dir)), jaxvae.load(run_dir))
+    assert {"classes", "samples", "training"} < {path.stem for path in paths}
+    assert all(path.stat().st_size > 1000 for path in paths)
+
+
+def test_watchers_are_told_of_every_epoch_before_it_is_saved(tmp_path, npz):
+    """And of epoch 0, before training; a run that goes on tells of its own epochs."""
+
+    def told(flags, *, resume=False):
+        config = resumed(tmp_path, flags) if resume else configured(flags)
+        data = load_run_data(config)
+        config = directory.start(tmp_path, config, data, resume=resume)
+        heard = []
+
+        def watch(record, params):
+            saved = [path.name for path in (tmp_path / "checkpoints").glob("[0-9]*")]
+            heard.append((record, jax.device_get(params)))  # whose memory training takes back
+            assert str(record["step"]) not in saved
+
+        return heard, loop.train(tmp_path, config, data, watchers=[watch])
+
+    flags = {"data": str(npz), "network": "mlp", "batch_size": 64, "epochs": 2}
+    heard, state = told(flags)
+    assert [record for record, _ in heard] == [{"epoch": 0, "step": 0}, *read_metrics(tmp_path)]
+    first = directory.first_state(run_keys(read_config(tmp_path))[0], read_config(tmp_path))
+    assert_leaves_equal(heard[0][1], first.params)
+    assert_leaves_equal(heard[2][1], state.params)
+    heard, state = told({"epochs": 3}, resume=True)
+    assert [record["epoch"] for record, _ in heard] == [3]
+    assert_leaves_equal(heard[0][1], state.params)
+
+
+def test_classes_take_part_in_no_model_that_knows_of_none(npz):
+    data = load_run_data(RunConfig(data=str(npz)))
+    for classes, kind in ((0, type(None)), (3, np.ndarray)):
+        model = jaxvae.ModelConfig(num_classes=classes)
+        images, labels = model_inputs(data.test_images, data.test_labels, model)
+        assert images is data.test_images
+        assert isinstance(labels, kind)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize(
+    ("labels", "says"),
+    [
+        (None, "has no {split} labels: expected classes from 0 to 2, as num_classes is 3"),
+        (np.arange(40) % 4, "has {split} labels from 0 to 3: expected classes from 0 to 2"),
+        (np.arange(40) % 3 - 1, "has {split} labels from -1 to 1: expected classes from 0 to 2"),
+    ],
+    ids=["none", "too many", "negative"],
+)
+def test_labels_that_are_missing_or_out_of_range_leave_no_directory(tmp_path, split, labels, says):
+    arrays = {name: np.zeros((40, 8, 8), np.uint8) for name in ("x_train", "x_test")}
+    arrays |= {"y_train": np.arange(40) % 3, "y_test": np.arange(40) % 3, f"y_{split}": labels}
+    data = tmp_path / "data.npz"
+    np.savez(data, **{name: array for name, array in arrays.items() if array is not None})
+    with refused(str(data), says.format(split=split)):
+        trained(tmp_path / "run", {"data": str(data), "num_classes": 3, "batch_size": 8})
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ["none", "dynamic", "fixed"])
+def test_binarized_images_are_the_same_in_every_run(npz, kind):
+    """Test images are 0/1, training images where it is fixed; elsewhere they stay grey."""
+    flags = {"data": str(npz), "binarization": kind}
+    data, again = (load_run_data(configured({**flags, "seed": seed})) for seed in (1, 2))
+    grey = load_run_data(RunConfig(data=str(npz)))
+    drawn = {"none": [], "dynamic": ["test"], "fixed": ["train", "test"]}[kind]
+    for split in ("train", "test"):
+        name = f"{split}_images"
+        ours, before = getattr(data, name), getattr(grey, name)
+        np.testing.assert_array_equal(ours, getattr(again, name))
+        assert ours.dtype == np.uint8
+        if split not in drawn:
+            np.testing.assert_array_equal(ours, before)
+            continue
+        assert set(np.unique(ours)) == {0, 255}
+        p = before / 255
+        spread = np.sqrt(np.sum(p * (1 - p), axis=0))
+        assert np.all(np.abs(np.sum(ours / 255 - p, axis=0)) < 5 * spread)
+    np.testing.assert_array_equal(data.test_labels, grey.test_labels)
+
+
+def test_a_binarized_run_is_measured_on_black_and_white(tmp_path, npz):
+    flags = {"data": str(npz), "network": "mlp", "binarization": "dynamic", "epochs": 1}
+    state = trained(tmp_path, flags)
+    config = read_config(tmp_path)
+    images = load_run_data(config).test_images
+    _, key = run_keys(config)
+    # By the definition: the log-probability of pixels that are 0 or 1, and nothing else.
+    posterior = jaxvae.encode(state.params, images)
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(np.arange(len(images)))
+    z, _ = posterior.sample_and_log_prob(keys)
+    p = np.float64(jaxvae.decode(state.params, z).mean)
+    log_px = np.sum(np.log(np.where(images == 255, p, 1 - p)), axis=(1, 2, 3))
+    recorded = read_metrics(tmp_path)[-1]["test"]
+    assert recorded["log_likelihood"] == pytest.approx(np.mean(log_px), rel=1e-4)
+
+
+def test_a_run_starts_from_anothers_parameters(finished, tmp_path, npz, monkeypatch):
+    run_dir, state = finished
+    monkeypatch.chdir(run_dir.parent)
+    flags = {"data": str(npz), "network": "mlp", "start_from": run_dir.name, "seed": 4}
+    flags |= {"objective": "stl", "optimizer": "adam", "learning_rate": 1e-9, "epochs": 1}
+    config = configured(flags)
+    assert config.start_from == str(run_dir)
+    after = trained(tmp_path / "next", flags)
+    first = directory.first_state(run_keys(config)[0], read_config(tmp_path / "next"))
+    assert_leaves_equal(first.params, state.params)
+    assert int(first.step) == 0
+    fresh = jaxvae.create_train_state(run_keys(config)[0], state.params.config, config.train)
+    assert_leaves_equal(first.opt_state, fresh.opt_state)
+    np.testing.assert_array_equal(*map(jax.random.key_data, (first.key, fresh.key)))
+    for a, b in zip(*map(jax.tree.leaves, (after.params, state.params)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-7)
+    before, now = (read_metrics(d)[-1]["test"] for d in (run_dir, tmp_path / "next"))
+    assert now["kl"] == pytest.approx(before["kl"], rel=1e-3)
+
+
+def test_a_run_that_has_started_needs_the_other_no_longer(finished, tmp_path, npz):
+    other = shutil.copytree(finished[0], tmp_path / "other")
+    flags = {"data": str(npz), "network": "mlp", "start_from": str(other), "epochs": 1}
+    trained(tmp_path / "run", flags)
+    shutil.rmtree(other)
+    assert int(trained(tmp_path / "run", {"epochs": 2}, resume=True).step) == 8
+    with refused(f"--start-from is {finished[0]}, but", f"started with {other}: leave it out"):
+        resumed(tmp_path / "run", {"start_from": str(finished[0])})
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ({"network": "notebook"}, "network mlp: expected notebook, as the run that starts from it"),
+        ({"latent_dim": 3}, "latent_dim 2: expected 3"),
+        ({"num_classes": 3}, "num_classes 0: expected 3"),
+        ({"prior": "vamp"}, "prior standard_normal: expected vamp"),
+    ],
+)
+def test_a_start_from_another_model_is_refused_and_leaves_no_directory(
+    finished, tmp_path, npz, flags, says
+):
+    flags = {"data": str(npz), "network": "mlp", "start_from": str(finished[0]), **flags}
+    with refused(f"{finished[0]} has a model with {says}"):
+        trained(tmp_path / "run", flags)
+    with refused("nowhere holds no checkpoint: expected the run directory of `jaxvae train`"):
+        trained(tmp_path / "run", {**flags, "start_from": "nowhere"})
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ({"posterior": "iaf", "objective": "stl"}, "expected the posterior 'gaussian'"),
+        ({"prior": "mixture", "free_bits": 1}, "free_bits needs the KL of every latent"),
+    ],
+)
+def test_a_model_and_an_objective_that_do_not_go_together_leave_no_directory(
+    tmp_path, npz, flags, says
+):
+    with refused(says):
+        trained(tmp_path / "run", {"data": str(npz), "network": "mlp", **flags})
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_from_before_there_were_choices_goes_on(finished, tmp_path):
+    """As an older version wrote it: a config.json without the fields that came later."""
+    run_dir = shutil.copytree(finished[0], tmp_path / "old")
+    config = json.loads((run_dir / "config.json").read_text())
+    del config["start_from"]
+    config["model"] = {name: config["model"][name] for name in ("image_shape", "latent_dim")}
+    config["train"] = {n: config["train"][n] for n in ("batch_size", "epochs", "learning_rate")}
+    (run_dir / "config.json").write_text(json.dumps(config))
+    again = resumed(run_dir, {"network": "notebook", "objective": "elbo", "warmup": "none"})
+    assert again.model == jaxvae.ModelConfig((8, 8, 1))
+    with refused("--objective is iwae, but", "started with elbo: leave it out"):
+        resumed(run_dir, {"objective": "iwae"})
+
+
+def test_a_data_set_of_one_class_is_measured_without_its_probes(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8), np.uint8)
+    np.savez(tmp_path / "one.npz", images=images, labels=np.full(40, 7))
+    flags = {"data": str(tmp_path / "one.npz"), "network": "mlp", "batch_size": 8, "epochs": 1}
+    trained(tmp_path / "run", flags)
+    found = evaluation.measure(tmp_path / "run", num_samples=2)
+    assert "elbo" in found
+    assert "nearest_neighbors" not in found
+
+
+def test_a_run_goes_on_for_more_epochs(tmp_path, npz):
+    flags = {"data": str(npz), "network": "mlp", "batch_size": 64}
+    once = trained(tmp_path / "once", {**flags, "epochs": 2})
+    trained(tmp_path / "twice", {**flags, "epochs": 1})
+    twice = trained(tmp_path / "twice", {"epochs": 2}, resume=True)
+    assert_leaves_equal(once.params, twice.params)
+    assert without_seconds(tmp_path / "once") == without_seconds(tmp_path / "twice")
+
+
+def test_a_run_of_many_choices_goes_on_bit_for_bit(conditional, tmp_path, npz):
+    run_dir, state = conditional
+    trained(tmp_path, {**CHOICES, "data": str(npz), "epochs": 1})
+    twice = trained(tmp_path, {"epochs": 2, "objective": "iwae", "num_classes": 3}, resume=True)
+    assert_leaves_equal((twice.params, twice.opt_state), (state.params, state.opt_state))
+    assert without_seconds(tmp_path) == without_seconds(run_dir)
+    assert read_config(tmp_path) == read_config(run_dir)
+
+
+def assert_leaves_equal(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def without_seconds(run_dir):
+    return [{**line, "seconds": 0} for line in read_metrics(run_dir)]
+
+
+def test_a_line_beyond_the_last_checkpoint_is_taken_back(finished, tmp_path, npz):
+    flags = {"data": str(npz), "network": "mlp", "batch_size": 64, "epochs": 1, "seed": 3}
+    trained(tmp_path, flags)
+    whole = (tmp_path / "metrics.jsonl").read_text()
+    later = json.dumps({"epoch": 2, "step": 16}) + "\n"
+    (tmp_path / "metrics.jsonl").write_text(whole + later + '{"epoch": 3, "st')
+    trained(tmp_path, {}, resume=True)
+    assert (tmp_path / "metrics.jsonl").read_text() == whole
+
+
+def test_a_run_killed_again_and_again_goes_on_bit_for_bit(tmp_path, npz):
+    """SIGKILL in mid-epoch, then while a checkpoint is written, then while figures are drawn.
+
+    `experiments/reliability/kill.py` does it a hundred times, at random moments.
+    """
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(jaxvae.__file__).parents[1]),
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+    }
+    killed = tmp_path / "killed"
+    metrics = killed / "metrics.jsonl"
+
+    def command(name, *more):
+        flags = ["--data", str(npz), "--network", "mlp", "--batch-size", "2", "--epochs", "5"]
+        words = [sys.executable, "-m", "jaxvae", "train", "--run-dir", str(tmp_path / name)]
+        return [*words, *(more or flags)]
+
+    def kill_when(told, *more):
+        with subprocess.Popen(command("killed", *more), stderr=-3, env=environment) as training:
+            while not told():
+                assert training.poll() is None, "the run ended before it could be killed"
+                time.sleep(0.002)
+            training.send_signal(signal.SIGKILL)
+        assert training.returncode == -signal.SIGKILL
+
+    def epochs():
+        return metrics.read_text().count("\n") if metrics.exists() else 0
+
+    def half_written(pattern):
+        return any(killed.glob(pattern))
+
+    kill_when(lambda: epochs() == 2)
+    kill_when(lambda: epochs() > 2 and half_written("checkpoints/*tmp*"), "--resume")
+    kill_when(lambda: half_written("figures/*.part"), "--resume")
+    assert len(read_metrics(killed)) == 5
+    for one in (command("killed", "--resume"), command("whole")):
+        subprocess.run(one, check=True, capture_output=True, env=environment)
+
+    for a, b in zip(*(saved(tmp_path / name) for name in ("killed", "whole")), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert without_seconds(killed) == without_seconds(tmp_path / "whole")
+    names = [path.name for path in killed.rglob("*")]
+    assert not [name for name in names if "tmp" in name or ".part" in name or "damaged" in name]
+
+
+def saved(run_dir):
+    state = jaxvae.restore(run_dir)
+    return [*jax.tree.leaves((state.params, state.opt_state, state.step)),
+            jax.random.key_data(state.key)]  # fmt: skip
+
+
+def test_a_run_is_not_started_over_another(finished, npz):
+    run_dir, _ = finished
+    before = (run_dir / "config.json").read_text()
+    with pytest.raises(jaxvae.InputError, match="already holds a run: go on with it"):
+        trained(run_dir, {"data": str(npz)})
+    assert (run_dir / "config.json").read_text() == before
+
+
+def test_a_batch_larger_than_the_data_leaves_no_directory(tmp_path, npz):
+    with pytest.raises(jaxvae.InputError, match="batch_size is 513: expected at most"):
+        trained(tmp_path / "run", {"data": str(npz), "batch_size": 513})
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_resumed_run_is_the_recorded_one(finished):
+    run_dir, _ = finished
+    assert resumed(run_dir, {"epochs": 7, "seed": 3}).train.epochs == 7
+    with pytest.raises(jaxvae.InputError, match=r"--batch-size is 32, but .* started with 64"):
+        resumed(run_dir, {"batch_size": 32})
+
+
+def test_images_of_another_shape_do_not_go_on(finished, tmp_path):
+    run_dir, _ = finished
+    other = tmp_path / "other.npz"
+    np.savez(other, images=np.zeros((100, 9, 8), np.uint8))
+    config = read_config(run_dir)
+    data = load_run_data(RunConfig(data=str(other)))
+    with pytest.raises(jaxvae.InputError, match=r"shape \(9, 8, 1\), but .* \(8, 8, 1\)"):
+        directory.start(run_dir, config, data, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "is not a run directory: expected one made by `jaxvae train`"),
+        ("{", "config.json is damaged"),
+        ("[]", "config.json is damaged: expected an object"),
+        ('{"seed": "x"}', "config.json is damaged: seed is 'x'"),
+        ('{"model": {"latent_dim": -1}}', "config.json is damaged: latent_dim is -1"),
+    ],
+)
+def test_a_directory_that_is_not_a_run_is_refused(tmp_path, content, says):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(jaxvae.InputError, match=says):
+        read_config(tmp_path)
+
+
+def test_images_on_disk_are_trained_on_as_images_in_memory_are(finished, npz, tmp_path):
+    """The same batches in the same order, read ahead of the steps."""
+    run_dir, state = finished
+
+    class OnDisk:
+        def __init__(self, images):
+            self.images, self.shape, self.dtype = images, images.shape, images.dtype
+
+        def __len__(self):
+            return len(self.images)
+
+        def __getitem__(self, rows):
+            return self.images[rows]
+
+    config = configured({"data": str(npz), "network": "mlp", "batch_size": 64, "seed": 3})
+    config = replace(config, train=replace(config.train, epochs=2))
+    data = load_run_data(config)
+    data = data._replace(train_images=OnDisk(data.train_images))
+    config = directory.start(tmp_path / "disk", config, data, resume=False)
+    streamed = loop.train(tmp_path / "disk", config, data)
+    for a, b in zip(*(jax.tree.leaves(s.params) for s in (state, streamed)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert without_seconds(run_dir) == without_seconds(tmp_path / "disk")
+
+
+def test_ctrl_c_saves_in_mid_epoch_and_the_run_goes_on_bit_for_bit(tmp_path, npz, monkeypatch):
+    monkeypatch.setattr("jaxvae.training.pipeline._IMAGES_PER_DISPATCH", 128)  # two steps
+    flags = {"data": str(npz), "network": "mlp", "batch_size": 64, "epochs": 2}
+    once = trained(tmp_path / "once", flags)
+    config = configured(flags)
+    data = load_run_data(config)
+    config = directory.start(tmp_path / "cut", config, data, resume=False)
+    progress = SignalAt(6, signal.SIGINT)
+    with pytest.raises(Preempted, match="saved after step 12; go on with: jaxvae train --resume"):
+        loop.train(tmp_path / "cut", config, data, progress=progress)
+    assert_leaves_equal(once.params, trained(tmp_path / "cut", {}, resume=True).params)
+    assert without_seconds(tmp_path / "once") == without_seconds(tmp_path / "cut")
+
+
+def test_a_second_ctrl_c_interrupts_at_once(tmp_path, npz):
+    config = configured({"data": str(npz), "network": "mlp", "batch_size": 64, "epochs": 2})
+    data = load_run_data(config)
+    config = directory.start(tmp_path, config, data, resume=False)
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(tmp_path, config, data, progress=SignalAt(1, signal.SIGINT, times=2))
+
+
+def test_two_trainings_do_not_share_a_directory(finished, tmp_path, npz):
+    run_dir = shutil.copytree(finished[0], tmp_path / "run")
+    before = contents(run_dir)
+    with files.owned(run_dir):
+        for resume in (False, True):
+            with refused(f"{run_dir} "):
+                trained(run_dir, {"epochs": 9} if resume else {"data": str(npz)}, resume=resume)
+        config = read_config(run_dir)
+        with refused(f"{run_dir} is being trained by process {os.getpid()} on"):
+            loop.train(run_dir, config, load_run_data(config))
+    assert contents(run_dir) == before
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*")
+            if path.is_file() and path.name != ".lock"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value", "says"),
+    [
+        ("model", "likelihood", "gaussian", "says likelihood gaussian, but the checkpoint of step"),
+        ("train", "learning_rate", 0.5, "step 16 was trained with 0.001: put config.json right"),
+    ],
+)
+def test_a_config_that_contradicts_the_checkpoint_is_refused(
+    finished, tmp_path, part, name, value, says
+):
+    run_dir = shutil.copytree(finished[0], tmp_path / "run")
+    config = json.loads((run_dir / "config.json").read_text())
+    config[part][name] = value
+    (run_dir / "config.json").write_text(json.dumps(config))
+    before = contents(run_dir)
+    with refused(f"{run_dir}/config.json says {name} {value}, but", says):
+        trained(run_dir, {"epochs": 3}, resume=True)
+    assert contents(run_dir) == before
+
+
+def test_a_run_falls_back_on_an_older_checkpoint_and_comes_to_the_same_end(finished, tmp_path):
+    run_dir = shutil.copytree(finished[0], tmp_path / "run")
+    for step in (8, 16):
+        assert (run_dir / "checkpoints" / str(step)).is_dir()
+    (run_dir / "checkpoints" / "16" / "state" / "manifest.ocdbt").write_bytes(b"")
+    with pytest.warns(Damaged, match=r"16 is damaged \(state/manifest.ocdbt is not .*step 8 takes"):
+        state = trained(run_dir, {}, resume=True)
+    assert_leaves_equal(state.params, finished[1].params)
+    assert without_seconds(run_dir) == without_seconds(finished[0])
+    assert (run_dir / "checkpoints" / "16.damaged").is_dir()
+
+
+def test_a_run_without_a_whole_checkpoint_does_not_begin_anew(finished, tmp_path):
+    run_dir = shutil.copytree(finished[0], tmp_path / "run")
+    for step in (8, 16):
+        (run_dir / "checkpoints" / str(step) / "config" / "metadata").unlink()
+    before = contents(run_dir)
+    with refused("holds no whole checkpoint, and nothing was changed (step 16: config/metadata is"):
+        trained(run_dir, {}, resume=True)
+    assert contents(run_dir) == before
+    shutil.rmtree(run_dir / "checkpoints")
+    with refused("has lost its checkpoints, of which metrics.jsonl tells"):
+        trained(run_dir, {}, resume=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of half a megabyte, where this user may make one."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(place)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_full_disk_ends_the_training_and_loses_nothing(small_disk, tmp_path, npz):
+    """The run goes on as if nothing had happened when there is room again."""
+    flags = {"data": str(npz), "network": "mlp", "width": 8, "batch_size": 64, "epochs": 2}
+    run_dir = small_disk / "run"
+    trained(run_dir, {**flags, "epochs": 1})
+    free = shutil.disk_usage(small_disk).free
+    (small_disk / "ballast").write_bytes(bytes(free - 4096))
+    with pytest.raises(TrainingFailed, match=r"run cannot be written: 0.0 MB are free, .* go on"):
+        trained(run_dir, {"epochs": 2}, resume=True)
+    assert int(jaxvae.restore(run_dir).step) == 8
+    (small_disk / "ballast").unlink()
+    state = trained(run_dir, {"epochs": 2}, resume=True)
+    assert_leaves_equal(state.params, trained(tmp_path / "once", flags).params)
+    assert without_seconds(run_dir) == without_seconds(tmp_path / "once")
+    assert not [path for path in run_dir.rglob("*") if "tmp" in path.name or ".part" in path.name]
+
+
+def test_a_read_only_disk_is_refused(small_disk, finished):
+    run_dir = small_disk / "run"
+    run_dir.mkdir()
+    shutil.copy(finished[0] / "config.json", run_dir)
+    config = read_config(run_dir)
+    data = load_run_data(config)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    for place, resume in ((small_disk / "other", False), (run_dir, True)):
+        with refused("cannot be written: Read-only file system"):
+            directory.start(place, config, data, resume=resume)
+    subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
+
+
+def test_a_run_of_a_newer_version_is_left_alone(finished, tmp_path):
+    run_dir = shutil.copytree(finished[0], tmp_path / "run")
+    config = json.loads((run_dir / "config.json").read_text())
+    (run_dir / "config.json").write_text(json.dumps(config | {"jaxvae": "9.0", "novelty": 1}))
+    with refused("config.json was made by jaxvae 9.0, and this is"):
+        resumed(run_dir, {})
