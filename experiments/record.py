@@ -13,10 +13,11 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from jaxvae.config import ModelConfig, TrainConfig
 from jaxvae.devices.sharding import cores
+from jaxvae.models.config import ModelConfig
 from jaxvae.runs.config import RunConfig, as_flag, read_config
 from jaxvae.runs.files import read_metrics
+from jaxvae.training.config import TrainConfig
 
 COLUMNS = {
     "elbo": ("ELBO", "{:.2f}"),

@@ -1,13 +1,17 @@
 """Variational autoencoders in JAX: pure functions of parameters that know their model."""
 
-from jaxvae.config import ModelConfig, TrainConfig
 from jaxvae.data import load_data
 from jaxvae.errors import InputError
-from jaxvae.models.likelihoods import Bernoulli, Gaussian, reparameterize
+from jaxvae.evaluation.log_likelihood import log_likelihood
+from jaxvae.models.config import ModelConfig
+from jaxvae.models.distributions import Gaussian, reparameterize
+from jaxvae.models.likelihoods import Bernoulli
 from jaxvae.models.vae import Params, decode, encode, init, reconstruct, sample
-from jaxvae.objectives import Elbo, elbo, log_likelihood
+from jaxvae.objectives import Elbo, elbo
 from jaxvae.runs.checkpoints import load, restore, save
-from jaxvae.training.step import TrainState, create_train_state, train_epoch, train_step
+from jaxvae.training.config import TrainConfig
+from jaxvae.training.state import TrainState, create_train_state
+from jaxvae.training.step import train_epoch, train_step
 
 __version__ = "0.1.0"
 

@@ -1,27 +1,29 @@
 """Bounds on log p(x), and what training minimises.
 
-What training minimises has one signature,
+An objective is a frozen dataclass of its options, called as
 
-    loss, terms = objective(params, key, images, labels, beta=..., num_samples=..., ...)
+    loss, terms = objective(params, key, images, labels, beta=..., axis_name=...)
 
 where the loss is [batch], nats per image, and the terms are the ELBO's. `beta` weights all that
-posterior and prior contribute: log p(z) - log q(z|x), or its expectation, the negative KL.
+posterior and prior contribute: log p(z) - log q(z|x), or its expectation, the negative KL. All of
+them are written in terms of one primitive, `draw`.
 """
 
 import math
-from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxvae.config import TrainConfig, whole_number
+from jaxvae.components import Registry
 from jaxvae.errors import InputError
-from jaxvae.models.likelihoods import Gaussian
-from jaxvae.models.vae import Params, Posterior, decode, encode, expected_images, prior
-from jaxvae.validation import as_key, jit
+from jaxvae.models.distributions import Gaussian
+from jaxvae.models.protocols import Posterior
+from jaxvae.models.vae import Params, decode, encode, prior
+from jaxvae.validation import as_key, is_number, jit, shown, whole_number
 
 
 class Elbo(NamedTuple):
@@ -32,15 +34,156 @@ class Elbo(NamedTuple):
     kl: jax.Array
 
 
-# (params, keys [batch], images [batch, ...], labels) -> (loss [batch], the ELBO's terms)
-Objective = Callable[..., tuple[jax.Array, Elbo]]
+class Objective(Protocol):
+    """What training minimises: `TrainConfig(objective=...)`.
+
+    A plain function of (params, keys, images[, labels]) to a loss [batch] and an `Elbo` will do as
+    well; it treats every image on its own, and the configuration's beta does not reach it.
+
+    Attributes:
+      num_samples: latent samples per image.
+      across_batch: whether an image's loss depends on the others of the batch, which is then
+        taken in one piece and, over several devices, by `axis_name`.
+    """
+
+    num_samples: int
+    across_batch: bool
+
+    def __call__(
+        self,
+        params: Params,
+        key: jax.Array,
+        images: jax.Array,
+        labels: jax.Array | None = None,
+        *,
+        beta: jax.Array | float = 1.0,
+        axis_name: str | None = None,
+    ) -> tuple[jax.Array, Elbo]:
+        """Compute the loss, [batch] in nats per image, and the terms of the ELBO.
+
+        Args:
+          params: the model.
+          key: a PRNG key, or [batch] keys, one for each image.
+          images: [batch, height, width, channels], float32 in [0, 1] or uint8.
+          labels: [batch], the images' classes, where the model is conditional.
+          beta: weight of the KL term.
+          axis_name: of the `pmap` whose devices share the batch.
+        """
+
+
+class Draw(NamedTuple):
+    """Samples z ~ q(z|x) of every image, and what objectives need to know of them, in nats.
+
+    Attributes:
+      z: [samples, batch, latent].
+      log_likelihood: log p(x|z), [samples, batch].
+      log_prior: log p(z), [samples, batch].
+      log_posterior: log q(z|x), [samples, batch].
+      kl: KL(q(z|x) || p(z)), [batch], where it is known exactly; else None.
+      posterior: q(z|x).
+    """
+
+    z: jax.Array
+    log_likelihood: jax.Array
+    log_prior: jax.Array
+    log_posterior: jax.Array
+    kl: jax.Array | None
+    posterior: Posterior
+
+    @property
+    def log_ratio(self) -> jax.Array:
+        """log q(z|x) - log p(z), [samples, batch]: an estimate of the KL."""
+        return self.log_posterior - self.log_prior
+
+    def elbo(self, *, exact: bool = True) -> Elbo:
+        """Average the ELBO over the samples, with the exact KL where it is known and wanted."""
+        log_likelihood = jnp.mean(self.log_likelihood, axis=0)
+        kl = self.kl if exact and self.kl is not None else jnp.mean(self.log_ratio, axis=0)
+        return Elbo(log_likelihood - kl, log_likelihood, kl)
+
+
+def draw(
+    params: Params,
+    key: jax.Array,
+    images: jax.Array,
+    labels: jax.Array | None = None,
+    num_samples: int = 1,
+    *,
+    path: bool = False,
+) -> Draw:
+    """Sample the posterior and evaluate everything at the samples.
+
+    Args:
+      params: the model.
+      key: a PRNG key, or [batch] keys, one for each image.
+      images: [batch, height, width, channels], float32 in [0, 1] or uint8.
+      labels: [batch], the images' classes, where the model is conditional.
+      num_samples: samples per image.
+      path: whether log q(z|x) is differentiated through z alone and not through the posterior's
+        own parameters.
+
+    Returns:
+      The samples and their log-densities.
+
+    Raises:
+      InputError: as of `jaxvae.encode`; `path` of a posterior without `log_prob`.
+    """
+    posterior = encode(params, images, labels)
+    z, log_posterior = samples(posterior, example_keys(key, len(posterior.mean)), num_samples)
+    if path:
+        log_posterior = lax.stop_gradient(with_log_prob(posterior)).log_prob(z)
+    p_z = prior(params)
+    return Draw(
+        z,
+        log_likelihood_at(params, z, images, labels),
+        p_z.log_prob(z),
+        log_posterior,
+        posterior.kl(p_z),
+        posterior,
+    )
+
+
+def samples(posterior: Posterior, keys: jax.Array, num_samples: int) -> tuple[jax.Array, jax.Array]:
+    """Draw [samples, batch, latent] by [batch] keys; also return log q(z|x), [samples, batch]."""
+    if num_samples == 1:
+        z, log_q = posterior.sample_and_log_prob(keys)
+        return z[None], log_q[None]
+    return numbered_samples(posterior, keys, jnp.arange(num_samples))
+
+
+def numbered_samples(
+    posterior: Posterior, keys: jax.Array, numbers: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Draw the samples of these numbers, as of `samples`."""
+
+    def sample(k: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return posterior.sample_and_log_prob(jax.vmap(jax.random.fold_in, (0, None))(keys, k))
+
+    return jax.vmap(sample)(numbers)
+
+
+def log_likelihood_at(
+    params: Params, z: jax.Array, images: jax.Array, labels: jax.Array | None
+) -> jax.Array:
+    """Compute log p(x|z) of samples [samples, batch, latent]: [samples, batch], in nats.
+
+    The samples are rows of one batch: convolutions under `vmap` take half as long again.
+    """
+
+    def repeated(x: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(x, (len(z), *x.shape)).reshape(-1, *x.shape[1:])
+
+    images = repeated(jnp.asarray(images))
+    labels = None if labels is None else repeated(jnp.asarray(labels))
+    log_p_x = decode(params, z.reshape(-1, z.shape[-1]), labels).log_prob(images)
+    return log_p_x.reshape(z.shape[:2])
 
 
 @jit()
 def elbo(
     params: Params, key: jax.Array, images: jax.Array, labels: jax.Array | None = None
 ) -> Elbo:
-    """The evidence lower bound on log p(x), estimated with one sample per image.
+    """Estimate the evidence lower bound on log p(x) with one sample per image.
 
         ELBO(x) = E_q(z|x)[log p(x|z)] - KL(q(z|x) || p(z))
 
@@ -48,33 +191,26 @@ def elbo(
     log q(z|x) - log p(z) at the sample.
 
     Args:
+      params: the model.
       key: a PRNG key, or [batch] keys, one for each image.
       images: [batch, height, width, channels], float32 in [0, 1] or uint8.
       labels: [batch], the images' classes, where the model is conditional.
+
     Returns:
       Elbo, each field [batch], nats per image.
+
     Raises:
       InputError: images of another shape than the model's; labels as of `jaxvae.encode`.
 
-    Kingma and Welling (2014), Auto-Encoding Variational Bayes, equation 10.
+    References:
+      Kingma and Welling (2014), Auto-Encoding Variational Bayes, equation 10.
     """
-    posterior = encode(params, images, labels)
-    keys = example_keys(key, posterior.mean.shape[0])
-    return _elbo(params, posterior, keys, images, labels)
+    return draw(params, key, images, labels).elbo()
 
 
-def negative_elbo(
-    params: Params,
-    key: jax.Array,
-    images: jax.Array,
-    labels: jax.Array | None = None,
-    *,
-    beta: jax.Array | float = 1.0,
-    num_samples: int = 1,
-    free_bits: float = 0.0,
-    axis_name: str | None = None,
-) -> tuple[jax.Array, Elbo]:
-    """The negative ELBO with its KL weighted: "elbo".
+@dataclass(frozen=True)
+class ELBO:
+    """The negative ELBO, with its KL weighted.
 
         loss = -E_q(z|x)[log p(x|z)] + beta KL(q(z|x) || p(z))
 
@@ -82,96 +218,135 @@ def negative_elbo(
 
         loss = -E_q(z|x)[log p(x|z)] + beta sum_j max(lambda, mean_x KL_j)
 
-    Args:
-      num_samples: of the posterior, averaged over.
-      free_bits: lambda, nats per latent.
-      axis_name: of the `pmap` whose devices share the batch.
-    Raises:
-      InputError: free bits without a Gaussian posterior and the standard normal prior.
+    Attributes:
+      num_samples: samples of the posterior, averaged over.
+      free_bits: lambda, KL per latent in nats below which it is not penalised; needs a Gaussian
+        posterior and the standard normal prior.
 
-    Higgins et al. (2017), beta-VAE, equation 4. Kingma et al. (2016), Improving Variational
-    Inference with Inverse Autoregressive Flow, equation 15.
+    References:
+      Higgins et al. (2017), beta-VAE, equation 4. Kingma et al. (2016), Improving Variational
+      Inference with Inverse Autoregressive Flow, equation 15.
     """
-    posterior = encode(params, images, labels)
-    keys = example_keys(key, posterior.mean.shape[0])
-    terms = _mean_elbo(params, posterior, keys, images, labels, num_samples)
-    kl = terms.kl
-    if free_bits:
-        if not isinstance(posterior, Gaussian) or params.config.prior != "standard_normal":
-            raise InputError(
-                "free_bits needs the KL of every latent: expected the posterior 'gaussian' and "
-                "the prior 'standard_normal'"
-            )
-        kls = posterior.kl_per_latent()
-        mean = _mean(lax.stop_gradient(kls), axis_name)
-        kl = jnp.sum(jnp.where(mean > free_bits, kls, free_bits), axis=-1)
-    return -(terms.log_likelihood - beta * kl), terms
+
+    num_samples: int = 1
+    free_bits: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_samples(self)
+        _check_number(self, "free_bits")
+
+    @property
+    def across_batch(self) -> bool:
+        """Whether there are free bits, which depend on the batch's average KL."""
+        return self.free_bits > 0
+
+    def __call__(
+        self,
+        params: Params,
+        key: jax.Array,
+        images: jax.Array,
+        labels: jax.Array | None = None,
+        *,
+        beta: jax.Array | float = 1.0,
+        axis_name: str | None = None,
+    ) -> tuple[jax.Array, Elbo]:
+        """Compute the loss and the ELBO's terms, as of `Objective`."""
+        drawn = draw(params, key, images, labels, self.num_samples)
+        terms = drawn.elbo()
+        kl = terms.kl
+        if self.free_bits:
+            if not isinstance(drawn.posterior, Gaussian) or drawn.kl is None:
+                raise InputError(
+                    "free_bits needs the KL of every latent: expected the posterior 'gaussian' "
+                    "and the prior 'standard_normal'"
+                )
+            kls = drawn.posterior.kl_per_latent()
+            mean = _mean(lax.stop_gradient(kls), axis_name)
+            kl = jnp.sum(jnp.where(mean > self.free_bits, kls, self.free_bits), axis=-1)
+        return -(terms.log_likelihood - beta * kl), terms
 
 
-def sticking_the_landing(
-    params: Params,
-    key: jax.Array,
-    images: jax.Array,
-    labels: jax.Array | None = None,
-    *,
-    beta: jax.Array | float = 1.0,
-    num_samples: int = 1,
-) -> tuple[jax.Array, Elbo]:
-    """The negative ELBO by samples, with the path derivative as its gradient: "stl".
+@dataclass(frozen=True)
+class StickingTheLanding:
+    """The negative ELBO by samples, with the path derivative as its gradient.
 
         loss = -(log p(x|z) + beta (log p(z) - log q(z|x))),    z = mean + exp(log_var / 2) eps
 
     log q(z|x) is differentiated through z alone, not through its own mean and log_var. What is
-    left out has expectation 0, and all that varies where q(z|x) is the true posterior.
+    left out has expectation 0, and is all that varies where q(z|x) is the true posterior. As an
+    estimator of a gradient it cannot be differentiated a second time.
 
-    num_samples: of the posterior, averaged over.
+    Attributes:
+      num_samples: samples of the posterior, averaged over.
 
-    Raises InputError for a posterior that is not Gaussian.
-
-    Roeder, Wu and Duvenaud (2017), Sticking the Landing, equation 7.
+    References:
+      Roeder, Wu and Duvenaud (2017), Sticking the Landing, equation 7.
     """
-    posterior, z = _path(params, key, images, labels, num_samples)
-    log_p_x, log_ratio = _at_samples(params, z, posterior, images, labels)
-    terms = _terms(log_p_x, log_ratio)
-    return -(terms.log_likelihood - beta * terms.kl), terms
+
+    num_samples: int = 1
+    across_batch = False
+
+    def __post_init__(self) -> None:
+        _check_samples(self)
+
+    def __call__(
+        self,
+        params: Params,
+        key: jax.Array,
+        images: jax.Array,
+        labels: jax.Array | None = None,
+        *,
+        beta: jax.Array | float = 1.0,
+        axis_name: str | None = None,
+    ) -> tuple[jax.Array, Elbo]:
+        """Compute the loss and the ELBO's terms, as of `Objective`.
+
+        Raises:
+          InputError: a posterior without `log_prob`.
+        """
+        drawn = draw(params, key, images, labels, self.num_samples, path=True)
+        terms = drawn.elbo(exact=False)
+        return -(terms.log_likelihood - beta * terms.kl), terms
 
 
-def importance_weighted(
-    params: Params,
-    key: jax.Array,
-    images: jax.Array,
-    labels: jax.Array | None = None,
-    *,
-    beta: jax.Array | float = 1.0,
-    num_samples: int = 1,
-) -> tuple[jax.Array, Elbo]:
-    """The negative importance-weighted bound: "iwae".
+@dataclass(frozen=True)
+class ImportanceWeighted:
+    """The negative importance-weighted bound.
 
         loss = -log 1/k sum_i w_i,    w_i = p(x|z_i) (p(z_i) / q(z_i|x))^beta,    z_i ~ q(z|x)
 
-    num_samples: k.
+    Attributes:
+      num_samples: k.
 
-    Burda, Grosse and Salakhutdinov (2016), Importance Weighted Autoencoders, equation 8.
+    References:
+      Burda, Grosse and Salakhutdinov (2016), Importance Weighted Autoencoders, equation 8.
     """
-    posterior, p_z = encode(params, images, labels), prior(params)
-    keys = example_keys(key, posterior.mean.shape[0])
-    z, log_q = _samples(posterior, keys, jnp.arange(num_samples))
-    log_p_x, log_ratio = _log_p_x(params, z, images, labels), log_q - p_z.log_prob(z)
-    bound = _log_mean_exp(log_p_x - beta * log_ratio)
-    return -bound, _terms(log_p_x, log_ratio)
+
+    num_samples: int = 1
+    across_batch = False
+
+    def __post_init__(self) -> None:
+        _check_samples(self)
+
+    def __call__(
+        self,
+        params: Params,
+        key: jax.Array,
+        images: jax.Array,
+        labels: jax.Array | None = None,
+        *,
+        beta: jax.Array | float = 1.0,
+        axis_name: str | None = None,
+    ) -> tuple[jax.Array, Elbo]:
+        """Compute the loss and the ELBO's terms, as of `Objective`."""
+        drawn = draw(params, key, images, labels, self.num_samples)
+        log_w = drawn.log_likelihood - beta * drawn.log_ratio
+        return -_log_mean_exp(log_w), drawn.elbo(exact=False)
 
 
-def doubly_reparameterized(
-    params: Params,
-    key: jax.Array,
-    images: jax.Array,
-    labels: jax.Array | None = None,
-    *,
-    beta: jax.Array | float = 1.0,
-    num_samples: int = 1,
-) -> tuple[jax.Array, Elbo]:
-    """The negative importance-weighted bound, with the encoder's gradient reparameterized twice:
-    "dreg".
+@dataclass(frozen=True)
+class DoublyReparameterized:
+    """The negative importance-weighted bound, its encoder's gradient reparameterized twice.
 
     With v_i = w_i / sum_j w_j, and log q in log w_i differentiated through z_i alone:
 
@@ -181,28 +356,41 @@ def doubly_reparameterized(
     It has the expectation of the bound's own gradient, and less variance. At another beta than 1,
     by the same argument, v_i^2 is (1 - beta) v_i + beta v_i^2.
 
-    num_samples: k.
+    Attributes:
+      num_samples: k.
 
-    Raises InputError for a posterior that is not Gaussian.
-
-    Tucker, Lawson, Gu and Maddison (2019), Doubly Reparameterized Gradient Estimators for Monte
-    Carlo Objectives, equation 8.
+    References:
+      Tucker, Lawson, Gu and Maddison (2019), Doubly Reparameterized Gradient Estimators for Monte
+      Carlo Objectives, equation 8.
     """
-    posterior, z = _path(params, key, images, labels, num_samples)
-    bound, (log_p_x, log_ratio) = _doubly(params, z, beta, posterior, images, labels)
-    return -bound, _terms(log_p_x, log_ratio)
+
+    num_samples: int = 1
+    across_batch = False
+
+    def __post_init__(self) -> None:
+        _check_samples(self)
+
+    def __call__(
+        self,
+        params: Params,
+        key: jax.Array,
+        images: jax.Array,
+        labels: jax.Array | None = None,
+        *,
+        beta: jax.Array | float = 1.0,
+        axis_name: str | None = None,
+    ) -> tuple[jax.Array, Elbo]:
+        """Compute the loss and the ELBO's terms, as of `Objective`.
+
+        Raises:
+          InputError: a posterior without `log_prob`.
+        """
+        raise NotImplementedError
 
 
-def beta_tc(
-    params: Params,
-    key: jax.Array,
-    images: jax.Array,
-    labels: jax.Array | None = None,
-    *,
-    beta: jax.Array | float = 1.0,
-    axis_name: str | None = None,
-) -> tuple[jax.Array, Elbo]:
-    """The negative ELBO with its KL taken apart and the total correlation weighted: "beta_tc".
+@dataclass(frozen=True)
+class BetaTC:
+    """The negative ELBO with its KL decomposed and the total correlation weighted.
 
         loss = -log p(x|z) + [log q(z|x) - log q(z)]                mutual information
                            + beta [log q(z) - sum_j log q(z_j)]     total correlation
@@ -215,44 +403,53 @@ def beta_tc(
     The paper divides by the number N of training images besides, which moves the parts by
     constants and leaves the gradient as it is.
 
-    Args:
-      axis_name: of the `pmap` whose devices share the batch; the sum is over all of it.
-    Raises:
-      InputError: a posterior that is not Gaussian.
-
-    Chen, Li, Grosse and Duvenaud (2018), Isolating Sources of Disentanglement in Variational
-    Autoencoders, equations 2 and 4.
+    References:
+      Chen, Li, Grosse and Duvenaud (2018), Isolating Sources of Disentanglement in Variational
+      Autoencoders, equations 2 and 4.
     """
-    posterior = _gaussian(encode(params, images, labels))
-    z, log_q_z_x = posterior.sample_and_log_prob(example_keys(key, len(posterior.mean)))
-    log_p_x = decode(params, z, labels).log_prob(images)
-    log_p_z = prior(params).log_prob(z)
-    others = _gathered(posterior, axis_name)
-    log_q = Gaussian(others.mean, others.log_var).log_prob_per_latent(z[:, None])  # [z, x, latent]
-    log_m = math.log(len(others.mean))
-    log_q_z = jax.nn.logsumexp(jnp.sum(log_q, axis=-1), axis=1) - log_m
-    log_q_z_j = jnp.sum(jax.nn.logsumexp(log_q, axis=1) - log_m, axis=-1)
-    information, correlation, latents = (
-        log_q_z_x - log_q_z,
-        log_q_z - log_q_z_j,
-        log_q_z_j - log_p_z,
-    )
-    loss = -log_p_x + information + beta * correlation + latents
-    kl = _kl(params, posterior, z, log_q_z_x)
-    return loss, Elbo(log_p_x - kl, log_p_x, kl)
+
+    num_samples = 1
+    across_batch = True
+
+    def __call__(
+        self,
+        params: Params,
+        key: jax.Array,
+        images: jax.Array,
+        labels: jax.Array | None = None,
+        *,
+        beta: jax.Array | float = 1.0,
+        axis_name: str | None = None,
+    ) -> tuple[jax.Array, Elbo]:
+        """Compute the loss and the ELBO's terms, as of `Objective`.
+
+        Raises:
+          InputError: a posterior that is not Gaussian.
+        """
+        drawn = draw(params, key, images, labels)
+        z, log_p_x, log_p_z, log_q_z_x = (x[0] for x in drawn[:4])
+        if not isinstance(drawn.posterior, Gaussian):
+            raise InputError(
+                "the objective 'beta_tc' needs the density of every latent: expected the "
+                "posterior 'gaussian'"
+            )
+        others = _gathered(drawn.posterior, axis_name)
+        # [z, x, latent]
+        log_q = Gaussian(others.mean, others.log_var).log_prob_per_latent(z[:, None])
+        log_m = math.log(len(others.mean))
+        log_q_z = jax.nn.logsumexp(jnp.sum(log_q, axis=-1), axis=1) - log_m
+        log_q_z_j = jnp.sum(jax.nn.logsumexp(log_q, axis=1) - log_m, axis=-1)
+        information, correlation, latents = (
+            log_q_z_x - log_q_z,
+            log_q_z - log_q_z_j,
+            log_q_z_j - log_p_z,
+        )
+        return -log_p_x + information + beta * correlation + latents, drawn.elbo()
 
 
-def maximum_mean_discrepancy(
-    params: Params,
-    key: jax.Array,
-    images: jax.Array,
-    labels: jax.Array | None = None,
-    *,
-    beta: jax.Array | float = 1.0,
-    mmd_weight: float = 100.0,
-    axis_name: str | None = None,
-) -> tuple[jax.Array, Elbo]:
-    """The negative ELBO and the discrepancy between aggregate posterior and prior: "mmd".
+@dataclass(frozen=True)
+class MaximumMeanDiscrepancy:
+    """The negative ELBO and the discrepancy between aggregate posterior and prior.
 
         loss = -E_q(z|x)[log p(x|z)] + beta KL(q(z|x) || p(z)) + lambda MMD^2(q(z), p(z))
 
@@ -262,128 +459,129 @@ def maximum_mean_discrepancy(
     At beta 0 a Wasserstein autoencoder, at beta 1 - alpha the InfoVAE. The expectations are
     over pairs of different images of the batch.
 
-    Args:
-      mmd_weight: lambda, nats.
-      axis_name: of the `pmap` whose devices share the batch; the pairs are of all of it.
+    Attributes:
+      weight: lambda, nats.
 
-    Zhao, Song and Ermon (2019), InfoVAE, equation 6. Tolstikhin et al. (2018), Wasserstein
-    Auto-Encoders, algorithm 2.
+    References:
+      Zhao, Song and Ermon (2019), InfoVAE, equation 6. Tolstikhin et al. (2018), Wasserstein
+      Auto-Encoders, algorithm 2.
     """
-    posterior, p_z = encode(params, images, labels), prior(params)
-    keys = example_keys(key, len(posterior.mean))
-    z, log_q = posterior.sample_and_log_prob(keys)
-    terms = _elbo_at(params, z, log_q, posterior, images, labels)
-    y = jax.vmap(lambda key: p_z.sample(jax.random.fold_in(key, 1), 1)[0])(keys)
-    all_z, all_y = _gathered((z, y), axis_name)
-    c, batch = 2 * z.shape[1], len(z)
-    itself = jnp.arange(len(all_z)) == (_first(axis_name, batch) + jnp.arange(batch))[:, None]
 
-    def kernel(a: jax.Array, b: jax.Array) -> jax.Array:
-        return c / (c + jnp.sum((a[:, None] - b) ** 2, axis=-1))
+    weight: float = 100.0
+    num_samples = 1
+    across_batch = True
 
-    def over_others(pairs: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(itself, 0, pairs), axis=1) / max(1, len(all_z) - 1)
+    def __post_init__(self) -> None:
+        _check_number(self, "weight")
 
-    across = jnp.mean(kernel(z, all_y), axis=1)
-    squared = over_others(kernel(z, all_z)) + over_others(kernel(y, all_y)) - 2 * across
-    return -(terms.log_likelihood - beta * terms.kl) + mmd_weight * squared, terms
+    def __call__(
+        self,
+        params: Params,
+        key: jax.Array,
+        images: jax.Array,
+        labels: jax.Array | None = None,
+        *,
+        beta: jax.Array | float = 1.0,
+        axis_name: str | None = None,
+    ) -> tuple[jax.Array, Elbo]:
+        """Compute the loss and the ELBO's terms, as of `Objective`."""
+        drawn = draw(params, key, images, labels)
+        z, terms, p_z = drawn.z[0], drawn.elbo(), prior(params)
+        keys = example_keys(key, len(z))
+        y = jax.vmap(lambda key: p_z.sample(jax.random.fold_in(key, 1), 1)[0])(keys)
+        all_z, all_y = _gathered((z, y), axis_name)
+        c, batch = 2 * z.shape[1], len(z)
+        itself = jnp.arange(len(all_z)) == (_first(axis_name, batch) + jnp.arange(batch))[:, None]
 
+        def kernel(a: jax.Array, b: jax.Array) -> jax.Array:
+            return c / (c + jnp.sum((a[:, None] - b) ** 2, axis=-1))
 
-OBJECTIVES: dict[str, Objective] = {
-    "elbo": negative_elbo,
-    "stl": sticking_the_landing,
-    "iwae": importance_weighted,
-    "dreg": doubly_reparameterized,
-    "beta_tc": beta_tc,
-    "mmd": maximum_mean_discrepancy,
-}
+        def over_others(pairs: jax.Array) -> jax.Array:
+            return jnp.sum(jnp.where(itself, 0, pairs), axis=1) / max(1, len(all_z) - 1)
 
-
-def chosen(
-    config: TrainConfig, beta: jax.Array | float, axis_name: str | None = None
-) -> tuple[Objective, bool]:
-    """The objective that a configuration names, and whether it needs the batch in one piece."""
-    own: dict[str, Any] = {}
-    if config.objective in ("elbo", "stl", "iwae", "dreg"):
-        own["num_samples"] = config.num_samples
-    if config.objective == "mmd":
-        own["mmd_weight"] = config.mmd_weight
-    if config.free_bits:
-        own["free_bits"] = config.free_bits
-    whole = config.objective in ("beta_tc", "mmd") or config.free_bits > 0
-    if whole:
-        own["axis_name"] = axis_name
-    return partial(OBJECTIVES[config.objective], beta=beta, **own), whole
+        across = jnp.mean(kernel(z, all_y), axis=1)
+        squared = over_others(kernel(z, all_z)) + over_others(kernel(y, all_y)) - 2 * across
+        return -(terms.log_likelihood - beta * terms.kl) + self.weight * squared, terms
 
 
-def beta_at(
-    config: TrainConfig, step: jax.Array, beta: jax.Array | float | None = None
-) -> jax.Array | float:
-    """The weight of the KL at a step, warmed up over W = `warmup_steps`.
-
-        linear      beta min(1, step / W)
-        cyclical    beta min(1, (step mod 2 W) / W)
-
-    beta: instead of the configuration's.
-
-    Bowman et al. (2016), Generating Sentences from a Continuous Space, section 3.1. Fu et al.
-    (2019), Cyclical Annealing Schedule, equation 6, with half of every cycle for the growth.
-    """
-    beta = config.beta if beta is None else beta
-    if config.warmup == "none":
-        return beta
-    if config.warmup == "cyclical":
-        step = step % (2 * config.warmup_steps)
-    return beta * jnp.minimum(1, step / config.warmup_steps)
+OBJECTIVES: Registry[Any] = Registry(
+    "objective",
+    {
+        "elbo": ELBO,
+        "stl": StickingTheLanding,
+        "iwae": ImportanceWeighted,
+        "dreg": DoublyReparameterized,
+        "beta_tc": BetaTC,
+        "mmd": MaximumMeanDiscrepancy,
+    },
+)
 
 
-@jit(static_argnames="num_samples")
-def log_likelihood(
-    params: Params,
-    key: jax.Array,
-    images: jax.Array,
-    num_samples: int = 5000,
-    labels: jax.Array | None = None,
-) -> jax.Array:
-    """An importance-weighted estimate of log p(x), with the posterior as the proposal.
+def parse_objective(value: Any) -> Any:
+    """Return the objective that `value` names, or `value` itself where it is a function.
 
-        log p(x) >= E[log 1/K sum_k p(x|z_k) p(z_k) / q(z_k|x)],    z_k ~ q(z|x)
-
-    Memory does not grow with the number of samples.
-
-    Args:
-      key: a PRNG key, or [batch] keys, one for each image.
-      images: [batch, height, width, channels], float32 in [0, 1] or uint8.
-      num_samples: K.
-      labels: [batch], the images' classes, where the model is conditional.
-    Returns:
-      [batch], nats per image.
     Raises:
-      InputError: images of another shape than the model's, or num_samples below 1.
-
-    Burda, Grosse and Salakhutdinov (2016), Importance Weighted Autoencoders, equation 8.
+      InputError: an unknown name or option, or no function.
     """
-    num_samples = whole_number("num_samples", num_samples)
-    images = expected_images(params, images)
-    posterior, p_z = encode(params, images, labels), prior(params)
-    batch = images.shape[0]
-    keys = example_keys(key, batch)
+    if not isinstance(value, str) and not callable(value):
+        raise InputError(f"objective is {shown(value)}: expected a name or a function")
+    return OBJECTIVES.parse(value)
 
-    def log_weights(k: jax.Array) -> jax.Array:
-        z, log_q = _samples(posterior, keys, k)
-        return _log_p_x(params, z, images, labels) + p_z.log_prob(z) - log_q
 
-    # Enough samples at once to fill the machine when there are few images.
-    at_once = min(num_samples, max(1, 1024 // batch))
+@dataclass(frozen=True)
+class NoWarmup:
+    """beta as it is."""
 
-    def add(total: jax.Array, first: jax.Array) -> tuple[jax.Array, None]:
-        k = first + jnp.arange(at_once)
-        weights = jnp.where(k[:, None] < num_samples, log_weights(k), -jnp.inf)
-        return jnp.logaddexp(total, jax.nn.logsumexp(weights, axis=0)), None
+    def __call__(self, beta: jax.Array | float, step: jax.Array) -> jax.Array | float:
+        """Return beta."""
+        return beta
 
-    nothing = jnp.full(batch, -jnp.inf, posterior.mean.dtype)
-    total, _ = lax.scan(add, nothing, jnp.arange(0, num_samples, at_once))
-    return total - jnp.log(num_samples)
+
+@dataclass(frozen=True)
+class Linear:
+    """beta grows linearly over the first steps.
+
+        beta min(1, step / W)
+
+    Attributes:
+      steps: W.
+
+    References:
+      Bowman et al. (2016), Generating Sentences from a Continuous Space, section 3.1.
+    """
+
+    steps: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "steps", whole_number("steps", self.steps))
+
+    def __call__(self, beta: jax.Array | float, step: jax.Array) -> jax.Array | float:
+        """Return beta at a step."""
+        return beta * jnp.minimum(1, step / self.steps)
+
+
+@dataclass(frozen=True)
+class Cyclical(Linear):
+    """beta grows linearly over W steps, stays for W, and starts again from 0.
+
+        beta min(1, (step mod 2 W) / W)
+
+    Attributes:
+      steps: W.
+
+    References:
+      Fu et al. (2019), Cyclical Annealing Schedule, equation 6, with half of every cycle for
+      the growth.
+    """
+
+    def __call__(self, beta: jax.Array | float, step: jax.Array) -> jax.Array | float:
+        """Return beta at a step."""
+        return super().__call__(beta, step % (2 * self.steps))
+
+
+WARMUPS: Registry[Any] = Registry(
+    "warmup", {"none": NoWarmup, "linear": Linear, "cyclical": Cyclical}
+)
 
 
 def example_keys(key: jax.Array, batch: int, first: jax.Array | int = 0) -> jax.Array:
@@ -406,146 +604,13 @@ def example_keys(key: jax.Array, batch: int, first: jax.Array | int = 0) -> jax.
     return jax.vmap(partial(jax.random.fold_in, key))(first + jnp.arange(batch))
 
 
-def _elbo(
-    params: Params,
-    posterior: Posterior,
-    keys: jax.Array,
-    images: jax.Array,
-    labels: jax.Array | None,
-) -> Elbo:
-    z, log_q = posterior.sample_and_log_prob(keys)
-    return _elbo_at(params, z, log_q, posterior, images, labels)
+def with_log_prob(posterior: Any) -> Any:
+    """Return a posterior whose density is known at any z.
 
-
-def _elbo_at(
-    params: Params,
-    z: jax.Array,
-    log_q: jax.Array,
-    posterior: Posterior,
-    images: jax.Array,
-    labels: jax.Array | None,
-) -> Elbo:
-    log_p_x = decode(params, z, labels).log_prob(jnp.asarray(images))
-    kl = _kl(params, posterior, z, log_q)
-    return Elbo(log_p_x - kl, log_p_x, kl)
-
-
-def _mean_elbo(
-    params: Params,
-    posterior: Posterior,
-    keys: jax.Array,
-    images: jax.Array,
-    labels: jax.Array | None,
-    num_samples: int,
-) -> Elbo:
-    """The ELBO averaged over so many samples."""
-    if num_samples == 1:
-        return _elbo(params, posterior, keys, images, labels)
-    z, log_q = _samples(posterior, keys, jnp.arange(num_samples))
-    log_p_x = _log_p_x(params, z, images, labels)
-    return _terms(log_p_x, jnp.broadcast_to(_kl(params, posterior, z, log_q), log_p_x.shape))
-
-
-def _terms(log_p_x: jax.Array, log_ratio: jax.Array) -> Elbo:
-    """The ELBO's terms from log p(x|z) and log q(z|x) - log p(z), each [samples, batch]."""
-    log_likelihood, kl = jnp.mean(log_p_x, axis=0), jnp.mean(log_ratio, axis=0)
-    return Elbo(log_likelihood - kl, log_likelihood, kl)
-
-
-def _path(
-    params: Params,
-    key: jax.Array,
-    images: jax.Array,
-    labels: jax.Array | None,
-    num_samples: int,
-) -> tuple[Gaussian, jax.Array]:
-    """The posterior, held fixed, and samples [samples, batch, latent] that move with it."""
-    posterior = _gaussian(encode(params, images, labels))
-    keys = example_keys(key, len(posterior.mean))
-    z, _ = _samples(posterior, keys, jnp.arange(num_samples))
-    return lax.stop_gradient(posterior), z
-
-
-def _at_samples(
-    params: Params,
-    z: jax.Array,
-    posterior: Gaussian,
-    images: jax.Array,
-    labels: jax.Array | None,
-) -> tuple[jax.Array, jax.Array]:
-    """log p(x|z) and log q(z|x) - log p(z) of samples [samples, batch, latent]."""
-    log_ratio = posterior.log_prob(z) - prior(params).log_prob(z)
-    return _log_p_x(params, z, images, labels), log_ratio
-
-
-def _log_p_x(
-    params: Params, z: jax.Array, images: jax.Array, labels: jax.Array | None
-) -> jax.Array:
-    """log p(x|z) of samples [samples, batch, latent]: [samples, batch].
-
-    The samples are rows of one batch: convolutions under `vmap` take half as long again.
+    Raises:
+      InputError: it has no `log_prob`, as a flow's is known at its own samples alone.
     """
-
-    def repeated(x: jax.Array) -> jax.Array:
-        return jnp.broadcast_to(x, (len(z), *x.shape)).reshape(-1, *x.shape[1:])
-
-    images = repeated(jnp.asarray(images))
-    labels = None if labels is None else repeated(jnp.asarray(labels))
-    log_p_x = decode(params, z.reshape(-1, z.shape[-1]), labels).log_prob(images)
-    return log_p_x.reshape(z.shape[:2])
-
-
-@jax.custom_vjp
-def _doubly(
-    params: Params,
-    z: jax.Array,
-    beta: jax.Array | float,
-    posterior: Gaussian,
-    images: jax.Array,
-    labels: jax.Array | None,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """The importance-weighted bound, and what its weights are made of.
-
-    In the gradient with respect to z_i, v_i counts as (1 - beta) v_i + beta v_i^2.
-    """
-    log_p_x, log_ratio = _at_samples(params, z, posterior, images, labels)
-    return _log_mean_exp(log_p_x - beta * log_ratio), (log_p_x, log_ratio)
-
-
-def _doubly_forward(
-    params: Params,
-    z: jax.Array,
-    beta: jax.Array | float,
-    posterior: Gaussian,
-    images: jax.Array,
-    labels: jax.Array | None,
-) -> Any:
-    def log_weights(params: Params, z: jax.Array) -> Any:
-        log_p_x, log_ratio = _at_samples(params, z, posterior, images, labels)
-        return log_p_x - beta * log_ratio, (log_p_x, log_ratio)
-
-    log_w, pull_back, parts = jax.vjp(log_weights, params, z, has_aux=True)
-    return (_log_mean_exp(log_w), parts), (pull_back, jax.nn.softmax(log_w, axis=0), beta)
-
-
-def _doubly_backward(residuals: Any, cotangents: Any) -> Any:
-    pull_back, v, beta = residuals
-    of_params, of_z = pull_back(v * cotangents[0])
-    return of_params, ((1 - beta) + beta * v)[..., None] * of_z, None, None, None, None
-
-
-_doubly.defvjp(_doubly_forward, _doubly_backward)
-
-
-def _kl(params: Params, posterior: Posterior, z: jax.Array, log_q: jax.Array) -> jax.Array:
-    """KL(q(z|x) || p(z)), exact where that is known, or its estimate at z."""
-    if isinstance(posterior, Gaussian) and params.config.prior == "standard_normal":
-        return posterior.kl()
-    return log_q - prior(params).log_prob(z)
-
-
-def _gaussian(posterior: Posterior) -> Gaussian:
-    if not isinstance(posterior, Gaussian):
+    if not hasattr(posterior, "log_prob"):
         raise InputError(
             "this objective needs log q(z|x) at any z: expected the posterior 'gaussian'; "
             "with a flow train by 'elbo', 'iwae' or 'mmd'"
@@ -557,13 +622,16 @@ def _log_mean_exp(log_weights: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(log_weights, axis=0) - math.log(len(log_weights))
 
 
-def _samples(posterior: Posterior, keys: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Every image's samples of these numbers, [samples, batch, latent], and log q(z|x) of them."""
+def _check_samples(objective: Any) -> None:
+    number = whole_number("num_samples", objective.num_samples)
+    object.__setattr__(objective, "num_samples", number)
 
-    def sample(k: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return posterior.sample_and_log_prob(jax.vmap(jax.random.fold_in, (0, None))(keys, k))
 
-    return jax.vmap(sample)(k)
+def _check_number(objective: Any, name: str) -> None:
+    value = getattr(objective, name)
+    if not is_number(value) or not 0 <= value < 1e6:
+        raise InputError(f"{name} is {shown(value)}: expected a number of at least 0")
+    object.__setattr__(objective, name, float(value))
 
 
 def _mean(x: jax.Array, axis_name: str | None) -> jax.Array:

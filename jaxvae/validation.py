@@ -5,13 +5,12 @@ Shapes and types are looked at, which `jit` can tell, and not the values of arra
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
-from jaxvae.config import ModelConfig, TrainConfig, shown, whole_number
 from jaxvae.errors import InputError
 
 R = TypeVar("R")
@@ -82,7 +81,7 @@ def expect_number(name: str, x: Any) -> None:
         raise InputError(f"{name} has shape {array.shape}: expected one number")
 
 
-def expect_config(name: str, config: Any, kind: type[ModelConfig] | type[TrainConfig]) -> None:
+def expect_config(name: str, config: Any, kind: type) -> None:
     """Raises InputError unless `config` is of this kind."""
     if not isinstance(config, kind):
         raise InputError(f"{name} is {shown(config)}: expected a {kind.__name__}")
@@ -96,7 +95,7 @@ def _refuse(arguments: Mapping[str, Any]) -> None:
             if not hasattr(value, "config"):
                 raise InputError(f"{name}: expected what `{made_by}` gives, not {_kind(value)}")
         elif name == "config":
-            expect_config(name, value, ModelConfig)
+            raise InputError(f"config is {shown(value)}: expected a ModelConfig")
         elif name == "objective":
             if value is not None and not callable(value):
                 raise InputError(f"objective is {shown(value)}: expected a function")
@@ -115,3 +114,38 @@ def _kind(x: Any) -> str:
         return shown(x)
     dtype = getattr(x, "dtype", None)
     return f"one of type {dtype}" if dtype is not None else f"a {type(x).__name__}"
+
+
+def shown(value: Any) -> str:
+    """A value as a message quotes it."""
+    try:
+        return repr(value)
+    except Exception:  # too many digits, too deep, or of its own making
+        return f"of type {type(value).__name__}"
+
+
+def whole_number(name: str, value: Any, least: int = 1, most: int = 2**31 - 1) -> int:
+    """`value` as an int from `least` to `most`; anything that counts as an index will do."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = value.__index__()
+    except (AttributeError, TypeError):
+        raise InputError(
+            f"{name} is {shown(value)}: expected a whole number of at least {least}"
+        ) from None
+    if number < least:
+        raise InputError(f"{name} is {shown(number)}: expected at least {least}")
+    if number > most:
+        raise InputError(f"{name} is {shown(number)}: expected at most {most}")
+    return number
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def either(names: Iterable[str], before: str = "") -> str:
+    """Write names as a message lists them: 'a', 'b' or 'c'."""
+    *most, last = map(repr, names)
+    return f"{before}{', '.join(most)} or {last}" if most else f"{before}{last}"

@@ -7,7 +7,7 @@ import pytest
 from conftest import OwnDecoder, OwnEncoder, refused
 
 from jaxvae import InputError, ModelConfig, TrainConfig
-from jaxvae.config import CHOICES, NETWORKS
+from jaxvae.models.config import CHOICES, NETWORKS
 from jaxvae.models.likelihoods import LIKELIHOODS
 from jaxvae.models.networks import NETWORKS as MODULES
 from jaxvae.objectives import OBJECTIVES

@@ -22,6 +22,7 @@ from jax.flatten_util import ravel_pytree
 from scipy import special, stats
 
 from jaxvae import ModelConfig, Params, TrainConfig, decode, elbo, encode, init
+from jaxvae.evaluation.log_likelihood import log_likelihood
 from jaxvae.models.likelihoods import LIKELIHOODS, GaussianPixels
 from jaxvae.models.networks import MlpDecoder, MlpEncoder
 from jaxvae.models.vae import prior
@@ -33,7 +34,6 @@ from jaxvae.objectives import (
     doubly_reparameterized,
     example_keys,
     importance_weighted,
-    log_likelihood,
     maximum_mean_discrepancy,
     negative_elbo,
     sticking_the_landing,

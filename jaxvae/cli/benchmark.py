@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxvae.config import ModelConfig, TrainConfig
 from jaxvae.devices.sharding import AXIS, devices_for, everywhere
+from jaxvae.models.config import ModelConfig
 from jaxvae.models.vae import encode, init, sample
-from jaxvae.training.step import create_train_state, optimizer, train_step
+from jaxvae.training.config import TrainConfig
+from jaxvae.training.state import create_train_state, optimizer
+from jaxvae.training.step import train_step
 
 _BATCH_SIZES = (16, 128, 512)
 _FORWARD = 2000  # images to encode, and to sample

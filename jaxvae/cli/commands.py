@@ -361,7 +361,7 @@ def _explore(options: argparse.Namespace) -> None:
 
 
 def _summary(options: argparse.Namespace) -> None:
-    from jaxvae.config import ModelConfig
+    from jaxvae.models.config import ModelConfig
     from jaxvae.models.summary import summary
     from jaxvae.runs.config import read_config
 

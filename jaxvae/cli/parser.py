@@ -1,89 +1,45 @@
-"""What can be said on the command line: commands, flags, examples."""
+"""The parser of the command line, generated from the configurations."""
 
 import argparse
+import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from jaxvae.components import Config, Registry, field_docs
 from jaxvae.errors import InputError
+from jaxvae.models.config import DTYPES, ModelConfig
+from jaxvae.runs.config import RunConfig
+from jaxvae.training.config import BINARIZATIONS, PARTS, TrainConfig
 
-# The fields of a run's configuration, as `jaxvae train --help` groups them.
-FIELDS: dict[str, dict[str, dict[str, Any]]] = {
-    "data": {
-        "--data": {"metavar": "NAME|FOLDER|FILE",
-                   "help": "mnist-5k (the default), mnist, tfds:NAME, a folder of pictures or IDX "
-                   "files, or an .npz, .npy or IDX file"},
-        "--data-dir": {"metavar": "DIR", "help": "where TensorFlow Datasets keeps prepared data"},
-        "--manual-dir": {"metavar": "DIR", "help": "where data files fetched by hand lie"},
-        "--binarization": {"metavar": "NAME", "help": "none (the default), dynamic or fixed"},
-        "--workers": {"type": int, "metavar": "N",
-                      "help": "processes that read images on disk; default 0: threads"},
-    },
-    "model": {
-        "--network": {"metavar": "NAME",
-                      "help": "notebook (the default), mlp, residual or spatial"},
-        "--width": {"type": int, "metavar": "N",
-                    "help": "of mlp, residual or spatial; default 200, or 32"},
-        "--latent-dim": {"type": int, "metavar": "N", "help": "default 2"},
-        "--likelihood": {"metavar": "NAME",
-                         "help": "bernoulli (the default), continuous_bernoulli, gaussian or "
-                         "discretized_logistic"},
-        "--prior": {"metavar": "NAME", "help": "standard_normal (the default), mixture or vamp"},
-        "--prior-components": {"type": int, "metavar": "N",
-                               "help": "of mixture and vamp; default 500"},
-        "--posterior": {"metavar": "NAME", "help": "gaussian (the default) or iaf"},
-        "--flow-steps": {"type": int, "metavar": "N", "help": "of iaf; default 2"},
-        "--num-classes": {"type": int, "metavar": "N",
-                          "help": "of a class-conditional model; default 0: none"},
-        "--compute-dtype": {"metavar": "TYPE",
-                            "help": "float32 (the default), or bfloat16: mixed precision, for "
-                            "accelerators"},
-    },
-    "objective": {
-        "--objective": {"metavar": "NAME",
-                        "help": "elbo (the default), stl, iwae, dreg, beta_tc or mmd"},
-        "--num-samples": {"type": int, "metavar": "K",
-                          "help": "latent samples per image and step, of elbo, stl, iwae and dreg; "
-                          "default 1"},
-        "--beta": {"type": float, "nargs": "+", "metavar": "X",
-                   "help": "weight of the KL term; default 1"},
-        "--warmup": {"metavar": "NAME",
-                     "help": "of beta: none (the default), linear or cyclical"},
-        "--warmup-steps": {"type": int, "metavar": "N", "help": "how long the warm-up takes"},
-        "--free-bits": {"type": float, "metavar": "X",
-                        "help": "nats per latent, of elbo; default 0"},
-        "--mmd-weight": {"type": float, "metavar": "X", "help": "of mmd; default 100"},
-    },
-    "optimizer": {
-        "--epochs": {"type": int, "metavar": "N", "help": "default 10"},
-        "--batch-size": {"type": int, "metavar": "N", "help": "default 128"},
-        "--optimizer": {"metavar": "NAME", "help": "rmsprop (the default) or adam"},
-        "--learning-rate": {"type": float, "nargs": "+", "metavar": "X", "help": "default 0.001"},
-        "--schedule": {"metavar": "NAME",
-                       "help": "of the learning rate: constant (the default), cosine or burda"},
-        "--epsilon": {"type": float, "metavar": "X", "help": "of the optimizer; default 1e-7"},
-        "--clip-norm": {"type": float, "metavar": "X",
-                        "help": "longest norm of a gradient; default 0: any"},
-    },
-    "start": {
-        "--seed": {"type": int, "metavar": "N", "help": "default 0"},
-        "--start-from": {"metavar": "RUN_DIR",
-                         "help": "another run, whose parameters to start from"},
-        "--divide": {"action": "store_true", "default": None,
-                     "help": "every device keeps its part of the parameters instead of all of "
-                     "them, for models too large for one"},
-    },
-}  # fmt: skip
-FLAGS = {flag: how for group in FIELDS.values() for flag, how in group.items()}
+_GROUPS: dict[str, type[Config]] = {"run": RunConfig, "model": ModelConfig, "training": TrainConfig}
+# These follow from the data, or have groups of their own.
+_NO_FLAG = ("image_shape", "model", "train", "data_seen")
+_METAVARS = {
+    "data": "NAME|FOLDER|FILE",
+    "data_dir": "DIR",
+    "manual_dir": "DIR",
+    "start_from": "RUN_DIR",
+    "trainable": "PART",
+}
+_CHOICES = {"compute_dtype": DTYPES, "binarization": BINARIZATIONS, "trainable": PARTS}
+_LISTED = 8  # names of components that a flag's help lists
+SEVERAL = ("learning_rate", "beta")  # each takes several values: a model for each
 
 _RUN: dict[str, dict[str, Any]] = {
     "--run-dir": {"metavar": "DIR", "help": "default runs/DATE-TIME"},
-    "--resume": {"action": "store_true", "help": "go on with the run in --run-dir"},
-    "--tensorboard": {"action": "store_true",
-                      "help": "write RUN_DIR/tensorboard, for TensorBoard to show"},
+    "--config": {"type": Path, "metavar": "FILE",
+                 "help": "read the configuration from a TOML or JSON file, such as the "
+                 "config.json of a run; flags win over it"},
+    "--resume": {"action": "store_true", "help": "continue the run in --run-dir"},
+    "--new-data": {"action": "store_true",
+                   "help": "with --resume: continue with another data set, and record that"},
+    "--tensorboard": {"action": "store_true", "help": "write RUN_DIR/tensorboard"},
     "--profile": {"action": "store_true",
-                  "help": "write a profiler's trace of some steps, RUN_DIR/profile"},
+                  "help": "write a profiler's trace of some steps to RUN_DIR/profile"},
+    "--callback": {"action": "append", "metavar": "PATH", "dest": "callbacks",
+                   "help": "a callback of your own, by its dotted path; may be repeated"},
 }  # fmt: skip
 
 _MANY = """Several values of --learning-rate or --beta, or --seeds: a model for every combination,
@@ -94,20 +50,26 @@ _PROCESSES: dict[str, dict[str, Any]] = {
     "--num-processes": {"type": int, "metavar": "N", "help": "how many train one model together"},
     "--process-id": {"type": int, "metavar": "I", "help": "which of them this is, from 0"},
 }
+_OWN = """Where the run was trained with components of your own: the same dotted paths again."""
 _UNASKED = "Not needed under SLURM, Open MPI, Kubernetes or on TPUs."
 
 _EXAMPLES = {
     "": """
   jaxvae train                                   5,000 digits, ten epochs, figures
-  jaxvae explore runs/20260131-120000            a page in which to move about its latents
+  jaxvae explore runs/20260131-120000            a page to explore its latents with
   jaxvae sample runs/20260131-120000 --n 64 --out samples.png
   jaxvae COMMAND --help                          flags, and more examples
 """,
     "train": """
   jaxvae train --batch-size 16
-  jaxvae train --data photos/ --latent-dim 32 --network residual --run-dir runs/photos
+  jaxvae train --data photos/ --latent-dim 32 --network residual:width=16 --run-dir runs/photos
   jaxvae train --resume --run-dir runs/photos --epochs 50
-  jaxvae train --network mlp --latent-dim 50 --binarization dynamic --objective iwae --num-samples 5
+  jaxvae train --network mlp --latent-dim 50 --binarization dynamic --objective iwae:num_samples=5
+  jaxvae train --optimizer adamw:weight_decay=1e-4 --ema 0.999 \\
+               --schedule warmup_cosine_decay_schedule:warmup_steps=500
+  jaxvae train --prior mixture:components=100 --posterior iaf:steps=4
+  jaxvae train --prior mypackage.priors.Laplace:scale=2
+  jaxvae train --config runs/photos/config.json --seed 1 --run-dir runs/photos-1
   jaxvae train --beta 0.5 1 4 --seeds 3 --run-dir runs/betas
 """,
     "evaluate": """
@@ -151,6 +113,51 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see `{self.prog} --help`")
 
 
+def config_fields() -> dict[str, Registry[Any] | None]:
+    """Return the fields that have a flag, each with the registry of its components, if any."""
+    return {
+        field.name: config._registries.get(field.name)
+        for config in _GROUPS.values()
+        for field in dataclasses.fields(config)  # type: ignore[arg-type]
+        if field.name not in _NO_FLAG
+    }
+
+
+def _flags(config: type[Config]) -> dict[str, dict[str, Any]]:
+    """Return the flags of a configuration's fields, with the options of `add_argument`."""
+    docs = field_docs(config)
+    flags: dict[str, dict[str, Any]] = {}
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        if field.name in _NO_FLAG:
+            continue
+        says = docs[field.name].replace("%", "%%")
+        how: dict[str, Any] = {"default": None}
+        registry = config._registries.get(field.name)
+        if registry is not None:
+            names = list(registry)
+            listed = ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
+            how["metavar"], says = "NAME[:KEY=VALUE,...]", f"{says}: {listed}"
+        elif field.type in (bool, "bool"):
+            how["action"] = "store_true"
+        else:
+            how["metavar"] = _METAVARS.get(field.name, "N" if field.type in (int, "int") else "X")
+            if field.name in _CHOICES:
+                how["metavar"] = _METAVARS.get(field.name, "NAME")
+            if field.type in (int, float):
+                how["type"] = field.type
+            if field.name in SEVERAL or field.name == "trainable":
+                how["nargs"] = "+"
+        if isinstance(field.default, str | int | float) and not isinstance(field.default, bool):
+            says = f"{says}; default {field.default}"
+        flags[as_flag(field.name)] = how | {"help": says}
+    return flags
+
+
+def as_flag(name: str) -> str:
+    """Return a field of a configuration as the command line spells it."""
+    return "--" + name.replace("_", "-")
+
+
 def _with_examples(name: str) -> dict[str, Any]:
     form = partial(argparse.RawDescriptionHelpFormatter, max_help_position=26)
     epilog = f"examples:{_EXAMPLES[name].rstrip()}" if name in _EXAMPLES else None
@@ -183,8 +190,8 @@ def make_parser(
 
     train = command("train", "train a model and draw its figures")
     group("run", _RUN)
-    for title, flags in FIELDS.items():
-        group(title, flags)
+    for title, config in _GROUPS.items():
+        group(title if title != "run" else "data and start", _flags(config))
     seeds = {"--seeds": {"type": int, "metavar": "N", "help": "seeds from --seed on; default 1"}}
     group("many models", seeds, _MANY)
     group("several processes", _PROCESSES, _UNASKED)
@@ -210,13 +217,16 @@ def make_parser(
         one.add_argument("run", type=Path, metavar="RUN_DIR", help="made by `jaxvae train`")
         one.add_argument("--best", action="store_true",
                          help="the epoch of the best test ELBO instead of the latest")  # fmt: skip
+        own = one.add_argument_group("components of your own", _OWN)
+        for name in ModelConfig._registries:
+            own.add_argument(as_flag(name), metavar="PATH[:KEY=VALUE,...]")
 
     keras = command("import", "make a run of the notebook's model, trained with Keras")
     keras.add_argument("file", type=Path, metavar="FILE", help="a .keras, .weights.h5 or .h5 file")
     keras.add_argument("--decoder", type=Path, metavar="FILE",
                        help="where the decoder is in a file of its own")  # fmt: skip
     keras.add_argument("--run-dir", type=Path, required=True, metavar="DIR")
-    keras.add_argument("--data", default="mnist-5k", **FLAGS["--data"])
+    keras.add_argument("--data", **_flags(RunConfig)["--data"] | {"default": "mnist-5k"})
 
     summary = command("summary", "print the layer table of a run, or of the default model")
     summary.add_argument("run", type=Path, nargs="?", metavar="RUN_DIR")
@@ -230,10 +240,8 @@ def completion_script(parser: argparse.ArgumentParser, shell: str) -> str:
     """What the shell, one of SHELLS, has to read to complete the parser's command lines."""
     import shtab
 
-    from jaxvae.config import CHOICES, NETWORKS
-
-    choices = {name: c for kind in CHOICES.values() for name, c in kind.items()}
-    choices |= {"network": NETWORKS, "to": ("stablehlo", "onnx", "safetensors")}
+    choices = {name: tuple(r) for name, r in config_fields().items() if r is not None}
+    choices |= _CHOICES | {"to": ("stablehlo", "onnx", "safetensors")}
     paths = {"DIR": shtab.DIRECTORY, "RUN_DIR": shtab.DIRECTORY, "FILE.png": shtab.FILE}
     paths |= {"FILE": shtab.FILE, "FILE.html": shtab.FILE, "NAME|FOLDER|FILE": shtab.FILE}
     for action in _actions(parser):

@@ -10,10 +10,11 @@ from jax import lax
 from jaxvae.data import Dataset
 from jaxvae.devices.convolution import in_blocks
 from jaxvae.devices.sharding import own_part
+from jaxvae.evaluation.log_likelihood import log_likelihood
 from jaxvae.evaluation.metrics import active_units, elbo_surgery, latent_probe, reconstruction_error
-from jaxvae.models.likelihoods import Gaussian
+from jaxvae.models.distributions import Gaussian
 from jaxvae.models.vae import Params, encode, prior, reconstruct
-from jaxvae.objectives import elbo, example_keys, log_likelihood
+from jaxvae.objectives import elbo, example_keys
 
 _BLOCK = 1000  # images at once: bounds memory, whatever the size of the test set
 

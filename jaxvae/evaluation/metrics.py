@@ -10,7 +10,8 @@ from jax import lax
 
 from jaxvae.devices.convolution import in_blocks
 from jaxvae.errors import InputError
-from jaxvae.models.likelihoods import Gaussian, scale_images
+from jaxvae.models.distributions import Gaussian
+from jaxvae.models.likelihoods import scale_images
 
 _BLOCK = 100  # samples at once: [100, N] densities, 4 MB of float32 at N = 10,000
 

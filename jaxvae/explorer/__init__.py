@@ -96,8 +96,8 @@ def _content(
 def title_of(params: Params) -> str:
     """A model in a few words."""
     config = params.config
-    network = config.network if isinstance(config.network, str) else "own"
-    words = [f"{network} network", f"{config.latent_dim} latents", config.likelihood]
+    names = {name: text.partition(":")[0] for name, text in config.specs().items()}
+    words = [f"{names['network']} network", f"{config.latent_dim} latents", names["likelihood"]]
     words += [f"{config.num_classes} classes"] if config.num_classes else []
     return ", ".join(words).replace("1 latents", "1 latent").replace("_", " ")
 

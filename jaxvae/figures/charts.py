@@ -16,9 +16,10 @@ from jaxvae.evaluation.metrics import active_units, log_aggregate
 from jaxvae.figures.grid import latent_grid
 from jaxvae.figures.pictures import activity, labels_of
 from jaxvae.figures.style import COLOURS, DARK, LIGHT, STYLE, WARM, Picture
-from jaxvae.models.likelihoods import Gaussian
-from jaxvae.models.priors import Mixture, StandardNormal
-from jaxvae.models.vae import Params, Posterior, Prior, encode, prior
+from jaxvae.models.distributions import Gaussian
+from jaxvae.models.posteriors import DiagonalGaussian
+from jaxvae.models.protocols import Posterior, Prior
+from jaxvae.models.vae import Params, encode, prior
 
 _SPLITS = {"train": LIGHT, "test": DARK}
 _SCATTERED = 10_000  # points beyond this only hide each other
@@ -161,8 +162,12 @@ def aggregate(params: Params, data: Dataset, key: jax.Array) -> Figure:
             reach = _reach(p_z, latent, z[:, latent])
             axes.hist(z[:, latent], 40, range=reach, density=True, color=LIGHT, label="q(z), drawn")
             x = np.linspace(*reach, 300)
-            density = _density(_of_latent(p_z, latent), x[:, None])
-            axes.plot(x, density, color=WARM, label="p(z)")
+            if hasattr(p_z, "marginal"):
+                axes.plot(x, _density(p_z.marginal(latent), x[:, None]), color=WARM, label="p(z)")
+            else:
+                drawn = np.asarray(p_z.sample(key, 10_000)[:, latent])
+                style = {"histtype": "step", "color": WARM, "label": "p(z), drawn"}
+                axes.hist(drawn, 40, range=reach, density=True, **style)
             axes.set(xlabel=f"z{latent + 1}", xlim=reach)
         for axes in grid[::columns]:
             axes.set_ylabel("density")
@@ -218,14 +223,6 @@ def _density(p_z: Prior, z: jax.Array) -> jax.Array:
     return jnp.exp(p_z.log_prob(z))
 
 
-def _of_latent(p_z: Prior, latent: int) -> Prior:
-    """The prior of one of the latents alone."""
-    if isinstance(p_z, StandardNormal):
-        return StandardNormal(1)
-    at = slice(latent, latent + 1)
-    return Mixture(p_z.logits, p_z.mean[:, at], p_z.log_var[:, at])
-
-
 def _reach(p_z: Prior, latent: int, z: np.ndarray) -> tuple[float, float]:
     """What of a latent's axis is worth drawing: of prior and draws, all but 1 in 1,000."""
     low, _, high = latent_grid(p_z, int(latent), 3, tail=0.0005)
@@ -236,7 +233,7 @@ def _reach(p_z: Prior, latent: int, z: np.ndarray) -> tuple[float, float]:
 
 
 def _center(params: Params) -> str:
-    return "mean" if params.config.posterior == "gaussian" else "center"
+    return "mean" if isinstance(params.config.posterior, DiagonalGaussian) else "center"
 
 
 def _is_outlier(curves: dict[str, list[float]]) -> bool:

@@ -10,8 +10,9 @@ import numpy as np
 from PIL import Image
 
 from jaxvae.errors import InputError
-from jaxvae.models.priors import StandardNormal
-from jaxvae.models.vae import Params, Prior, decode, prior
+from jaxvae.models.distributions import GaussianMixture, UnitGaussian
+from jaxvae.models.protocols import Prior
+from jaxvae.models.vae import Params, decode, prior
 from jaxvae.runs.files import write_whole
 
 
@@ -52,8 +53,11 @@ def latent_grid(p_z: Prior, latent: int, n: int, tail: float = 0.05) -> jax.Arra
     Equal steps of probability of that latent alone, so that the grid is denser where the prior is.
     """
     quantiles = jnp.linspace(tail, 1 - tail, n)
-    if isinstance(p_z, StandardNormal):
+    if isinstance(p_z, UnitGaussian):
         return jax.scipy.special.ndtri(quantiles)
+    if not isinstance(p_z, GaussianMixture):
+        # Quantiles of draws: of a fixed key, so that the axis is the same every time.
+        return jnp.quantile(p_z.sample(jax.random.key(0), 10_000)[:, latent], quantiles)
     mean, scale = p_z.mean[:, latent], jnp.exp(p_z.log_var[:, latent] / 2)
     x = jnp.linspace(jnp.min(mean - 4 * scale), jnp.max(mean + 4 * scale), 10_001)
     below = jax.scipy.special.ndtr((x[:, None] - mean) / scale) @ jax.nn.softmax(p_z.logits)

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from jaxvae.data import Dataset
 from jaxvae.figures.grid import latent_grid, plane
 from jaxvae.figures.style import mosaic
+from jaxvae.models.distributions import UnitGaussian
 from jaxvae.models.likelihoods import scale_images
-from jaxvae.models.priors import StandardNormal
 from jaxvae.models.vae import Params, decode, encode, prior, reconstruct, sample
 
 _ROWS = 10  # more classes or latents than these get no row
@@ -136,7 +136,7 @@ def interpolations(params: Params, data: Dataset, pairs: int = 4, columns: int =
     different classes; of a conditional model they are of the same one, which it is told.
     """
     ways = {"straight": lerp}
-    if isinstance(prior(params), StandardNormal) and params.config.latent_dim > 1:
+    if isinstance(prior(params), UnitGaussian) and params.config.latent_dim > 1:
         ways["spherical"] = slerp
     ends = _pairs(data.test_labels, len(data.test_images), pairs, bool(params.config.num_classes))
     images = scale_images(jnp.asarray(data.test_images[ends.ravel()]))

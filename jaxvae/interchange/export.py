@@ -26,8 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxvae.config import ModelConfig
 from jaxvae.errors import InputError
+from jaxvae.models.config import ModelConfig
 from jaxvae.models.flows import FlowPosterior
 from jaxvae.models.vae import Params, decode, encode, init, prior
 
@@ -126,7 +126,7 @@ def _functions(params: Params) -> dict[str, _Function]:
 
     # Each has only the parameters it needs, as all that it has are written.
     encoder_params = replace(params, decoder={}, likelihood={}, prior={})
-    decoder_params = replace(params, encoder={}, prior={}, flow={})
+    decoder_params = replace(params, encoder={}, prior={}, posterior={})
 
     def encoder(images: jax.Array, *labels: jax.Array) -> tuple[jax.Array, ...]:
         posterior = encode(encoder_params, images, *labels)
@@ -142,7 +142,8 @@ def _functions(params: Params) -> dict[str, _Function]:
         z = jax.vmap(lambda key: prior(params).sample(key, 1)[0])(own)
         return decoder(z, *labels)
 
-    encoded = ("mean", "log_var", "center") if config.posterior == "iaf" else ("mean", "log_var")
+    like = jax.eval_shape(encode, params, *_of_batch(1, _Function(encode, images | labels, ())))
+    encoded = ("mean", "log_var", *(("center",) if isinstance(like, FlowPosterior) else ()))
     return {
         "encoder": _Function(encoder, images | labels, encoded),
         "decoder": _Function(decoder, latents | labels, ("mean",)),

@@ -27,13 +27,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxvae.config import ModelConfig
 from jaxvae.errors import InputError
+from jaxvae.models.config import ModelConfig
 from jaxvae.models.vae import Params
 from jaxvae.runs.checkpoints import save
 from jaxvae.runs.config import configured
 from jaxvae.runs.directory import make_directory, refuse_another, write_config
-from jaxvae.training.step import create_train_state, optimizer
+from jaxvae.training.state import create_train_state, optimizer
 
 _BYTES = 2**30  # of weights, at most: 550,629 parameters take two million
 _CONFIG_BYTES = 2**24

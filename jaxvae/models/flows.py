@@ -10,8 +10,10 @@ import numpy as np
 from flax.typing import DotGeneralT, Dtype
 from jax import lax
 
-from jaxvae.models.likelihoods import Gaussian, reparameterize
+from jaxvae.models.distributions import Gaussian, reparameterize
 from jaxvae.models.networks import dense
+from jaxvae.models.protocols import Learned, Prior
+from jaxvae.validation import whole_number
 
 
 class AutoregressiveNetwork(nn.Module):
@@ -133,5 +135,47 @@ class FlowPosterior:
         z, log_det = self._apply(z_0)
         return z, Gaussian(self.mean, self.log_var).log_prob(z_0) - log_det
 
+    def kl(self, prior: Prior) -> None:
+        """Return None: the KL divergence is not known in closed form."""
+        return
+
     def _apply(self, z: jax.Array) -> tuple[jax.Array, jax.Array]:
         return self.flow.apply({"params": self.params}, z, self.context)
+
+
+@dataclass(frozen=True)
+class InverseAutoregressive:
+    """An inverse autoregressive flow on top of a diagonal Gaussian.
+
+    Attributes:
+      steps: number of autoregressive transformations.
+      hidden: units of the hidden layer of each.
+
+    References:
+      Kingma et al. (2016), Improving Variational Inference with Inverse Autoregressive Flow,
+      algorithm 1.
+    """
+
+    steps: int = 2
+    hidden: int = 320
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "hidden"):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
+
+    def init(self, key: jax.Array, encoded: tuple[jax.Array, ...]) -> Learned:
+        """Return the parameters of the autoregressive networks."""
+        return self._flow().init(key, encoded[0], _context(encoded))["params"]
+
+    def bind(self, learned: Learned, encoded: tuple[jax.Array, ...]) -> FlowPosterior:
+        """Return the flow's posterior of a batch."""
+        mean, log_var = encoded[:2]
+        return FlowPosterior(mean, log_var, _context(encoded), learned, self._flow())
+
+    def _flow(self) -> InverseAutoregressiveFlow:
+        return InverseAutoregressiveFlow(self.steps, self.hidden)
+
+
+def _context(encoded: tuple[jax.Array, ...]) -> jax.Array:
+    """Return what the flow may depend on: the encoder's third result, or else its first two."""
+    return encoded[2] if len(encoded) > 2 else jnp.concatenate(encoded, axis=1)

@@ -1,4 +1,4 @@
-"""Gaussian posteriors, the likelihoods of pixels and the reparameterization between them.
+"""Likelihoods of pixels.
 
 A likelihood p(x|z) is made of what the decoder gives: `outputs`, [batch, height, width,
 channels * outputs_per_channel], unbounded, and `shared`, the parameters that all pixels have in
@@ -8,83 +8,15 @@ channels] in [0, 1], `.log_prob(images)`, [batch] in nats per image, and `.sampl
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxvae.components import Registry
 from jaxvae.errors import InputError
 from jaxvae.validation import as_array, as_key
-
-
-def reparameterize(key: jax.Array, mean: jax.Array, log_var: jax.Array) -> jax.Array:
-    """Draw z ~ N(mean, exp(log_var)) as a differentiable function of its parameters.
-
-        z = mean + exp(log_var / 2) * eps,    eps ~ N(0, I)
-
-    Args:
-      key: PRNG key.
-      mean, log_var: any one shape.
-    Returns:
-      z, of that shape.
-    Raises:
-      InputError: mean and log_var of different shapes, or not of floats.
-
-    Kingma and Welling (2014), Auto-Encoding Variational Bayes, section 2.4.
-    """
-    mean, log_var = as_array("mean", mean), as_array("log_var", log_var)
-    for name, x in (("mean", mean), ("log_var", log_var)):
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise InputError(f"{name} is of type {x.dtype}: expected floats")
-    if mean.shape != log_var.shape:
-        raise InputError(
-            f"mean has shape {mean.shape}, log_var {log_var.shape}: expected one shape"
-        )
-    return mean + jnp.exp(log_var / 2) * jax.random.normal(as_key(key), mean.shape, mean.dtype)
-
-
-class Gaussian(NamedTuple):
-    """N(mean, diag(exp(log_var))): `mean` and `log_var` are [batch, latent]."""
-
-    mean: jax.Array
-    log_var: jax.Array
-
-    @property
-    def center(self) -> jax.Array:
-        """The mean, the point that stands for it."""
-        return self.mean
-
-    def log_prob(self, z: jax.Array) -> jax.Array:
-        """log N(z; mean, exp(log_var)) summed over the last axis, in nats."""
-        return jnp.sum(self.log_prob_per_latent(z), axis=-1)
-
-    def log_prob_per_latent(self, z: jax.Array) -> jax.Array:
-        """log N(z_j; mean_j, exp(log_var_j)), in nats."""
-        square = (z - self.mean) ** 2 * jnp.exp(-self.log_var)
-        return -0.5 * (jnp.log(2 * jnp.pi) + self.log_var + square)
-
-    def sample(self, key: jax.Array) -> jax.Array:
-        """One draw for every mean."""
-        return reparameterize(key, self.mean, self.log_var)
-
-    def sample_and_log_prob(self, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """A draw for every row by a key of its own, [batch, latent], and log q of it, [batch]."""
-        z = jax.vmap(reparameterize)(keys, self.mean, self.log_var)
-        return z, self.log_prob(z)
-
-    def kl(self) -> jax.Array:
-        """KL(N(mean, exp(log_var)) || N(0, I)) summed over the last axis, in nats."""
-        return jnp.sum(self.kl_per_latent(), axis=-1)
-
-    def kl_per_latent(self) -> jax.Array:
-        """The KL of every latent to N(0, 1), in nats.
-
-            KL_j = -1/2 (1 + log_var_j - mean_j^2 - exp(log_var_j))
-
-        Kingma and Welling (2014), appendix B.
-        """
-        return -0.5 * (1 + self.log_var - self.mean**2 - jnp.exp(self.log_var))
 
 
 # The fields stand apart: type checkers take a class attribute of a NamedTuple for another field.
@@ -305,14 +237,15 @@ class DiscretizedLogistic(_LocationScale):
         return jnp.round(255 * jnp.clip(y, 0, 1)) / 255
 
 
-Likelihood = Bernoulli | ContinuousBernoulli | GaussianPixels | DiscretizedLogistic
-
-LIKELIHOODS: dict[str, type[Likelihood]] = {
-    "bernoulli": Bernoulli,
-    "continuous_bernoulli": ContinuousBernoulli,
-    "gaussian": GaussianPixels,
-    "discretized_logistic": DiscretizedLogistic,
-}
+LIKELIHOODS: Registry[Any] = Registry(
+    "likelihood",
+    {
+        "bernoulli": Bernoulli,
+        "continuous_bernoulli": ContinuousBernoulli,
+        "gaussian": GaussianPixels,
+        "discretized_logistic": DiscretizedLogistic,
+    },
+)
 
 
 def bits_per_dimension(log_prob: jax.Array, image_shape: tuple[int, int, int]) -> jax.Array:

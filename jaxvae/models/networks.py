@@ -10,8 +10,9 @@ Parameters and outputs are float32 all the same.
 """
 
 import math
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -19,10 +20,13 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from flax.typing import DotGeneralT, Dtype, Initializer
 
+from jaxvae.components import Registry
 from jaxvae.devices.convolution import conv_general_dilated, conv_transpose
 from jaxvae.errors import InputError
+from jaxvae.validation import whole_number
 
 Encoded = tuple[jax.Array, jax.Array, jax.Array]
+OutputsShape = tuple[int, int, int]  # (height, width, outputs)
 
 # Keras's defaults, which the notebook leaves as they are.
 _kernel_init = nn.initializers.glorot_uniform()
@@ -186,7 +190,7 @@ _he = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 _he_transposed = nn.initializers.variance_scaling(8.0, "fan_in", "normal")
 
 
-class Residual(nn.Module):
+class ResidualBlock(nn.Module):
     """x + conv_2(relu(conv_1(relu(x)))), which begins as x.
 
     He, Zhang, Ren and Sun (2016), Identity Mappings in Deep Residual Networks, figure 4(e), but
@@ -300,7 +304,7 @@ def _down(
     for level, (*_, features) in enumerate(sizes[1:], start=1):
         x = conv(features, stride=2, name=f"conv_{level}")(nn.relu(x))
         for block in range(blocks):
-            x = Residual(dtype, name=f"block_{level}_{block}")(x)
+            x = ResidualBlock(dtype, name=f"block_{level}_{block}")(x)
     return nn.relu(x)
 
 
@@ -314,7 +318,7 @@ def _up(
     """`_down` backwards, and a convolution to the outputs."""
     for level in range(len(sizes) - 1, 0, -1):
         for block in range(blocks):
-            x = Residual(dtype, name=f"block_{level}_{block}")(x)
+            x = ResidualBlock(dtype, name=f"block_{level}_{block}")(x)
         rows, columns, features = sizes[level - 1]
         up = ConvTranspose(features, 2, dtype, _he_transposed, name=f"conv_transpose_{level}")
         # An odd side was rounded up when halved.
@@ -356,9 +360,115 @@ def _halvings(rows: int, columns: int, features: int, least: int = 4) -> list[tu
     return sizes
 
 
-NETWORKS: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
-    "notebook": (Encoder, Decoder),
-    "mlp": (MlpEncoder, MlpDecoder),
-    "residual": (ResidualEncoder, ResidualDecoder),
-    "spatial": (SpatialEncoder, SpatialDecoder),
-}
+@dataclass(frozen=True)
+class Conv:
+    """The notebook's network: four 3x3 convolutions; a dense layer and two convolutions back."""
+
+    def modules(
+        self, latent_dim: int, outputs_shape: OutputsShape, dtype: Dtype | None
+    ) -> tuple[nn.Module, nn.Module]:
+        """Return encoder and decoder."""
+        return Encoder(latent_dim, dtype), Decoder(outputs_shape, dtype)
+
+
+@dataclass(frozen=True)
+class MLP:
+    """Two hidden layers of tanh units each way.
+
+    Attributes:
+      width: units of a hidden layer.
+
+    References:
+      Burda, Grosse and Salakhutdinov (2016), appendix C: one stochastic layer.
+    """
+
+    width: int = 200
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "width", whole_number("width", self.width))
+
+    def modules(
+        self, latent_dim: int, outputs_shape: OutputsShape, dtype: Dtype | None
+    ) -> tuple[nn.Module, nn.Module]:
+        """Return encoder and decoder."""
+        return (
+            MlpEncoder(latent_dim, dtype, self.width),
+            MlpDecoder(outputs_shape, dtype, self.width),
+        )
+
+
+@dataclass(frozen=True)
+class Residual:
+    """Residual blocks and strided convolutions, down to at most 4x4 pixels; for colour images.
+
+    Attributes:
+      width: channels at the images' own resolution; twice as many at half of it, four times below.
+      blocks: residual blocks at half the resolution, and at each below.
+    """
+
+    width: int = 32
+    blocks: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("width", "blocks"):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
+
+    def modules(
+        self, latent_dim: int, outputs_shape: OutputsShape, dtype: Dtype | None
+    ) -> tuple[nn.Module, nn.Module]:
+        """Return encoder and decoder."""
+        return (
+            ResidualEncoder(latent_dim, dtype, self.width, self.blocks),
+            ResidualDecoder(outputs_shape, dtype, self.width, self.blocks),
+        )
+
+
+@dataclass(frozen=True)
+class Spatial:
+    """As `residual`, with the latents on a grid of a quarter of the images' height and width.
+
+    Attributes:
+      width: channels at the images' own resolution; twice as many at half of it, four times below.
+      blocks: residual blocks at half the resolution, and at a quarter.
+    """
+
+    width: int = 32
+    blocks: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("width", "blocks"):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
+
+    def modules(
+        self, latent_dim: int, outputs_shape: OutputsShape, dtype: Dtype | None
+    ) -> tuple[nn.Module, nn.Module]:
+        """Return encoder and decoder."""
+        return (
+            SpatialEncoder(latent_dim, dtype, self.width, self.blocks),
+            SpatialDecoder(outputs_shape, dtype, self.width, self.blocks),
+        )
+
+
+@dataclass(frozen=True)
+class Modules:
+    """Encoder and decoder of the user's own: Flax modules as `protocols.Network` describes them.
+
+    Attributes:
+      encoder: images [batch, height, width, channels] to (mean, log_var), each [batch, latent].
+      decoder: latents [batch, latent] to [batch, height, width, outputs].
+    """
+
+    encoder: nn.Module
+    decoder: nn.Module
+    spec: ClassVar[str] = "own"
+
+    def modules(
+        self, latent_dim: int, outputs_shape: OutputsShape, dtype: Dtype | None
+    ) -> tuple[nn.Module, nn.Module]:
+        """Return encoder and decoder, as they were handed over."""
+        return self.encoder, self.decoder
+
+
+NETWORKS: Registry[Any] = Registry(
+    "network", {"conv": Conv, "mlp": MLP, "residual": Residual, "spatial": Spatial}
+)

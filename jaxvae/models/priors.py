@@ -2,102 +2,122 @@
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from jaxvae.models.likelihoods import reparameterize
+from jaxvae.components import Registry
+from jaxvae.errors import InputError
+from jaxvae.models.distributions import GaussianMixture, UnitGaussian
+from jaxvae.models.protocols import Learned
+from jaxvae.validation import whole_number
 
-LOG_2_PI = math.log(2 * math.pi)
+if TYPE_CHECKING:
+    from jaxvae.models.config import ModelConfig
+    from jaxvae.models.vae import Params
 
 
-@jax.tree_util.register_static
 @dataclass(frozen=True)
 class StandardNormal:
-    """N(0, I) of so many latents."""
+    """N(0, I)."""
 
-    latent_dim: int
+    def init(self, key: jax.Array, config: "ModelConfig") -> Learned:
+        """Return no parameters: nothing is learned."""
+        return {}
 
-    def log_prob(self, z: jax.Array) -> jax.Array:
-        """log N(z; 0, I) in nats: z is [..., latent], the result [...]."""
-        return -0.5 * jnp.sum(z**2 + LOG_2_PI, axis=-1)
-
-    def sample(self, key: jax.Array, n: int) -> jax.Array:
-        """n draws, [n, latent]."""
-        return jax.random.normal(key, (n, self.latent_dim))
+    def bind(self, learned: Learned, params: "Params") -> UnitGaussian:
+        """Return N(0, I) of the model's latents."""
+        return UnitGaussian(params.config.latent_dim)
 
 
-class Mixture(NamedTuple):
-    """sum_k softmax(logits)_k N(mean_k, diag(exp(log_var_k))), of K Gaussians.
+@dataclass(frozen=True)
+class Mixture:
+    """A mixture of Gaussians, with learned weights, means and variances.
 
-    logits: [K].
-    mean, log_var: [K, latent].
+        p(z) = sum_k softmax(logits)_k N(z; mean_k, diag(exp(log_var_k)))
+
+    Attributes:
+      components: K, the number of Gaussians.
     """
 
-    logits: jax.Array
-    mean: jax.Array
-    log_var: jax.Array
+    components: int = 500
 
-    def log_prob(self, z: jax.Array) -> jax.Array:
-        """The log-density in nats: z is [..., latent], the result [...].
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "components", whole_number("components", self.components))
 
-        One latent after the other, and once more when differentiated, so that memory is [..., K].
-        Multiplying out (z - mean)^2, to have it in one matrix product, would cost half a nat at
-        40 latents of log_var -8, where the squares are large and their sum is small.
+    def init(self, key: jax.Array, config: "ModelConfig") -> Learned:
+        """Return components of equal weight that together are close to N(0, I).
+
+        mean_k ~ N(0, I/4) and variances 3/4 give N(0, I) on average over the means; the means
+        differ, so that the components can move apart.
         """
+        shape = self.components, config.latent_dim
+        return {
+            "logits": jnp.zeros(self.components),
+            "mean": 0.5 * jax.random.normal(key, shape),
+            "log_var": jnp.full(shape, math.log(0.75)),
+        }
 
-        # Without checkpoint, every latent's difference [..., K] is kept for the gradient.
-        @jax.checkpoint
-        def add(square: jax.Array, latent: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-            z_j, mean_j, scale_j = latent
-            return square + ((z_j[..., None] - mean_j) * scale_j) ** 2, None
-
-        nothing = jnp.zeros((*z.shape[:-1], len(self.logits)), jnp.result_type(z, *self))
-        latents = jnp.moveaxis(z, -1, 0), self.mean.T, jnp.exp(-self.log_var / 2).T
-        square, _ = lax.scan(add, nothing, latents)
-        log_p_z_k = -0.5 * (square + jnp.sum(self.log_var + LOG_2_PI, axis=-1))
-        return jax.nn.logsumexp(jax.nn.log_softmax(self.logits) + log_p_z_k, axis=-1)
-
-    def sample(self, key: jax.Array, n: int) -> jax.Array:
-        """n draws, [n, latent]."""
-        which_key, key = jax.random.split(key)
-        k = jax.random.categorical(which_key, self.logits, shape=(n,))
-        return reparameterize(key, self.mean[k], self.log_var[k])
+    def bind(self, learned: Learned, params: "Params") -> GaussianMixture:
+        """Return the mixture."""
+        return GaussianMixture(**learned)
 
 
-def init_mixture(key: jax.Array, components: int, latent_dim: int) -> dict[str, jax.Array]:
-    """The fields of a `Mixture` of equal parts that is close to N(0, I).
+@dataclass(frozen=True)
+class Vamp:
+    """The mixture, with equal weights, of the posteriors of learned pseudo-inputs u_k.
 
-    mean_k ~ N(0, I/4) and variances 3/4 make it N(0, I) on average over the means; the means
-    differ, so that the components can go different ways.
+        p(z) = 1/K sum_k q(z|u_k)
+
+    With a flow posterior the components are the Gaussians that the flow starts from.
+
+    Attributes:
+      components: K, the number of pseudo-inputs.
+
+    References:
+      Tomczak and Welling (2018), VAE with a VampPrior, equation 9.
     """
-    shape = components, latent_dim
-    return {
-        "logits": jnp.zeros(components),
-        "mean": 0.5 * jax.random.normal(key, shape),
-        "log_var": jnp.full(shape, math.log(0.75)),
-    }
+
+    components: int = 500
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "components", whole_number("components", self.components))
+
+    def validate(self, config: "ModelConfig") -> None:
+        """Raise InputError for a conditional model, as pseudo-inputs have no class."""
+        if config.num_classes:
+            raise InputError(
+                "prior is 'vamp', whose pseudo-inputs have no classes: expected "
+                "'standard_normal' or 'mixture' with num_classes"
+            )
+
+    def init(self, key: jax.Array, config: "ModelConfig") -> Learned:
+        """Return pseudo-inputs: smooth images, dark with bright spots.
+
+        In short trials on digits these did as well as images of the data, and as well as or
+        better than independent pixels. All of them needed a warm-up of beta to get there.
+        """
+        height, width, channels = config.image_shape
+        spots = (self.components, -(-height // 4), -(-width // 4), channels)
+        shape = self.components, height, width, channels
+        smooth = jax.image.resize(jax.random.normal(key, spots), shape, "cubic")
+        return {"pseudo_inputs": 3.5 * smooth - 2}
+
+    def bind(self, learned: Learned, params: "Params") -> GaussianMixture:
+        """Return the mixture of the pseudo-inputs' posteriors."""
+        mean, log_var = params.model.encoded(params, pseudo_images(learned))[:2]  # type: ignore[attr-defined]
+        return GaussianMixture(jnp.zeros(len(mean), mean.dtype), mean, log_var)
 
 
-def init_pseudo_inputs(
-    key: jax.Array, components: int, image_shape: tuple[int, int, int]
-) -> dict[str, jax.Array]:
-    """What `pseudo_images` makes images of: smooth ones, dark with bright spots.
-
-    In short trials on digits these did as well as images of the data, and as well as or better
-    than independent pixels, grey or dark. With all of them it took a warm-up of beta to get there.
-    """
-    height, width, channels = image_shape
-    spots = jax.random.normal(key, (components, -(-height // 4), -(-width // 4), channels))
-    shape = components, height, width, channels
-    return {"pseudo_inputs": 3.5 * jax.image.resize(spots, shape, "cubic") - 2}
-
-
-def pseudo_images(learned: dict[str, jax.Array]) -> jax.Array:
-    """The pseudo-inputs of a VampPrior as images: [components, height, width, channels] in [0, 1].
+def pseudo_images(learned: Learned) -> jax.Array:
+    """Return the pseudo-inputs of a VampPrior: [components, height, width, channels] in [0, 1].
 
     A sigmoid, where Tomczak and Welling (2018) clip: its gradient vanishes nowhere.
     """
     return jax.nn.sigmoid(learned["pseudo_inputs"])
+
+
+PRIORS: Registry[Any] = Registry(
+    "prior", {"standard_normal": StandardNormal, "mixture": Mixture, "vamp": Vamp}
+)

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxvae.config import ModelConfig
-from jaxvae.models.vae import init, modules
+from jaxvae.models.config import ModelConfig
+from jaxvae.models.vae import VAE, init
 
 Row = tuple[str, str, str, int]
 
@@ -15,7 +15,7 @@ Row = tuple[str, str, str, int]
 def summary(config: ModelConfig) -> str:
     """A line for every layer: its name, output shape, kernel shape and number of parameters."""
     params = jax.eval_shape(init, jax.random.key(0), config)
-    encoder, decoder = modules(config)
+    encoder, decoder = VAE(config).modules()
     classes = [jnp.zeros((1, config.num_classes))] if config.num_classes else []
     images = [jnp.zeros((1, *config.image_shape)), *classes]
     latents = [jnp.zeros((1, config.latent_dim)), *classes]
@@ -23,10 +23,14 @@ def summary(config: ModelConfig) -> str:
         "encoder, q(z|x)": _rows(encoder, params.encoder, "images", images),
         "decoder, p(x|z)": _rows(decoder, params.decoder, "latents", latents),
     }
-    learned = {"posterior": params.flow, "prior": params.prior, "likelihood": params.likelihood}
+    learned = {
+        "posterior": params.posterior,
+        "prior": params.prior,
+        "likelihood": params.likelihood,
+    }
     for part, weights in learned.items():
         if weights:
-            kind = getattr(config, part)
+            kind = config.specs()[part]
             tables[f"{part}, {kind}"] = [(kind, "", "", _count(weights))]
     lines = []
     for title, rows in tables.items():

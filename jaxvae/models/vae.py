@@ -7,23 +7,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxvae.config import ModelConfig, whole_number
 from jaxvae.devices.convolution import block_size, in_blocks
 from jaxvae.errors import InputError
-from jaxvae.models.flows import FlowPosterior, InverseAutoregressiveFlow
-from jaxvae.models.likelihoods import LIKELIHOODS, Gaussian, Likelihood, scale_images
-from jaxvae.models.networks import NETWORKS
-from jaxvae.models.priors import (
-    Mixture,
-    StandardNormal,
-    init_mixture,
-    init_pseudo_inputs,
-    pseudo_images,
-)
-from jaxvae.validation import as_array, as_key, expect_config, expect_real, jit
-
-Posterior = Gaussian | FlowPosterior
-Prior = StandardNormal | Mixture
+from jaxvae.models.config import ModelConfig
+from jaxvae.models.likelihoods import scale_images
+from jaxvae.models.protocols import Likelihood, Model, Posterior, Prior
+from jaxvae.validation import as_array, as_key, expect_config, expect_real, jit, whole_number
 
 
 @jax.tree_util.register_dataclass
@@ -31,9 +20,13 @@ Prior = StandardNormal | Mixture
 class Params:
     """A VAE: a pytree whose leaves are its weights and whose static part is its architecture.
 
-    encoder, decoder: the Flax modules' "params" collections.
-    config: the architecture they belong to.
-    likelihood, prior, flow: what those parts of the model have learned, where they learn.
+    Attributes:
+      encoder: the encoder's "params" collection.
+      decoder: the decoder's "params" collection.
+      config: the architecture they belong to (static).
+      likelihood: what the likelihood has learned, where it learns.
+      prior: what the prior has learned, where it learns.
+      posterior: what the posterior has learned besides the encoder, where it learns.
     """
 
     encoder: Any
@@ -41,51 +34,121 @@ class Params:
     config: ModelConfig = field(metadata={"static": True})
     likelihood: Any = field(default_factory=dict)
     prior: Any = field(default_factory=dict)
-    flow: Any = field(default_factory=dict)
+    posterior: Any = field(default_factory=dict)
+
+    @property
+    def model(self) -> Model:
+        """The model that these are the parameters of."""
+        return model_of(self.config)
+
+
+@dataclass(frozen=True)
+class VAE:
+    """A VAE with one vector of latents, put together from the components of its configuration.
+
+    Attributes:
+      config: the components.
+
+    References:
+      Kingma and Welling (2014), Auto-Encoding Variational Bayes.
+    """
+
+    config: ModelConfig
+
+    def modules(self) -> tuple[nn.Module, nn.Module]:
+        """Return the Flax modules: encoder and decoder."""
+        config = self.config
+        # None, not float32: parameters made wider are computed with as they are.
+        dtype = jnp.bfloat16 if config.compute_dtype == "bfloat16" else None
+        return config.network.modules(config.latent_dim, self._outputs_shape(), dtype)
+
+    def init(self, key: jax.Array) -> dict[str, Any]:
+        """Return fresh parameters: the fields of `Params`."""
+        config = self.config
+        encoder_key, decoder_key = jax.random.split(key)
+        prior_key, posterior_key = jax.random.split(jax.random.fold_in(key, 2))
+        images = jnp.zeros((1, *config.image_shape))
+        latents = jnp.zeros((1, config.latent_dim))
+        classes = (jnp.zeros((1, config.num_classes)),) if config.num_classes else ()
+        encoder, decoder = self.modules()
+        encoded, encoder_params = _init("encoder", encoder, encoder_key, images, *classes)
+        _expect_shapes("encoder", encoded, (latents.shape,) * 2)
+        outputs, decoder_params = _init("decoder", decoder, decoder_key, latents, *classes)
+        _expect_shapes("decoder", (outputs,), ((1, *self._outputs_shape()),))
+        return {
+            "encoder": encoder_params,
+            "decoder": decoder_params,
+            "likelihood": config.likelihood.init(config.image_shape[2]),
+            "prior": config.prior.init(prior_key, config),
+            "posterior": config.posterior.init(posterior_key, encoded),
+        }
+
+    def prior(self, params: Params) -> Prior:
+        """Return p(z)."""
+        return self.config.prior.bind(params.prior, params)
+
+    def posterior(
+        self, params: Params, images: jax.Array, labels: jax.Array | None = None
+    ) -> Posterior:
+        """Return q(z|x) of images, floats in [0, 1], and of their classes [batch]."""
+        return self.config.posterior.bind(params.posterior, self.encoded(params, images, labels))
+
+    def likelihood(
+        self, params: Params, z: jax.Array, labels: jax.Array | None = None
+    ) -> Likelihood:
+        """Return p(x|z) of latents [batch, latent], and of their classes [batch]."""
+        _, decoder = self.modules()
+        outputs = in_blocks(
+            lambda block: decoder.apply({"params": params.decoder}, *block),
+            (z, *self._one_hot(labels)),
+            block_size(z.shape[0], params.decoder),
+        )
+        return self.config.likelihood.from_outputs(outputs, params.likelihood)
+
+    def encoded(
+        self, params: Params, images: jax.Array, labels: jax.Array | None = None
+    ) -> tuple[jax.Array, ...]:
+        """Return what the encoder makes of images, floats in [0, 1]: mean, log_var and more."""
+        encoder, _ = self.modules()
+        return in_blocks(
+            lambda block: tuple(encoder.apply({"params": params.encoder}, *block)),
+            (images, *self._one_hot(labels)),
+            block_size(images.shape[0], params.encoder),
+        )
+
+    def _outputs_shape(self) -> tuple[int, int, int]:
+        height, width, channels = self.config.image_shape
+        return height, width, channels * self.config.likelihood.outputs_per_channel
+
+    def _one_hot(self, labels: jax.Array | None) -> tuple[jax.Array, ...]:
+        """Return the classes as the networks take them, [batch, classes]; nothing without any."""
+        return () if labels is None else (jax.nn.one_hot(labels, self.config.num_classes),)
+
+
+def model_of(config: ModelConfig) -> Model:
+    """Return the model that a configuration describes: a `VAE`, unless its network says another."""
+    return getattr(config.network, "model", VAE)(config)
 
 
 @jit(static_argnames="config")
 def init(key: jax.Array, config: ModelConfig) -> Params:
-    """Fresh parameters: Glorot uniform kernels, zero biases, where a network says nothing else.
+    """Draw fresh parameters: Glorot uniform kernels, zero biases, unless a network says otherwise.
 
-    Raises InputError if modules of one's own give other shapes than the model has.
+    Args:
+      key: PRNG key.
+      config: the architecture.
 
-    Glorot and Bengio (2010), equation 16, as Keras initialises.
+    Returns:
+      The parameters, with `.encoder`, `.decoder` and `.config`.
+
+    Raises:
+      InputError: modules of one's own return other shapes than the model has.
+
+    References:
+      Glorot and Bengio (2010), equation 16, as Keras initialises.
     """
     expect_config("config", config, ModelConfig)
-    key = as_key(key)
-    encoder_key, decoder_key = jax.random.split(key)
-    prior_key, flow_key = jax.random.split(jax.random.fold_in(key, 2))
-    images = jnp.zeros((1, *config.image_shape))
-    latents = jnp.zeros((1, config.latent_dim))
-    classes = (jnp.zeros((1, config.num_classes)),) if config.num_classes else ()
-    encoder, decoder = modules(config)
-    encoded, encoder_params = _init("encoder", encoder, encoder_key, images, *classes)
-    _expect_shapes("encoder", encoded, (latents.shape,) * 2)
-    outputs, decoder_params = _init("decoder", decoder, decoder_key, latents, *classes)
-    _expect_shapes("decoder", (outputs,), ((1, *_outputs_shape(config)),))
-    learned: dict[str, Any] = {
-        "likelihood": LIKELIHOODS[config.likelihood].init(config.image_shape[2])
-    }
-    if config.prior == "mixture":
-        learned["prior"] = init_mixture(prior_key, config.prior_components, config.latent_dim)
-    if config.prior == "vamp":
-        shape = config.image_shape
-        learned["prior"] = init_pseudo_inputs(prior_key, config.prior_components, shape)
-    if config.posterior == "iaf":
-        learned["flow"] = _flow(config).init(flow_key, latents, _context(encoded))["params"]
-    return Params(encoder_params, decoder_params, config, **learned)
-
-
-def modules(config: ModelConfig) -> tuple[nn.Module, nn.Module]:
-    """The Flax modules of an architecture: encoder and decoder."""
-    if not isinstance(config.network, str):
-        return config.network
-    # None, not float32: parameters made wider are computed with as they are.
-    dtype = jnp.bfloat16 if config.compute_dtype == "bfloat16" else None
-    encoder, decoder = NETWORKS[config.network]
-    own = {} if config.width is None else {"width": config.width}
-    return encoder(config.latent_dim, dtype, **own), decoder(_outputs_shape(config), dtype, **own)
+    return Params(config=config, **model_of(config).init(as_key(key)))
 
 
 @jit()
@@ -103,11 +166,8 @@ def encode(params: Params, images: jax.Array, labels: jax.Array | None = None) -
         none where it needs them.
     """
     images = expected_images(params, images)
-    encoded = _encoded(params, scale_images(images), *_one_hot(params, labels, images.shape[0]))
-    mean, log_var = encoded[:2]
-    if params.config.posterior == "gaussian":
-        return Gaussian(mean, log_var)
-    return FlowPosterior(mean, log_var, _context(encoded), params.flow, _flow(params.config))
+    labels = expected_labels(params, labels, images.shape[0])
+    return params.model.posterior(params, scale_images(images), labels)
 
 
 @jit()
@@ -127,33 +187,12 @@ def decode(params: Params, z: jax.Array, labels: jax.Array | None = None) -> Lik
             f"latents have shape {z.shape}: expected (batch, {params.config.latent_dim}), "
             "batch at least 1"
         )
-    _, decoder = modules(params.config)
-    inputs = (z, *_one_hot(params, labels, z.shape[0]))
-    outputs = in_blocks(
-        lambda block: decoder.apply({"params": params.decoder}, *block),
-        inputs,
-        block_size(z.shape[0], params.decoder),
-    )
-    return LIKELIHOODS[params.config.likelihood].from_outputs(outputs, params.likelihood)
+    return params.model.likelihood(params, z, expected_labels(params, labels, z.shape[0]))
 
 
 def prior(params: Params) -> Prior:
-    """The prior p(z): `.log_prob(z)` of [..., latent], in nats, and `.sample(key, n)`.
-
-    "vamp" is the mixture of the posteriors of learned pseudo-inputs u_k, in equal parts; with a
-    flow, of the Gaussians that it starts from:
-
-        p(z) = 1/K sum_k q(z|u_k)
-
-    Tomczak and Welling (2018), VAE with a VampPrior, equation 9.
-    """
-    config = params.config
-    if config.prior == "standard_normal":
-        return StandardNormal(config.latent_dim)
-    if config.prior == "mixture":
-        return Mixture(**params.prior)
-    mean, log_var = _encoded(params, pseudo_images(params.prior))[:2]
-    return Mixture(jnp.zeros(len(mean), mean.dtype), mean, log_var)
+    """Return the prior p(z): `.log_prob(z)` of [..., latent], in nats, and `.sample(key, n)`."""
+    return params.model.prior(params)
 
 
 @jit()
@@ -197,29 +236,6 @@ def expected_images(params: Params, images: jax.Array) -> jax.Array:
     return images
 
 
-def _encoded(params: Params, *inputs: jax.Array) -> tuple[jax.Array, ...]:
-    encoder, _ = modules(params.config)
-    return in_blocks(
-        lambda block: tuple(encoder.apply({"params": params.encoder}, *block)),
-        inputs,
-        block_size(inputs[0].shape[0], params.encoder),
-    )
-
-
-def _context(encoded: tuple[jax.Array, ...]) -> jax.Array:
-    """What the flow may look at: the encoder's third result, or else its first two."""
-    return encoded[2] if len(encoded) > 2 else jnp.concatenate(encoded, axis=1)
-
-
-def _flow(config: ModelConfig) -> InverseAutoregressiveFlow:
-    return InverseAutoregressiveFlow(config.flow_steps)
-
-
-def _outputs_shape(config: ModelConfig) -> tuple[int, int, int]:
-    height, width, channels = config.image_shape
-    return height, width, channels * LIKELIHOODS[config.likelihood].outputs_per_channel
-
-
 def expected_labels(params: Params, labels: jax.Array | None, batch: int) -> jax.Array | None:
     """Labels as an array, or InputError where they are not what the model takes."""
     classes = params.config.num_classes
@@ -241,12 +257,6 @@ def expected_labels(params: Params, labels: jax.Array | None, batch: int) -> jax
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise InputError(f"labels are of type {labels.dtype}: expected whole numbers")
     return labels
-
-
-def _one_hot(params: Params, labels: jax.Array | None, batch: int) -> tuple[jax.Array, ...]:
-    """The classes as the networks take them, [batch, classes]; nothing without classes."""
-    labels = expected_labels(params, labels, batch)
-    return () if labels is None else (jax.nn.one_hot(labels, params.config.num_classes),)
 
 
 def _init(which: str, module: nn.Module, key: jax.Array, *inputs: jax.Array) -> tuple[Any, Any]:

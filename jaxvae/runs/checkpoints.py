@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 
-from jaxvae.config import ModelConfig, TrainConfig
 from jaxvae.devices.processes import is_first
 from jaxvae.devices.sharding import placement
 from jaxvae.errors import Damaged, InputError, TrainingFailed
+from jaxvae.models.config import ModelConfig
 from jaxvae.models.vae import Params
 from jaxvae.runs.files import cannot_write, unmarked, version, write_whole
-from jaxvae.training.step import TrainState, create_train_state
+from jaxvae.training.config import TrainConfig
+from jaxvae.training.state import TrainState, create_train_state
 
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
@@ -347,7 +348,7 @@ def _placed(tree: Any, mesh: jax.sharding.Mesh | None, divide: bool) -> Any:
 
 def _learned(params: Params) -> dict[str, Any]:
     """What else than networks has parameters in this model."""
-    parts = {"likelihood": params.likelihood, "prior": params.prior, "flow": params.flow}
+    parts = {"likelihood": params.likelihood, "prior": params.prior, "posterior": params.posterior}
     return {name: part for name, part in parts.items() if part}
 
 

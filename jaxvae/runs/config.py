@@ -7,11 +7,14 @@ from typing import Any
 
 import jax
 
-from jaxvae.config import Config, ModelConfig, TrainConfig, shown, whole_number
+from jaxvae.components import Config
 from jaxvae.errors import InputError
+from jaxvae.models.config import ModelConfig
 from jaxvae.runs.files import (
     read_json,
 )
+from jaxvae.training.config import TrainConfig
+from jaxvae.validation import shown, whole_number
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxvae.config import ModelConfig
 from jaxvae.data import Dataset, load_dataset
 from jaxvae.errors import InputError
+from jaxvae.models.config import ModelConfig
 from jaxvae.models.likelihoods import binarize
 from jaxvae.runs.config import RunConfig
 

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import jax
 
-from jaxvae.config import ModelConfig, TrainConfig
 from jaxvae.data import Dataset
 from jaxvae.devices.processes import is_first, memory, wait_for_all
 from jaxvae.errors import InputError
+from jaxvae.models.config import ModelConfig
 from jaxvae.models.vae import Params
 from jaxvae.runs.checkpoints import (
     load,
@@ -37,13 +37,9 @@ from jaxvae.runs.files import (
     version,
     write_json,
 )
-from jaxvae.training.step import (
-    Metrics,
-    TrainState,
-    create_train_state,
-    optimizer,
-    train_step,
-)
+from jaxvae.training.config import TrainConfig
+from jaxvae.training.state import TrainState, create_train_state, optimizer
+from jaxvae.training.step import Metrics, train_step
 
 
 def start(run_dir: Path, config: RunConfig, data: Dataset, *, resume: bool) -> RunConfig:

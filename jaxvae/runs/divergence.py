@@ -14,7 +14,8 @@ from jaxvae.devices.processes import is_first
 from jaxvae.errors import InputError, TrainingFailed
 from jaxvae.runs.checkpoints import steps_of
 from jaxvae.runs.files import write_json
-from jaxvae.training.step import TrainState, shuffle
+from jaxvae.training.state import TrainState
+from jaxvae.training.step import shuffle
 
 _SHOWN = 8  # of the images of a batch; diverged.json has all of them
 

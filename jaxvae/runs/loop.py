@@ -38,11 +38,8 @@ from jaxvae.runs.files import (
 )
 from jaxvae.runs.progress import Progress, Shown
 from jaxvae.training.pipeline import Epoch, feed
-from jaxvae.training.step import (
-    Metrics,
-    Objective,
-    TrainState,
-)
+from jaxvae.training.state import TrainState
+from jaxvae.training.step import Metrics, Objective
 
 Watcher = Callable[[dict[str, Any], Params], None]
 

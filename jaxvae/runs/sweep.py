@@ -47,7 +47,8 @@ from jaxvae.runs.files import (
 )
 from jaxvae.runs.progress import Progress
 from jaxvae.training.pipeline import Advance, Epoch
-from jaxvae.training.step import Metrics, TrainState, shuffle, train_steps
+from jaxvae.training.state import TrainState
+from jaxvae.training.step import Metrics, shuffle, train_steps
 
 _IMAGES_PER_DISPATCH = 8192  # of all models, between two movements of the progress bar
 

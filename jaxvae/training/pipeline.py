@@ -14,17 +14,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxvae.config import TrainConfig
 from jaxvae.data import Images
 from jaxvae.devices.sharding import AXIS, lay_out, share
-from jaxvae.training.step import (
-    Metrics,
-    Objective,
-    TrainState,
-    shuffle,
-    train_portion,
-    train_steps,
-)
+from jaxvae.training.config import TrainConfig
+from jaxvae.training.state import TrainState
+from jaxvae.training.step import Metrics, Objective, shuffle, train_portion, train_steps
 
 _IMAGES_PER_DISPATCH = 1024  # between two movements of the progress bar
 _AHEAD = 4  # portions read before they are needed

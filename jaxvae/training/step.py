@@ -1,8 +1,7 @@
-"""State and step."""
+"""The training step, and an epoch of steps."""
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,77 +10,23 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxvae.config import ModelConfig, TrainConfig
 from jaxvae.devices.convolution import block_size
 from jaxvae.devices.sharding import mean_over, on_parts, own_part, sum_over
 from jaxvae.errors import InputError
 from jaxvae.models.likelihoods import binarize
 from jaxvae.models.vae import Params, expected_images, expected_labels, init
-from jaxvae.objectives import Objective, beta_at, chosen, example_keys
-from jaxvae.validation import as_key, expect_config, expect_number, jit
+from jaxvae.objectives import Objective, example_keys
+from jaxvae.training.optimizer import rate_at
+from jaxvae.training.state import (
+    TrainState,
+    binarization_key,
+    noise_key,
+    optimizer,
+    shuffle_key,
+)
+from jaxvae.validation import expect_number, jit
 
 Metrics = dict[str, jax.Array]
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class TrainState:
-    """Everything that the next step depends on, as a pytree.
-
-    step: steps taken, int32.
-    key: the run's PRNG key; it never changes, each step folds its number into it.
-    config: how to train (static).
-    """
-
-    params: Params
-    opt_state: optax.OptState
-    step: jax.Array
-    key: jax.Array
-    config: TrainConfig = field(metadata={"static": True})
-
-
-def optimizer(
-    config: TrainConfig, learning_rate: jax.Array | float | None = None
-) -> optax.GradientTransformation:
-    """RMSprop with Keras's defaults: decay 0.9, epsilon inside the root, no momentum. Or Adam.
-
-    learning_rate: instead of the configuration's; may be traced.
-
-    Tieleman and Hinton (2012), Lecture 6.5. Kingma and Ba (2015), Adam, algorithm 1.
-    """
-    rate = config.learning_rate if learning_rate is None else learning_rate
-    if config.optimizer == "adam":
-        return optax.adam(rate, b1=0.9, b2=0.999, eps=config.epsilon)
-    return optax.rmsprop(rate, decay=0.9, eps=config.epsilon, eps_in_sqrt=True)
-
-
-def rate_factor(schedule: str, step: jax.Array, steps: int) -> jax.Array | float:
-    """What the learning rate is multiplied by at a step of a run of so many.
-
-        cosine    1/2 (1 + cos(pi step / steps))
-        burda     10^(-i / 7) in stage i = 0, ..., 7, which is 3^i parts of 3,280 long
-
-    Loshchilov and Hutter (2017), SGDR, equation 5. Burda, Grosse and Salakhutdinov (2016),
-    section 5.
-    """
-    if schedule == "cosine":
-        return 0.5 * (1 + jnp.cos(jnp.pi * step / steps))
-    if schedule == "burda":
-        ends = [math.ceil(steps * (3**i - 1) / (3**8 - 1)) for i in range(1, 8)]
-        return 10.0 ** (-jnp.sum(step >= jnp.array(ends)) / 7)
-    return 1.0
-
-
-def create_train_state(
-    key: jax.Array, config: ModelConfig, train_config: TrainConfig
-) -> TrainState:
-    """Fresh parameters and optimiser state, at step 0."""
-    expect_config("config", config, ModelConfig)
-    expect_config("train_config", train_config, TrainConfig)
-    init_key, run_key = jax.random.split(as_key(key))
-    params = init(init_key, config)
-    opt_state = optimizer(train_config).init(params)  # type: ignore[arg-type]
-    return TrainState(params, opt_state, jnp.int32(0), run_key, train_config)
 
 
 @jit(static_argnames=("axis_name", "objective"))
@@ -122,24 +67,55 @@ def train_step(
     labels = expected_labels(state.params, labels, batch)
     _expect_numbers(learning_rate, beta)
     first = lax.axis_index(axis_name) * batch if axis_name else 0
-    keys = example_keys(_noise_key(state), batch, first)
+    keys = example_keys(noise_key(state), batch, first)
     if state.config.binarization == "dynamic":
-        images = binarize(example_keys(_binarization_key(state), batch, first), images)
-    whole, samples = False, 1
-    if objective is None:
-        weight = beta_at(state.config, state.step, beta)
-        objective, whole = chosen(state.config, weight, axis_name)
-        samples = state.config.num_samples
+        images = binarize(example_keys(binarization_key(state), batch, first), images)
+    chosen = state.config.objective if objective is None else objective
+    own = not hasattr(chosen, "across_batch")  # a function, which takes no beta
+    if own and beta is not None:
+        raise InputError(
+            f"beta is {beta}, but the objective is a function of your own, which beta does not "
+            "reach: leave it out, and weight the KL in the function"
+        )
+    whole, num_samples = (False, 1) if own else (chosen.across_batch, chosen.num_samples)
+    if not own:
+        weight = state.config.warmup(state.config.beta if beta is None else beta, state.step)
+        chosen = partial(chosen, beta=weight, axis_name=axis_name if whole else None)
     examples = (keys, images) if labels is None else (keys, images, labels)
-    size = batch if whole else max(1, block_size(batch * samples, state.params) // samples)
-    grads, metrics = _mean_gradient(objective, state.params, examples, size, axis_name)
-    if state.config.clip_norm:
-        grads = _clipped(grads, state.config.clip_norm, axis_name)
-    updates, opt_state = optimizer(state.config, learning_rate).update(
+    size = batch
+    if not whole:
+        size = max(1, block_size(batch * num_samples, state.params) // num_samples)
+    grads, metrics = _mean_gradient(chosen, state.params, examples, size, axis_name)
+    return _updated(state, grads, learning_rate, axis_name), metrics
+
+
+def _updated(
+    state: TrainState, grads: Params, learning_rate: Any, axis_name: str | None
+) -> TrainState:
+    """Return the state after the optimizer has taken a step with this gradient."""
+    config = state.config
+    limited = config.clip_norm or config.skip_norm
+    norm = _global_norm(grads, axis_name) if limited else jnp.float32(0)
+    if config.clip_norm:
+        # Pascanu, Mikolov and Bengio (2013), On the difficulty of training recurrent neural
+        # networks, algorithm 1: g min(1, c / |g|).
+        factor = config.clip_norm / jnp.maximum(norm, config.clip_norm)
+        grads = jax.tree.map(lambda g: g * factor, grads)
+    updates, opt_state = optimizer(config, learning_rate).update(
         grads, state.opt_state, state.params
     )
     params = optax.apply_updates(state.params, updates)  # type: ignore[arg-type]
-    return replace(state, params=params, opt_state=opt_state, step=state.step + 1), metrics
+    ema = state.ema
+    if ema is not None:
+        # The average of few steps is short: as TensorFlow's, min(decay, (1 + t) / (10 + t)).
+        decay = jnp.minimum(config.ema, (1 + state.step) / (10 + state.step))
+        ema = optax.incremental_update(params, ema, 1 - decay)
+    new = replace(state, params=params, opt_state=opt_state, ema=ema)
+    if config.skip_norm:
+        # Child (2021), Very Deep VAEs, section 4: a rare huge gradient ends a training. One that
+        # is NaN is skipped as well.
+        new = jax.tree.map(lambda a, b: jnp.where(norm <= config.skip_norm, a, b), new, state)
+    return replace(new, step=state.step + 1)
 
 
 @jit(static_argnames=("axis_name", "objective"), donate_argnames="state")
@@ -201,7 +177,7 @@ def shuffle(state: TrainState, num_images: int) -> jax.Array:
             f"batch_size is {batch_size}: expected at most the {num_images} training images"
         )
     steps = num_images // batch_size
-    order = jax.random.permutation(_shuffle_key(state), num_images)
+    order = jax.random.permutation(shuffle_key(state), num_images)
     return order[: steps * batch_size].reshape(steps, batch_size)
 
 
@@ -286,12 +262,15 @@ def _step_of_a_run(
     **options: Any,
 ) -> tuple[TrainState, Metrics]:
     """`train_step` on images[batch], at the learning rate that a run of so many steps has there."""
-    rate = state.config.learning_rate if learning_rate is None else learning_rate
+    config = state.config
+    if not isinstance(config.optimizer, optax.GradientTransformation):
+        rate = config.learning_rate if learning_rate is None else learning_rate
+        learning_rate = rate_at(config.schedule, rate, state.step, steps)
     return train_step(
         state,
         images[batch],
         None if labels is None else labels[batch],
-        learning_rate=rate * rate_factor(state.config.schedule, state.step, steps),
+        learning_rate=learning_rate,
         **options,
     )
 
@@ -333,10 +312,10 @@ def _mean_gradient(
 
     batch = examples[0].shape[0]
     whole_params = _whole_params(params) if axis_name else None
-    objective = on_parts(objective, params, whole_params, axis_name)
+    whole_objective = on_parts(objective, params, whole_params, axis_name)
 
     def part(params: Params, examples: tuple[jax.Array, ...]) -> tuple[jax.Array, Metrics]:
-        loss, terms = objective(params, *examples)
+        loss, terms = whole_objective(params, *examples)
         metrics = {
             "loss": loss,
             "elbo": terms.value,
@@ -368,33 +347,13 @@ def _mean_gradient(
     return mean(sums)
 
 
-def _clipped(grads: Params, limit: float, axis_name: str | None) -> Params:
-    """The gradient g, made shorter where its norm over all parameters is above the limit c.
-
-        g min(1, c / |g|)
-
-    Pascanu, Mikolov and Bengio (2013), On the difficulty of training recurrent neural networks,
-    algorithm 1.
-    """
+def _global_norm(grads: Params, axis_name: str | None) -> jax.Array:
+    """Compute the norm of a gradient over all parameters, of which these may be a device's part."""
     whole = _whole_params(grads) if axis_name else None
-    norm = jnp.sqrt(sum_over(axis_name, jax.tree.map(lambda g: jnp.sum(g**2), grads), grads, whole))
-    factor = limit / jnp.maximum(norm, limit)
-    return jax.tree.map(lambda g: g * factor, grads)
+    squares = jax.tree.map(lambda g: jnp.sum(g**2), grads)
+    return jnp.sqrt(sum_over(axis_name, squares, grads, whole))
 
 
 def _whole_params(params: Params) -> Params:
     """The shapes that parameters have in whole, of which these may be a device's part."""
     return jax.eval_shape(lambda: init(jax.random.key(0), params.config))
-
-
-def _noise_key(state: TrainState) -> jax.Array:
-    return jax.random.split(jax.random.fold_in(state.key, state.step))[0]
-
-
-def _shuffle_key(state: TrainState) -> jax.Array:
-    return jax.random.split(jax.random.fold_in(state.key, state.step))[1]
-
-
-def _binarization_key(state: TrainState) -> jax.Array:
-    # Not of the noise's key: what is folded into that are the noise keys of the images.
-    return jax.random.fold_in(jax.random.fold_in(state.key, state.step), 2)

@@ -20,8 +20,8 @@ from PIL import Image
 import jaxvae
 from jaxvae.cli.commands import _COMMANDS, _called, _drop_oldest, main
 from jaxvae.cli.parser import FLAGS, SHELLS, make_parser
-from jaxvae.config import CHOICES
 from jaxvae.interchange.export import load_safetensors
+from jaxvae.models.config import CHOICES
 from jaxvae.runs.config import RunConfig, read_config
 from jaxvae.runs.files import read_metrics
 

@@ -17,7 +17,7 @@ from jaxvae.evaluation.metrics import (
     log_aggregate,
     reconstruction_error,
 )
-from jaxvae.models.likelihoods import Gaussian
+from jaxvae.models.distributions import Gaussian
 
 
 def posteriors(n, latent, log_var, seed=0, spread=1.0):

@@ -10,8 +10,8 @@ import pytest
 from conftest import OwnDecoder, OwnEncoder, refused
 
 import jaxvae
-from jaxvae.config import CHOICES
 from jaxvae.explorer.program import decoder_program, translate
+from jaxvae.models.config import CHOICES
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 

@@ -11,7 +11,7 @@ from jaxvae import figures
 from jaxvae.data import Dataset
 from jaxvae.evaluation.metrics import active_units
 from jaxvae.figures import charts, pictures
-from jaxvae.models.likelihoods import Gaussian
+from jaxvae.models.distributions import Gaussian
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 import jaxvae
 from jaxvae.figures import grid
-from jaxvae.models.priors import Mixture, StandardNormal
+from jaxvae.models.distributions import Mixture, StandardNormal
 
 
 def test_the_grid_holds_the_standard_normals_quantiles():

@@ -8,8 +8,8 @@ import pytest
 from jax.test_util import check_grads
 from scipy import stats
 
+from jaxvae.models.distributions import Gaussian, reparameterize
 from jaxvae.models.flows import AutoregressiveNetwork, FlowPosterior, InverseAutoregressiveFlow
-from jaxvae.models.likelihoods import Gaussian, reparameterize
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 

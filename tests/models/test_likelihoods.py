@@ -12,12 +12,12 @@ from jax.test_util import check_grads
 from scipy import integrate, special, stats
 
 from jaxvae import reparameterize
+from jaxvae.models.distributions import Gaussian
 from jaxvae.models.likelihoods import (
     LIKELIHOODS,
     Bernoulli,
     ContinuousBernoulli,
     DiscretizedLogistic,
-    Gaussian,
     GaussianPixels,
     binarize,
     bits_per_dimension,

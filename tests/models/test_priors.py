@@ -7,13 +7,8 @@ import pytest
 from jax.test_util import check_grads
 from scipy import integrate, special, stats
 
-from jaxvae.models.priors import (
-    Mixture,
-    StandardNormal,
-    init_mixture,
-    init_pseudo_inputs,
-    pseudo_images,
-)
+from jaxvae.models.distributions import Mixture, StandardNormal
+from jaxvae.models.priors import init_mixture, init_pseudo_inputs, pseudo_images
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 

@@ -8,7 +8,7 @@ import pytest
 from conftest import OwnDecoder, OwnEncoder
 
 import jaxvae
-from jaxvae.config import CHOICES, NETWORKS
+from jaxvae.models.config import CHOICES, NETWORKS
 from jaxvae.models.summary import summary
 
 SMALL = jaxvae.ModelConfig((9, 7, 3), 2, network="mlp", prior_components=5)

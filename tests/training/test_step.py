@@ -15,7 +15,8 @@ import jaxvae
 from jaxvae.devices.sharding import devices_for, own_part, share
 from jaxvae.models.likelihoods import binarize
 from jaxvae.objectives import OBJECTIVES, Elbo, example_keys, negative_elbo
-from jaxvae.training.step import optimizer, rate_factor, shuffle, train_steps
+from jaxvae.training.state import optimizer
+from jaxvae.training.step import rate_factor, shuffle, train_steps
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 

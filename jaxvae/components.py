@@ -1,0 +1,266 @@
+"""Components by name: registries, and the one-line form `NAME:KEY=VALUE,KEY=VALUE`.
+
+A component is a frozen dataclass whose fields are its options (or a class or function without
+options). A registry lists the components of one kind by name; the command line, its completion
+and the documentation read the names and options from there. Reading never imports anything:
+`Registry.parse` knows registered names only, and `imported` is for what a user types.
+"""
+
+import dataclasses
+import importlib
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, Self, TypeVar
+
+from jaxvae.errors import InputError
+from jaxvae.validation import either, shown
+
+C = TypeVar("C")
+
+
+@dataclass(frozen=True)
+class Registry(Generic[C]):
+    """The components of one kind, by name.
+
+    Attributes:
+      kind: what they are, as a message names it: "prior".
+      entries: a class, or a function or class without options, for each name.
+    """
+
+    kind: str
+    entries: Mapping[str, Any]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def parse(self, value: Any, expected: str = "", protocol: tuple[str, ...] = ()) -> C:
+        """Return the component that `value` names, or `value` itself where it is an object.
+
+        Args:
+          value: a name, a name with options, or a component.
+          expected: what else the field takes, for the message.
+          protocol: attributes that an object must have to be a component of this kind.
+
+        Raises:
+          InputError: an unknown name or option, a wrong value, or an object of another kind.
+        """
+        if not isinstance(value, str):
+            if value is None or not all(hasattr(value, name) for name in protocol):
+                raise self._refusal(value, expected)
+            return value
+        name, options = parse_spec(self.kind, value)
+        if name not in self.entries:
+            if "." in name:
+                raise InputError(
+                    f"{self.kind} is {value!r}, a component of your own: hand it over as an "
+                    f"object ({self.kind}=...), or on the command line with --{self.kind} {value}"
+                )
+            raise self._refusal(value, expected)
+        return build(self.kind, name, self.entries[name], options)
+
+    def spec(self, component: Any) -> str:
+        """Return the one-line form of a component, as `config.json` records it.
+
+        A component of a class that is not registered is named by its dotted path.
+        """
+        if named := getattr(component, "spec", None):
+            return named
+        for name, entry in self.entries.items():
+            if component is entry or type(component) is entry:
+                return spec(name, component)
+        kind = component if inspect.isclass(component) or inspect.isroutine(component) else None
+        named = kind or type(component)
+        return spec(f"{named.__module__}.{named.__qualname__}", component)
+
+    def _refusal(self, value: Any, expected: str) -> InputError:
+        given = " ".join(shown(value).split())
+        return InputError(
+            f"{self.kind} is {given}: expected {either(tuple(self.entries))}{expected}"
+        )
+
+
+class Config:
+    """What the configurations share: the way to and from a JSON object."""
+
+    _registries: ClassVar[Mapping[str, Registry[Any]]] = {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a JSON object: components in their one-line form."""
+        return {
+            field.name: self._recorded(field.name)
+            for field in dataclasses.fields(self)  # type: ignore[arg-type]
+        }
+
+    def specs(self) -> dict[str, str]:
+        """Return the components in their one-line form, by field."""
+        return {name: r.spec(getattr(self, name)) for name, r in self._registries.items()}
+
+    def _recorded(self, name: str) -> Any:
+        value = getattr(self, name)
+        if name in self._registries:
+            return self._registries[name].spec(value)
+        if isinstance(value, Config):
+            return value.to_dict()
+        return list(value) if isinstance(value, tuple) else value
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any], **own: Any) -> Self:
+        """Build from a JSON object.
+
+        Args:
+          fields: as `to_dict` returned them, or some of them.
+          own: components of the user's own, by field, in the place of those that `fields` names
+            but cannot build.
+
+        Raises:
+          InputError: an unknown or wrong field, or another component of the user's own than the
+            recorded one.
+        """
+        if not isinstance(fields, Mapping):
+            raise InputError(
+                f"{cls.__name__} is {shown(fields)}: expected an object of named fields"
+            )
+        known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        fields = cls._updated(dict(fields))
+        if unknown := sorted(map(shown, set(fields) - known)):
+            raise InputError(
+                f"{cls.__name__} has no field {unknown[0]}: expected {', '.join(sorted(known))}"
+            )
+        made = cls(**{**fields, **own})
+        for name in own:
+            if (now := made.to_dict()[name]) != (was := fields.get(name, now)):
+                raise InputError(f"{name} is {now}, but the recorded one is {was}: hand that over")
+        return made
+
+    @classmethod
+    def _updated(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """Return fields that an older version wrote as this one writes them."""
+        return fields
+
+
+def parse_spec(kind: str, text: str) -> tuple[str, dict[str, Any]]:
+    """Split `NAME:KEY=VALUE,KEY=VALUE` into the name and its options.
+
+    Raises:
+      InputError: something between the commas is no KEY=VALUE.
+    """
+    name, _, rest = text.partition(":")
+    options = {}
+    for part in filter(None, rest.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals or not key.isidentifier():
+            raise InputError(
+                f"{kind} is {text!r}: expected NAME:KEY=VALUE,KEY=VALUE, not {part!r} in it"
+            )
+        options[key] = _literal(value)
+    return name, options
+
+
+def spec(name: str, component: Any) -> str:
+    """Write a component as NAME:KEY=VALUE,KEY=VALUE, with the options that are not the defaults."""
+    options = []
+    if dataclasses.is_dataclass(component) and not isinstance(component, type):
+        for field in dataclasses.fields(component):
+            value = getattr(component, field.name)
+            if value != field.default and field.init:
+                options.append((field.name, value))
+    return written(name, options)
+
+
+def written(name: str, options: Iterable[tuple[str, Any]]) -> str:
+    """Write NAME:KEY=VALUE,KEY=VALUE, or NAME where there are no options."""
+    return ":".join(filter(None, (name, ",".join(f"{k}={_text(v)}" for k, v in options))))
+
+
+def build(kind: str, name: str, entry: Any, options: Mapping[str, Any]) -> Any:
+    """Return the component that an entry of a registry, or an imported object, makes of options.
+
+    Raises:
+      InputError: an option that it does not have, or one that it needs is missing.
+    """
+    instantiate = inspect.isclass(entry) and not issubclass(entry, tuple)
+    if not instantiate and not options:
+        return entry
+    if not callable(entry):
+        raise InputError(f"{kind} {name!r} has no options: expected {name!r} alone")
+    known = option_names(entry)
+    if unknown := sorted(set(options) - set(known)):
+        has = f"expected {either(known, 'among ')}" if known else "it has none"
+        raise InputError(f"{kind} {name!r} has no option {unknown[0]!r}: {has}")
+    try:
+        return entry(**options)
+    except InputError as error:
+        raise InputError(f"{kind} {name!r}: {error}") from None
+    except TypeError as error:
+        raise InputError(f"{kind} {name!r}: {error}") from None
+
+
+def option_names(entry: Any) -> tuple[str, ...]:
+    """Return the options that a class or function takes by name."""
+    if dataclasses.is_dataclass(entry):
+        return tuple(field.name for field in dataclasses.fields(entry) if field.init)
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    try:
+        parameters = inspect.signature(entry).parameters.values()
+    except (TypeError, ValueError):
+        return ()
+    return tuple(p.name for p in parameters if p.kind in kinds)
+
+
+def imported(kind: str, text: str) -> Any:
+    """Import what a user typed as a dotted path, with options: `package.module.Class:scale=2`.
+
+    Only for what a user types: a name in a file is never imported.
+
+    Raises:
+      InputError: there is no such module or attribute, or its options are wrong.
+    """
+    path, options = parse_spec(kind, text)
+    module_name, _, attribute = path.rpartition(".")
+    try:
+        entry = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"{kind} is {text!r}, which cannot be imported: {error}") from None
+    return build(kind, path, entry, options)
+
+
+def is_dotted_path(text: Any) -> bool:
+    """Whether a value reads as the dotted path of a component of the user's own."""
+    name = text.partition(":")[0] if isinstance(text, str) else ""
+    return "." in name and all(part.isidentifier() for part in name.split("."))
+
+
+def field_docs(config: type) -> dict[str, str]:
+    """Return what the docstring of a class says of its fields, under "Attributes:"."""
+    section = (inspect.getdoc(config) or "").partition("\nAttributes:\n")[2].partition("\n\n")[0]
+    docs: dict[str, str] = {}
+    name = ""
+    for line in section.splitlines():
+        if line.startswith("  ") and not line.startswith("   "):
+            name, _, text = line.strip().partition(": ")
+            docs[name] = text
+        elif name:
+            docs[name] += " " + line.strip()
+    return {name: text.rstrip(".") for name, text in docs.items()}
+
+
+def summary_of(entry: Any) -> str:
+    """Return the first line of a component's docstring."""
+    return (inspect.getdoc(entry) or "").partition("\n")[0].rstrip(".")
+
+
+def _literal(text: str) -> Any:
+    words: dict[str, Any] = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) or value is None else str(value)

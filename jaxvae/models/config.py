@@ -1,0 +1,113 @@
+"""The architecture of a VAE, as a frozen configuration that checks itself."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import flax.linen as nn
+
+from jaxvae.components import Config, Registry
+from jaxvae.errors import InputError
+from jaxvae.models.likelihoods import LIKELIHOODS
+from jaxvae.models.networks import NETWORKS, Modules
+from jaxvae.models.posteriors import POSTERIORS
+from jaxvae.models.priors import PRIORS
+from jaxvae.validation import either, shown, whole_number
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(Config):
+    """The architecture of a VAE; the defaults are the notebook's.
+
+    `network`, `likelihood`, `prior` and `posterior` take a name, a name with options
+    ("mixture:components=100") or an object (`priors.Mixture(components=100)`), of one's own too,
+    as `jaxvae.models.protocols` describes it.
+
+    Attributes:
+      image_shape: (height, width, channels) of one image.
+      latent_dim: number of latents.
+      network: encoder and decoder, or a pair of Flax modules (encoder, decoder).
+      likelihood: p(x|z).
+      prior: p(z).
+      posterior: q(z|x).
+      num_classes: classes of a class-conditional model; 0: the model is unconditional.
+      compute_dtype: "float32", or "bfloat16" for mixed precision: the layers compute in bfloat16;
+        parameters, gradients and the terms of the ELBO stay float32.
+    """
+
+    image_shape: tuple[int, int, int] = (28, 28, 1)
+    latent_dim: int = 2
+    network: Any = "conv"
+    likelihood: Any = "bernoulli"
+    prior: Any = "standard_normal"
+    posterior: Any = "gaussian"
+    num_classes: int = 0
+    compute_dtype: str = "float32"
+
+    _registries: ClassVar[Mapping[str, Registry[Any]]] = {
+        "network": NETWORKS,
+        "likelihood": LIKELIHOODS,
+        "prior": PRIORS,
+        "posterior": POSTERIORS,
+    }
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.image_shape, tuple | list) or len(self.image_shape) != 3:
+            raise InputError(
+                f"image_shape is {shown(self.image_shape)}: expected (height, width, channels)"
+            )
+        # JSON has no tuples; a jitted function needs the config hashable.
+        shape = tuple(whole_number(f"image_shape[{i}]", n) for i, n in enumerate(self.image_shape))
+        set_field = object.__setattr__
+        set_field(self, "image_shape", shape)
+        set_field(self, "latent_dim", whole_number("latent_dim", self.latent_dim))
+        set_field(self, "num_classes", whole_number("num_classes", self.num_classes, least=0))
+        if self.compute_dtype not in DTYPES:
+            raise InputError(
+                f"compute_dtype is {shown(self.compute_dtype)}: expected {either(DTYPES)}"
+            )
+        set_field(self, "network", _network(self.network))
+        needed = {
+            "likelihood": ("outputs_per_channel", "init", "from_outputs"),
+            "prior": ("init", "bind"),
+            "posterior": ("init", "bind"),
+        }
+        for name, protocol in needed.items():
+            registry = self._registries[name]
+            set_field(self, name, registry.parse(getattr(self, name), protocol=protocol))
+        if hasattr(self.prior, "validate"):
+            self.prior.validate(self)
+
+    @classmethod
+    def _updated(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """Take the fields of version 0.1, whose options were fields of their own."""
+        if fields.get("network") == "notebook":
+            fields["network"] = "conv"
+        width = fields.pop("width", None)
+        if width is not None:
+            fields["network"] = f"{fields['network']}:width={width}"
+        for option, (name, key) in {
+            "prior_components": ("prior", "components"),
+            "flow_steps": ("posterior", "steps"),
+        }.items():
+            value = fields.pop(option, None)
+            if value is not None and fields.get(name) in ("mixture", "vamp", "iaf"):
+                fields[name] = f"{fields[name]}:{key}={value}"
+        return fields
+
+
+def _network(network: Any) -> Any:
+    """Return the network that a field names; a pair of modules is one as well."""
+    if isinstance(network, list | tuple):
+        if len(network) == 2 and all(isinstance(module, nn.Module) for module in network):
+            return Modules(*network)
+        network = tuple(network)
+    if network == Modules.spec:
+        raise InputError(
+            "the model has a network of its own: hand its modules over, network=(encoder, decoder)"
+        )
+    return NETWORKS.parse(
+        network, ", or a pair of Flax modules, (Encoder(), Decoder())", ("modules",)
+    )

@@ -1,0 +1,129 @@
+"""How a model is trained, as a frozen configuration that checks itself."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import optax
+
+from jaxvae.components import Config, Registry
+from jaxvae.errors import InputError
+from jaxvae.objectives import OBJECTIVES, WARMUPS, parse_objective
+from jaxvae.training.optimizer import OPTIMIZERS, SCHEDULES, parse_optimizer, parse_schedule
+from jaxvae.validation import either, is_number, shown, whole_number
+
+BINARIZATIONS = ("none", "dynamic", "fixed")
+PARTS = ("encoder", "decoder", "likelihood", "prior", "posterior")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(Config):
+    """How a model is trained; the defaults are the notebook's, but for its batch of 16.
+
+    `objective`, `warmup`, `optimizer` and `schedule` take a name, a name with options
+    ("iwae:num_samples=50", "adamw:weight_decay=1e-4") or an object.
+
+    Attributes:
+      batch_size: images per step, over all devices.
+      epochs: passes over the training images.
+      learning_rate: of the optimizer, before the schedule.
+      optimizer: one of optax's by its name there; an `optax.GradientTransformation`, which has a
+        learning rate of its own; or a function of the learning rate that returns one.
+      schedule: of the learning rate over the run: "constant", "cosine" or "burda"; one of optax's
+        by its name there; or an optax schedule, a function of the step.
+      objective: what is maximised, or a function of one's own, as of `train_step`.
+      beta: weight of the KL term in the loss; at 1 the objective "elbo" is the ELBO.
+      warmup: of beta over the first steps: "none", "linear:steps=N" or "cyclical:steps=N".
+      binarization: "none": grey levels are probabilities; "dynamic": 0/1 pixels are drawn with
+        these probabilities, anew at every step; "fixed": drawn once, before training.
+      clip_norm: the norm over all parameters above which a gradient is scaled down to it; 0: off.
+      skip_norm: the norm over all parameters above which a step is skipped; 0: off.
+      accumulate: batches over which gradients are averaged before each update.
+      ema: decay of an exponential moving average of the parameters, which evaluation, sampling
+        and export then use; 0: off.
+      trainable: the parts that are trained: "encoder", "decoder", "likelihood", "prior",
+        "posterior"; empty: all.
+      patience: epochs without a better test ELBO after which a run stops early; 0: never.
+    """
+
+    batch_size: int = 128
+    epochs: int = 10
+    learning_rate: float = 1e-3
+    optimizer: Any = "rmsprop"
+    schedule: Any = "constant"
+    objective: Any = "elbo"
+    beta: float = 1.0
+    warmup: Any = "none"
+    binarization: str = "none"
+    clip_norm: float = 0.0
+    skip_norm: float = 0.0
+    accumulate: int = 1
+    ema: float = 0.0
+    trainable: tuple[str, ...] = ()
+    patience: int = 0
+
+    _registries: ClassVar[Mapping[str, Registry[Any]]] = {
+        "optimizer": OPTIMIZERS,
+        "schedule": SCHEDULES,
+        "objective": OBJECTIVES,
+        "warmup": WARMUPS,
+    }
+
+    def __post_init__(self) -> None:
+        set_field = object.__setattr__
+        for name, least in (("batch_size", 1), ("epochs", 1), ("accumulate", 1), ("patience", 0)):
+            set_field(self, name, whole_number(name, getattr(self, name), least))
+        if not is_number(self.learning_rate) or not 0 < self.learning_rate < 1e6:
+            raise InputError(
+                f"learning_rate is {shown(self.learning_rate)}: expected a number above 0"
+            )
+        for name, most in (("beta", 1e6), ("clip_norm", 1e12), ("skip_norm", 1e12), ("ema", 1)):
+            value = getattr(self, name)
+            if not is_number(value) or not 0 <= value < most:
+                raise InputError(
+                    f"{name} is {shown(value)}: expected a number of at least 0, below {most:g}"
+                )
+        for name in ("learning_rate", "beta", "clip_norm", "skip_norm", "ema"):
+            set_field(self, name, float(getattr(self, name)))
+        if self.binarization not in BINARIZATIONS:
+            raise InputError(
+                f"binarization is {shown(self.binarization)}: expected {either(BINARIZATIONS)}"
+            )
+        parts = (self.trainable,) if isinstance(self.trainable, str) else tuple(self.trainable)
+        if not set(parts) <= set(PARTS):
+            raise InputError(f"trainable is {shown(parts)}: expected parts among {either(PARTS)}")
+        set_field(self, "trainable", tuple(part for part in PARTS if part in parts))
+        set_field(self, "optimizer", parse_optimizer(self.optimizer))
+        set_field(self, "schedule", parse_schedule(self.schedule))
+        set_field(self, "objective", parse_objective(self.objective))
+        set_field(self, "warmup", WARMUPS.parse(self.warmup))
+        own_rate = isinstance(self.optimizer, optax.GradientTransformation)
+        if own_rate and SCHEDULES.spec(self.schedule) != "constant":
+            raise InputError(
+                "optimizer is an optax.GradientTransformation, whose learning rate is its own: "
+                "expected the schedule 'constant'; build the transformation with the schedule"
+            )
+
+    @classmethod
+    def _updated(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """Take the fields of version 0.1, whose options were fields of their own."""
+        options: dict[str, list[str]] = {"objective": [], "optimizer": [], "warmup": []}
+        objective = fields.get("objective", "elbo")
+        samples = fields.pop("num_samples", 1)
+        if samples != 1:
+            options["objective"].append(f"num_samples={samples}")
+        if free_bits := fields.pop("free_bits", 0):
+            options["objective"].append(f"free_bits={free_bits}")
+        if (weight := fields.pop("mmd_weight", 100)) != 100 and objective == "mmd":
+            options["objective"].append(f"weight={weight}")
+        epsilon = fields.pop("epsilon", None)
+        if epsilon is not None and (epsilon != 1e-7 or fields.get("optimizer") == "adam"):
+            options["optimizer"].append(f"eps={epsilon}")
+        steps = fields.pop("warmup_steps", 0)
+        if steps and fields.get("warmup", "none") != "none":
+            options["warmup"].append(f"steps={steps}")
+        defaults = {"objective": "elbo", "optimizer": "rmsprop", "warmup": "none"}
+        for name, written in options.items():
+            if written:
+                fields[name] = f"{fields.get(name, defaults[name])}:{','.join(written)}"
+        return fields

@@ -1,0 +1,292 @@
+"""Optimizers and learning-rate schedules, by optax's own names or as optax's own objects."""
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxvae.components import Registry, option_names, written
+from jaxvae.errors import InputError
+
+Rate = jax.Array | float
+P = TypeVar("P")
+
+# What differs here from optax's own defaults: RMSprop is Keras's.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "rmsprop": {"decay": 0.9, "eps": 1e-7, "eps_in_sqrt": True},
+}
+
+# These treat every number on its own, so that a device can update its part of the parameters.
+ELEMENTWISE = (
+    "adabelief", "adadelta", "adagrad", "adam", "adamax", "adamaxw", "adamw", "adan", "amsgrad",
+    "lion", "optimistic_adam", "optimistic_adam_v2", "optimistic_gradient_descent", "radam",
+    "rmsprop", "rprop", "sgd", "sign_sgd", "signum", "yogi",
+)  # fmt: skip
+
+
+class _Named:
+    """A function of optax by its name, with options.
+
+    Attributes:
+      name: the function's name in optax.
+      options: pairs of an option's name and its value.
+    """
+
+    name: str
+    options: tuple[tuple[str, Any], ...]
+
+    @property
+    def spec(self) -> str:
+        """The one-line form, NAME:KEY=VALUE."""
+        return written(self.name, self.options)
+
+
+@dataclass(frozen=True)
+class Optimizer(_Named):
+    """One of optax's optimizers: a function of the learning rate.
+
+    Weight decay, where an optimizer has it, shrinks the networks' kernels alone: not biases,
+    scales or the parameters of prior and likelihood.
+    """
+
+    name: str
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __call__(self, learning_rate: Rate) -> optax.GradientTransformation:
+        """Return the gradient transformation for a learning rate, which may be traced."""
+        function = getattr(optax, self.name)
+        options = _DEFAULTS.get(self.name, {}) | dict(self.options)
+        for mask in {"mask", "weight_decay_mask"} & set(option_names(function)):
+            options.setdefault(mask, _kernels)
+        return function(learning_rate, **options)
+
+
+@dataclass(frozen=True)
+class OptaxSchedule(_Named):
+    """One of optax's schedules.
+
+    What is left out of the options follows the run: the value it peaks at, or else starts from,
+    is the learning rate; it lasts as many steps as the run; what it starts from before a peak,
+    and where it ends, is 0.
+    """
+
+    name: str
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def rate(self, learning_rate: Rate, step: jax.Array, steps: int) -> Rate:
+        """Return the learning rate at a step of a run of `steps`."""
+        function = getattr(optax, self.name)
+        has = option_names(function)
+        top = next(n for n in ("peak_value", "init_value", "value") if n in has)
+        follows = {"init_value": 0.0, "end_value": 0.0, "power": 1.0, top: learning_rate}
+        follows |= dict.fromkeys(("decay_steps", "transition_steps"), steps)
+        needed = {
+            p.name for p in inspect.signature(function).parameters.values() if p.default is p.empty
+        }
+        options = {n: value for n, value in follows.items() if n in needed} | dict(self.options)
+        return function(**options)(step)
+
+
+class Schedule(Protocol):
+    """A learning rate that depends on the step and on the length of the run."""
+
+    def rate(self, learning_rate: Rate, step: jax.Array, steps: int) -> Rate:
+        """Return the learning rate at a step of a run of `steps`."""
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The learning rate as it is."""
+
+    def rate(self, learning_rate: Rate, step: jax.Array, steps: int) -> Rate:
+        """Return the learning rate."""
+        return learning_rate
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """From the learning rate down to 0 along half a cosine.
+
+        rate = learning_rate 1/2 (1 + cos(pi step / steps))
+
+    References:
+      Loshchilov and Hutter (2017), SGDR, equation 5.
+    """
+
+    def rate(self, learning_rate: Rate, step: jax.Array, steps: int) -> Rate:
+        """Return the learning rate at a step of a run of `steps`."""
+        return learning_rate * (0.5 * (1 + jnp.cos(jnp.pi * step / steps)))
+
+
+@dataclass(frozen=True)
+class Burda:
+    """In eight stages i = 0, ..., 7 of 3^i parts each, of 3,280 in all.
+
+        rate = learning_rate 10^(-i / 7)
+
+    References:
+      Burda, Grosse and Salakhutdinov (2016), Importance Weighted Autoencoders, section 5.
+    """
+
+    def rate(self, learning_rate: Rate, step: jax.Array, steps: int) -> Rate:
+        """Return the learning rate at a step of a run of `steps`."""
+        ends = [math.ceil(steps * (3**i - 1) / (3**8 - 1)) for i in range(1, 8)]
+        return learning_rate * 10.0 ** (-jnp.sum(step >= jnp.array(ends)) / 7)
+
+
+def _takes_learning_rate(function: Any) -> bool:
+    return option_names(function)[:1] == ("learning_rate",)
+
+
+class _OptaxNames(Mapping[str, Any]):
+    """The functions of optax that `is_one` accepts, looked up when they are asked for."""
+
+    def __init__(self, is_one: Callable[[str, Any], bool], make: Any, **own: Any) -> None:
+        self._is_one, self._make, self._own = is_one, make, own
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self._own:
+            return self._own[name]
+        function = getattr(optax, name, None)
+        if not inspect.isfunction(function) or not self._is_one(name, function):
+            raise KeyError(name)
+        return _named(self._make, name, function)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._own
+        for name in dir(optax):
+            if name not in self._own and name in self:
+                yield name
+
+    def __len__(self) -> int:
+        return len(list(self))
+
+
+def _named(make: Any, name: str, function: Any) -> Any:
+    def component(**options: Any) -> Any:
+        return make(name, tuple(options.items()))
+
+    known = [n for n in option_names(function) if n != "learning_rate"]
+    kind = inspect.Parameter.KEYWORD_ONLY
+    component.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [inspect.Parameter(n, kind) for n in known]
+    )
+    component.__doc__ = function.__doc__
+    return component
+
+
+OPTIMIZERS: Registry[Any] = Registry(
+    "optimizer",
+    _OptaxNames(
+        lambda name, function: (
+            name[:1] != "_"
+            and not name.startswith("scale_by")
+            and name not in ("lbfgs", "noisy_sgd")  # which need the loss, or a key of their own
+            and _takes_learning_rate(function)
+        ),
+        Optimizer,
+    ),
+)
+SCHEDULES: Registry[Any] = Registry(
+    "schedule",
+    _OptaxNames(
+        lambda name, function: (
+            name.endswith("_schedule")
+            and name not in ("sgdr_schedule", "piecewise_interpolate_schedule")
+            and name != "scale_by_schedule"
+        ),
+        OptaxSchedule,
+        constant=Constant,
+        cosine=Cosine,
+        burda=Burda,
+    ),
+)
+
+
+def parse_optimizer(value: Any) -> Any:
+    """Return the optimizer that `value` names, or `value` where it is one of optax's objects.
+
+    Args:
+      value: a name with options; an `optax.GradientTransformation`, which has a learning rate of
+        its own; or a function of the learning rate that returns one.
+
+    Raises:
+      InputError: an unknown name or option, or options that optax does not take.
+    """
+    if isinstance(value, str):
+        parsed = OPTIMIZERS.parse(value)
+        if not isinstance(parsed, Optimizer):
+            parsed = parsed()
+        _try_out(parsed.spec, lambda: parsed(1e-3))
+        return parsed
+    if not isinstance(value, optax.GradientTransformation) and not callable(value):
+        OPTIMIZERS.parse(value, ", an optax.GradientTransformation or a function that makes one",
+                         ("init", "update"))  # fmt: skip
+    return value
+
+
+def parse_schedule(value: Any) -> Any:
+    """Return the schedule that `value` names, or `value` where it is a schedule.
+
+    Args:
+      value: a name with options, an object with a method `rate`, or an optax schedule: a function
+        of the step.
+
+    Raises:
+      InputError: an unknown name or option, or options that optax does not take.
+    """
+    if isinstance(value, str):
+        parsed = SCHEDULES.parse(value)
+        if inspect.isfunction(parsed):
+            parsed = parsed()
+        _try_out_rate(str(value), parsed)
+        return parsed
+    if not callable(value):
+        return SCHEDULES.parse(value, " or an optax schedule, a function of the step", ("rate",))
+    return value
+
+
+def rate_at(schedule: Any, learning_rate: Rate, step: jax.Array, steps: int) -> Rate:
+    """Return the learning rate that a schedule has at a step of a run of `steps`."""
+    if hasattr(schedule, "rate"):
+        return schedule.rate(learning_rate, step, steps)
+    return schedule(step)
+
+
+def _try_out(written: str, make: Callable[[], optax.GradientTransformation]) -> None:
+    params = {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}
+
+    def step(params: Any) -> Any:
+        made = make()
+        return made.update(params, made.init(params), params)
+
+    try:
+        jax.eval_shape(step, params)
+    except InputError:
+        raise
+    except Exception as error:  # whatever optax, or what it hands the options to, raises
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"optimizer is {written!r}, which optax refuses: {reason}") from None
+
+
+def _try_out_rate(written: str, schedule: Any) -> None:
+    try:
+        jax.eval_shape(lambda step: rate_at(schedule, 1e-3, step, 1000), jnp.int32(0))
+    except Exception as error:  # as in `_try_out`
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"schedule is {written!r}, which optax refuses: {reason}") from None
+
+
+def _kernels(params: P) -> P:
+    """Which arrays weight decay shrinks: a tree of booleans."""
+
+    def is_kernel(path: Any, x: Any) -> bool:
+        part = getattr(path[0], "name", "") if path else ""
+        return x.ndim > 1 and part not in ("prior", "likelihood")
+
+    return jax.tree_util.tree_map_with_path(is_kernel, params)
