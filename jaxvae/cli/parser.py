@@ -80,6 +80,8 @@ FLAGS = {flag: how for group in FIELDS.values() for flag, how in group.items()}
 _RUN: dict[str, dict[str, Any]] = {
     "--run-dir": {"metavar": "DIR", "help": "default runs/DATE-TIME"},
     "--resume": {"action": "store_true", "help": "go on with the run in --run-dir"},
+    "--new-data": {"action": "store_true",
+                   "help": "with --resume: go on with another data set, and record that"},
     "--tensorboard": {"action": "store_true",
                       "help": "write RUN_DIR/tensorboard, for TensorBoard to show"},
     "--profile": {"action": "store_true",
