@@ -38,7 +38,8 @@ def command(config: RunConfig) -> str:
         own = own | vars(part)
         plain = plain | {field.name: field.default for field in fields(kind)}
     for name in sorted(
-        own.keys() - {"data", "data_dir", "manual_dir", "image_shape", "model", "train"}
+        own.keys()
+        - {"data", "data_dir", "manual_dir", "image_shape", "model", "train", "data_seen"}
     ):
         if own[name] == plain[name]:
             continue

@@ -100,9 +100,9 @@ class Config:
         value = getattr(self, name)
         if name in self._registries:
             return self._registries[name].spec(value)
-        if isinstance(value, Config):
-            return value.to_dict()
-        return list(value) if isinstance(value, tuple) else value
+        if isinstance(value, tuple):
+            return [x.to_dict() if isinstance(x, Config) else x for x in value]
+        return value.to_dict() if isinstance(value, Config) else value
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any], **own: Any) -> Self:

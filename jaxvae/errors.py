@@ -33,3 +33,11 @@ class Preempted(Exception):
 
 class Damaged(UserWarning):
     """Something of a run directory is damaged and was passed over for an older whole one."""
+
+
+class OtherData(UserWarning):
+    """The data set at a run's recorded place is not the one that the run was trained on."""
+
+
+class Diverged(UserWarning):
+    """One of many models that are trained at once has diverged; the others are trained on."""

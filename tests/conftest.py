@@ -141,6 +141,21 @@ class SignalAt:
         pass
 
 
+class OnDisk:
+    """Images that are no array, as those that stay on disk; `read` is how many were read."""
+
+    def __init__(self, images):
+        self.images, self.shape, self.dtype, self.read = images, images.shape, images.dtype, 0
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, rows):
+        found = self.images[rows]
+        self.read += len(found)
+        return found
+
+
 class OwnEncoder(nn.Module):
     """Modules as a user writes them; these two take classes where the model has some."""
 

@@ -1,6 +1,7 @@
 """The command line."""
 
 import argparse
+import math
 import os
 import shutil
 import sys
@@ -14,8 +15,17 @@ from typing import Any
 from jaxvae.cli.parser import FLAGS, completion_script, make_parser
 from jaxvae.devices.processes import pass_over_missing_tpu
 from jaxvae.devices.sharding import make_cores_devices
-from jaxvae.errors import Damaged, InputError, Preempted, TrainingFailed
+from jaxvae.errors import (
+    Damaged,
+    Diverged,
+    InputError,
+    OtherData,
+    Preempted,
+    TrainingFailed,
+)
 
+_TOLD = (Damaged, Diverged, OtherData)  # warnings that are shown as a line
+_BYTES_PER_SAMPLED = 24  # of memory, per pixel: the image and its copies on the way to a PNG
 _CACHE_BYTES = 2**30  # of compiled programs, kept between commands
 
 
@@ -27,8 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("once", Damaged)
-            warnings.showwarning = _tell_damage(warnings.showwarning)
+            for category in _TOLD:
+                warnings.simplefilter("once", category)
+            warnings.showwarning = _tell(warnings.showwarning)
             _run(arguments)
     except InputError as error:
         print(f"jaxvae: {error}", file=sys.stderr)
@@ -70,11 +81,11 @@ def _run(arguments: list[str] | None) -> None:
     options.command(options)
 
 
-def _tell_damage(show: Any) -> Any:
-    """What shows warnings, but those of damage as a line."""
+def _tell(show: Any) -> Any:
+    """What shows warnings, but those of our own as a line."""
 
     def shown(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
-        if issubclass(category, Damaged):
+        if issubclass(category, _TOLD):
             print(f"jaxvae: {message}", file=sys.stderr)
         else:
             show(message, category, *where, **more)
@@ -156,6 +167,8 @@ def _train(options: argparse.Namespace) -> None:
     flags = {n: getattr(options, n) for n in (*names, "seeds") if getattr(options, n) is not None}
     if options.tensorboard:
         tensorboard.need_tensorboard()
+    if options.new_data and not options.resume:
+        raise InputError("--new-data is for a run that goes on: give it with --resume")
     if options.resume and not options.run_dir:
         raise InputError("--resume goes on with a run: say which, with --run-dir DIR")
     run_dir = Path(options.run_dir or time.strftime("runs/%Y%m%d-%H%M%S"))
@@ -166,7 +179,12 @@ def _train(options: argparse.Namespace) -> None:
         models = sweep.resumed(run_dir, flags)
     else:
         models = {"": resumed(run_dir, _of_one_model(flags, run_dir))}
-    data = load_run_data(next(iter(models.values())))
+    try:
+        data = load_run_data(next(iter(models.values())))
+    except InputError as error:
+        if not options.resume or options.data:
+            raise
+        raise InputError(f"{error}; where the data have moved, name them with --data") from None
     if len(models) > 1 and processes.several():
         raise InputError("many models are trained at once by one process, not by several")
     if len(models) > 1 and options.tensorboard:
@@ -174,18 +192,21 @@ def _train(options: argparse.Namespace) -> None:
     progress = Progress() if processes.is_first() else None
     if progress and options.profile:
         progress = tensorboard.Profiled(progress, run_dir / "profile")
+    start = {"resume": options.resume, "new_data": options.new_data}
     try:
         if len(models) > 1:
-            paths = _train_many(run_dir, models, data, options.resume, progress)
+            paths = _train_many(run_dir, models, data, start, progress)
         else:
             (config,) = models.values()
             shown = (progress, options.tensorboard)
-            paths = _train_one(run_dir, config, data, options.resume, *shown)
+            paths = _train_one(run_dir, config, data, start, *shown)
     except KeyboardInterrupt:
         hint = f"; go on with: jaxvae train --resume --run-dir {run_dir}"
         raise KeyboardInterrupt(hint) from None
     if paths:
-        _tell_next(run_dir, next(iter(models)) if len(models) > 1 else "", paths)
+        lost = sweep.diverged(run_dir, models) if len(models) > 1 else []
+        model = next(name for name in models if name not in lost)
+        _tell_next(run_dir, model if len(models) > 1 else "", paths)
 
 
 def _tell_next(run_dir: Path, model: str, figures: list[Path]) -> None:
@@ -214,13 +235,13 @@ def _called() -> str:
 
 
 def _train_one(
-    run_dir: Path, config: Any, data: Any, resume: bool, progress: Any, to_tensorboard: bool
+    run_dir: Path, config: Any, data: Any, start: Any, progress: Any, to_tensorboard: bool
 ) -> list[Path]:
     from jaxvae.devices import processes
     from jaxvae.figures.animation import keep_frame
     from jaxvae.runs import directory, drawing, loop, tensorboard
 
-    config = directory.start(run_dir, config, data, resume=resume)
+    config = directory.start(run_dir, config, data, **start)
     if processes.is_first():
         _tell_start(config.data, data, f"run directory {run_dir}")
     watchers: list[Any] = [partial(keep_frame, run_dir)]
@@ -233,11 +254,11 @@ def _train_one(
     return drawing.draw(run_dir, data, state.params) if processes.is_first() else []
 
 
-def _train_many(run_dir: Path, models: Any, data: Any, resume: bool, progress: Any) -> list[Path]:
+def _train_many(run_dir: Path, models: Any, data: Any, start: Any, progress: Any) -> list[Path]:
     from jaxvae.runs import drawing, sweep
     from jaxvae.runs.checkpoints import load
 
-    models = sweep.start(run_dir, models, data, resume=resume)
+    models = sweep.start(run_dir, models, data, **start)
     name = next(iter(models.values())).data
     _tell_start(
         name, data, f"{len(models)} models; run directories {run_dir}/{next(iter(models))}, ..."
@@ -245,7 +266,8 @@ def _train_many(run_dir: Path, models: Any, data: Any, resume: bool, progress: A
     sweep.train(run_dir, models, data, progress=progress)
     for line in sweep.results(run_dir, models):
         print(line, file=sys.stderr)
-    folders = [run_dir / name for name in models]
+    lost = sweep.diverged(run_dir, models)
+    folders = [run_dir / name for name in models if name not in lost]
     return [path for one in folders for path in drawing.draw(one, data, load(one))]
 
 
@@ -295,20 +317,34 @@ def _evaluate(options: argparse.Namespace) -> None:
         if name in found:
             digits = 0 if name == "active_units" else 4 if "error" in name else 3
             print(f"  {says.format(**found):34}{found[name]:10.{digits}f}")
-    print(f"evaluation: {options.run / 'evaluation.json'}", file=sys.stderr)
+    sys.stdout.flush()
+    try:
+        print(f"evaluation: {evaluation.keep(options.run, found)}", file=sys.stderr)
+    except InputError as error:
+        print(f"jaxvae: evaluation.json was not written: {error}", file=sys.stderr)
 
 
 def _sample(options: argparse.Namespace) -> None:
     import jax
 
+    from jaxvae.devices.processes import memory
     from jaxvae.models.vae import sample
     from jaxvae.runs.checkpoints import load
     from jaxvae.runs.config import read_config
+    from jaxvae.validation import whole_number
 
     _at_least_one("--n", options.n)
+    if options.seed is not None:
+        whole_number("--seed", options.seed, 0, 2**32 - 1)
     if options.out.suffix.lower() != ".png":
         raise InputError(f"--out is {options.out}: expected a file name ending in .png")
     config = read_config(options.run)
+    needed = options.n * math.prod(config.model.image_shape) * _BYTES_PER_SAMPLED
+    if (there := memory()) is not None and needed > there:
+        raise InputError(
+            f"--n is {options.n}: so many images need {needed / 1e9:,.0f} GB, and this machine has "
+            f"{there / 1e9:,.0f} GB of memory; take fewer"
+        )
     params = load(options.run, "best" if options.best else "latest")
     from jaxvae.figures.grid import save_images
 
@@ -321,9 +357,11 @@ def _figures(options: argparse.Namespace) -> None:
     from jaxvae.runs import drawing
     from jaxvae.runs.checkpoints import load
     from jaxvae.runs.config import read_config
-    from jaxvae.runs.data import load_run_data
+    from jaxvae.runs.data import load_run_data, warn_of_other_data
 
-    data = load_run_data(read_config(options.run))
+    config = read_config(options.run)
+    data = load_run_data(config)
+    warn_of_other_data(options.run, config, data)
     params = load(options.run, "best" if options.best else "latest")
     for path in drawing.draw(options.run, data, params, options.format):
         print(path)
@@ -349,14 +387,16 @@ def _explore(options: argparse.Namespace) -> None:
     from jaxvae import explorer
     from jaxvae.runs.checkpoints import load
     from jaxvae.runs.config import read_config
-    from jaxvae.runs.data import load_run_data
+    from jaxvae.runs.data import load_run_data, warn_of_other_data
 
     config = read_config(options.run)
     out = options.out or options.run / "explorer.html"
     if out.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"--out is {out}: expected a file name ending in .html")
     params = load(options.run, "best" if options.best else "latest")
-    explorer.write(out, params, load_run_data(config), options.run.resolve().name)
+    data = load_run_data(config)
+    warn_of_other_data(options.run, config, data)
+    explorer.write(out, params, data, options.run.resolve().name)
     print(out)
 
 

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shutil
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 Which = Literal["latest", "best"]
 _SEAL = "sha256.json"
 _MISSING = "is missing"
+_TRIES = 20  # to read a checkpoint beside a training that deletes it
+_DELETION = 0.05  # seconds
 _MARGIN = 100_000  # bytes that a checkpoint takes beside its arrays
 
 
@@ -79,19 +82,27 @@ def restore(
         newer version made it; the model has modules of its own and they are not handed over, or
         others are.
     """
-    step = which if isinstance(which, int) else newest_whole(run_dir, which)
-    if step is None or step not in steps_of(run_dir):
-        held = ", ".join(map(str, steps_of(run_dir)))
-        raise InputError(
-            f"{run_dir} holds no checkpoint of step {step}, only of {held}"
-            if held
-            else f"{run_dir} holds no checkpoint: expected the run directory of `jaxvae train`, "
-            "at least one epoch old"
-        )
-    folder = _folder(run_dir) / str(step)
-    if fault := _fault(folder):
-        raise InputError(f"{run_dir}: the checkpoint of step {step} is damaged: {fault}")
-    return _read(folder, network, mesh, divide)
+    for left in reversed(range(_TRIES)):
+        step = which if isinstance(which, int) else newest_whole(run_dir, which)
+        held = steps_of(run_dir)
+        if not held:
+            raise InputError(
+                f"{run_dir} holds no checkpoint: expected the run directory of `jaxvae train`, "
+                "at least one epoch old"
+            )
+        folder = _folder(run_dir) / str(step)
+        try:
+            if step not in held:
+                shown = ", ".join(map(str, held))
+                raise InputError(f"{run_dir} holds no checkpoint of step {step}, only of {shown}")
+            if fault := _fault(folder):
+                raise InputError(f"{run_dir}: the checkpoint of step {step} is damaged: {fault}")
+            return _read(folder, network, mesh, divide)
+        except (InputError, OSError, ValueError):
+            # A training that goes on meanwhile deletes its older checkpoints.
+            if not left or isinstance(which, int) or not _has_moved_on(run_dir, held):
+                raise
+    raise AssertionError
 
 
 def load(run_dir: str | Path, which: Which = "latest", network: Any = None) -> Params:
@@ -122,12 +133,15 @@ def newest_whole(run_dir: str | Path, which: Which = "latest") -> int | None:
 
     Warns of those that are damaged and would come before it. Raises InputError if all are.
     """
-    folder, steps = _folder(run_dir), steps_of(run_dir)
-    faults = {}
-    for step in reversed(steps):
-        if fault := _fault(folder / str(step)):
-            faults[step] = fault
-        elif which == "latest":  # the older ones, of which we want none, are not read
+    folder = _folder(run_dir)
+    for _ in range(_TRIES):
+        steps, faults = steps_of(run_dir), {}
+        for step in reversed(steps):
+            if fault := _fault(folder / str(step)):
+                faults[step] = fault
+            elif which == "latest":  # the older ones, of which we want none, are not read
+                break
+        if not faults or not _has_moved_on(run_dir, steps):
             break
     sound = [step for step in steps if step not in faults]
     if faults and not sound:
@@ -146,6 +160,12 @@ def newest_whole(run_dir: str | Path, which: Which = "latest") -> int | None:
             stacklevel=2,
         )
     return sound[-1] if sound else None
+
+
+def _has_moved_on(run_dir: str | Path, steps: list[int]) -> bool:
+    """Whether there are other checkpoints by now, after the time it takes to delete one."""
+    time.sleep(_DELETION)
+    return steps_of(run_dir) != steps
 
 
 @contextmanager

@@ -18,6 +18,28 @@ from jaxvae.validation import shown, whole_number
 
 
 @dataclass(frozen=True)
+class DataRecord(Config):
+    """A data set that a run was trained on, as `jaxvae.runs.data.describe` gives it.
+
+    train_images, test_images: how many there were.
+    sha256: of its images and labels.
+    step: how many steps the run had taken when it was given this data set.
+    """
+
+    train_images: int = 1
+    test_images: int = 1
+    sha256: str = ""
+    step: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("train_images", 1), ("test_images", 1), ("step", 0)):
+            number = whole_number(name, getattr(self, name), least, 2**63 - 1)
+            object.__setattr__(self, name, number)
+        if not isinstance(self.sha256, str):
+            raise InputError(f"sha256 is {shown(self.sha256)}: expected a string")
+
+
+@dataclass(frozen=True)
 class RunConfig(Config):
     """What a run is told: its data, its seed, its model and how it is trained.
 
@@ -25,6 +47,7 @@ class RunConfig(Config):
     divide: whether every device keeps only its part of the parameters and of the optimizer's
       state, for models that are too large for one.
     workers: processes that read images on disk; 0: threads of the training process.
+    data_seen: the data sets it was trained on, the last one last; `directory.start` records them.
     """
 
     data: str = "mnist-5k"
@@ -36,6 +59,7 @@ class RunConfig(Config):
     workers: int = 0
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    data_seen: tuple[DataRecord, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("data", "data_dir", "manual_dir", "start_from"):
@@ -49,6 +73,10 @@ class RunConfig(Config):
         for name, kind in (("model", ModelConfig), ("train", TrainConfig)):
             if not isinstance(getattr(self, name), kind):
                 object.__setattr__(self, name, kind.from_dict(getattr(self, name)))
+        if not isinstance(self.data_seen, tuple | list):
+            raise InputError(f"data_seen is {shown(self.data_seen)}: expected a list of data sets")
+        seen = [x if isinstance(x, DataRecord) else DataRecord.from_dict(x) for x in self.data_seen]
+        object.__setattr__(self, "data_seen", tuple(seen))
 
 
 def configured(flags: Mapping[str, Any]) -> RunConfig:
@@ -60,7 +88,8 @@ def resumed(run_dir: Path, flags: Mapping[str, Any]) -> RunConfig:
     """The configuration of a run that goes on.
 
     Raises InputError if the flags ask for another run than the recorded one; where the data lie
-    and for how many epochs to train may change.
+    and for how many epochs to train may change. Whether they are the recorded data is for
+    `directory.start` to find.
     """
     return going_on(read_config(run_dir), flags, run_dir)
 
@@ -68,7 +97,7 @@ def resumed(run_dir: Path, flags: Mapping[str, Any]) -> RunConfig:
 def going_on(recorded: RunConfig, flags: Mapping[str, Any], run_dir: Path) -> RunConfig:
     """A recorded configuration with flags, or InputError where they ask for another run."""
     asked = _with_flags(recorded, flags)
-    may_change = ("data_dir", "manual_dir", "epochs", "divide", "workers")
+    may_change = ("data", "data_dir", "manual_dir", "epochs", "divide", "workers")
     for name in flags:
         was, now = _flag(recorded, name), _flag(asked, name)
         if was != now and name not in may_change:

@@ -1,5 +1,8 @@
 """The data set of a run, as its model takes it."""
 
+import hashlib
+import warnings
+from pathlib import Path
 from typing import TypeVar
 
 import jax
@@ -7,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxvae.data import Dataset, load_dataset
-from jaxvae.errors import InputError
+from jaxvae.errors import InputError, OtherData
 from jaxvae.models.config import ModelConfig
 from jaxvae.models.likelihoods import binarize
-from jaxvae.runs.config import RunConfig
+from jaxvae.runs.config import DataRecord, RunConfig
 
 T = TypeVar("T")
+_HASHED_WHOLE = 2**30  # bytes of images in memory, a second's work
+_HASHED_IMAGES = 256  # of those on disk, and of more in memory
 
 
 def load_run_data(config: RunConfig) -> Dataset:
@@ -34,6 +39,48 @@ def load_run_data(config: RunConfig) -> Dataset:
     if kind != "none":
         data = data._replace(test_images=binarized(test_key, data.test_images))
     return data
+
+
+def describe(data: Dataset) -> DataRecord:
+    """Return the number of a data set's images, and a digest of them and their labels.
+
+    The digest is the SHA-256 sum of shape, type and content of every array. Of images that stay
+    on disk, and of more than 1 GiB in memory, the content of 256 at equal distances stands for
+    that of all, the first and the last among them; labels are always taken whole.
+    """
+    digest = hashlib.sha256()
+    for x in data:
+        if x is None:
+            digest.update(b"none")
+            continue
+        digest.update(f"{x.shape} {np.dtype(x.dtype).str}".encode())
+        in_memory = isinstance(x, np.ndarray)
+        if not in_memory or (x.ndim > 1 and x.nbytes > _HASHED_WHOLE):
+            rows = np.linspace(0, len(x) - 1, min(len(x), _HASHED_IMAGES), dtype=int)
+            x = x[rows]
+        digest.update(np.ascontiguousarray(x).data)
+    return DataRecord(len(data.train_images), len(data.test_images), digest.hexdigest())
+
+
+def difference(record: DataRecord, trained_on: DataRecord) -> str | None:
+    """Return how a data set differs from the one that a run was trained on, if it does."""
+    if record.sha256 == trained_on.sha256:
+        return None
+    now, then = (f"{r.train_images:,} training and {r.test_images:,} test images"
+                 for r in (record, trained_on))  # fmt: skip
+    if now != then:
+        return f"it has {now} instead of {then}"
+    return f"it has {now} too, but with other pixels or labels"
+
+
+def warn_of_other_data(run_dir: Path, config: RunConfig, data: Dataset) -> None:
+    """Warn, with the category OtherData, if a run was not trained on this data set."""
+    if config.data_seen and (found := difference(describe(data), config.data_seen[-1])):
+        warnings.warn(
+            f"{config.data} is not the data set that {run_dir} was trained on: {found}",
+            OtherData,
+            stacklevel=2,
+        )
 
 
 def binarization_keys() -> jax.Array:

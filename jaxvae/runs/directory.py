@@ -8,12 +8,13 @@
     evaluation.json  what `jaxvae evaluate` measured last
     tensorboard/     and profile/, where they were asked for: `jaxvae.runs.tensorboard`
     .lock            held by the training that is in it
-    diverged.json    where the loss was no number any more, if it came to that
+    diverged.json    where the loss became NaN or infinite, if it did
 
 It can be killed at any instant: an epoch counts once its checkpoint is whole, and a resumed run
 repeats what came after the last one that is.
 """
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,10 +28,11 @@ from jaxvae.models.vae import Params
 from jaxvae.runs.checkpoints import (
     load,
     newest_whole,
+    steps_of,
     told,
 )
-from jaxvae.runs.config import RunConfig
-from jaxvae.runs.data import model_inputs
+from jaxvae.runs.config import DataRecord, RunConfig
+from jaxvae.runs.data import describe, difference, model_inputs
 from jaxvae.runs.files import (
     owned,
     read_metrics,
@@ -42,16 +44,20 @@ from jaxvae.training.state import TrainState, create_train_state, optimizer
 from jaxvae.training.step import Metrics, train_step
 
 
-def start(run_dir: Path, config: RunConfig, data: Dataset, *, resume: bool) -> RunConfig:
+def start(
+    run_dir: Path, config: RunConfig, data: Dataset, *, resume: bool, new_data: bool = False
+) -> RunConfig:
     """Make a run directory, or prepare one to go on.
 
-    Returns the configuration with the shape of the images in it. Raises InputError if there is
-    a run in the directory already and it is not to go on, if the images are not those of the
-    run or fewer than one batch, if a conditional model has no labels for them or wrong ones, if
-    the run to start from has another model, if model and objective do not go together, or if
-    the newest checkpoint is of another run than config.json says.
+    Returns the configuration with the shape of the images and a record of the data in it. Raises
+    InputError if there is a run in the directory already and it is not to go on, if the data are
+    not those of the run or fewer than one batch, if a conditional model has no labels for them or
+    wrong ones, if the run to start from has another model, if model and objective do not go
+    together, or if the newest checkpoint is of another run than config.json says.
+
+    new_data: a run goes on with another data set, of as many batches per epoch, which is recorded.
     """
-    config = fitted(run_dir, config, data, resume=resume)
+    config = fitted(run_dir, config, data, describe(data), resume=resume, new_data=new_data)
     if resume:
         expect_the_same(run_dir, config)
     else:
@@ -101,8 +107,19 @@ def expect_the_same(run_dir: Path, config: RunConfig) -> None:
                 )
 
 
-def fitted(run_dir: Path, config: RunConfig, data: Dataset, *, resume: bool) -> RunConfig:
-    """The configuration with the shape of the images in it, or InputError as of `start`."""
+def fitted(
+    run_dir: Path,
+    config: RunConfig,
+    data: Dataset,
+    record: DataRecord,
+    *,
+    resume: bool,
+    new_data: bool = False,
+) -> RunConfig:
+    """The configuration with the shape of the images and `record`, or InputError as of `start`.
+
+    record: what `describe` gives of the data.
+    """
     height, width, channels = data.train_images.shape[1:]
     model = replace(config.model, image_shape=(height, width, channels))
     for split in ("train", "test") if model.num_classes else ():
@@ -120,16 +137,53 @@ def fitted(run_dir: Path, config: RunConfig, data: Dataset, *, resume: bool) -> 
             f"{config.data} has images of shape {model.image_shape}, "
             f"but {run_dir} was started with {config.model.image_shape}"
         )
+    seen = _seen(run_dir, config, record, new_data=new_data) if resume else (record,)
     if config.train.batch_size > len(data.train_images):
         raise InputError(
             f"batch_size is {config.train.batch_size}: expected at most the number of "
             f"training images, {len(data.train_images)}"
         )
-    return replace(config, model=model)
+    return replace(config, model=model, data_seen=seen)
 
 
-def try_out(config: RunConfig, data: Dataset) -> None:
-    """Raises InputError if a new run could not take its first step; computes nothing."""
+def _seen(
+    run_dir: Path, config: RunConfig, record: DataRecord, *, new_data: bool
+) -> tuple[DataRecord, ...]:
+    """Return the data sets of a run that goes on with this one, or raise InputError.
+
+    A run without a record, of an older version, is known by its number of batches per epoch.
+    """
+    batches, before = record.train_images // config.train.batch_size, None
+    found = f"{config.data} is not the data set that {run_dir} was trained on"
+    if config.data_seen:
+        last = config.data_seen[-1]
+        how = difference(record, last)
+        if how is None:
+            return config.data_seen
+        found, before = f"{found}: {how}", last.train_images // config.train.batch_size
+    elif history := read_metrics(run_dir):
+        before = history[0].get("step")
+    remedy = "name that one with --data"
+    if before in (None, batches):
+        if new_data or not config.data_seen:
+            step = max(steps_of(run_dir), default=0) if config.data_seen else 0
+            earlier = [one for one in config.data_seen if one.step < step]
+            return (*earlier, replace(record, step=step))
+        remedy += ", take this one with --new-data"
+    else:
+        found += f"; it makes {batches} batches per epoch instead of {before}"
+        remedy += ", as a run keeps its number of batches"
+    raise InputError(
+        f"{found}: {remedy}, or start a new run from this model, with "
+        f"--start-from {shlex.quote(str(run_dir))}"
+    )
+
+
+def try_out(config: RunConfig, data: Dataset, models: int = 1) -> None:
+    """Raises InputError if a new run could not take its first step; computes nothing.
+
+    models: how many of the kind are trained at once.
+    """
     first_params(config)
     images, labels = model_inputs(data.train_images, data.train_labels, config.model)
     batch = slice(config.train.batch_size)
@@ -139,10 +193,12 @@ def try_out(config: RunConfig, data: Dataset) -> None:
         return train_step(state, images, labels)
 
     state, _ = jax.eval_shape(step, images[batch], None if labels is None else labels[batch])
-    needed, there = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)), memory()
+    needed = models * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    there = memory()
     if there is not None and needed > there:
+        who = "the model needs" if models == 1 else f"{models:,} models need"
         raise InputError(
-            f"the model needs {needed / 1e9:,.0f} GB for parameters and the optimizer's state: "
+            f"{who} {needed / 1e9:,.0f} GB for parameters and the optimizer's state: "
             f"expected at most the {there / 1e9:,.0f} GB of memory that this machine has"
         )
 

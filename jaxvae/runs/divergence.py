@@ -1,8 +1,13 @@
-"""Numbers that go wrong end a training before anything of it is saved."""
+"""Numbers that go wrong end a training before anything of it is saved.
 
+Of many models that are trained at once, they end that of one: the others are trained on.
+"""
+
+import warnings
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxvae.devices.processes import is_first
-from jaxvae.errors import InputError, TrainingFailed
+from jaxvae.errors import Diverged, InputError, TrainingFailed
 from jaxvae.runs.checkpoints import steps_of
 from jaxvae.runs.files import write_json
 from jaxvae.training.state import TrainState
 from jaxvae.training.step import shuffle
 
+DIVERGED = "diverged.json"
 _SHOWN = 8  # of the images of a batch; diverged.json has all of them
 
 
@@ -27,17 +33,21 @@ class Watch:
     run_dir: of the run, or of the sweep.
     images, steps: of an epoch.
     models: the names of those that are stacked in the state, if they are.
+    diverged: the positions in `models` of those that have diverged.
     """
 
     run_dir: Path
     images: int
     steps: int
     models: tuple[str, ...] = ()
+    diverged: set[int] = field(default_factory=set)
 
     def expect_losses(self, state: TrainState, count: int, finite: Any) -> None:
         """Raises TrainingFailed unless every loss of a dispatch was finite.
 
-        The message names the step, and diverged.json all the images of its batch.
+        The message names the step, and diverged.json all the images of its batch. Where one of
+        many models has diverged, a warning of the category `jaxvae.errors.Diverged` has the
+        message; TrainingFailed is raised when none is left.
 
         Args:
           state: after the dispatch.
@@ -45,52 +55,81 @@ class Watch:
           finite: how many of them came before the first that was not, as of `train_steps`.
         """
         finite = np.ravel(finite)
-        if (finite == count).all():
-            return
-        model = int(np.argmin(finite))
-        taken = int(np.ravel(state.step)[0]) - count + int(finite[model])
-        epoch, batch = divmod(taken, self.steps)
-        one = jax.tree.map(lambda x: x[model], state) if self.models else state
-        at_start = replace(one, step=jnp.full_like(one.step, epoch * self.steps))
-        rows = np.asarray(shuffle(at_start, self.images))[batch].tolist()
-        record = {"step": taken + 1, "epoch": epoch + 1, "batch": batch + 1, "images": rows}
+        for model in map(int, np.flatnonzero(finite < count)):
+            if model in self.diverged:
+                continue
+            taken = int(np.ravel(state.step)[0]) - count + int(finite[model])
+            epoch, batch = divmod(taken, self.steps)
+            one = state
+            if self.models:
+                # Moved first: a slice of what several devices share has them wait for each other.
+                ours = jax.device_put(state, jax.local_devices()[0])
+                one = jax.tree.map(lambda x, i=model: x[i], ours)
+            at_start = replace(one, step=jnp.full_like(one.step, epoch * self.steps))
+            rows = np.asarray(shuffle(at_start, self.images))[batch].tolist()
+            shown = ", ".join(map(str, rows[:_SHOWN])) + ", ..." * (len(rows) > _SHOWN)
+            self._fail(
+                model,
+                {"step": taken + 1, "epoch": epoch + 1, "batch": batch + 1, "images": rows},
+                f"the loss {self._of(model)}is NaN or infinite at step {taken + 1} "
+                f"(epoch {epoch + 1}, batch {batch + 1}: training images {shown}; all in "
+                f"{self._folder(model) / DIVERGED})",
+            )
+
+    def expect_numbers(self, state: TrainState, measured: Mapping[str, Any]) -> None:
+        """Raises as `expect_losses` unless all that is to be saved after a step is finite."""
+        good = {f"the test {name}": np.isfinite(np.ravel(x)) for name, x in measured.items()}
+        parameters = (state.params, state.opt_state)
+        good["a parameter"] = np.ravel(_finite(parameters, bool(self.models)))
+        step = int(np.ravel(state.step)[0])
+        for what, is_good in good.items():
+            for model in map(int, np.flatnonzero(~is_good)):
+                if model not in self.diverged:
+                    self._fail(
+                        model,
+                        {"step": step, "not_finite": what},
+                        f"{what} {self._of(model)}is NaN or infinite after step {step}",
+                    )
+
+    def good(self, values: Any) -> Any:
+        """A metric as float64, with NaN for the models that have diverged."""
+        values = np.array(values, np.float64)
+        if self.diverged:
+            values[list(self.diverged)] = np.nan
+        return values
+
+    def _fail(self, model: int, record: dict[str, Any], message: str) -> None:
         if self.models:
             record["model"] = self.models[model]
         if is_first():
             with suppress(InputError):  # a disk that is full as well
-                write_json(self.run_dir / "diverged.json", record)
-        shown = ", ".join(map(str, rows[:_SHOWN])) + ", ..." * (len(rows) > _SHOWN)
-        raise TrainingFailed(
-            f"the loss {self._of(model)}is NaN or infinite at step {taken + 1} (epoch {epoch + 1}, "
-            f"batch {batch + 1}: training images {shown}; all in "
-            f"{self.run_dir / 'diverged.json'}); {self._advice(model)}"
-        )
+                write_json(self._folder(model) / DIVERGED, record)
+        message = f"{message}; {self._advice(model)}"
+        if not self.models:
+            raise TrainingFailed(message)
+        self.diverged.add(model)
+        if len(self.diverged) == len(self.models):
+            raise TrainingFailed(f"{message}; none of the models is left")
+        warnings.warn(f"{message}; the other models are trained on", Diverged, stacklevel=2)
 
-    def expect_numbers(self, state: TrainState, measured: Mapping[str, Any]) -> None:
-        """Raises TrainingFailed unless all that is to be saved after a step is finite."""
-        good = {name: np.isfinite(np.ravel(x)) for name, x in measured.items()}
-        good["parameters"] = np.ravel(_finite((state.params, state.opt_state), bool(self.models)))
-        name, bad = next(((n, ~g) for n, g in good.items() if not g.all()), ("", np.zeros(1)))
-        if name:
-            model = int(np.argmax(bad))
-            what = "a parameter" if name == "parameters" else f"the test {name}"
-            raise TrainingFailed(
-                f"{what} {self._of(model)}is NaN or infinite after step "
-                f"{int(np.ravel(state.step)[0])}; {self._advice(model)}"
-            )
+    def _folder(self, model: int) -> Path:
+        return self.run_dir / self.models[model] if self.models else self.run_dir
 
     def _of(self, model: int) -> str:
         return f"of {self.models[model]} " if self.models else ""
 
     def _advice(self, model: int) -> str:
-        saved = steps_of(self.run_dir / self.models[model] if self.models else self.run_dir)
+        saved = steps_of(self._folder(model))
         good = f"the last good checkpoint is that of step {saved[-1]}" if saved else "none is saved"
         return (
-            f"{good}, in {self.run_dir}; train anew with a lower --learning-rate, with "
+            f"{good}, in {self._folder(model)}; train anew with a lower --learning-rate, with "
             "--clip-norm 1, or without these images"
         )
 
 
+# One program: where devices hold parts of the parameters they wait for each other in it, and
+# two such programs at once could keep the threads from each other that they wait for.
+@partial(jax.jit, static_argnames="stacked")
 def _finite(tree: Any, stacked: bool) -> jax.Array:
     """Whether all numbers of a tree are finite, for each model of those that are stacked."""
 

@@ -1,6 +1,7 @@
 """The test metrics of a run."""
 
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -15,14 +16,20 @@ from jaxvae.runs.checkpoints import (
     restore,
 )
 from jaxvae.runs.config import read_config, run_keys
-from jaxvae.runs.data import binarization_keys, binarized, load_run_data, model_inputs
+from jaxvae.runs.data import (
+    binarization_keys,
+    binarized,
+    load_run_data,
+    model_inputs,
+    warn_of_other_data,
+)
 from jaxvae.runs.files import (
     write_json,
 )
 
 
 def measure(run_dir: Path, num_samples: int, which: Which = "latest") -> dict[str, float | str]:
-    """Measure a run's model on its test images; what comes out is written as evaluation.json too.
+    """Measure a run's model on its test images; `keep` writes what comes out as evaluation.json.
 
     Returns:
       `step`, `images` and `num_samples`; `elbo`, `log_likelihood`, `kl` and `log_p_x`, means in
@@ -32,6 +39,7 @@ def measure(run_dir: Path, num_samples: int, which: Which = "latest") -> dict[st
     began = time.perf_counter()
     config = read_config(run_dir)
     data = load_run_data(config)
+    warn_of_other_data(run_dir, config, data)
     # Of images on disk, as many as a probe of the latents needs.
     rows = np.linspace(
         0, len(data.train_images) - 1, min(len(data.train_images), 10_000), dtype=int
@@ -64,5 +72,14 @@ def measure(run_dir: Path, num_samples: int, which: Which = "latest") -> dict[st
         "seconds": round(time.perf_counter() - began, 1),
         "devices": f"{devices.size} x {devices.devices.flat[0].device_kind}",
     }
-    write_json(run_dir / "evaluation.json", record)
     return record
+
+
+def keep(run_dir: Path, found: Mapping[str, float | str]) -> Path:
+    """Write what `measure` found as evaluation.json, and return its path.
+
+    Raises InputError if the directory cannot be written.
+    """
+    path = run_dir / "evaluation.json"
+    write_json(path, found)
+    return path

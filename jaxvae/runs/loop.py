@@ -210,7 +210,8 @@ def train_one_epoch(
     """The rest of an epoch of which `first` steps have been taken, unless it is to stop before.
 
     Returns the state, and the sums over all steps so far of the metrics, of which `totals` are
-    those of the first. The state may be those of many models, stacked, and so are the sums then.
+    those of the first. The state may be those of many models, stacked, and so are the sums then,
+    NaN for the models that have diverged.
     """
     sums = dict(totals)
     start = replace(state, step=state.step - first)
@@ -219,8 +220,8 @@ def train_one_epoch(
         state, metrics = advance(state)
         watch.expect_losses(state, count, metrics.pop("finite"))
         for name, value in jax.device_get(metrics).items():
-            sums[name] = sums.get(name, 0.0) + np.float64(value)
-        shown.advance(count * images, elbo=float(np.mean(metrics["elbo"])) / count)
+            sums[name] = sums.get(name, 0.0) + watch.good(value)
+        shown.advance(count * images, elbo=float(np.nanmean(watch.good(metrics["elbo"]))) / count)
         if is_to_stop(step_of(state)):
             break
     return state, sums

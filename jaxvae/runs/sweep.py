@@ -5,12 +5,14 @@
     seed-0/, ...     a run directory for every model, as if it had been trained alone
 
 Like a run, it can be killed at any instant: the models go on from the last step of which all
-have a whole checkpoint.
+have a whole checkpoint. A model that diverges is left out from there on, marked by diverged.json
+in its directory, and the others are trained on.
 """
 
 import itertools
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -26,15 +28,15 @@ from jaxvae.data import Dataset
 from jaxvae.devices.convolution import backend, in_blocks
 from jaxvae.devices.processes import preemption
 from jaxvae.devices.sharding import AXIS, devices_for, everywhere, share
-from jaxvae.errors import InputError, Preempted
+from jaxvae.errors import InputError, Preempted, TrainingFailed
 from jaxvae.evaluation.evaluate import evaluate
 from jaxvae.models.vae import Params
 from jaxvae.runs import config as run_config
 from jaxvae.runs import directory, loop
 from jaxvae.runs.checkpoints import newest_whole, open_checkpoints, restore, steps_of, told, write
 from jaxvae.runs.config import RunConfig, as_flag, going_on, run_keys
-from jaxvae.runs.data import model_inputs
-from jaxvae.runs.divergence import Watch
+from jaxvae.runs.data import describe, model_inputs
+from jaxvae.runs.divergence import DIVERGED, Watch
 from jaxvae.runs.files import (
     append_history,
     on_disk,
@@ -49,8 +51,10 @@ from jaxvae.runs.progress import Progress
 from jaxvae.training.pipeline import Advance, Epoch
 from jaxvae.training.state import TrainState
 from jaxvae.training.step import Metrics, shuffle, train_steps
+from jaxvae.validation import shown
 
 _IMAGES_PER_DISPATCH = 8192  # of all models, between two movements of the progress bar
+_MOST = 10_000  # models: each has a directory and open files of its own
 
 Values = dict[str, np.ndarray]  # of a metric: [models]
 
@@ -72,6 +76,12 @@ def configured(flags: Mapping[str, Any], seeds: int = 1) -> dict[str, RunConfig]
     for name, values in choices.items():
         if len(set(values)) < len(values):
             raise InputError(f"{as_flag(name)} has a value twice: expected each value once")
+    count = seeds * math.prod(map(len, choices.values()))
+    if count > _MOST:
+        raise InputError(
+            f"{shown(count)} models are asked for, --seeds {shown(seeds)} of them for each "
+            f"--learning-rate and --beta: expected at most {_MOST:,}"
+        )
     choices["seed"] = range(base.seed, base.seed + seeds)
     models = {}
     for values in itertools.product(*choices.values()):
@@ -100,27 +110,47 @@ def resumed(run_dir: Path, flags: Mapping[str, Any]) -> dict[str, RunConfig]:
 
 
 def start(
-    run_dir: Path, models: Mapping[str, RunConfig], data: Dataset, *, resume: bool
+    run_dir: Path,
+    models: Mapping[str, RunConfig],
+    data: Dataset,
+    *,
+    resume: bool,
+    new_data: bool = False,
 ) -> dict[str, RunConfig]:
     """Make the directory of a sweep and those of its models, or prepare them to go on.
 
-    Returns and raises what `directory.start` does, for every model.
+    Returns and raises what `directory.start` does, for every model. Raises InputError as well if
+    the training images are not in memory.
     """
-    fitted = {name: directory.fitted(run_dir, models[name], data, resume=resume) for name in models}
+    if not isinstance(data.train_images, np.ndarray):
+        raise InputError(
+            f"{next(iter(models.values())).data} is read from disk image by image, and many models "
+            "are trained on images in memory: train one model at a time"
+        )
+    record = describe(data)
+    lost = diverged(run_dir, models) if resume else []
+    fitted = {
+        name: directory.fitted(
+            run_dir / name, config, data, record, resume=resume, new_data=new_data
+        )
+        for name, config in models.items()
+        if name not in lost
+    }
     if not resume:
         for place in (run_dir, *(run_dir / name for name in fitted)):
             directory.refuse_another(place)
-        directory.try_out(next(iter(fitted.values())), data)
+        directory.try_out(next(iter(fitted.values())), data, len(fitted))
     else:
         for name, config in fitted.items():
             directory.expect_the_same(run_dir / name, config)
     directory.make_directory(run_dir)
     with owned(run_dir):
-        recorded = {name: config.to_dict() for name, config in fitted.items()}
+        all_of_them = {name: fitted.get(name, config) for name, config in models.items()}
+        recorded = {name: config.to_dict() for name, config in all_of_them.items()}
         write_json(run_dir / "sweep.json", {"jaxvae": version(), **recorded})
         for name, config in fitted.items():
             directory.write_config(run_dir / name, config)
-    return fitted
+    return all_of_them
 
 
 def train(
@@ -142,10 +172,20 @@ def train(
       progress: where to show how it goes.
     Returns:
       The models' states after the last epoch, stacked: every array has a first axis [models].
+      Those that have diverged are not among them.
     Raises:
-      InputError, TrainingFailed, Preempted: as of `loop.train`.
+      InputError, Preempted: as of `loop.train`.
+      TrainingFailed: all models have diverged, or the directory cannot be written. Of each that
+        diverges, a warning of the category `jaxvae.errors.Diverged` tells.
     """
     progress = progress or Progress(Console(quiet=True))
+    lost = diverged(run_dir, models)
+    models = {name: config for name, config in models.items() if name not in lost}
+    if not models:
+        raise TrainingFailed(
+            f"all models of {run_dir} have diverged, as {DIVERGED} in each of their directories "
+            "tells: train anew with a lower --learning-rate or with --clip-norm 1"
+        )
     devices = devices_for(len(models), least=1)
     own, all_see = jax.P(AXIS), jax.P()
     specs = (own, own, all_see, all_see, all_see)
@@ -204,32 +244,39 @@ def train(
                 if step < epoch * steps:
                     seconds = time.perf_counter() - began
                     watch.expect_numbers(states, {})
-                    begun = [(sums, seconds) for sums in _each(totals, len(models))]
-                    _save(checkpoints, configs, states, [{} for _ in models], begun)
+                    begun = {i: (sums, seconds) for i, sums in _each(totals, watch).items()}
+                    _save(checkpoints, configs, states, {i: {} for i in begun}, begun)
                     raise Preempted(loop.stopped(run_dir, step))
                 metrics = {name: total / steps for name, total in totals.items()}
                 test = jax.device_get(measure(states.params, test_keys, *test_set))
                 watch.expect_numbers(states, test)
-                splits = _each(metrics, len(models)), _each(test, len(models))
-                ours = [{"train": a, "test": b} for a, b in zip(*splits, strict=True)]
+                splits = _each(metrics, watch), _each(test, watch)
+                ours = {i: {"train": one, "test": splits[1][i]} for i, one in splits[0].items()}
                 about = {"epoch": epoch, "step": step}
                 seconds = round(time.perf_counter() - began, 3)
                 record = {
                     **about,
-                    **_moments({"train": metrics, "test": test}),
+                    **_moments(list(ours.values())),
                     "seconds": seconds,
-                    "models": dict(zip(models, ours, strict=True)),
+                    "models": {watch.models[i]: line for i, line in ours.items()},
                 }
                 with on_disk(run_dir):
                     append_history(run_dir, record)
-                    for folder, line in zip(folders, ours, strict=True):
-                        append_history(folder, {**about, **line, "seconds": seconds})
-                _save(checkpoints, configs, states, [line["test"] for line in ours])
+                    for i, line in ours.items():
+                        append_history(folders[i], {**about, **line, "seconds": seconds})
+                _save(checkpoints, configs, states, {i: ours[i]["test"] for i in ours})
                 shown.finish_epoch(record)
                 if epoch < epochs and is_to_stop(step):
                     raise Preempted(loop.stopped(run_dir, step))
                 first, totals, seconds = 0, {}, 0.0
-    return jax.device_put(states, jax.local_devices()[0])
+    states = jax.device_put(states, jax.local_devices()[0])
+    left = np.array([i for i in range(len(models)) if i not in watch.diverged])
+    return jax.tree.map(lambda x: x[left], states) if watch.diverged else states
+
+
+def diverged(run_dir: Path, models: Iterable[str]) -> list[str]:
+    """Return the names of the models that have diverged."""
+    return [name for name in models if (run_dir / name / DIVERGED).is_file()]
 
 
 def _common_step(folders: list[Path]) -> int | None:
@@ -252,15 +299,23 @@ def _common_step(folders: list[Path]) -> int | None:
 
 
 def results(run_dir: Path, models: Mapping[str, RunConfig]) -> Iterator[str]:
-    """A line for every learning rate and beta: mean and standard deviation over its seeds."""
+    """A line for every learning rate and beta: mean and standard deviation over its seeds.
+
+    And one for every model that has diverged, which the others do not count.
+    """
+    lost = diverged(run_dir, models)
     last = read_metrics(run_dir)[-1]["models"]
     groups: dict[tuple[float, float], list[float]] = {}
     for name, config in models.items():
-        group = groups.setdefault((config.train.learning_rate, config.train.beta), [])
-        group.append(last[name]["test"]["elbo"])
+        if name not in lost:
+            group = groups.setdefault((config.train.learning_rate, config.train.beta), [])
+            group.append(last[name]["test"]["elbo"])
     for (rate, beta), elbos in groups.items():
-        spread = f" ± {np.std(elbos, ddof=1):.2f} over {len(elbos)} seeds" * (len(elbos) > 1)
+        several = len(elbos) > 1
+        spread = f" ± {np.std(elbos, ddof=1):.2f} over {len(elbos)} seeds" if several else ""
         yield f"learning rate {rate:g}, beta {beta:g}: test ELBO {np.mean(elbos):.2f}{spread}"
+    for name in lost:
+        yield f"{name} has diverged and was left out: {run_dir / name / DIVERGED} tells where"
 
 
 def _feed(
@@ -289,14 +344,19 @@ def _save(
     checkpoints: list[Any],
     configs: list[RunConfig],
     states: TrainState,
-    measured: list[dict[str, float]],
-    begun: list[tuple[dict[str, float], float]] | None = None,
+    measured: Mapping[int, dict[str, float]],
+    begun: Mapping[int, tuple[dict[str, float], float]] | None = None,
 ) -> None:
-    """Write a checkpoint of every model."""
-    begun = begun or [({}, 0.0)] * len(configs)
-    for i, (manager, config) in enumerate(zip(checkpoints, configs, strict=True)):
-        state = replace(_unstacked(states, i), config=config.train)
-        write(manager, state, measured[i], begun[i])
+    """Write a checkpoint of every model that is in `measured`, by its position."""
+    # On the host as a whole, before any model is taken out: a slice of what several devices share
+    # is a program in which they wait for each other, and of hundreds begun at once some could
+    # hold the threads that the others wait for.
+    numbers = jax.device_get(replace(states, key=jax.random.key_data(states.key)))
+    for i, metrics in measured.items():
+        one = jax.tree.map(lambda x, i=i: jnp.asarray(x[i]), numbers)
+        key = jax.random.wrap_key_data(one.key)
+        state = replace(one, key=key, config=configs[i].train)
+        write(checkpoints[i], state, metrics, begun[i] if begun else ({}, 0.0))
 
 
 # The devices of the axis take their own models each and tell each other nothing.
@@ -330,18 +390,21 @@ def _stacked(states: list[TrainState]) -> TrainState:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
 
 
-def _unstacked(states: TrainState, i: int) -> TrainState:
-    return jax.tree.map(lambda x: x[i], states)
+def _each(values: Values, watch: Watch) -> dict[int, dict[str, float]]:
+    """Every model's own, by its position; not of those that have diverged."""
+    left = [i for i in range(len(watch.models)) if i not in watch.diverged]
+    return {i: {name: float(x[i]) for name, x in values.items()} for i in left}
 
 
-def _each(values: Values, models: int) -> list[dict[str, float]]:
-    """Every model's own."""
-    return [{name: float(x[i]) for name, x in values.items()} for i in range(models)]
-
-
-def _moments(splits: Mapping[str, Values]) -> dict[str, dict[str, float]]:
-    """Means over the models, and standard deviations as `train_sd` and `test_sd`."""
+def _moments(models: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """Means over the models, and of several standard deviations as `train_sd` and `test_sd`."""
+    splits = {
+        split: {name: [one[split][name] for one in models] for name in metrics}
+        for split, metrics in models[0].items()
+    }
     means = {split: {k: float(np.mean(x)) for k, x in v.items()} for split, v in splits.items()}
+    if len(models) < 2:
+        return means
     sds = {
         f"{split}_sd": {k: float(np.std(x, ddof=1)) for k, x in v.items()}
         for split, v in splits.items()

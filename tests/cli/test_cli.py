@@ -100,8 +100,9 @@ def test_every_choice_has_a_flag(conditional):
         schedule="cosine",
         learning_rate=3e-4,
     )
-    of_a_run = {field.name for kind in (RunConfig, jaxvae.ModelConfig, jaxvae.TrainConfig)
-                for field in fields(kind)} - {"model", "train", "image_shape"}  # fmt: skip
+    kinds = (RunConfig, jaxvae.ModelConfig, jaxvae.TrainConfig)
+    of_a_run = {field.name for kind in kinds for field in fields(kind)}
+    of_a_run -= {"model", "train", "image_shape", "data_seen"}
     assert {flag.strip("-").replace("-", "_") for flag in FLAGS} == of_a_run
 
 
@@ -172,6 +173,61 @@ def test_evaluate_prints_one_table_of_what_it_writes_down(run_dir, capsys):
         assert float(table[row]) == round(written[name], digits)
     about = {"step", "images", "num_samples", "seconds", "devices"}
     assert set(written) == set(names.values()) | about
+
+
+def test_evaluate_prints_what_it_cannot_write_down(run_dir, tmp_path, capsys):
+    """Where the directory cannot be written, which root could; here the name is taken."""
+    copy = shutil.copytree(run_dir, tmp_path / "copy")
+    (copy / "evaluation.json").unlink(missing_ok=True)
+    (copy / "evaluation.json" / "in the way").mkdir(parents=True)
+    assert main(["evaluate", str(copy), "--num-samples", "2"]) == 0
+    told = capsys.readouterr()
+    head, table = printed(told.out)
+    assert head.startswith(f"{copy}, step 8: 100 test images")
+    assert "ELBO" in table
+    assert told.err.startswith(f"jaxvae: evaluation.json was not written: {copy} cannot be written")
+    assert told.err.count("\n") == 1
+
+
+def test_train_goes_on_with_moved_data_and_with_new_data_on_request(run_dir, npz, tmp_path, capsys):
+    copy = shutil.copytree(run_dir, tmp_path / "copy")
+    moved, other = tmp_path / "moved.npz", tmp_path / "other.npz"
+    shutil.copy(npz, moved)
+    arrays = dict(np.load(npz))
+    np.savez(other, **{**arrays, "x_test": arrays["x_test"][::-1]})
+    train = ["train", "--resume", "--run-dir", str(copy), "--data"]
+    assert main([*train, str(moved)]) == 0
+    moved.unlink()
+    capsys.readouterr()
+    assert main(train[:-1]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"jaxvae: {moved} does not exist: expected ")
+    assert told.endswith("; where the data have moved, name them with --data\n")
+    assert main([*train, str(other)]) == 2
+    assert "take this one with --new-data" in capsys.readouterr().err
+    assert main([*train, str(other), "--new-data"]) == 0
+    assert len(read_config(copy).data_seen) == 2
+    capsys.readouterr()
+    np.savez(other, **arrays)
+    assert main(["figures", str(copy)]) == 0
+    told = capsys.readouterr().err
+    assert told.startswith(
+        f"jaxvae: {other} is not the data set that {copy} was trained on: it has"
+    )
+    assert told.count("\n") == 1
+
+
+def test_a_diverged_model_of_many_is_told_and_the_others_are_drawn(npz, tmp_path, capsys):
+    run = tmp_path / "run"
+    train = ["train", "--data", str(npz), "--run-dir", str(run), "--network", "mlp"]
+    assert main([*train, "--epochs", "1", "--learning-rate", "9e5", "1e-3"]) == 0
+    bad, good = "learning-rate-900000.0_seed-0", "learning-rate-0.001_seed-0"
+    told = capsys.readouterr().err
+    assert f"jaxvae: the loss of {bad} is NaN or infinite at step " in told
+    assert f"{bad} has diverged and was left out: {run / bad / 'diverged.json'} tells" in told
+    assert f"explore {run / good}" in told
+    assert not (run / bad / "figures").exists()
+    assert (run / good / "figures" / "training.png").exists()
 
 
 def test_train_makes_a_run_directory_and_tells_each_epoch_in_a_line(npz, tmp_path, capsys):
@@ -465,6 +521,24 @@ WRONG = {
     ),
     "negative beta": ("train --beta -1", "beta is -1.0: expected a number of at least 0"),
     "beta twice": ("train --beta 1 4 1", "--beta has a value twice: expected each value once"),
+    "a billion seeds": (
+        "train --seeds 1000000000",
+        "1000000000 models are asked for, --seeds 1000000000 of them for each --learning-rate and "
+        "--beta: expected at most 10,000",
+    ),
+    "a billion samples": (
+        "sample {run} --n 1000000000 --out {tmp}/a.png",
+        "--n is 1000000000: so many images need 1,536 GB, and this machine has",
+    ),
+    "a seed beyond 64 bits": (
+        "sample {run} --n 1 --out {tmp}/a.png --seed 99999999999999999999",
+        "--seed is 99999999999999999999: expected at most 4294967295",
+    ),
+    "a seed beyond 64 bits to train": (
+        "train --seed 99999999999999999999",
+        "seed is 99999999999999999999: expected at most 4294967295",
+    ),
+    "new data of a new run": ("train --new-data", "--new-data is for a run that goes on: give it"),
     "no seeds": ("train --seeds 0", "--seeds is 0: expected at least 1"),
     "large batch of many": ("train --data {npz} --seeds 2 --batch-size 1000", "batch_size is 1000"),
     "many over one": ("train --data {npz} --seeds 2 --run-dir {run}", "already holds a run"),

@@ -13,6 +13,7 @@ from conftest import OwnDecoder, OwnEncoder, refused
 
 import jaxvae
 from jaxvae.errors import Damaged
+from jaxvae.runs import checkpoints
 from jaxvae.runs.checkpoints import newest_whole, open_checkpoints, steps_of, write
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -66,6 +67,29 @@ def test_the_latest_and_the_best_are_kept(tmp_path, state):
     assert int(jaxvae.restore(tmp_path, "best").step) == 1
     kept = {path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()}
     assert kept == {"1", "2", "3"}
+
+
+@pytest.mark.parametrize("which", ["latest", "best"])
+@pytest.mark.parametrize("where", ["_fault", "_read"])
+def test_a_checkpoint_that_a_training_deletes_meanwhile_is_passed_over_for_the_next(
+    tmp_path, state, monkeypatch, which, where
+):
+    with open_checkpoints(tmp_path) as manager:
+        for step in (1, 2):
+            write(manager, replace(state, step=jnp.int32(step)), {"elbo": float(step)})
+    theirs, rest = getattr(checkpoints, where), [3, 4]
+
+    def trained_meanwhile(folder, *more):
+        while rest:
+            step = rest.pop(0)
+            with monkeypatch.context() as undisturbed:
+                undisturbed.setattr(checkpoints, where, theirs)
+                with open_checkpoints(tmp_path) as manager:
+                    write(manager, replace(state, step=jnp.int32(step)), {"elbo": float(step)})
+        return theirs(folder, *more)
+
+    monkeypatch.setattr(checkpoints, where, trained_meanwhile)
+    assert int(jaxvae.restore(tmp_path, which).step) == 4
 
 
 def test_a_state_saved_without_a_measurement_does_not_push_out_the_best(tmp_path, state, caplog):

@@ -7,14 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import SignalAt
 
 import jaxvae
-from jaxvae.errors import TrainingFailed
+from jaxvae.errors import Diverged, Preempted, TrainingFailed
 from jaxvae.runs import directory, loop, sweep
 from jaxvae.runs.checkpoints import steps_of
 from jaxvae.runs.config import configured
 from jaxvae.runs.data import load_run_data
-from jaxvae.runs.divergence import Watch
+from jaxvae.runs.divergence import Watch, _finite
 from jaxvae.runs.files import read_metrics
 from jaxvae.training.step import shuffle, train_steps
 
@@ -53,15 +54,75 @@ def test_the_step_the_images_and_the_last_good_checkpoint_are_named(tmp_path, np
     assert (tmp_path / "metrics.jsonl").read_text() == before
 
 
-def test_one_of_many_models_is_named(tmp_path, npz):
-    flags = {"data": str(npz), "network": "mlp", "epochs": 1, "learning_rate": [1e-3, 9e5]}
-    models = sweep.configured(flags)
+MANY = {"network": "mlp", "batch_size": 64, "epochs": 2, "learning_rate": [9e5, 1e-3]}
+
+
+def swept(run_dir, flags, *, resume=False, **options):
+    models = sweep.resumed(run_dir, flags) if resume else sweep.configured(flags)
     data = load_run_data(next(iter(models.values())))
-    models = sweep.start(tmp_path, models, data, resume=False)
-    names = list(models)
-    with pytest.raises(TrainingFailed, match=f"of {names[1]} is NaN or infinite .*none is saved"):
-        sweep.train(tmp_path, models, data)
-    assert [steps_of(tmp_path / name) for name in names] == [[], []]
+    models = sweep.start(run_dir, models, data, resume=resume)
+    return sweep.train(run_dir, models, data, **options)
+
+
+def test_one_of_many_models_that_diverges_is_left_out_and_the_others_go_on(
+    tmp_path, npz, monkeypatch
+):
+    """At once, and bit for bit the same after a stop in the middle of an epoch."""
+    monkeypatch.setattr(sweep, "_IMAGES_PER_DISPATCH", 256)  # two steps of both models
+    flags = {**MANY, "data": str(npz)}
+    models = sweep.configured(flags)
+    bad, good = models
+    once, stopped = tmp_path / "once", tmp_path / "stopped"
+    told = f"the loss of {bad} is NaN or infinite .*none is saved.* other models are trained on"
+    with pytest.warns(Diverged, match=told):
+        states = swept(once, flags)
+    with pytest.warns(Diverged), pytest.raises(Preempted):
+        swept(stopped, flags, progress=SignalAt(3))
+    again = swept(stopped, {}, resume=True)  # without a word, as it was told
+    for a, b in zip(*map(jax.tree.leaves, (states.params, again.params)), strict=True):
+        assert len(a) == 1
+        np.testing.assert_array_equal(a, b)
+    for run_dir in (once, stopped):
+        assert [steps_of(run_dir / name) for name in models] == [[], [8, 16]]
+        assert read_metrics(run_dir / bad) == []
+        for whole, alone in zip(read_metrics(run_dir), read_metrics(run_dir / good), strict=True):
+            assert list(whole["models"]) == [good]
+            assert whole["train"] == alone["train"]
+            assert np.isfinite([*alone["train"].values(), *alone["test"].values()]).all()
+        written = json.loads((run_dir / bad / "diverged.json").read_text())
+        assert written["model"] == bad
+        lines = list(sweep.results(run_dir, models))
+        assert lines[0].startswith("learning rate 0.001, beta 1: test ELBO -")
+        assert lines[1].startswith(f"{bad} has diverged and was left out")
+    assert int(swept(once, {"epochs": 3}, resume=True).step[0]) == 24
+
+
+def test_a_sweep_of_which_all_models_diverge_ends_and_so_does_its_resume(tmp_path, npz):
+    flags = {**MANY, "data": str(npz), "learning_rate": [9e5, 8e5]}
+    with pytest.warns(Diverged), pytest.raises(TrainingFailed, match="none of the models is left"):
+        swept(tmp_path, flags)
+    with pytest.raises(TrainingFailed, match=f"all models of {tmp_path} have diverged"):
+        swept(tmp_path, {}, resume=True)
+
+
+def test_parameters_of_one_of_many_models_that_are_no_numbers_are_left_out(tmp_path):
+    states = jax.tree.map(lambda x: jnp.stack([x, x, x]), _state())
+    watch = Watch(tmp_path, 64, 4, ("a", "b", "c"))
+    bad = jax.tree.map(lambda x: x.at[1].set(jnp.inf), states.params)
+    with pytest.warns(Diverged, match="a parameter of b is NaN or infinite after step 0"):
+        watch.expect_numbers(replace(states, params=bad), {"elbo": np.zeros(3)})
+    assert watch.diverged == {1}
+    assert json.loads((tmp_path / "b" / "diverged.json").read_text())["model"] == "b"
+    with pytest.warns(Diverged, match="the test elbo of c is NaN"):
+        watch.expect_numbers(states, {"elbo": np.array([0, np.nan, np.nan])})
+    np.testing.assert_array_equal(watch.good([1, 2, 3]), [1, np.nan, np.nan])
+
+
+def test_whether_numbers_are_finite_is_asked_in_one_program():
+    """Devices that hold parts of the parameters wait for each other in it."""
+    state = _state()
+    traced = jax.make_jaxpr(lambda tree: _finite(tree, False))((state.params, state.opt_state))
+    assert len(traced.eqns) == 1
 
 
 def test_parameters_that_are_no_numbers_are_not_saved(model_config, tmp_path):

@@ -14,13 +14,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import SignalAt, refused
+from conftest import OnDisk, SignalAt, refused
 
 import jaxvae
-from jaxvae.errors import Damaged, Preempted, TrainingFailed
+from jaxvae.data import Dataset
+from jaxvae.errors import Damaged, OtherData, Preempted, TrainingFailed
 from jaxvae.runs import directory, drawing, evaluation, files, loop
 from jaxvae.runs.config import RunConfig, configured, read_config, resumed, run_keys
-from jaxvae.runs.data import load_run_data, model_inputs
+from jaxvae.runs.data import describe, load_run_data, model_inputs
 from jaxvae.runs.files import read_metrics
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -79,6 +80,14 @@ def test_config_json_holds_what_the_run_was_told(finished, npz):
         "model": jaxvae.ModelConfig((8, 8, 1), network="mlp").to_dict()
         | {"image_shape": [8, 8, 1]},
         "train": jaxvae.TrainConfig(batch_size=64, epochs=2).to_dict(),
+        "data_seen": [
+            {
+                "train_images": 512,
+                "test_images": 100,
+                "sha256": describe(load_run_data(RunConfig(data=str(npz)))).sha256,
+                "step": 0,
+            }
+        ],
     }
 
 
@@ -122,6 +131,7 @@ def test_a_conditional_run_is_trained_and_measured_with_its_labels(conditional, 
 def test_a_measurement_is_of_the_latest_model_and_is_written_down(conditional, npz):
     run_dir, state = conditional
     found = evaluation.measure(run_dir, num_samples=20)
+    evaluation.keep(run_dir, found)
     assert json.loads((run_dir / "evaluation.json").read_text()) == found
     _, (images, labels) = jaxvae.load_data(str(npz), labels=True)
     _, key = run_keys(read_config(run_dir))
@@ -348,6 +358,148 @@ def test_a_run_goes_on_for_more_epochs(tmp_path, npz):
     assert without_seconds(tmp_path / "once") == without_seconds(tmp_path / "twice")
 
 
+def changed(arrays, how):
+    """The arrays of a data set, changed."""
+    pixel = arrays["x_train"].copy()
+    pixel[100, 3, 3] ^= 1
+    more = {f"{name}_train": np.concatenate([arrays[f"{name}_train"]] * 2) for name in "xy"}
+    fewer = {f"{name}_train": arrays[f"{name}_train"][:300] for name in "xy"}
+    return (
+        arrays
+        | {
+            "a pixel": {"x_train": pixel},
+            "a label": {"y_test": 2 - arrays["y_test"]},
+            "more": more,
+            "fewer": fewer,
+            "too few": {name: array[:50] for name, array in fewer.items()},
+        }[how]
+    )
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("a pixel", "it has 512 training and 100 test images too, but with other pixels or labels"),
+        ("a label", "it has 512 training and 100 test images too, but with other pixels or labels"),
+        ("more", "it has 1,024 training and 100 test images instead of 512 training and 100"),
+        ("fewer", "it has 300 training and 100 test images instead of 512 training and 100"),
+        ("too few", "it has 50 training and 100 test images instead of 512 training and 100"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_data(finished, tmp_path, npz, how, says):
+    """Neither of the same name nor of another, and nothing of the run is changed."""
+    run_dir = shutil.copytree(finished[0], tmp_path / "run")
+    other = tmp_path / "other.npz"
+    np.savez(other, **changed(dict(np.load(npz)), how))
+    before = contents(run_dir)
+    with refused(
+        f"{other} is not the data set that {run_dir} was trained on: {says}",
+        "name that one with --data",
+        f"--start-from {run_dir}",
+    ):
+        trained(run_dir, {"data": str(other), "epochs": 3}, resume=True)
+    assert contents(run_dir) == before
+    config = replace(read_config(run_dir), data=str(other))
+    (run_dir / "config.json").write_text(json.dumps(config.to_dict()))
+    with refused(says):
+        trained(run_dir, {"epochs": 3}, resume=True)
+
+
+def test_data_that_have_moved_can_be_named_again(finished, tmp_path, npz):
+    run_dir = shutil.copytree(finished[0], tmp_path / "run")
+    moved = shutil.copy(npz, tmp_path / "moved.npz")
+    trained(run_dir, {"data": str(moved), "epochs": 3}, resume=True)
+    config = read_config(run_dir)
+    assert config.data == str(moved)
+    assert config.data_seen == read_config(finished[0]).data_seen
+    once = {"data": str(npz), "network": "mlp", "batch_size": 64, "epochs": 3, "seed": 3}
+    assert_leaves_equal(jaxvae.load(run_dir), trained(tmp_path / "once", once).params)
+
+
+def test_other_data_are_taken_on_request_and_recorded(finished, tmp_path, npz):
+    run_dir = shutil.copytree(finished[0], tmp_path / "run")
+    arrays, other = dict(np.load(npz)), tmp_path / "other.npz"
+    np.savez(other, **changed(arrays, "more"))
+    flags = {"data": str(other), "epochs": 3}
+    with refused("it makes 16 batches per epoch instead of 8", "a run keeps its number of batches"):
+        started(run_dir, flags, new_data=True)
+    np.savez(other, **changed(arrays, "a pixel"))
+    with refused("take this one with --new-data"):
+        started(run_dir, flags)
+    config, data = started(run_dir, flags, new_data=True)
+    first, second = config.data_seen
+    assert (first.step, second.step) == (0, 16)
+    assert second == replace(describe(data), step=16)
+    assert read_config(run_dir) == config
+    loop.train(run_dir, config, data)
+    assert [line["step"] for line in read_metrics(run_dir)] == [8, 16, 24]
+    trained(run_dir, {"epochs": 4}, resume=True)  # now it is the run's own
+    with refused("is not the data set"):
+        trained(run_dir, {"data": str(npz), "epochs": 5}, resume=True)
+
+
+def started(run_dir, flags, **options):
+    config = resumed(run_dir, flags)
+    data = load_run_data(config)
+    return directory.start(run_dir, config, data, resume=True, **options), data
+
+
+def test_a_run_without_a_record_of_its_data_goes_on_and_gets_one(finished, tmp_path, npz):
+    """As an older version wrote it; data of another number of batches are refused all the same."""
+    run_dir = shutil.copytree(finished[0], tmp_path / "run")
+    config = json.loads((run_dir / "config.json").read_text())
+    seen = config.pop("data_seen")
+    (run_dir / "config.json").write_text(json.dumps(config))
+    other = tmp_path / "other.npz"
+    np.savez(other, **changed(dict(np.load(npz)), "more"))
+    before = contents(run_dir)
+    with refused(f"{other} is not the data set", "makes 16 batches per epoch instead of 8"):
+        trained(run_dir, {"data": str(other), "epochs": 3}, resume=True)
+    assert contents(run_dir) == before
+    trained(run_dir, {}, resume=True)
+    assert json.loads((run_dir / "config.json").read_text())["data_seen"] == seen
+
+
+def test_a_digest_is_of_all_images_in_memory_and_of_some_on_disk():
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (1000, 4, 4, 1), np.uint8)
+    labels = np.arange(1000)
+    data = Dataset(images, labels, images[:9], None)
+    first = describe(data)
+    assert (first.train_images, first.test_images) == (1000, 9)
+    assert describe(data) == first
+    others = [
+        data._replace(train_images=images[::-1]),
+        data._replace(train_labels=None),
+        data._replace(test_labels=np.arange(9)),
+        data._replace(train_images=images.reshape(1000, 2, 8, 1)),
+        data._replace(train_images=images.astype(np.float32)),
+    ]
+    for i in (0, 1, 501, 999):
+        other = images.copy()
+        other[i, 2, 2] ^= 1
+        others.append(data._replace(train_images=other))
+    assert len({first.sha256, *(describe(one).sha256 for one in others)}) == 1 + len(others)
+    on_disk = data._replace(train_images=OnDisk(images))
+    assert describe(on_disk) == describe(data._replace(train_images=OnDisk(images.copy())))
+    assert on_disk.train_images.read == 256
+    assert describe(on_disk) != describe(data._replace(train_images=OnDisk(images[:-1])))
+    for i in (0, 999):
+        other = images.copy()
+        other[i, 2, 2] ^= 1
+        assert describe(data._replace(train_images=OnDisk(other))) != describe(on_disk)
+
+
+def test_a_measurement_on_other_data_says_so(finished, tmp_path, npz):
+    run_dir = shutil.copytree(finished[0], tmp_path / "run")
+    other = tmp_path / "other.npz"
+    np.savez(other, **changed(dict(np.load(npz)), "fewer"))
+    config = replace(read_config(run_dir), data=str(other))
+    (run_dir / "config.json").write_text(json.dumps(config.to_dict()))
+    with pytest.warns(OtherData, match=f"{other} is not the data set that {run_dir} was trained"):
+        evaluation.measure(run_dir, num_samples=2)
+
+
 def test_a_run_of_many_choices_goes_on_bit_for_bit(conditional, tmp_path, npz):
     run_dir, state = conditional
     trained(tmp_path, {**CHOICES, "data": str(npz), "epochs": 1})
@@ -478,17 +630,6 @@ def test_a_directory_that_is_not_a_run_is_refused(tmp_path, content, says):
 def test_images_on_disk_are_trained_on_as_images_in_memory_are(finished, npz, tmp_path):
     """The same batches in the same order, read ahead of the steps."""
     run_dir, state = finished
-
-    class OnDisk:
-        def __init__(self, images):
-            self.images, self.shape, self.dtype = images, images.shape, images.dtype
-
-        def __len__(self):
-            return len(self.images)
-
-        def __getitem__(self, rows):
-            return self.images[rows]
-
     config = configured({"data": str(npz), "network": "mlp", "batch_size": 64, "seed": 3})
     config = replace(config, train=replace(config.train, epochs=2))
     data = load_run_data(config)

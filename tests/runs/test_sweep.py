@@ -6,11 +6,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import SignalAt, refused
+from conftest import OnDisk, SignalAt, refused
 
 import jaxvae
 from jaxvae.errors import Preempted
 from jaxvae.runs import directory, loop, sweep
+from jaxvae.runs.checkpoints import write
 from jaxvae.runs.config import read_config, resumed, run_keys
 from jaxvae.runs.data import load_run_data
 from jaxvae.runs.files import read_metrics
@@ -215,6 +216,67 @@ def test_sigterm_saves_every_model_in_mid_epoch(tmp_path, npz, monkeypatch):
         assert without_seconds(stopped / name) == without_seconds(once / name)
         for a, b in zip(saved(stopped / name), saved(once / name), strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+def test_models_are_saved_from_the_host(tmp_path, npz, monkeypatch):
+    """A slice of what several devices share would be a program in which they wait."""
+    written = []
+
+    def seen(checkpoints, state, *more):
+        written.extend(len(x.sharding.device_set) for x in jax.tree.leaves(state))
+        return write(checkpoints, state, *more)
+
+    monkeypatch.setattr(sweep, "write", seen)
+    _, states = trained(tmp_path, {"data": str(npz), "network": "mlp", "epochs": 1}, seeds=2)
+    assert set(written) == {1}
+    for i in range(2):
+        for a, b in zip(jax.tree.leaves(states), whole(tmp_path / f"seed-{i}"), strict=True):
+            np.testing.assert_array_equal(*map(numbers, (a[i], b)))
+
+
+def whole(folder):
+    return jax.tree.leaves(jaxvae.restore(folder))
+
+
+def numbers(x):
+    return jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+
+
+def test_images_on_disk_are_for_one_model(tmp_path, npz):
+    models = sweep.configured({"data": str(npz)}, 2)
+    data = load_run_data(next(iter(models.values())))
+    data = data._replace(train_images=OnDisk(data.train_images))
+    with refused(f"{npz} is read from disk image by image", "train one model at a time"):
+        sweep.start(tmp_path / "run", models, data, resume=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_models_than_the_machine_can_hold_are_refused(tmp_path, npz, monkeypatch):
+    for flags, seeds in (({}, 10**9), ({"beta": [1.0, 2.0]}, 5001), ({}, 10**5000)):
+        with refused("models are asked for", "expected at most 10,000"):
+            sweep.configured(flags, seeds)
+    monkeypatch.setattr(directory, "memory", lambda: 10**6)
+    models = sweep.configured({"data": str(npz)}, 3)
+    data = load_run_data(next(iter(models.values())))
+    with refused("3 models need 0 GB for parameters and the optimizer's state"):
+        sweep.start(tmp_path / "run", models, data, resume=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_sweep_goes_on_with_its_own_data_alone(tmp_path, npz):
+    flags = {"data": str(npz), "network": "mlp", "epochs": 1}
+    trained(tmp_path / "run", flags, seeds=2)
+    moved, other = tmp_path / "moved.npz", tmp_path / "other.npz"
+    shutil.copy(npz, moved)
+    arrays = dict(np.load(npz))
+    np.savez(other, **{**arrays, "x_train": arrays["x_train"][::-1]})
+    with refused(f"{other} is not the data set that {tmp_path}/run/seed-0 was trained on"):
+        trained(tmp_path / "run", {"data": str(other), "epochs": 2}, resume=True)
+    models, _ = trained(tmp_path / "run", {"data": str(moved), "epochs": 2}, resume=True)
+    for name, config in models.items():
+        assert read_config(tmp_path / "run" / name) == config
+        assert config.data == str(moved)
+        assert len(config.data_seen) == 1
 
 
 def test_a_model_of_many_goes_on_alone(eight, tmp_path):
