@@ -189,7 +189,7 @@ def test_the_importance_weighted_bound_of_a_flow_reaches_log_p(pca):
     flow = jax.tree.map(
         lambda x: 0.1 * np.random.default_rng(2).normal(size=x.shape), init(KEY, config).flow
     )
-    params = replace(params, config=config, flow=flow)
+    params = replace(params, config=config, posterior=flow)
     values = bounds(log_likelihood, params, 4, num_samples=20_000)
     np.testing.assert_allclose(values, np.tile(log_p(X), (4, 1)), atol=0.1)
 

@@ -89,23 +89,23 @@ bad_keys = no_arrays | st.sampled_from([0, 1.5, np.zeros(2), np.zeros(3, np.uint
 
 @pytest.fixture(scope="module")
 def params():
-    return jaxvae.init(KEY, ModelConfig(SHAPE, 2, network="mlp", width=4))
+    return jaxvae.init(KEY, ModelConfig(SHAPE, 2, network="mlp:width=4"))
 
 
 @pytest.fixture(scope="module")
 def conditional():
-    return jaxvae.init(KEY, ModelConfig(SHAPE, 2, network="mlp", width=4, num_classes=3))
+    return jaxvae.init(KEY, ModelConfig(SHAPE, 2, network="mlp:width=4", num_classes=3))
 
 
 @pytest.fixture(scope="module")
 def state():
-    config = ModelConfig(SHAPE, 2, network="mlp", width=4)
+    config = ModelConfig(SHAPE, 2, network="mlp:width=4")
     return jaxvae.create_train_state(KEY, config, TrainConfig(batch_size=5))
 
 
 @pytest.fixture(scope="module")
 def conditional_state():
-    config = ModelConfig(SHAPE, 2, network="mlp", width=4, num_classes=3)
+    config = ModelConfig(SHAPE, 2, network="mlp:width=4", num_classes=3)
     return jaxvae.create_train_state(KEY, config, TrainConfig(batch_size=5))
 
 
@@ -187,7 +187,7 @@ def test_numbers_that_count_nothing_are_refused(params, n):
 @quickly
 @given(key=bad_keys)
 def test_keys_that_are_none_are_refused(params, key):
-    config = ModelConfig(SHAPE, 2, network="mlp", width=4)
+    config = ModelConfig(SHAPE, 2, network="mlp:width=4")
     for f in (
         lambda: jaxvae.init(key, config),
         lambda: jaxvae.create_train_state(key, config, TrainConfig()),

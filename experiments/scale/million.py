@@ -14,7 +14,7 @@ import numpy as np
 
 SIDE = 32
 PER_FILE = 50_000  # a reader keeps a file's index, and for a moment copies of it
-FLAGS = "--network mlp --width 32 --latent-dim 8 --batch-size 1024 --epochs 1"
+FLAGS = "--network mlp:width=32 --latent-dim 8 --batch-size 1024 --epochs 1"
 
 
 def write(folder: Path, count: int) -> None:

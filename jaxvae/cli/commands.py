@@ -12,7 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jaxvae.cli.parser import FLAGS, completion_script, make_parser
+from jaxvae.cli.parser import completion_script, config_fields, make_parser
+from jaxvae.components import imported, is_dotted_path
 from jaxvae.devices.processes import pass_over_missing_tpu
 from jaxvae.devices.sharding import make_cores_devices
 from jaxvae.errors import (
@@ -156,25 +157,27 @@ def _drop_oldest(folder: Path, limit: int) -> None:
 def _train(options: argparse.Namespace) -> None:
     from jaxvae.devices import processes
     from jaxvae.runs import sweep, tensorboard
-    from jaxvae.runs.config import resumed
+    from jaxvae.runs.config import RunConfig, read_config_file, resumed
     from jaxvae.runs.data import load_run_data
     from jaxvae.runs.progress import Progress
 
     processes.join(options.coordinator, options.num_processes, options.process_id)
     if processes.several() and not options.run_dir:
         raise InputError("several processes train one model: say where to, with --run-dir DIR")
-    names = [flag.strip("-").replace("-", "_") for flag in FLAGS]
-    flags = {n: getattr(options, n) for n in (*names, "seeds") if getattr(options, n) is not None}
+    flags = _flags(options)
+    base = read_config_file(options.config) if options.config else RunConfig()
     if options.tensorboard:
         tensorboard.need_tensorboard()
     if options.new_data and not options.resume:
         raise InputError("--new-data is for a run that goes on: give it with --resume")
+    if options.config and options.resume:
+        raise InputError("--config is for a new run: a run that is resumed has its configuration")
     if options.resume and not options.run_dir:
         raise InputError("--resume goes on with a run: say which, with --run-dir DIR")
     run_dir = Path(options.run_dir or time.strftime("runs/%Y%m%d-%H%M%S"))
     if not options.resume:
         seeds = flags.pop("seeds", 1)
-        models = sweep.configured(flags, seeds)
+        models = sweep.configured(flags, seeds, base)
     elif (run_dir / "sweep.json").exists():
         models = sweep.resumed(run_dir, flags)
     else:
@@ -207,6 +210,25 @@ def _train(options: argparse.Namespace) -> None:
         lost = sweep.diverged(run_dir, models) if len(models) > 1 else []
         model = next(name for name in models if name not in lost)
         _tell_next(run_dir, model if len(models) > 1 else "", paths)
+
+
+def _flags(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the flags that were given, by field; those that are dotted paths, imported."""
+    given = {
+        name: value
+        for name in (*config_fields(), "seeds")
+        if (value := getattr(options, name, None)) is not None
+    }
+    return given | {name: imported(name, given[name]) for name, registry in config_fields().items()
+                    if registry is not None and is_dotted_path(given.get(name))}  # fmt: skip
+
+
+def _own(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the components of the user's own that a command on a run was given."""
+    from jaxvae.models.config import ModelConfig
+
+    return {name: imported(name, value) for name in ModelConfig._registries
+            if (value := getattr(options, name)) is not None}  # fmt: skip
 
 
 def _tell_next(run_dir: Path, model: str, figures: list[Path]) -> None:
@@ -309,9 +331,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     from jaxvae.runs import evaluation
 
     _at_least_one("--num-samples", options.num_samples)
-    found = evaluation.measure(
-        options.run, options.num_samples, "best" if options.best else "latest"
-    )
+    which = "best" if options.best else "latest"
+    found = evaluation.measure(options.run, options.num_samples, which, **_own(options))
     print(f"{options.run}, step {found['step']}: {found['images']:,} test images, nats per image")
     for name, says in _MEASURES.items():
         if name in found:
@@ -327,6 +348,8 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _sample(options: argparse.Namespace) -> None:
     import jax
 
+    own = _own(options)
+
     from jaxvae.devices.processes import memory
     from jaxvae.models.vae import sample
     from jaxvae.runs.checkpoints import load
@@ -338,14 +361,14 @@ def _sample(options: argparse.Namespace) -> None:
         whole_number("--seed", options.seed, 0, 2**32 - 1)
     if options.out.suffix.lower() != ".png":
         raise InputError(f"--out is {options.out}: expected a file name ending in .png")
-    config = read_config(options.run)
+    config = read_config(options.run, **own)
     needed = options.n * math.prod(config.model.image_shape) * _BYTES_PER_SAMPLED
     if (there := memory()) is not None and needed > there:
         raise InputError(
             f"--n is {options.n}: so many images need {needed / 1e9:,.0f} GB, and this machine has "
             f"{there / 1e9:,.0f} GB of memory; take fewer"
         )
-    params = load(options.run, "best" if options.best else "latest")
+    params = load(options.run, "best" if options.best else "latest", **own)
     from jaxvae.figures.grid import save_images
 
     seed = config.seed if options.seed is None else options.seed
@@ -359,10 +382,12 @@ def _figures(options: argparse.Namespace) -> None:
     from jaxvae.runs.config import read_config
     from jaxvae.runs.data import load_run_data, warn_of_other_data
 
-    config = read_config(options.run)
+    own = _own(options)
+
+    config = read_config(options.run, **own)
     data = load_run_data(config)
     warn_of_other_data(options.run, config, data)
-    params = load(options.run, "best" if options.best else "latest")
+    params = load(options.run, "best" if options.best else "latest", **own)
     for path in drawing.draw(options.run, data, params, options.format):
         print(path)
 
@@ -371,7 +396,9 @@ def _export(options: argparse.Namespace) -> None:
     from jaxvae.interchange.export import export
     from jaxvae.runs.checkpoints import load
 
-    params = load(options.run, "best" if options.best else "latest")
+    own = _own(options)
+
+    params = load(options.run, "best" if options.best else "latest", **own)
     for path in export(params, options.out or options.run / "export", options.to):
         print(path)
 
@@ -389,11 +416,13 @@ def _explore(options: argparse.Namespace) -> None:
     from jaxvae.runs.config import read_config
     from jaxvae.runs.data import load_run_data, warn_of_other_data
 
-    config = read_config(options.run)
+    own = _own(options)
+
+    config = read_config(options.run, **own)
     out = options.out or options.run / "explorer.html"
     if out.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"--out is {out}: expected a file name ending in .html")
-    params = load(options.run, "best" if options.best else "latest")
+    params = load(options.run, "best" if options.best else "latest", **own)
     data = load_run_data(config)
     warn_of_other_data(options.run, config, data)
     explorer.write(out, params, data, options.run.resolve().name)

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from jaxvae.components import Config, Registry, field_docs
 from jaxvae.errors import InputError
 from jaxvae.models.config import DTYPES, ModelConfig
-from jaxvae.runs.config import RunConfig
+from jaxvae.runs.config import RunConfig, as_flag
 from jaxvae.training.config import BINARIZATIONS, PARTS, TrainConfig
 
 _GROUPS: dict[str, type[Config]] = {"run": RunConfig, "model": ModelConfig, "training": TrainConfig}
@@ -151,11 +151,6 @@ def _flags(config: type[Config]) -> dict[str, dict[str, Any]]:
             says = f"{says}; default {field.default}"
         flags[as_flag(field.name)] = how | {"help": says}
     return flags
-
-
-def as_flag(name: str) -> str:
-    """Return a field of a configuration as the command line spells it."""
-    return "--" + name.replace("_", "-")
 
 
 def _with_examples(name: str) -> dict[str, Any]:

@@ -1,29 +1,31 @@
 """The configuration of a run."""
 
+import json
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 
-from jaxvae.components import Config
+from jaxvae.components import Config, is_dotted_path
 from jaxvae.errors import InputError
 from jaxvae.models.config import ModelConfig
-from jaxvae.runs.files import (
-    read_json,
-)
+from jaxvae.runs.files import read_json, unmarked
 from jaxvae.training.config import TrainConfig
 from jaxvae.validation import shown, whole_number
 
 
 @dataclass(frozen=True)
 class DataRecord(Config):
-    """A data set that a run was trained on, as `jaxvae.runs.data.describe` gives it.
+    """A data set that a run was trained on, as `jaxvae.runs.data.describe` returns it.
 
-    train_images, test_images: how many there were.
-    sha256: of its images and labels.
-    step: how many steps the run had taken when it was given this data set.
+    Attributes:
+      train_images: how many there were.
+      test_images: how many there were.
+      sha256: digest of its images and labels.
+      step: how many steps the run had taken when it was given this data set.
     """
 
     train_images: int = 1
@@ -41,13 +43,21 @@ class DataRecord(Config):
 
 @dataclass(frozen=True)
 class RunConfig(Config):
-    """What a run is told: its data, its seed, its model and how it is trained.
+    """The configuration of a run: its data, its seed, its model and how it is trained.
 
-    start_from: the run directory whose last parameters it starts from; by default fresh ones.
-    divide: whether every device keeps only its part of the parameters and of the optimizer's
-      state, for models that are too large for one.
-    workers: processes that read images on disk; 0: threads of the training process.
-    data_seen: the data sets it was trained on, the last one last; `directory.start` records them.
+    Attributes:
+      data: mnist-5k, mnist, tfds:NAME, a folder of images or IDX files, an .npz, .npy or IDX file,
+        or the dotted path of a function of your own that returns a `jaxvae.data.Dataset`.
+      data_dir: where TensorFlow Datasets keeps prepared data.
+      manual_dir: folder of data files that were downloaded by hand.
+      seed: of every random number of the run.
+      start_from: the run directory whose last parameters to start from.
+      fsdp: every device keeps its part of the parameters and of the optimizer's state instead of
+        all of them, for models too large for one.
+      workers: processes that read images on disk; 0: threads of the training process.
+      model: the architecture.
+      train: how it is trained.
+      data_seen: the data sets that the run was trained on, the last one last.
     """
 
     data: str = "mnist-5k"
@@ -55,7 +65,7 @@ class RunConfig(Config):
     manual_dir: str | None = None
     seed: int = 0
     start_from: str | None = None
-    divide: bool = False
+    fsdp: bool = False
     workers: int = 0
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -66,8 +76,8 @@ class RunConfig(Config):
             value = getattr(self, name)
             if not isinstance(value, str) and (value is not None or name == "data"):
                 raise InputError(f"{name} is {shown(value)}: expected a string")
-        if not isinstance(self.divide, bool):
-            raise InputError(f"divide is {shown(self.divide)}: expected true or false")
+        if not isinstance(self.fsdp, bool):
+            raise InputError(f"fsdp is {shown(self.fsdp)}: expected true or false")
         object.__setattr__(self, "seed", whole_number("seed", self.seed, 0, 2**32 - 1))
         object.__setattr__(self, "workers", whole_number("workers", self.workers, 0))
         for name, kind in (("model", ModelConfig), ("train", TrainConfig)):
@@ -78,66 +88,164 @@ class RunConfig(Config):
         seen = [x if isinstance(x, DataRecord) else DataRecord.from_dict(x) for x in self.data_seen]
         object.__setattr__(self, "data_seen", tuple(seen))
 
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any], **own: Any) -> Self:
+        """Build from a JSON object, as of `Config.from_dict`.
 
-def configured(flags: Mapping[str, Any]) -> RunConfig:
-    """The configuration of a new run; `flags` are fields of it, or of its model or training."""
-    return _with_flags(RunConfig(), flags)
+        Args:
+          fields: as `to_dict` returned them, or some of them.
+          own: components of the user's own, by the name of their field in the model's or the
+            training's configuration.
+
+        Raises:
+          InputError: as of `Config.from_dict`.
+        """
+        if isinstance(fields, Mapping) and own:
+            fields = dict(fields)
+            for name, kind in (("model", ModelConfig), ("train", TrainConfig)):
+                mine = {n: own[n] for n in own if n in kind._registries}
+                fields[name] = kind.from_dict(fields.get(name, {}), **mine)
+        return super().from_dict(fields)
+
+    @classmethod
+    def _updated(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """Take the fields of version 0.1."""
+        if "divide" in fields:
+            fields["fsdp"] = fields.pop("divide")
+        return fields
+
+
+# What a resumed run may be given anew.
+MAY_CHANGE = ("data", "data_dir", "manual_dir", "epochs", "patience", "fsdp", "workers")
+
+
+def configured(flags: Mapping[str, Any], base: RunConfig | None = None) -> RunConfig:
+    """Return the configuration of a new run.
+
+    Args:
+      flags: fields of it, of its model or of its training, by name.
+      base: what holds where there is no flag.
+
+    Raises:
+      InputError: a flag that is no field, or a wrong value.
+    """
+    return _with_flags(base or RunConfig(), flags)
 
 
 def resumed(run_dir: Path, flags: Mapping[str, Any]) -> RunConfig:
-    """The configuration of a run that goes on.
+    """Return the configuration of a run that is resumed.
 
-    Raises InputError if the flags ask for another run than the recorded one; where the data lie
-    and for how many epochs to train may change. Whether they are the recorded data is for
-    `directory.start` to find.
+    Whether the data are the recorded ones is for `directory.start` to find.
+
+    Raises:
+      InputError: the flags ask for another run than the recorded one; see `MAY_CHANGE`.
     """
-    return going_on(read_config(run_dir), flags, run_dir)
+    recorded = read_config(run_dir, to_train=True, **own_components(flags))
+    return updated(recorded, flags, run_dir)
 
 
-def going_on(recorded: RunConfig, flags: Mapping[str, Any], run_dir: Path) -> RunConfig:
-    """A recorded configuration with flags, or InputError where they ask for another run."""
+def updated(recorded: RunConfig, flags: Mapping[str, Any], run_dir: Path) -> RunConfig:
+    """Return a recorded configuration with flags, or raise InputError where they contradict it."""
     asked = _with_flags(recorded, flags)
-    may_change = ("data", "data_dir", "manual_dir", "epochs", "divide", "workers")
     for name in flags:
-        was, now = _flag(recorded, name), _flag(asked, name)
-        if was != now and name not in may_change:
+        was, now = (_field(config, name) for config in (recorded, asked))
+        if was != now and name not in MAY_CHANGE:
             raise InputError(
                 f"{as_flag(name)} is {now}, but {run_dir} was started with {was}: leave it out"
             )
     return asked
 
 
+def as_flag(name: str) -> str:
+    """Return a field of a configuration as the command line spells it."""
+    return "--" + name.replace("_", "-")
+
+
+def own_components(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those flags that are components of the user's own, handed over as objects."""
+    registries = {**ModelConfig._registries, **TrainConfig._registries}
+    return {n: x for n, x in flags.items() if n in registries and not isinstance(x, str)}
+
+
 def run_keys(config: RunConfig) -> tuple[jax.Array, jax.Array]:
-    """The PRNG keys of a run: for training, and for measuring and drawing."""
+    """Return the PRNG keys of a run: for training, and for evaluating and drawing."""
     train_key, test_key = jax.random.split(jax.random.key(config.seed))
     return train_key, test_key
 
 
-def read_config(run_dir: Path) -> RunConfig:
-    """What a run was told. Raises InputError if the directory is not a run."""
+def read_config(run_dir: Path, *, to_train: bool = False, **own: Any) -> RunConfig:
+    """Return the configuration of a run directory.
+
+    Args:
+      run_dir: the run directory.
+      to_train: whether the run is resumed; else the components of its training that are the
+        user's own need not be handed over, and their defaults stand for them.
+      own: components of the user's own that the run was trained with, by field.
+
+    Raises:
+      InputError: the directory is not a run, or it needs components that are not handed over.
+    """
     if not (run_dir / "config.json").exists() and (run_dir / "sweep.json").exists():
         raise InputError(f"{run_dir} holds many models: name the run directory of one, in it")
-    return read_json(run_dir / "config.json", RunConfig.from_dict)
+
+    def parse(content: dict[str, Any]) -> RunConfig:
+        train = content.get("train")
+        if not to_train and isinstance(train, dict):
+            content["train"] = {n: x for n, x in train.items() if not is_dotted_path(x)}
+        return RunConfig.from_dict(content, **own)
+
+    return read_json(run_dir / "config.json", parse)
+
+
+def read_config_file(path: Path) -> RunConfig:
+    """Return the configuration in a TOML or JSON file; a run's own config.json is one.
+
+    Fields of the model and of the training may stand in tables `model` and `train` or at the top.
+
+    Raises:
+      InputError: the file cannot be read, or a field is unknown or wrong.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path} is not TOML, nor .json and JSON: {reason}") from None
+    content = unmarked(content, path)
+    content.pop("data_seen", None)  # of the run that wrote it
+    try:
+        tables = {name: dict(content.pop(name, {})) for name in ("model", "train")}
+        base = RunConfig.from_dict(tables)
+        return _with_flags(base, content)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def _with_flags(config: RunConfig, flags: Mapping[str, Any]) -> RunConfig:
+    names: dict[type, set[str]] = {kind: {item.name for item in fields(kind)} for kind in _KINDS}
+    if unknown := sorted(set(flags).difference(*names.values())):
+        raise InputError(
+            f"a run has no field {unknown[0]!r}: expected one of "
+            f"{', '.join(sorted(set().union(*names.values()) - {'model', 'train'}))}"
+        )
+
     def own(kind: type) -> dict[str, Any]:
-        names = {item.name for item in fields(kind)} - {"model", "train"}
-        return {name: value for name, value in flags.items() if name in names}
+        return {name: value for name, value in flags.items() if name in names[kind]}
 
     top = own(RunConfig)
     for name in ("data", "data_dir", "manual_dir", "start_from"):
-        # A run may go on from another working directory.
+        # A run may be resumed from another working directory.
         if name in top and Path(top[name]).exists():
             top[name] = str(Path(top[name]).resolve())
     model = replace(config.model, **own(ModelConfig))
     return replace(config, model=model, train=replace(config.train, **own(TrainConfig)), **top)
 
 
-def as_flag(name: str) -> str:
-    """A field of a configuration as the command line spells it."""
-    return "--" + name.replace("_", "-")
+_KINDS = (RunConfig, ModelConfig, TrainConfig)
 
 
-def _flag(config: RunConfig, name: str) -> Any:
-    return {**vars(config.model), **vars(config.train), **vars(config)}[name]
+def _field(config: RunConfig, name: str) -> Any:
+    """Return a field as a message shows it."""
+    return {**config.model.to_dict(), **config.train.to_dict(), **config.to_dict()}[name]

@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,7 +14,6 @@ from jaxvae.evaluation.evaluate import evaluate, examine, mean_log_likelihood
 from jaxvae.models.likelihoods import bits_per_dimension
 from jaxvae.runs.checkpoints import (
     Which,
-    restore,
 )
 from jaxvae.runs.config import read_config, run_keys
 from jaxvae.runs.data import (
@@ -28,7 +28,9 @@ from jaxvae.runs.files import (
 )
 
 
-def measure(run_dir: Path, num_samples: int, which: Which = "latest") -> dict[str, float | str]:
+def measure(
+    run_dir: Path, num_samples: int, which: Which = "latest", **own: Any
+) -> dict[str, float | str]:
     """Measure a run's model on its test images; `keep` writes what comes out as evaluation.json.
 
     Returns:
@@ -37,7 +39,7 @@ def measure(run_dir: Path, num_samples: int, which: Which = "latest") -> dict[st
       `jaxvae.evaluation.evaluate.examine` finds; `seconds` and `devices`.
     """
     began = time.perf_counter()
-    config = read_config(run_dir)
+    config = read_config(run_dir, **own)
     data = load_run_data(config)
     warn_of_other_data(run_dir, config, data)
     # Of images on disk, as many as a probe of the latents needs.
@@ -52,11 +54,11 @@ def measure(run_dir: Path, num_samples: int, which: Which = "latest") -> dict[st
     if config.train.binarization == "dynamic":  # as the model has seen them
         train_images = binarized(binarization_keys()[0], train_images)
     data = data._replace(train_images=train_images)
-    state = restore(run_dir, which)
+    state = restore(run_dir, which, **own)
     _, key = run_keys(config)
     devices = devices_for(len(data.test_images))
     images = model_inputs(data.test_images, data.test_labels, config.model)
-    test = jax.device_put((state.params, key, *images), everywhere(devices))
+    test = jax.device_put((state.eval_params, key, *images), everywhere(devices))
     terms = share(evaluate, devices)(*test)
     terms["log_p_x"] = share(partial(mean_log_likelihood, num_samples=num_samples), devices)(*test)
     del terms["loss"]
@@ -68,7 +70,7 @@ def measure(run_dir: Path, num_samples: int, which: Which = "latest") -> dict[st
         "images": len(data.test_images),
         "num_samples": num_samples,
         **{name: float(value) for name, value in terms.items()},
-        **examine(state.params, key, data),
+        **examine(state.eval_params, key, data),
         "seconds": round(time.perf_counter() - began, 1),
         "devices": f"{devices.size} x {devices.devices.flat[0].device_kind}",
     }

@@ -96,11 +96,11 @@ def _train(
     saved = newest_whole(run_dir)
     with open_checkpoints(run_dir) as checkpoints:
         if saved is None:
-            state = lay_out(first_state(train_key, config), mesh, config.divide)
+            state = lay_out(first_state(train_key, config), mesh, config.fsdp)
             totals, seconds = dict[str, Any](), 0.0
             _tell(watchers, run_dir, {"epoch": 0, "step": 0}, whole(state.params, mesh))
         else:
-            state = restore(run_dir, saved, mesh=mesh, divide=config.divide)
+            state = restore(run_dir, saved, mesh=mesh, divide=config.fsdp)
             state = replace(state, config=config.train)
             totals, seconds = told(run_dir, saved).get("begun", ({}, 0.0))
         epoch_of = feed(
@@ -108,7 +108,7 @@ def _train(
             labels,
             config.train,
             mesh,
-            divided(state, mesh) if config.divide else jax.P(),
+            divided(state, mesh) if config.fsdp else jax.P(),
             objective=objective,
             workers=config.workers,
         )

@@ -34,7 +34,7 @@ from jaxvae.models.vae import Params
 from jaxvae.runs import config as run_config
 from jaxvae.runs import directory, loop
 from jaxvae.runs.checkpoints import newest_whole, open_checkpoints, restore, steps_of, told, write
-from jaxvae.runs.config import RunConfig, as_flag, going_on, run_keys
+from jaxvae.runs.config import RunConfig, as_flag, own_components, run_keys, updated
 from jaxvae.runs.data import describe, model_inputs
 from jaxvae.runs.divergence import DIVERGED, Watch
 from jaxvae.runs.files import (
@@ -59,19 +59,20 @@ _MOST = 10_000  # models: each has a directory and open files of its own
 Values = dict[str, np.ndarray]  # of a metric: [models]
 
 
-def configured(flags: Mapping[str, Any], seeds: int = 1) -> dict[str, RunConfig]:
+def configured(
+    flags: Mapping[str, Any], seeds: int = 1, base: RunConfig | None = None
+) -> dict[str, RunConfig]:
     """The models of a new sweep by name, at least one: every combination times every seed.
 
     Args:
       flags: as of `configured`, but `learning_rate` and `beta` are lists of values.
       seeds: how many, from the one in `flags` on.
+      base: what holds where there is no flag.
     """
     if seeds < 1:
         raise InputError(f"--seeds is {seeds}: expected at least 1")
     several = ("learning_rate", "beta")
-    base = run_config.configured(
-        {name: value for name, value in flags.items() if name not in several}
-    )
+    base = run_config.configured({n: x for n, x in flags.items() if n not in several}, base)
     choices = {name: flags.get(name, [getattr(base.train, name)]) for name in several}
     for name, values in choices.items():
         if len(set(values)) < len(values):
@@ -88,7 +89,7 @@ def configured(flags: Mapping[str, Any], seeds: int = 1) -> dict[str, RunConfig]
         chosen = dict(zip(choices, values, strict=True))
         parts = [n for n in choices if n == "seed" or len(choices[n]) > 1]
         name = "_".join(f"{as_flag(n).strip('-')}-{chosen[n]}" for n in parts)
-        models[name] = run_config.configured({**flags, **chosen})
+        models[name] = run_config.configured({**flags, **chosen}, base)
     return models
 
 
@@ -104,9 +105,10 @@ def resumed(run_dir: Path, flags: Mapping[str, Any]) -> dict[str, RunConfig]:
                 f"{as_flag(name)} was settled when {run_dir} was started: leave it out"
             )
     recorded = read_json(run_dir / "sweep.json", lambda models: {
-        name: RunConfig.from_dict(config) for name, config in dict(models).items()
+        name: RunConfig.from_dict(config, **own_components(flags))
+        for name, config in dict(models).items()
     })  # fmt: skip
-    return {name: going_on(config, flags, run_dir) for name, config in recorded.items()}
+    return {name: updated(config, flags, run_dir) for name, config in recorded.items()}
 
 
 def start(

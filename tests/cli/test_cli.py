@@ -53,8 +53,7 @@ def conditional(keep_no_programs, tmp_path_factory, npz):
         "data": npz,
         "run-dir": path,
         "epochs": 1,
-        "network": "mlp",
-        "width": 20,
+        "network": "mlp:width=20",
         "likelihood": "discretized_logistic",
         "prior": "mixture",
         "prior-components": 5,
@@ -80,13 +79,10 @@ def test_every_choice_has_a_flag(conditional):
     assert config.model == jaxvae.ModelConfig(
         (8, 8, 1),
         2,
-        network="mlp",
-        width=20,
+        network="mlp:width=20",
         likelihood="discretized_logistic",
-        prior="mixture",
-        prior_components=5,
-        posterior="iaf",
-        flow_steps=1,
+        prior="mixture:components=5",
+        posterior="iaf:steps=1",
         num_classes=3,
     )
     assert config.train == jaxvae.TrainConfig(

@@ -24,7 +24,7 @@ from jaxvae.runs.files import read_metrics
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
-FLAGS = ["--network", "mlp", "--width", "16", "--latent-dim", "4"]
+FLAGS = ["--network", "mlp:width=16", "--latent-dim", "4"]
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ class Together:
 
 
 def undisturbed(run_dir, flags):
-    config = configured(flags | {"network": "mlp", "width": 16, "latent_dim": 4})
+    config = configured(flags | {"network": "mlp:width=16", "latent_dim": 4})
     config = directory.start(run_dir, config, load_run_data(config), resume=False)
     return loop.train(run_dir, config, load_run_data(config))
 
@@ -112,7 +112,7 @@ def test_two_and_four_processes_train_the_run_of_one(tmp_path, data):
     """20 steps and an epoch, with parameters everywhere and in parts."""
     flags = {"data": str(data), "batch_size": 192, "epochs": 1}
     words = ["--data", data, "--batch-size", 192, "--epochs", 1, *FLAGS]
-    two = Together(2, tmp_path / "two", *words, "--divide", devices=2)
+    two = Together(2, tmp_path / "two", *words, "--fsdp", devices=2)
     four = Together(4, tmp_path / "four", *words)
     state = undisturbed(tmp_path / "one", flags)
     (alone,) = read_metrics(tmp_path / "one")
@@ -209,7 +209,7 @@ def test_whatever_happens_to_a_process_the_run_goes_on_as_if_it_had_not(tmp_path
 
 @pytest.mark.parametrize("advance", [1, 2, 4], ids=["mid-epoch", "second epoch", "its end"])
 def test_sigterm_saves_in_mid_epoch_and_loses_nothing(tmp_path, data, advance):
-    flags = {"data": str(data), "batch_size": 512, "epochs": 2, "network": "mlp", "width": 16}
+    flags = {"data": str(data), "batch_size": 512, "epochs": 2, "network": "mlp:width=16"}
     handler = signal.getsignal(signal.SIGTERM)
     config = configured(flags)
     images = load_run_data(config)

@@ -91,7 +91,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (64 * STEPS, 6, 5, 1)).astype
 def fresh():
     # A gradient's norm over all devices' parts, too, decides how far it is cut down.
     config = jaxvae.TrainConfig(batch_size=64, optimizer="adam", clip_norm=5.0)
-    model = jaxvae.ModelConfig((6, 5, 1), 2, network="mlp", width=128)
+    model = jaxvae.ModelConfig((6, 5, 1), 2, network="mlp:width=128")
     return jaxvae.create_train_state(jax.random.key(0), model, config)
 
 

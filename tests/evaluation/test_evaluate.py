@@ -90,7 +90,7 @@ def test_without_two_classes_there_is_nothing_to_tell_apart(images, labels, para
 
 
 def test_a_flow_has_no_density_to_take_the_kl_apart(images):
-    config = jaxvae.ModelConfig((8, 8, 1), 2, network="mlp", posterior="iaf", flow_steps=1)
+    config = jaxvae.ModelConfig((8, 8, 1), 2, network="mlp", posterior="iaf:steps=1")
     params = jaxvae.init(jax.random.key(0), config)
     found = evaluate.examine(params, jax.random.key(1), dataset(images, None))
     assert set(found) == {"active_units", "reconstruction_error"}

@@ -33,9 +33,7 @@ def dataset(count=60, shape=(8, 8, 1), classes=3):
 
 def model(**fields):
     """Latents far enough apart, and pixels that change with them."""
-    config = jaxvae.ModelConfig(
-        **{"image_shape": (8, 8, 1), "network": "mlp", "width": 20} | fields
-    )
+    config = jaxvae.ModelConfig(**{"image_shape": (8, 8, 1), "network": "mlp:width=20"} | fields)
     return jax.tree.map(lambda x: 3 * x, jaxvae.init(jax.random.key(0), config))
 
 

@@ -64,9 +64,9 @@ def check(carry_out, params, atol=2e-6):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"network": "notebook", "image_shape": (7, 8, 1)},
-        {"network": "residual", "width": 4, "image_shape": (9, 7, 3)},
-        {"network": "spatial", "width": 4, "latent_dim": 12, "image_shape": (10, 8, 2),
+        {"network": "conv", "image_shape": (7, 8, 1)},
+        {"network": "residual:width=4", "image_shape": (9, 7, 3)},
+        {"network": "spatial:width=4", "latent_dim": 12, "image_shape": (10, 8, 2),
          "num_classes": 2},
     ],
     ids=lambda fields: fields["network"],
@@ -77,13 +77,13 @@ def test_the_program_gives_the_mean_of_every_network(carry_out, fields):
 
 @pytest.mark.parametrize("likelihood", CHOICES["model"]["likelihood"])
 def test_the_program_gives_the_mean_of_every_likelihood(carry_out, likelihood):
-    fields = {"image_shape": (4, 4, 2), "network": "mlp", "width": 10, "num_classes": 3}
+    fields = {"image_shape": (4, 4, 2), "network": "mlp:width=10", "num_classes": 3}
     check(carry_out, model(likelihood=likelihood, **fields))
 
 
 def test_bfloat16_is_rounded_to_as_the_layers_do(carry_out):
     """On a CPU, XLA keeps what it fuses in float32: they agree to bfloat16's 8 bits."""
-    params = model(image_shape=(8, 8, 1), network="mlp", width=30, compute_dtype="bfloat16")
+    params = model(image_shape=(8, 8, 1), network="mlp:width=30", compute_dtype="bfloat16")
     check(carry_out, params, atol=0.01)
     rounded = translate(jax.make_jaxpr(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32))(
         jnp.zeros(4)))  # fmt: skip

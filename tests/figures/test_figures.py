@@ -89,7 +89,7 @@ def test_samples_of_a_conditional_model_are_of_all_classes_in_turn():
 @pytest.mark.parametrize(
     ("latent_dim", "fields"),
     [
-        (1, {"posterior": "iaf", "prior": "mixture", "prior_components": 5}),
+        (1, {"posterior": "iaf", "prior": "mixture:components=5"}),
         (3, {"likelihood": "discretized_logistic"}),
     ],
     ids=["a flow and a mixture", "grey levels"],
@@ -233,7 +233,7 @@ def test_interpolations_go_from_image_to_image_straight_and_on_the_sphere():
 
 def test_interpolations_of_a_conditional_model_stay_in_a_class():
     """And under a learned prior, which has no sphere, they are straight."""
-    model, data = conditional(prior="mixture", prior_components=2), dataset()
+    model, data = conditional(prior="mixture:components=2"), dataset()
     figure = figures.interpolations(model, data, pairs=3, columns=4)
     picture = shown(figure)
     assert picture.shape == (3 * 8, 4 * 8)

@@ -401,7 +401,7 @@ def test_a_third_result_of_the_encoder_is_for_the_flow_alone(images):
             close(q.context, seen)
         else:
             assert isinstance(q, jaxvae.Gaussian)
-            assert params.flow == {}
+            assert params.posterior == {}
 
 
 CONDITIONAL = {

@@ -131,15 +131,14 @@ def test_what_every_part_has_learned_comes_back(tmp_path):
         3,
         network="mlp",
         likelihood="gaussian",
-        prior="mixture",
-        prior_components=5,
+        prior="mixture:components=5",
         posterior="iaf",
         num_classes=4,
     )
     train_config = jaxvae.TrainConfig(optimizer="adam", objective="iwae", num_samples=3)
     state = jaxvae.create_train_state(jax.random.key(0), config, train_config)
     state = replace(state, params=with_random_leaves(state.params))
-    for part in (state.params.likelihood, state.params.prior, state.params.flow):
+    for part in (state.params.likelihood, state.params.prior, state.params.posterior):
         assert jax.tree.leaves(part)
     jaxvae.save(tmp_path, state)
     restored = jaxvae.restore(tmp_path)
@@ -199,7 +198,7 @@ class Other(nn.Module):
 def of_two_steps(tmp_path_factory):
     """A run directory with checkpoints of the steps 1 and 2, and their states."""
     run_dir = tmp_path_factory.mktemp("two")
-    config = jaxvae.ModelConfig((8, 8, 1), 2, network="mlp", width=4)
+    config = jaxvae.ModelConfig((8, 8, 1), 2, network="mlp:width=4")
     state = jaxvae.create_train_state(jax.random.key(5), config, jaxvae.TrainConfig())
     states = [replace(state, step=jnp.int32(1))]
     states += [replace(states[0], params=with_random_leaves(state.params), step=jnp.int32(2))]

@@ -47,8 +47,7 @@ CHOICES = {
     "batch_size": 64,
     "network": "mlp",
     "likelihood": "discretized_logistic",
-    "prior": "mixture",
-    "prior_components": 5,
+    "prior": "mixture:components=5",
     "num_classes": 3,
     "objective": "iwae",
     "num_samples": 2,
@@ -75,7 +74,7 @@ def test_config_json_holds_what_the_run_was_told(finished, npz):
         "manual_dir": None,
         "seed": 3,
         "start_from": None,
-        "divide": False,
+        "fsdp": False,
         "workers": 0,
         "model": jaxvae.ModelConfig((8, 8, 1), network="mlp").to_dict()
         | {"image_shape": [8, 8, 1]},
@@ -293,7 +292,7 @@ def test_a_run_that_has_started_needs_the_other_no_longer(finished, tmp_path, np
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        ({"network": "notebook"}, "network mlp: expected notebook, as the run that starts from it"),
+        ({"network": "conv"}, "network mlp: expected notebook, as the run that starts from it"),
         ({"latent_dim": 3}, "latent_dim 2: expected 3"),
         ({"num_classes": 3}, "num_classes 0: expected 3"),
         ({"prior": "vamp"}, "prior standard_normal: expected vamp"),
@@ -333,7 +332,7 @@ def test_a_run_from_before_there_were_choices_goes_on(finished, tmp_path):
     config["model"] = {name: config["model"][name] for name in ("image_shape", "latent_dim")}
     config["train"] = {n: config["train"][n] for n in ("batch_size", "epochs", "learning_rate")}
     (run_dir / "config.json").write_text(json.dumps(config))
-    again = resumed(run_dir, {"network": "notebook", "objective": "elbo", "warmup": "none"})
+    again = resumed(run_dir, {"network": "conv", "objective": "elbo", "warmup": "none"})
     assert again.model == jaxvae.ModelConfig((8, 8, 1))
     with refused("--objective is iwae, but", "started with elbo: leave it out"):
         resumed(run_dir, {"objective": "iwae"})
@@ -740,7 +739,7 @@ def small_disk(tmp_path):
 
 def test_a_full_disk_ends_the_training_and_loses_nothing(small_disk, tmp_path, npz):
     """The run goes on as if nothing had happened when there is room again."""
-    flags = {"data": str(npz), "network": "mlp", "width": 8, "batch_size": 64, "epochs": 2}
+    flags = {"data": str(npz), "network": "mlp:width=8", "batch_size": 64, "epochs": 2}
     run_dir = small_disk / "run"
     trained(run_dir, {**flags, "epochs": 1})
     free = shutil.disk_usage(small_disk).free

@@ -92,7 +92,7 @@ print(seen)
 def runs(tmp_path_factory):
     """Two runs of the same model, made apart."""
     folder = tmp_path_factory.mktemp("runs")
-    config = ModelConfig((4, 3, 1), 2, network="mlp", width=4)
+    config = ModelConfig((4, 3, 1), 2, network="mlp:width=4")
     for name in ("first", "second"):
         key = jax.random.key(len(name))
         jaxvae.save(folder / name, jaxvae.create_train_state(key, config, TrainConfig()))

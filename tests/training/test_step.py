@@ -324,7 +324,7 @@ def test_the_kl_term_is_weighted_by_beta(state, images):
 
 def test_learning_rates_and_betas_can_differ_under_vmap(images):
     """And are the configuration's, had it been theirs."""
-    model = jaxvae.ModelConfig((8, 8, 1), 2, network="mlp", width=32)
+    model = jaxvae.ModelConfig((8, 8, 1), 2, network="mlp:width=32")
     state = jaxvae.create_train_state(jax.random.key(0), model, jaxvae.TrainConfig(batch_size=16))
     rates, betas = jnp.array([1e-3, 1e-3, 1e-4]), jnp.array([1.0, 8.0, 8.0])
 
