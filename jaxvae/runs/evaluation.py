@@ -14,6 +14,7 @@ from jaxvae.evaluation.evaluate import evaluate, examine, mean_log_likelihood
 from jaxvae.models.likelihoods import bits_per_dimension
 from jaxvae.runs.checkpoints import (
     Which,
+    restore,
 )
 from jaxvae.runs.config import read_config, run_keys
 from jaxvae.runs.data import (

@@ -1,0 +1,91 @@
+"""What may follow a training: the `Callback` protocol, and early stopping."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxvae.data import Dataset
+from jaxvae.models.vae import Params
+from jaxvae.runs.config import RunConfig
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training that starts, as callbacks are told of it.
+
+    Attributes:
+      config: the run's; of many models, the first one's.
+      data: what it is trained on.
+      epochs: how many it has in all.
+      images: how many an epoch has, over all models.
+      history: the lines of metrics.jsonl of the epochs that are over, where it is resumed.
+      params: the parameters at the start; of many models, stacked.
+      run_dir: its directory, if it has one.
+    """
+
+    config: RunConfig
+    data: Dataset
+    epochs: int
+    images: int
+    history: Sequence[dict[str, Any]]
+    params: Params
+    run_dir: Path | None
+
+
+class Callback:
+    """Follows a training; each method does nothing unless it is overridden.
+
+    Of several processes, only the first one calls callbacks.
+    """
+
+    def start(self, training: Training) -> None:
+        """Called before the first step."""
+
+    def dispatch(self, images: int, metrics: Mapping[str, float]) -> None:
+        """Called after some steps that were dispatched together.
+
+        Args:
+          images: how many images they took.
+          metrics: `loss`, `elbo`, `log_likelihood`, `kl`: means over them, nats per image.
+        """
+
+    def epoch(self, record: dict[str, Any], params: Params) -> bool | None:
+        """Called after every epoch, before its checkpoint: after a crash it may be called twice.
+
+        Args:
+          record: the epoch's line of metrics.jsonl.
+          params: the parameters to evaluate with; of many models, stacked. Their memory is taken
+            back afterwards: copy what is to be kept.
+
+        Returns:
+          True to end the training once this epoch is saved.
+        """
+
+    def end(self, params: Params | None) -> None:
+        """Called when the training is over.
+
+        Args:
+          params: the last parameters; None where an error or a signal ended the training.
+        """
+
+
+@dataclass
+class EarlyStopping(Callback):
+    """Ends a training whose test ELBO does not improve any more.
+
+    Attributes:
+      patience: epochs without a better test ELBO after which it ends.
+    """
+
+    patience: int
+
+    def start(self, training: Training) -> None:
+        """Take up the epochs that are over."""
+        self._elbos = [record["test"]["elbo"] for record in training.history]
+
+    def epoch(self, record: dict[str, Any], params: Params) -> bool:
+        """Return whether the best epoch is `patience` epochs ago."""
+        self._elbos.append(record["test"]["elbo"])
+        best = max(range(len(self._elbos)), key=self._elbos.__getitem__)
+        return len(self._elbos) - 1 - best >= self.patience
