@@ -9,6 +9,7 @@ have a whole checkpoint.
 """
 
 import itertools
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
+from jaxvae.config import shown
 from jaxvae.data import Dataset
 from jaxvae.devices.convolution import backend, in_blocks
 from jaxvae.devices.processes import preemption
@@ -41,15 +43,17 @@ from jaxvae.runs.files import (
     owned,
     read_json,
     read_metrics,
+    take_up_history,
     version,
-    write_history,
     write_json,
 )
 from jaxvae.runs.progress import Progress
+from jaxvae.storage import refuse_links
 from jaxvae.training.pipeline import Advance, Epoch
 from jaxvae.training.step import Metrics, TrainState, shuffle, train_steps
 
 _IMAGES_PER_DISPATCH = 8192  # of all models, between two movements of the progress bar
+_NAME = re.compile(r"\w[\w.+-]*", re.ASCII)
 
 Values = dict[str, np.ndarray]  # of a metric: [models]
 
@@ -92,10 +96,28 @@ def resumed(run_dir: Path, flags: Mapping[str, Any]) -> dict[str, RunConfig]:
             raise InputError(
                 f"{as_flag(name)} was settled when {run_dir} was started: leave it out"
             )
-    recorded = read_json(run_dir / "sweep.json", lambda models: {
-        name: RunConfig.from_dict(config) for name, config in dict(models).items()
-    })  # fmt: skip
+    recorded = read_json(run_dir / "sweep.json", _models)
     return {name: going_on(config, flags, run_dir) for name, config in recorded.items()}
+
+
+def _models(content: Mapping[str, Any]) -> dict[str, RunConfig]:
+    """The models that sweep.json tells of; raises InputError if they are not those of a sweep."""
+    if not content:
+        raise InputError("it holds no models: expected the configuration of each by its name")
+    for name in content:
+        if not _NAME.fullmatch(name):  # it is the name of a directory in that of the sweep
+            raise InputError(
+                f"a model has the name {shown(name)}: expected one as seed-0, of letters, digits, "
+                "'.', '_', '+' and '-'"
+            )
+    models = {name: RunConfig.from_dict(config) for name, config in content.items()}
+    alike = {
+        (config.model, replace(config.train, learning_rate=1.0, beta=1.0))
+        for config in models.values()
+    }
+    if len(alike) > 1:
+        raise InputError("its models differ in more than seed, learning_rate and beta")
+    return models
 
 
 def start(
@@ -113,6 +135,7 @@ def start(
     else:
         for name, config in fitted.items():
             directory.expect_the_same(run_dir / name, config)
+    refuse_links(*(run_dir / name for name in fitted))
     directory.make_directory(run_dir)
     with owned(run_dir):
         recorded = {name: config.to_dict() for name, config in fitted.items()}
@@ -176,8 +199,10 @@ def train(
             ones = [directory.first_state(key, configs[0]) for key in train_keys]
         else:
             ones = [restore(folder, saved) for folder in folders]
-            begun = [told(folder, saved).get("begun", ({}, 0.0)) for folder in folders]
-            totals = {name: np.array([own[name] for own, _ in begun]) for name in begun[0][0]}
+            begun = [told(folder, saved)["begun"] for folder in folders]
+            totals = {
+                name: np.array([own.get(name, 0.0) for own, _ in begun]) for name in begun[0][0]
+            }
             seconds = begun[0][1]
         states = _stacked([replace(state, config=shared) for state in ones])
         one_part_each = jax.NamedSharding(devices, jax.P(AXIS))
@@ -189,7 +214,7 @@ def train(
         watch = Watch(run_dir, images, steps, tuple(models))
         with on_disk(run_dir):
             for folder in (run_dir, *folders):
-                write_history(folder, read_metrics(folder)[:done])
+                take_up_history(folder, done)
         with (
             preemption(loop.step_of(states)) as is_to_stop,
             progress.training(epochs, images * len(models), done) as shown,
@@ -252,14 +277,16 @@ def _common_step(folders: list[Path]) -> int | None:
 
 def results(run_dir: Path, models: Mapping[str, RunConfig]) -> Iterator[str]:
     """A line for every learning rate and beta: mean and standard deviation over its seeds."""
-    last = read_metrics(run_dir)[-1]["models"]
+    last = {name: read_metrics(run_dir / name)[-1:] for name in models}
     groups: dict[tuple[float, float], list[float]] = {}
     for name, config in models.items():
         group = groups.setdefault((config.train.learning_rate, config.train.beta), [])
-        group.append(last[name]["test"]["elbo"])
+        group += [line["test"]["elbo"] for line in last[name]]
     for (rate, beta), elbos in groups.items():
-        spread = f" ± {np.std(elbos, ddof=1):.2f} over {len(elbos)} seeds" * (len(elbos) > 1)
-        yield f"learning rate {rate:g}, beta {beta:g}: test ELBO {np.mean(elbos):.2f}{spread}"
+        several = len(elbos) > 1
+        spread = f" ± {np.std(elbos, ddof=1):.2f} over {len(elbos)} seeds" if several else ""
+        found = f"{np.mean(elbos):.2f}{spread}" if elbos else "unknown, as metrics.jsonl is lost"
+        yield f"learning rate {rate:g}, beta {beta:g}: test ELBO {found}"
 
 
 def _feed(
