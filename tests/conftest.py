@@ -115,6 +115,22 @@ def refused(*texts):
         assert text in message
 
 
+@contextmanager
+def at_once():
+    """Fails what takes more than 20 seconds, such as reading from a pipe that nobody writes to."""
+
+    def fail(number, frame):
+        pytest.fail("it waits")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(20)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
 class SignalAt:
     """Progress that sends this process a signal at its n-th advance."""
 

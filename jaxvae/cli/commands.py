@@ -395,11 +395,13 @@ def _figures(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     from jaxvae.interchange.export import export
     from jaxvae.runs.checkpoints import load
+    from jaxvae.storage import own_folder
 
     own = _own(options)
 
     params = load(options.run, "best" if options.best else "latest", **own)
-    for path in export(params, options.out or options.run / "export", options.to):
+    out = options.out or own_folder(options.run, "export")
+    for path in export(params, out, options.to):
         print(path)
 
 

@@ -28,6 +28,7 @@ from jaxvae.data.arrays import read_npy, read_npz, reading
 from jaxvae.data.dataset import Dataset, as_images, as_labels, split_every_tenth
 from jaxvae.data.records import Records
 from jaxvae.errors import InputError
+from jaxvae.storage import regular, write_whole
 
 _NAME = re.compile(r"[a-zA-Z]\w*(/[\w.-]+)?(:\d+\.\d+\.\d+)?")
 _PORTS = {"http": 80, "https": 443, "ftp": 21}
@@ -226,7 +227,7 @@ def _read_labels(builder: Any, source: Callable[[], Any]) -> np.ndarray | None:
         return None
     cache = Path(builder.data_dir) / "jaxvae-labels.npy"
     records = source()
-    with contextlib.suppress(InputError), reading(cache), cache.open("rb") as file:
+    with contextlib.suppress(InputError), reading(cache), open(cache, "rb", opener=regular) as file:
         labels = as_labels(read_npy(file), cache)
         if len(labels) == len(records):
             return labels
@@ -262,7 +263,7 @@ def _read_split(
 
 
 def _read_cache(path: Path) -> Dataset | None:
-    with contextlib.suppress(InputError), reading(path), path.open("rb") as file:
+    with contextlib.suppress(InputError), reading(path), open(path, "rb", opener=regular) as file:
         arrays = read_npz(file, Dataset._fields)
         labels = {name: as_labels(arrays[name], path) for name in arrays if "labels" in name}
         return Dataset(
@@ -280,16 +281,9 @@ def _write_cache(path: Path, dataset: Dataset) -> None:
 
 
 def _replace(path: Path, write: Callable[[Any], None]) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-        os.replace(temporary, path)
-    except OSError:  # a folder that cannot be written only means decoding again next time
-        pass
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    # A folder that cannot be written only means decoding again next time.
+    with contextlib.suppress(OSError):
+        write_whole(path, write)
 
 
 def _one_line(what: object) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import FrameType
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxvae.errors import InputError
@@ -132,6 +133,11 @@ def wait_for_all(what: str) -> None:
     """Go on when every process has come here; `what` names the place."""
     if several():
         multihost_utils.sync_global_devices(what)
+
+
+def all_agree(value: bool) -> bool:
+    """Return whether a value is true in every process; all of them have to ask."""
+    return bool(np.all(multihost_utils.process_allgather(np.array(value)))) if several() else value
 
 
 @contextmanager

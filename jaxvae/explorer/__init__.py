@@ -5,7 +5,6 @@ import html
 import io
 import json
 import math
-import os
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from jaxvae.explorer.program import Program, decoder_program
 from jaxvae.figures.grid import pixels, tile
 from jaxvae.figures.style import COLOURS
 from jaxvae.models.vae import Params, decode, encode
+from jaxvae.storage import write_whole
 
 _BYTES = 5_000_000  # of a page
 _IMAGES = 10_000  # beyond this, points only hide each other
@@ -35,10 +35,8 @@ def write(path: Path, params: Params, data: Dataset, title: str) -> None:
     A kill leaves the old file or the new one.
     """
     text = page(params, data, title)
-    part = path.with_name(path.name + ".part")
     try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
+        write_whole(path, lambda file: file.write(text.encode()))
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
 

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from jaxvae.figures.grid import pixels, plane, tile
 from jaxvae.models.vae import Params
-from jaxvae.runs.files import write_whole
+from jaxvae.storage import own_folder, write_whole
 
 _FRAMES = 64  # kept at most; half of them are let go when they would become more
 _SIDE = 480  # pixels of a frame, about
@@ -24,14 +24,14 @@ _STRIP = 26  # pixels above a frame, for what it says
 
 def keep_frame(run_dir: Path, record: dict[str, Any], params: Params) -> None:
     """Write the frame of an epoch, if it is one to keep; `record` has its number."""
-    epoch, folder = record["epoch"], run_dir / "manifolds"
+    epoch = record["epoch"]
     if not is_kept(epoch):
         return
     n = int(np.clip(_SIDE // max(params.config.image_shape[:2]), 3, 15))
     images, _, down = plane(params, n)
     frame = Image.fromarray(pixels(tile(images, len(down))))
-    folder.mkdir(exist_ok=True)
-    write_whole(folder / f"{epoch:04}.png", lambda part: frame.save(part, format="png"))
+    folder = own_folder(run_dir, "manifolds")
+    write_whole(folder / f"{epoch:04}.png", lambda file: frame.save(file, format="png"))
     for path, other in _frames(run_dir):
         if other % _stride(epoch):
             path.unlink(missing_ok=True)
@@ -49,12 +49,11 @@ def draw_film(run_dir: Path) -> list[Path]:
     if len(frames) < 2:
         return []
     each = int(1000 * min(0.5, _SECONDS / len(frames)))
-    path = run_dir / "figures" / "manifold.gif"
-    path.parent.mkdir(exist_ok=True)
+    path = own_folder(run_dir, "figures") / "manifold.gif"
     durations = [each] * (len(frames) - 1) + [2000]
     how: dict[str, Any] = {"save_all": True, "duration": durations, "loop": 0}
     write_whole(
-        path, lambda part: frames[0].save(part, format="gif", append_images=frames[1:], **how)
+        path, lambda file: frames[0].save(file, format="gif", append_images=frames[1:], **how)
     )
     return [path]
 
@@ -74,7 +73,8 @@ def _stride(epoch: int) -> int:
 
 def _frames(run_dir: Path) -> list[tuple[Path, int]]:
     paths = sorted((run_dir / "manifolds").glob("*.png"))
-    named = [(path, int(path.stem)) for path in paths if path.stem.isdecimal()]
+    own = [path for path in paths if path.stem.isdecimal() and path.is_file()]
+    named = [(path, int(path.stem)) for path in own if path.stem == f"{int(path.stem):04}"]
     return sorted(named, key=lambda one: one[1])
 
 

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from jaxvae.figures.grid import pixels, tile
-from jaxvae.runs.files import write_whole
+from jaxvae.storage import write_whole
 
 STYLE = {
     "font.size": 10,
@@ -49,7 +49,7 @@ def save(figure: Figure, path: Path) -> None:
     how: dict[str, Any] = {"dpi": _DPI, "bbox_inches": "tight", "pad_inches": 0.15}
     how |= {"format": path.suffix[1:], "metadata": about}
     with mpl.rc_context(_FILES):
-        write_whole(path, lambda part: figure.savefig(part, **how))
+        write_whole(path, lambda file: figure.savefig(file, **how))
 
 
 def mosaic(images: jax.Array, rows: int, title: str) -> tuple[Figure, Axes]:

@@ -15,7 +15,6 @@ What lies in each file, and how another program reads it, is in docs/export.md.
 import importlib.util
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -30,6 +29,7 @@ from jaxvae.errors import InputError
 from jaxvae.models.config import ModelConfig
 from jaxvae.models.flows import FlowPosterior
 from jaxvae.models.vae import Params, decode, encode, init, prior
+from jaxvae.storage import regular, write_whole
 
 FORMATS = ("stablehlo", "onnx", "safetensors")
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -59,9 +59,7 @@ def export(params: Params, folder: str | Path, formats: Sequence[str] = FORMATS)
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         for path, content in zip(paths, contents.values(), strict=True):
-            part = path.with_name(path.name + ".part")
-            part.write_bytes(content)
-            os.replace(part, path)
+            write_whole(path, lambda file, content=content: file.write(content))  # type: ignore[misc]
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error.strerror}") from None
     return paths
@@ -80,6 +78,8 @@ def load_safetensors(path: str | Path, network: Any = None) -> Params:
     from safetensors import SafetensorError, safe_open
 
     try:
+        with open(path, "rb", opener=regular):
+            pass  # safe_open would wait for a pipe
         with safe_open(path, framework="numpy") as file:
             about = file.metadata() or {}
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

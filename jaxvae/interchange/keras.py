@@ -33,6 +33,7 @@ from jaxvae.models.vae import Params
 from jaxvae.runs.checkpoints import save
 from jaxvae.runs.config import configured
 from jaxvae.runs.directory import make_directory, refuse_another, write_config
+from jaxvae.storage import regular
 from jaxvae.training.state import create_train_state, optimizer
 
 _BYTES = 2**30  # of weights, at most: 550,629 parameters take two million
@@ -284,7 +285,7 @@ def _from_file(path: Path) -> tuple[list[_Layer], list[_Config]]:
     except ImportError:
         raise InputError('h5py is not installed: pip install "jaxvae[keras]"') from None
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=regular) as file:
             begin = file.read(8)
             file.seek(0)
             config, weights = None, file

@@ -6,8 +6,8 @@ files are not those any more is never read but passed over for the newest that i
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -20,13 +20,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
+import numpy as np
 
-from jaxvae.devices.processes import is_first
+from jaxvae.devices.processes import all_agree, is_first
 from jaxvae.devices.sharding import placement
 from jaxvae.errors import Damaged, InputError, TrainingFailed
 from jaxvae.models.config import ModelConfig
 from jaxvae.models.vae import Params
-from jaxvae.runs.files import cannot_write, unmarked, version, write_whole
+from jaxvae.runs.files import NewerVersion, aside, cannot_write, is_number, unmarked, version
+from jaxvae.storage import is_part, own_folder, read_bytes, refuse_links, regular, write_whole
 from jaxvae.training.config import TrainConfig
 from jaxvae.training.state import TrainState, create_train_state
 
@@ -173,22 +175,21 @@ def open_checkpoints(run_dir: str | Path) -> Iterator[ocp.CheckpointManager]:
     """The checkpoints of a run, to write more of them.
 
     Damaged ones are put aside, as STEP.damaged, and what a kill left half-written is taken away.
+    Raises InputError if the folder, or one in it, is a symbolic link.
     """
     import orbax.checkpoint as ocp
     from orbax.checkpoint import checkpoint_managers as policies
 
-    def elbo(metrics: Mapping[str, float]) -> float:
-        return metrics.get("elbo", -math.inf)  # saved without a measurement: the last choice
-
     # Two of the last: one to fall back on if the other is damaged, and a kill can leave one of
     # many models that are trained at once a checkpoint ahead of the others.
-    kept = [policies.LatestN(2), policies.BestN(get_metric_fn=elbo, n=1)]
+    kept = [policies.LatestN(2), policies.BestN(get_metric_fn=_elbo_of, n=1)]
     options = ocp.CheckpointManagerOptions(
         preservation_policy=policies.AnyPreservationPolicy(kept),
-        best_fn=elbo,
+        best_fn=_elbo_of,
         enable_async_checkpointing=False,
     )
-    folder = _folder(run_dir)
+    folder = own_folder(Path(run_dir).absolute(), "checkpoints")
+    refuse_links(*folder.iterdir())
     if is_first():
         newest = newest_whole(run_dir)
         for part in folder.glob("*.orbax-checkpoint-tmp*"):
@@ -199,7 +200,7 @@ def open_checkpoints(run_dir: str | Path) -> Iterator[ocp.CheckpointManager]:
                 shutil.rmtree(folder / str(step))  # a kill came while it was being deleted
             elif fault:
                 _put_aside(folder / str(step))
-    with ocp.CheckpointManager(folder, options=options) as manager:
+    with ocp.CheckpointManager(_literal(folder), options=options) as manager:
         yield manager
 
 
@@ -237,8 +238,14 @@ def write(
     except Exception as error:  # of any kind, groups of them too
         reason = " ".join(str(error).split())[:300]
         raise TrainingFailed(cannot_write(run_dir, reason)) from error
+    folder = Path(checkpoints.directory) / str(step)
+    if fault := _difference(folder, _to_tree(state)):
+        if is_first():
+            _put_aside(folder)
+        reason = f"the checkpoint of step {step} is not read back as it was written ({fault})"
+        raise TrainingFailed(cannot_write(run_dir, reason))
     if is_first():
-        _seal(Path(checkpoints.directory) / str(step))
+        _seal(folder)
 
 
 def told(run_dir: str | Path, step: int) -> dict[str, Any]:
@@ -247,7 +254,25 @@ def told(run_dir: str | Path, step: int) -> dict[str, Any]:
 
 
 def _told(folder: Path) -> dict[str, Any]:
-    return unmarked(json.loads((folder / "config" / "metadata").read_text()), folder)
+    path = folder / "config" / "metadata"
+    try:
+        saved = unmarked(json.loads(read_bytes(path)), folder)
+        sums, seconds = saved.get("begun", ({}, 0.0))
+        for name in ("model", "train"):
+            if not isinstance(saved[name], dict):
+                raise ValueError(f"{name} is not an object of named fields")
+        if not all(map(is_number, (*sums.values(), seconds))):
+            raise ValueError("begun is not of numbers")
+    except NewerVersion:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise InputError(
+            f"{path} is damaged ({reason}): expected a checkpoint of `jaxvae train`, as it was "
+            "written"
+        ) from None
+    begun = {name: float(value) for name, value in sums.items()}, float(seconds)
+    return {**saved, "begun": begun}
 
 
 def _read(folder: Path, network: Any, mesh: jax.sharding.Mesh | None, divide: bool) -> TrainState:
@@ -259,45 +284,110 @@ def _read(folder: Path, network: Any, mesh: jax.sharding.Mesh | None, divide: bo
     train = TrainConfig.from_dict(saved["train"])
     like = jax.eval_shape(lambda: create_train_state(jax.random.key(0), model, train))
     abstract = _placed(jax.eval_shape(_to_tree, like), mesh, divide)
-    if network is not None:
-        # Looked at beforehand: Orbax tells of another shape only in the midst of reading.
-        stored = ocp.StandardCheckpointHandler().metadata(folder / "state").tree
-        if any(_shapes(stored[n]) != _shapes(abstract[n]) for n in ("encoder", "decoder")):
-            raise InputError(
-                f"{folder.parents[1]} holds other parameters than those of `network`: expected "
-                "the modules that the model was made with"
-            )
-    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+    try:
+        if network is not None:
+            # Looked at beforehand: Orbax tells of another shape only in the midst of reading.
+            stored = ocp.StandardCheckpointHandler().metadata(_literal(folder / "state")).tree
+            if any(_shapes(stored[n]) != _shapes(abstract[n]) for n in ("encoder", "decoder")):
+                raise InputError(
+                    f"{folder.parents[1]} holds other parameters than those of `network`: expected "
+                    "the modules that the model was made with"
+                )
+        return _from_tree(_restored(folder, abstract), like)
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:  # of any kind, as the files may hold anything
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"{folder} cannot be read: {reason}; expected a checkpoint of `jaxvae train`, "
+            "as it was written"
+        ) from error
+
+
+def _restored(folder: Path, like: Any) -> Any:
+    """The arrays of a checkpoint, of the kind and on the devices that `like` tells."""
+    import orbax.checkpoint as ocp
+
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(like))
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-        try:
-            restored = reader.restore(folder, args=args)
-        except (OSError, ValueError, KeyError, jax.errors.JaxRuntimeError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise InputError(
-                f"{folder} cannot be read: {reason}; expected a checkpoint of `jaxvae train`, "
-                "as it was written"
-            ) from error
-    return _from_tree(restored.state, like)
+        return reader.restore(_literal(folder), args=args).state
+
+
+def _difference(folder: Path, tree: Any) -> str | None:
+    """What is wrong with a checkpoint as it is read back, for any process, if anything."""
+    fault = None
+    try:
+        # Into the memory of the host, as the device may have no room for it twice.
+        like = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), tree)
+        found = _restored(folder, like)
+        if not jax.tree.all(jax.tree.map(_same, tree, found)):
+            fault = "other numbers"
+    except Exception as error:  # of any kind, as of writing
+        fault = " ".join(str(error).split())[:300]
+    return fault if all_agree(fault is None) else fault or "by another process"
+
+
+def _same(x: Any, found: np.ndarray) -> bool:
+    """Whether the parts of an array that are on devices of this process have these bits."""
+    if not isinstance(x, jax.Array):
+        return np.asarray(x).tobytes() == found.tobytes()
+    return x.dtype == found.dtype and all(
+        np.asarray(shard.data).tobytes() == found[shard.index].tobytes()
+        for shard in x.addressable_shards
+        if shard.replica_id == 0
+    )
+
+
+@functools.cache
+def _literal_path() -> type:
+    """Return a class of paths for Orbax whose `glob` takes nothing but its argument as a pattern.
+
+    That of etils takes the path itself as one too: in a folder of the name "lr[0.1]", Orbax would
+    not find the arrays that it has just written, and leave them out of the checkpoint.
+    """
+    from etils import epath
+
+    @epath.register_path_cls
+    class LiteralPath(type(epath.Path("."))):  # type: ignore[misc]
+        def glob(self, pattern: str) -> Iterator[Any]:
+            return map(type(self), Path(self).glob(pattern))
+
+    return LiteralPath
+
+
+def _literal(path: Path) -> Any:
+    return _literal_path()(path)
 
 
 def _seal(folder: Path) -> None:
     """Write down the sums of a checkpoint's files, which are what they are to be."""
     sums = json.dumps(_sums(folder), indent=0)
-    write_whole(folder / _SEAL, lambda part: part.write_text(sums))
+    write_whole(folder / _SEAL, lambda file: file.write(sums.encode()))
 
 
 def _fault(folder: Path) -> str | None:
     """What is wrong with the files of a checkpoint, if anything."""
     try:
-        sealed = json.loads((folder / _SEAL).read_text())
+        sealed = None
+        if os.path.lexists(folder / _SEAL):
+            sealed = json.loads(read_bytes(folder / _SEAL))
+        else:
+            # Of an older version, or killed before the seal: what Orbax has finished is whole.
+            needed = ("config/metadata", "state/_METADATA", "_CHECKPOINT_METADATA")
+            missing = [name for name in needed if not (folder / name).is_file()]
+            if missing:
+                return f"{missing[0]} {_MISSING}"
+            _told(folder)
         found = _sums(folder)
-    except FileNotFoundError:
-        # Of an older version, or killed before the seal: what Orbax has finished is whole.
-        needed = ("config/metadata", "state/_METADATA", "_CHECKPOINT_METADATA")
-        missing = [name for name in needed if not (folder / name).is_file()]
-        return f"{missing[0]} {_MISSING}" if missing else None
-    except (OSError, ValueError) as error:
+    except NewerVersion:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
         return f"a file cannot be read: {' '.join(str(error).split())}"
+    if not (folder / "state" / "manifest.ocdbt").is_file():
+        # As where Orbax took the path for a pattern: nothing leads to the arrays.
+        return "state/manifest.ocdbt was not written"
+    if sealed is None:
+        return None
     if not isinstance(sealed, dict):
         return f"{_SEAL} is not what was written"
     for name in sorted(sealed.keys() | found.keys(), key=lambda name: (name not in found, name)):
@@ -314,8 +404,11 @@ def _sums(folder: Path) -> dict[str, str]:
 
     sums = {}
     for parent, _, names in os.walk(folder, onerror=fail):
-        for path in (Path(parent, name) for name in names if name.removesuffix(".part") != _SEAL):
-            with path.open("rb") as file:
+        for name in names:
+            if name.removesuffix(".part") == _SEAL or (is_part(name) and Path(parent) == folder):
+                continue
+            path = Path(parent, name)
+            with open(path, "rb", opener=regular) as file:
                 sums[path.relative_to(folder).as_posix()] = hashlib.file_digest(
                     file, "sha256"
                 ).hexdigest()
@@ -325,15 +418,19 @@ def _sums(folder: Path) -> dict[str, str]:
 def _elbo(folder: Path) -> float:
     """The test ELBO of a checkpoint, as far as it says any."""
     try:
-        value = json.loads((folder / "metrics" / "metrics").read_text())["elbo"]
-        return value if math.isfinite(value) else -math.inf
-    except (OSError, ValueError, KeyError, TypeError):
+        return _elbo_of(json.loads(read_bytes(folder / "metrics" / "metrics")))
+    except (OSError, ValueError, RecursionError):
         return -math.inf
 
 
+def _elbo_of(metrics: Any) -> float:
+    """The test ELBO, below all others where a checkpoint was saved without a measurement."""
+    value = metrics.get("elbo") if isinstance(metrics, Mapping) else None
+    return float(value) if is_number(value) else -math.inf
+
+
 def _put_aside(folder: Path) -> None:
-    names = (f"{folder.name}.damaged{number or ''}" for number in itertools.count())
-    os.replace(folder, next(one for name in names if not (one := folder.with_name(name)).exists()))
+    os.replace(folder, aside(folder))
 
 
 def _folder(run_dir: str | Path) -> Path:

@@ -88,7 +88,8 @@ def expect_the_same(run_dir: Path, config: RunConfig) -> None:
     """Raises InputError if the newest checkpoint was trained with another configuration."""
     step = newest_whole(run_dir)
     if step is None:
-        if len(read_metrics(run_dir)) > 1:  # a kill can leave one line before its checkpoint
+        # A kill can leave the line of the first epoch before its checkpoint.
+        if any(line["epoch"] > 1 for line in read_metrics(run_dir)):
             raise InputError(
                 f"{run_dir} has lost its checkpoints, of which metrics.jsonl tells: put them back "
                 "from a copy, or start anew in another directory"
@@ -236,3 +237,9 @@ def refuse_another(run_dir: Path) -> None:
         raise InputError(
             f"{run_dir} already holds a run: go on with it (--resume), or choose another --run-dir"
         )
+    for name in ("checkpoints", "manifolds"):  # of which a training deletes the older ones
+        if (run_dir / name).is_symlink() or any((run_dir / name).glob("*")):
+            raise InputError(
+                f"{run_dir / name} is there already, of something else than a run: choose another "
+                "--run-dir"
+            )

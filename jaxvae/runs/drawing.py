@@ -9,6 +9,7 @@ from jaxvae.runs.config import read_config, run_keys
 from jaxvae.runs.files import (
     read_metrics,
 )
+from jaxvae.storage import own_folder
 
 
 def draw(run_dir: Path, data: Dataset, params: Params, kind: str = "png") -> list[Path]:
@@ -24,7 +25,8 @@ def draw(run_dir: Path, data: Dataset, params: Params, kind: str = "png") -> lis
 
     _, key = run_keys(read_config(run_dir))
     try:
-        paths = draw_all(run_dir / "figures", params, data, read_metrics(run_dir), key, kind)
+        folder = own_folder(run_dir, "figures")
+        paths = draw_all(folder, params, data, read_metrics(run_dir), key, kind)
         return paths + draw_film(run_dir)
     except OSError as error:
         reason = error.strerror or error

@@ -1,18 +1,28 @@
 """The files of a run directory: each written whole or not at all, and by one training at a time.
 
-A kill at any instant leaves the old file or the new one, and `.part` files, which the next
+A kill at any instant leaves the old file or the new one, and temporary files, which the next
 training takes away.
 """
 
+import itertools
 import json
 import os
 import socket
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jaxvae.errors import InputError, TrainingFailed
+from jaxvae.errors import Damaged, InputError, TrainingFailed
+from jaxvae.storage import (
+    read_bytes,
+    refuse_links,
+    regular_itself,
+    remove_parts,
+    write_whole,
+)
 
 try:
     import fcntl
@@ -21,7 +31,7 @@ except ImportError:  # Windows: nothing keeps two trainings apart there
 
 T = TypeVar("T")
 _LOCK = ".lock"
-_PART = ".part"
+_METRICS = {"elbo", "log_likelihood", "kl"}
 
 
 def version() -> str:
@@ -63,7 +73,7 @@ def _parts(version: str) -> tuple[int, ...] | None:
 def read_json(path: Path, parse: Callable[[Any], T]) -> T:
     """What a file of a run directory says, or InputError if it is not there or is damaged."""
     try:
-        return parse(unmarked(json.loads(path.read_text()), path))
+        return parse(unmarked(json.loads(read_bytes(path)), path))
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(
             f"{path.parent} is not a run directory: expected one made by `jaxvae train`, "
@@ -79,61 +89,123 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a file of a run directory, and make the directory."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, lambda part: part.write_text(json.dumps(content, indent=2) + "\n"))
+        text = json.dumps(content, indent=2) + "\n"
+        write_whole(path, lambda file: file.write(text.encode()))
     except OSError as error:
         raise InputError(f"{path.parent} cannot be written: {error.strerror}") from None
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The measurements of every finished epoch, in order.
+    """Return the measurements of the finished epochs, in order.
 
-    A line that a kill cut off is passed over. Raises InputError if the file is damaged otherwise.
+    Blank lines and one that a kill cut off are passed over. Damaged lines are too, and a warning of
+    the category `jaxvae.errors.Damaged` says so. Epochs whose lines were lost are missing.
+
+    Raises:
+      InputError: the file cannot be read.
     """
     path = run_dir / "metrics.jsonl"
-    try:
-        lines = path.read_text().splitlines(keepends=True)
-        records = [json.loads(line) for line in lines if line.endswith("\n")]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{path} is damaged: {_one_line(error)}; put it back from a copy, or remove the line"
-        ) from None
-    for number, record in enumerate(records, 1):
-        if not isinstance(record, dict) or record.get("epoch") != number:
-            raise InputError(
-                f"{path} is damaged: line {number} is not that of epoch {number}; "
-                "put it back from a copy"
-            )
+    records, damaged = _records(_content(path))
+    if damaged:
+        warnings.warn(
+            f"{path} is damaged in line {', '.join(map(str, damaged[:8]))}"
+            f"{' and others' if len(damaged) > 8 else ''}, passed over: put it back from a copy",
+            Damaged,
+            stacklevel=2,
+        )
     return records
 
 
-def write_history(run_dir: Path, history: list[dict[str, Any]]) -> None:
-    """Make metrics.jsonl hold these lines."""
-    text = "".join(map(_line, history))
-    write_whole(run_dir / "metrics.jsonl", lambda part: part.write_text(text))
+def take_up_history(run_dir: Path, done: int) -> None:
+    """Make metrics.jsonl hold the lines of the first `done` epochs, as far as they are whole.
+
+    Of a damaged file a copy is kept, as metrics.jsonl.damaged. Warns, with the category
+    `jaxvae.errors.Damaged`, if lines are missing: no later epoch brings them back.
+    """
+    path = run_dir / "metrics.jsonl"
+    content = _content(path)
+    records, damaged = _records(content)
+    kept = [record for record in records if record["epoch"] <= done]
+    missing = sorted(set(range(1, done + 1)) - {record["epoch"] for record in kept})
+    if damaged:
+        write_whole(aside(path), lambda file: file.write(content))
+    if missing:
+        warnings.warn(
+            f"{path} has lost the lines of {len(missing)} of {done} epochs, from epoch "
+            f"{missing[0]} on; they stay missing there and in the figures, unless the file is put "
+            "back from a copy",
+            Damaged,
+            stacklevel=2,
+        )
+    text = "".join(map(_line, kept))
+    write_whole(path, lambda file: file.write(text.encode()))
 
 
 def append_history(run_dir: Path, record: dict[str, Any]) -> None:
     """Add a line to metrics.jsonl, on the disk before this returns."""
-    with (run_dir / "metrics.jsonl").open("a") as file:
+    with open(run_dir / "metrics.jsonl", "a", opener=regular_itself) as file:
         file.write(_line(record))
         file.flush()
         os.fsync(file.fileno())
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` write a file so that a kill, or a full disk, leaves the old one or the new."""
-    part = path.with_name(path.name + _PART)
+def aside(path: Path) -> Path:
+    """Return a name beside `path` that is free, to keep there what is damaged."""
+    names = (f"{path.name}.damaged{number or ''}" for number in itertools.count())
+    return next(one for name in names if not os.path.lexists(one := path.with_name(name)))
+
+
+def _content(path: Path) -> bytes:
     try:
-        write(part)
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
-        raise
+        return read_bytes(path)
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be read: {error.strerror}; put it back from a copy, or remove it"
+        ) from None
+
+
+def _records(content: bytes) -> tuple[list[dict[str, Any]], list[int]]:
+    """The lines of metrics.jsonl that are whole, and the numbers of those that are damaged."""
+    records: list[dict[str, Any]] = []
+    damaged = []
+    for number, line in enumerate(content.split(b"\n")[:-1], 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if _is_record(record, records[-1]["epoch"] + 1 if records else 1):
+            records.append(record)
+        else:
+            damaged.append(number)
+    return records, damaged
+
+
+def _is_record(record: Any, least: int) -> bool:
+    """Whether this is a line of an epoch, of number `least` or later."""
+    return (
+        isinstance(record, dict)
+        and type(record.get("epoch")) is int
+        and least <= record["epoch"] < 2**63
+        and type(record.get("step")) is int
+        and all(_are_numbers(record.get(split)) for split in ("train", "test"))
+    )
+
+
+def _are_numbers(metrics: Any) -> bool:
+    return (
+        isinstance(metrics, dict)
+        and metrics.keys() >= _METRICS
+        and all(map(is_number, metrics.values()))
+    )
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value from a file is a finite number that a float can hold."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 @contextmanager
@@ -142,8 +214,10 @@ def owned(run_dir: Path) -> Iterator[None]:
 
     Raises InputError if another training is in it, or it cannot be written.
     """
+    path = run_dir / _LOCK
+    refuse_links(path)
     try:
-        file = (run_dir / _LOCK).open("a+")
+        file = open(path, "a+", opener=regular_itself)  # noqa: SIM115
     except OSError as error:
         raise InputError(f"{run_dir} cannot be written: {error.strerror}") from None
     with file:
@@ -159,12 +233,16 @@ def owned(run_dir: Path) -> Iterator[None]:
         except OSError:
             pass  # a file system without locks
         with suppress(OSError):  # on a full disk it is a lock all the same
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
-        with suppress(OSError):
-            for part in run_dir.rglob("*" + _PART):
-                part.unlink()
+            if os.fstat(file.fileno()).st_nlink == 1:  # or it is some other file too
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+                file.flush()
+        for folder in (run_dir, *(run_dir / name for name in ("figures", "manifolds", "export"))):
+            remove_parts(folder)
+        checkpoints = run_dir / "checkpoints"
+        if not checkpoints.is_symlink():
+            for folder in checkpoints.glob("[0-9]*"):
+                remove_parts(folder)
         yield
 
 

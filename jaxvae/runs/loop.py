@@ -33,8 +33,7 @@ from jaxvae.runs.files import (
     append_history,
     on_disk,
     owned,
-    read_metrics,
-    write_history,
+    take_up_history,
 )
 from jaxvae.runs.progress import Progress, Shown
 from jaxvae.training.pipeline import Epoch, feed
@@ -102,7 +101,7 @@ def _train(
         else:
             state = restore(run_dir, saved, mesh=mesh, divide=config.fsdp)
             state = replace(state, config=config.train)
-            totals, seconds = told(run_dir, saved).get("begun", ({}, 0.0))
+            totals, seconds = told(run_dir, saved)["begun"]
         epoch_of = feed(
             images,
             labels,
@@ -116,7 +115,7 @@ def _train(
         watch = Watch(run_dir, len(images), steps)
         if is_first():
             with on_disk(run_dir):
-                write_history(run_dir, read_metrics(run_dir)[:done])
+                take_up_history(run_dir, done)
         with (
             preemption(int(state.step)) as is_to_stop,
             progress.training(epochs, len(images), done) as shown,

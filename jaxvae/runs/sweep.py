@@ -11,6 +11,7 @@ in its directory, and the others are trained on.
 
 import itertools
 import math
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
+from jaxvae.config import shown
 from jaxvae.data import Dataset
 from jaxvae.devices.convolution import backend, in_blocks
 from jaxvae.devices.processes import preemption
@@ -43,11 +45,12 @@ from jaxvae.runs.files import (
     owned,
     read_json,
     read_metrics,
+    take_up_history,
     version,
-    write_history,
     write_json,
 )
 from jaxvae.runs.progress import Progress
+from jaxvae.storage import refuse_links
 from jaxvae.training.pipeline import Advance, Epoch
 from jaxvae.training.state import TrainState
 from jaxvae.training.step import Metrics, shuffle, train_steps
@@ -55,6 +58,7 @@ from jaxvae.validation import shown
 
 _IMAGES_PER_DISPATCH = 8192  # of all models, between two movements of the progress bar
 _MOST = 10_000  # models: each has a directory and open files of its own
+_NAME = re.compile(r"\w[\w.+-]*", re.ASCII)
 
 Values = dict[str, np.ndarray]  # of a metric: [models]
 
@@ -104,11 +108,29 @@ def resumed(run_dir: Path, flags: Mapping[str, Any]) -> dict[str, RunConfig]:
             raise InputError(
                 f"{as_flag(name)} was settled when {run_dir} was started: leave it out"
             )
-    recorded = read_json(run_dir / "sweep.json", lambda models: {
-        name: RunConfig.from_dict(config, **own_components(flags))
-        for name, config in dict(models).items()
-    })  # fmt: skip
+    own = own_components(flags)
+    recorded = read_json(run_dir / "sweep.json", partial(_models, own=own))
     return {name: updated(config, flags, run_dir) for name, config in recorded.items()}
+
+
+def _models(content: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, RunConfig]:
+    """The models that sweep.json tells of; raises InputError if they are not those of a sweep."""
+    if not content:
+        raise InputError("it holds no models: expected the configuration of each by its name")
+    for name in content:
+        if not _NAME.fullmatch(name):  # it is the name of a directory in that of the sweep
+            raise InputError(
+                f"a model has the name {shown(name)}: expected one as seed-0, of letters, digits, "
+                "'.', '_', '+' and '-'"
+            )
+    models = {name: RunConfig.from_dict(config, **own) for name, config in content.items()}
+    alike = {
+        (config.model, replace(config.train, learning_rate=1.0, beta=1.0))
+        for config in models.values()
+    }
+    if len(alike) > 1:
+        raise InputError("its models differ in more than seed, learning_rate and beta")
+    return models
 
 
 def start(
@@ -145,6 +167,7 @@ def start(
     else:
         for name, config in fitted.items():
             directory.expect_the_same(run_dir / name, config)
+    refuse_links(*(run_dir / name for name in fitted))
     directory.make_directory(run_dir)
     with owned(run_dir):
         all_of_them = {name: fitted.get(name, config) for name, config in models.items()}
@@ -219,8 +242,10 @@ def train(
             ones = [directory.first_state(key, configs[0]) for key in train_keys]
         else:
             ones = [restore(folder, saved) for folder in folders]
-            begun = [told(folder, saved).get("begun", ({}, 0.0)) for folder in folders]
-            totals = {name: np.array([own[name] for own, _ in begun]) for name in begun[0][0]}
+            begun = [told(folder, saved)["begun"] for folder in folders]
+            totals = {
+                name: np.array([own.get(name, 0.0) for own, _ in begun]) for name in begun[0][0]
+            }
             seconds = begun[0][1]
         states = _stacked([replace(state, config=shared) for state in ones])
         one_part_each = jax.NamedSharding(devices, jax.P(AXIS))
@@ -232,7 +257,7 @@ def train(
         watch = Watch(run_dir, images, steps, tuple(models))
         with on_disk(run_dir):
             for folder in (run_dir, *folders):
-                write_history(folder, read_metrics(folder)[:done])
+                take_up_history(folder, done)
         with (
             preemption(loop.step_of(states)) as is_to_stop,
             progress.training(epochs, images * len(models), done) as shown,
@@ -306,16 +331,16 @@ def results(run_dir: Path, models: Mapping[str, RunConfig]) -> Iterator[str]:
     And one for every model that has diverged, which the others do not count.
     """
     lost = diverged(run_dir, models)
-    last = read_metrics(run_dir)[-1]["models"]
     groups: dict[tuple[float, float], list[float]] = {}
     for name, config in models.items():
         if name not in lost:
             group = groups.setdefault((config.train.learning_rate, config.train.beta), [])
-            group.append(last[name]["test"]["elbo"])
+            group += [line["test"]["elbo"] for line in read_metrics(run_dir / name)[-1:]]
     for (rate, beta), elbos in groups.items():
         several = len(elbos) > 1
         spread = f" ± {np.std(elbos, ddof=1):.2f} over {len(elbos)} seeds" if several else ""
-        yield f"learning rate {rate:g}, beta {beta:g}: test ELBO {np.mean(elbos):.2f}{spread}"
+        found = f"{np.mean(elbos):.2f}{spread}" if elbos else "unknown, as metrics.jsonl is lost"
+        yield f"learning rate {rate:g}, beta {beta:g}: test ELBO {found}"
     for name in lost:
         yield f"{name} has diverged and was left out: {run_dir / name / DIVERGED} tells where"
 

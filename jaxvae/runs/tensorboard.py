@@ -26,6 +26,7 @@ from jaxvae.models.vae import Params, encode, reconstruct, sample
 from jaxvae.runs.config import RunConfig, run_keys
 from jaxvae.runs.data import model_inputs
 from jaxvae.runs.progress import Progress, Shown
+from jaxvae.storage import own_folder, refuse_links
 
 _PICTURED = 8  # reconstructions, and the square root of how many samples
 _PROJECTED = 2500  # test latents in the projector
@@ -99,6 +100,8 @@ class TensorBoard:
         from tensorboardX import SummaryWriter
         from tensorboardX.summary import hparams
 
+        own_folder(self._folder.parent, self._folder.name)
+        refuse_links(*self._folder.rglob("*"))
         # A file is named after the second it was opened in: the step tells two of them apart.
         self._writer = SummaryWriter(
             str(self._folder), purge_step=step, filename_suffix=f".{step or 0:010}"
@@ -157,6 +160,8 @@ class Profiled(Progress):
     @contextmanager
     def training(self, epochs: int, images: int, done: int) -> Iterator[Shown]:
         """As of Progress."""
+        own_folder(self._folder.parent, self._folder.name)
+        refuse_links(*self._folder.rglob("*"))
         with self._progress.training(epochs, images, done) as shown:
             trace = _Trace(self._folder)
             advance = shown.advance

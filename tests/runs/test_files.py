@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import refused
+from conftest import at_once, refused
 
 import jaxvae
+from jaxvae.errors import Damaged
 from jaxvae.runs import files
 
 OWN = """
@@ -49,31 +50,75 @@ def test_a_killed_training_gives_its_directory_back(tmp_path, other):
 
 
 def test_what_a_killed_training_left_half_written_is_taken_away(tmp_path):
-    (tmp_path / "figures").mkdir()
-    for name in ("metrics.jsonl.part", "figures/samples.png.part"):
+    """And nothing else: downloads and films are written under such names, too."""
+    others = [
+        "film.mp4.part", "metrics.jsonl.part", "figures/samples.png.part", "checkpoints/x.part",
+        "checkpoints/8/sha256.json.part", "downloads/deep/data.tar.part", ".jaxvae-1.part",
+    ]  # fmt: skip
+    part = ".jaxvae-0123456789abcdef.part"
+    ours = [part, f"figures/{part}", f"manifolds/{part}", f"checkpoints/8/{part}"]
+    kept_elsewhere = f"downloads/{part}"
+    for name in (*others, *ours, kept_elsewhere):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_text("half")
-    (tmp_path / "metrics.jsonl").write_text("")
     with files.owned(tmp_path):
-        assert {path.name for path in tmp_path.rglob("*")} == {".lock", "figures", "metrics.jsonl"}
+        left = {str(one.relative_to(tmp_path)) for one in tmp_path.rglob("*") if one.is_file()}
+    assert left == {".lock", *others, kept_elsewhere}
+
+
+def link(path, target):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to(target)
+
+
+def test_a_lock_that_is_a_link_is_refused_and_not_followed(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    link(tmp_path / "run" / ".lock", victim)
+    with refused(".lock is a symbolic link"), files.owned(tmp_path / "run"):
+        pass
+    (tmp_path / "run" / ".lock").unlink()
+    os.link(victim, tmp_path / "run" / ".lock")
+    with files.owned(tmp_path / "run"):
+        pass
+    assert victim.read_text() == "precious"
+
+
+def test_what_kills_left_behind_a_link_is_not_touched(tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / ".jaxvae-0123456789abcdef.part").write_text("of another run")
+    for name in ("figures", "manifolds", "checkpoints"):
+        link(tmp_path / "run" / name, outside)
+    link(tmp_path / "other" / "checkpoints" / "8", outside)
+    for run in ("run", "other"):
+        with files.owned(tmp_path / run):
+            pass
+    assert [path.name for path in outside.iterdir()] == [".jaxvae-0123456789abcdef.part"]
+
+
+@pytest.mark.parametrize("name", ["evaluation.json", "evaluation.json.part"])
+def test_a_file_is_not_written_through_a_link(tmp_path, name):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    link(tmp_path / "run" / name, victim)
+    files.write_json(tmp_path / "run" / "evaluation.json", {"elbo": 1})
+    assert victim.read_text() == "precious"
+    assert not (tmp_path / "run" / "evaluation.json").is_symlink()
+
+
+def test_a_line_is_not_appended_through_a_link(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    link(tmp_path / "run" / "metrics.jsonl", victim)
+    with pytest.raises(OSError, match="symbolic link"):
+        files.append_history(tmp_path / "run", line(1))
+    assert victim.read_text() == "precious"
 
 
 def test_a_directory_that_is_not_there_is_refused(tmp_path):
     with refused("cannot be written: No such file"), files.owned(tmp_path / "nowhere"):
         pass
-
-
-@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-def test_a_file_whose_writing_fails_is_the_old_one(tmp_path, error):
-    path = tmp_path / "a.json"
-    path.write_text("old")
-
-    def write(part):
-        part.write_text("new, but")
-        raise error
-
-    with pytest.raises(error):
-        files.write_whole(path, write)
-    assert [(one.name, one.read_text()) for one in tmp_path.iterdir()] == [("a.json", "old")]
 
 
 def test_a_file_of_a_newer_version_is_refused(tmp_path):
@@ -99,20 +144,54 @@ def test_a_damaged_file_is_refused(tmp_path, content):
         files.read_json(tmp_path / "config.json", dict)
 
 
+def line(epoch):
+    terms = {"loss": 3.0, "elbo": -3.0, "log_likelihood": -2.0, "kl": 1.0}
+    return {"epoch": epoch, "step": 8 * epoch, "train": terms, "test": terms, "seconds": 0.1}
+
+
+def text(*lines):
+    return "".join(one if isinstance(one, str) else json.dumps(one) + "\n" for one in lines)
+
+
 def test_a_line_that_a_kill_cut_off_is_no_line(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n{"epoch": 2, "st')
-    assert files.read_metrics(tmp_path) == [{"epoch": 1}]
+    (tmp_path / "metrics.jsonl").write_text(text(line(1), '{"epoch": 2, "st'))
+    assert files.read_metrics(tmp_path) == [line(1)]
+
+
+def test_blank_lines_are_no_damage(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(text("\n", line(1), " \n", line(2), "\n\n"))
+    assert files.read_metrics(tmp_path) == [line(1), line(2)]
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    "odd",
     [
-        ('{"epoch": 1}\n{"epo\n', "is damaged"),
-        ('{"epoch": 1}\n{"epoch": 3}\n', "line 2 is not that of epoch 2"),
-        ("[]\n", "line 1 is not that of epoch 1"),
+        '{"epo', "[]", "7", "\0\0", "[" * 100_000, "\udcff", "{}", '{"epoch": 2}',
+        json.dumps({**line(2), "epoch": 1}), json.dumps({**line(2), "epoch": True}),
+        json.dumps({**line(2), "epoch": 2.0}), json.dumps({**line(2), "epoch": 10**30}),
+        json.dumps({**line(2), "train": 5}), json.dumps({**line(2), "step": "x"}),
+        json.dumps({**line(2), "test": {"elbo": -3.0}}),
+        json.dumps({**line(2), "test": {**line(2)["test"], "kl": None}}),
+        json.dumps({**line(2), "test": {**line(2)["test"], "kl": float("nan")}}),
+        json.dumps({**line(2), "test": {**line(2)["test"], "kl": 10**400}}),
     ],
-)
-def test_damaged_metrics_are_refused(tmp_path, content, says):
-    (tmp_path / "metrics.jsonl").write_text(content)
-    with refused("metrics.jsonl is damaged: ", says):
-        files.read_metrics(tmp_path)
+)  # fmt: skip
+def test_odd_lines_are_passed_over_and_kept_in_a_copy(tmp_path, odd):
+    content = text(line(1), odd + "\n", line(3)).encode(errors="surrogateescape")
+    (tmp_path / "metrics.jsonl").write_bytes(content)
+    with pytest.warns(Damaged, match=r"metrics.jsonl is damaged in line 2, passed over: put it"):
+        assert files.read_metrics(tmp_path) == [line(1), line(3)]
+    with pytest.warns(Damaged, match="has lost the lines of 1 of 3 epochs, from epoch 2 on"):
+        files.take_up_history(tmp_path, 3)
+    assert files.read_metrics(tmp_path) == [line(1), line(3)]
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == content
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", ".lock"])
+def test_a_pipe_is_refused_at_once(tmp_path, name):
+    """Of a pipe that nobody writes to, reading would never end."""
+    os.mkfifo(tmp_path / name)
+    with at_once(), refused(name if name != ".lock" else "", "not a regular file"):
+        with files.owned(tmp_path):
+            files.read_metrics(tmp_path)
+            files.read_json(tmp_path / "config.json", dict)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,12 +18,16 @@ import pytest
 from conftest import OnDisk, SignalAt, refused
 
 import jaxvae
+from jaxvae import figures
 from jaxvae.data import Dataset
 from jaxvae.errors import Damaged, OtherData, Preempted, TrainingFailed
+from jaxvae.figures.animation import keep_frame
 from jaxvae.runs import directory, drawing, evaluation, files, loop
+from jaxvae.runs.checkpoints import open_checkpoints, write
 from jaxvae.runs.config import RunConfig, configured, read_config, resumed, run_keys
 from jaxvae.runs.data import describe, load_run_data, model_inputs
 from jaxvae.runs.files import read_metrics
+from jaxvae.runs.tensorboard import TensorBoard
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -521,7 +526,7 @@ def test_a_line_beyond_the_last_checkpoint_is_taken_back(finished, tmp_path, npz
     flags = {"data": str(npz), "network": "mlp", "batch_size": 64, "epochs": 1, "seed": 3}
     trained(tmp_path, flags)
     whole = (tmp_path / "metrics.jsonl").read_text()
-    later = json.dumps({"epoch": 2, "step": 16}) + "\n"
+    later = json.dumps({**json.loads(whole), "epoch": 2, "step": 16}) + "\n"
     (tmp_path / "metrics.jsonl").write_text(whole + later + '{"epoch": 3, "st')
     trained(tmp_path, {}, resume=True)
     assert (tmp_path / "metrics.jsonl").read_text() == whole
@@ -560,7 +565,7 @@ def test_a_run_killed_again_and_again_goes_on_bit_for_bit(tmp_path, npz):
 
     kill_when(lambda: epochs() == 2)
     kill_when(lambda: epochs() > 2 and half_written("checkpoints/*tmp*"), "--resume")
-    kill_when(lambda: half_written("figures/*.part"), "--resume")
+    kill_when(lambda: half_written("figures/*.png"), "--resume")
     assert len(read_metrics(killed)) == 5
     for one in (command("killed", "--resume"), command("whole")):
         subprocess.run(one, check=True, capture_output=True, env=environment)
@@ -570,6 +575,77 @@ def test_a_run_killed_again_and_again_goes_on_bit_for_bit(tmp_path, npz):
     assert without_seconds(killed) == without_seconds(tmp_path / "whole")
     names = [path.name for path in killed.rglob("*")]
     assert not [name for name in names if "tmp" in name or ".part" in name or "damaged" in name]
+
+
+@pytest.mark.parametrize(
+    ("left", "says"),
+    [
+        (lambda text: None, "has lost the lines of 2 of 2 epochs, from epoch 1 on"),
+        (lambda text: "", "has lost the lines of 2 of 2 epochs, from epoch 1 on"),
+        (lambda text: text.splitlines()[0] + "\n", "has lost the lines of 1 of 2 epochs, from epo"),
+        (lambda text: text + "\n", None),
+    ],
+    ids=["all", "emptied", "one", "none"],
+)
+def test_a_run_goes_on_without_lines_that_are_lost(finished, tmp_path, left, says):
+    run_dir = shutil.copytree(finished[0], tmp_path / "run")
+    path = run_dir / "metrics.jsonl"
+    kept = left(path.read_text())
+    path.unlink()
+    if kept is not None:
+        path.write_text(kept)
+    with pytest.warns(Damaged, match=says) if says else nullcontext():
+        trained(run_dir, {"epochs": 3}, resume=True)
+    known = [json.loads(line)["epoch"] for line in (kept or "").splitlines() if line]
+    assert [line["epoch"] for line in read_metrics(run_dir)] == [*known, 3]
+    assert path.read_text().startswith((kept or "").rstrip("\n"))
+
+
+def test_a_run_whose_lines_are_lost_is_drawn(finished, tmp_path):
+    history = [{**line, "epoch": line["epoch"] + 4} for line in read_metrics(finished[0])]
+    assert figures.training(history[:1]).axes[0].get_xlim() == (4.7, 5.3)
+
+
+@pytest.mark.parametrize(
+    "name", ["figures", "manifolds", "checkpoints", "checkpoints/16", "tensorboard"]
+)
+def test_nothing_is_written_outside_of_a_run_directory(finished, tmp_path, name):
+    """Where a folder of a stranger's run leads elsewhere, it is refused before anything is done."""
+    run_dir, outside = shutil.copytree(finished[0], tmp_path / "run"), tmp_path / "outside"
+    outside.mkdir()
+    if name == "checkpoints/16":
+        outside.rmdir()
+        (run_dir / name).rename(outside)
+    (outside / "5.orbax-checkpoint-tmp").mkdir()
+    (outside / "0001.png").write_text("of somebody else")
+    shutil.rmtree(run_dir / name, ignore_errors=True)
+    (run_dir / name).symlink_to(outside)
+    before = {path: path.read_bytes() if path.is_file() else None for path in outside.rglob("*")}
+    state = finished[1]
+    config = read_config(run_dir)
+    data = load_run_data(config)
+    with refused(f"{name} is a symbolic link, and jaxvae writes only into the directory itself"):
+        if name == "figures":
+            drawing.draw(run_dir, data, state.params)
+        elif name == "manifolds":
+            keep_frame(run_dir, {"epoch": 1}, state.params)
+        elif name == "tensorboard":
+            with TensorBoard(run_dir, config, data) as board:
+                board.finish(state.params)
+        else:
+            with open_checkpoints(run_dir) as checkpoints:
+                write(checkpoints, replace(state, step=state.step + 1), {})
+    after = {path: path.read_bytes() if path.is_file() else None for path in outside.rglob("*")}
+    assert after == before
+
+
+@pytest.mark.parametrize("name", ["checkpoints/100/weights", "manifolds/0001.png"])
+def test_a_run_is_not_started_among_checkpoints_of_something_else(tmp_path, npz, name):
+    (tmp_path / name).parent.mkdir(parents=True)
+    (tmp_path / name).write_text("of another program")
+    with refused(f"{tmp_path / name.split('/')[0]} is there already, of something else"):
+        trained(tmp_path, {"data": str(npz), "network": "mlp", "epochs": 1})
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / name]
 
 
 def saved(run_dir):
