@@ -9,7 +9,7 @@ from jaxvae.objectives import Elbo, elbo, log_likelihood
 from jaxvae.runs.checkpoints import load, restore, save
 from jaxvae.training.step import TrainState, create_train_state, train_epoch, train_step
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # In the order a reader meets them.
 __all__ = [
