@@ -1,7 +1,8 @@
-# make train   set up, then train on 5,000 MNIST digits and draw the figures
-# make test    set up, then lint, types, documentation and every test
-# make docs    set up, then make the documentation's site, build/docs/index.html
-# make speed   set up, then time training and sampling beside Flax, PyTorch, Keras and pythae
+# make train         set up, then train on 5,000 MNIST digits and draw the figures
+# make test          set up, then lint, types, documentation and every test
+# make docs          set up, then make the documentation's site, build/docs/index.html
+# make speed         set up, then time training and sampling beside Flax, PyTorch, Keras and pythae
+# make constraints   write the newest versions of all dependencies into constraints.txt
 # Another interpreter: make test PYTHON=python3.13 VENV=.venv-3.13
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SITE := $(BIN)/sphinx-build --quiet --fresh-env --fail-on-warning --keep-going -c docs . build/docs
 
-.PHONY: train test docs speed clean
+.PHONY: train test docs speed constraints clean
 
 train: $(VENV)/installed
 	$(BIN)/jaxvae train --batch-size 16
@@ -27,15 +28,22 @@ docs: $(VENV)/installed-dev
 speed: $(VENV)/installed
 	$(BIN)/python experiments/speed/run.py
 
-$(VENV)/installed: pyproject.toml
+# One file for every supported Python: environment markers choose.
+constraints:
+	$(PYTHON) -m venv build/uv
+	build/uv/bin/pip install --quiet uv
+	build/uv/bin/uv pip compile --quiet --universal --python-version 3.11 --extra dev --upgrade \
+		--no-header --no-annotate --output-file constraints.txt pyproject.toml
+
+$(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable .
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 
-$(VENV)/installed-dev: pyproject.toml
+$(VENV)/installed-dev: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable ".[dev]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@ $(VENV)/installed
 
 clean:
-	rm -rf $(VENV) build/docs *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

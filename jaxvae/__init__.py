@@ -13,7 +13,7 @@ from jaxvae.training.config import TrainConfig
 from jaxvae.training.state import TrainState, create_train_state
 from jaxvae.training.step import train_epoch, train_step
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # In the order a reader meets them.
 __all__ = [
