@@ -7,8 +7,7 @@ import shutil
 import sys
 import time
 import warnings
-from contextlib import ExitStack, suppress
-from functools import partial
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +158,7 @@ def _train(options: argparse.Namespace) -> None:
     from jaxvae.runs import sweep, tensorboard
     from jaxvae.runs.config import RunConfig, read_config_file, resumed
     from jaxvae.runs.data import load_run_data
+    from jaxvae.runs.profiling import Profiler
     from jaxvae.runs.progress import Progress
 
     processes.join(options.coordinator, options.num_processes, options.process_id)
@@ -192,17 +192,19 @@ def _train(options: argparse.Namespace) -> None:
         raise InputError("many models are trained at once by one process, not by several")
     if len(models) > 1 and options.tensorboard:
         raise InputError("--tensorboard shows the training of one model, not of many")
-    progress = Progress() if processes.is_first() else None
-    if progress and options.profile:
-        progress = tensorboard.Profiled(progress, run_dir / "profile")
+    callbacks: list[Any] = [Progress()]
+    if options.profile:
+        callbacks.append(Profiler())
+    if options.tensorboard:
+        callbacks.append(tensorboard.TensorBoard())
+    callbacks += [imported("callback", path) for path in options.callbacks or ()]
     start = {"resume": options.resume, "new_data": options.new_data}
     try:
         if len(models) > 1:
-            paths = _train_many(run_dir, models, data, start, progress)
+            paths = _train_many(run_dir, models, data, start, callbacks)
         else:
             (config,) = models.values()
-            shown = (progress, options.tensorboard)
-            paths = _train_one(run_dir, config, data, start, *shown)
+            paths = _train_one(run_dir, config, data, start, callbacks)
     except KeyboardInterrupt:
         hint = f"; go on with: jaxvae train --resume --run-dir {run_dir}"
         raise KeyboardInterrupt(hint) from None
@@ -257,26 +259,24 @@ def _called() -> str:
 
 
 def _train_one(
-    run_dir: Path, config: Any, data: Any, start: Any, progress: Any, to_tensorboard: bool
+    run_dir: Path, config: Any, data: Any, start: Any, callbacks: list[Any]
 ) -> list[Path]:
     from jaxvae.devices import processes
-    from jaxvae.figures.animation import keep_frame
-    from jaxvae.runs import directory, drawing, loop, tensorboard
+    from jaxvae.runs import directory, drawing, loop
+    from jaxvae.runs.callbacks import AnimationFrames
 
     config = directory.start(run_dir, config, data, **start)
     if processes.is_first():
         _tell_start(config.data, data, f"run directory {run_dir}")
-    watchers: list[Any] = [partial(keep_frame, run_dir)]
-    with ExitStack() as stack:
-        if to_tensorboard and processes.is_first():
-            watchers.append(stack.enter_context(tensorboard.TensorBoard(run_dir, config, data)))
-        state = loop.train(run_dir, config, data, progress=progress, watchers=watchers)
-        for board in watchers[1:]:
-            board.finish(state.params)
-    return drawing.draw(run_dir, data, state.params) if processes.is_first() else []
+    state = loop.train(run_dir, config, data, callbacks=[*callbacks, AnimationFrames()])
+    if not processes.is_first():
+        return []
+    return drawing.draw(run_dir, config, data, state.eval_params)
 
 
-def _train_many(run_dir: Path, models: Any, data: Any, start: Any, progress: Any) -> list[Path]:
+def _train_many(
+    run_dir: Path, models: Any, data: Any, start: Any, callbacks: list[Any]
+) -> list[Path]:
     from jaxvae.runs import drawing, sweep
     from jaxvae.runs.checkpoints import load
 
@@ -285,7 +285,7 @@ def _train_many(run_dir: Path, models: Any, data: Any, start: Any, progress: Any
     _tell_start(
         name, data, f"{len(models)} models; run directories {run_dir}/{next(iter(models))}, ..."
     )
-    sweep.train(run_dir, models, data, progress=progress)
+    sweep.train(run_dir, models, data, callbacks=callbacks)
     for line in sweep.results(run_dir, models):
         print(line, file=sys.stderr)
     lost = sweep.diverged(run_dir, models)

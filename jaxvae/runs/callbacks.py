@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxvae.data import Dataset
+from jaxvae.errors import InputError
+from jaxvae.figures.animation import keep_frame
 from jaxvae.models.vae import Params
 from jaxvae.runs.config import RunConfig
 
@@ -89,3 +91,19 @@ class EarlyStopping(Callback):
         self._elbos.append(record["test"]["elbo"])
         best = max(range(len(self._elbos)), key=self._elbos.__getitem__)
         return len(self._elbos) - 1 - best >= self.patience
+
+
+class AnimationFrames(Callback):
+    """Keeps the frames of figures/manifold.gif, in RUN_DIR/manifolds."""
+
+    def start(self, training: Training) -> None:
+        """Keep the frame of the untrained model."""
+        if training.run_dir is None:
+            raise InputError("the frames lie in the run directory: expected a run_dir")
+        self._run_dir = training.run_dir
+        if not training.history:
+            self.epoch({"epoch": 0}, training.params)
+
+    def epoch(self, record: dict[str, Any], params: Params) -> None:
+        """Keep the frame of an epoch, if it is one to keep."""
+        keep_frame(self._run_dir, record, params)

@@ -1,23 +1,25 @@
-"""The training loop of a run."""
+"""The training loop of runs and sweeps, and the training of one model."""
 
+import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
-from rich.console import Console
 
+from jaxvae.components import is_dotted_path
 from jaxvae.data import Dataset
-from jaxvae.devices.processes import is_first, preemption
+from jaxvae.devices.processes import all_agree, is_first, preemption
 from jaxvae.devices.sharding import devices_for, divided, lay_out, share, whole
 from jaxvae.errors import Preempted
 from jaxvae.evaluation.evaluate import evaluate
 from jaxvae.models.vae import Params
 from jaxvae.objectives import example_keys
+from jaxvae.runs.callbacks import Callback, EarlyStopping, Training
 from jaxvae.runs.checkpoints import (
     newest_whole,
     open_checkpoints,
@@ -29,143 +31,230 @@ from jaxvae.runs.config import RunConfig, run_keys
 from jaxvae.runs.data import model_inputs
 from jaxvae.runs.directory import first_state
 from jaxvae.runs.divergence import Watch
-from jaxvae.runs.files import (
-    append_history,
-    on_disk,
-    owned,
-    take_up_history,
-)
-from jaxvae.runs.progress import Progress, Shown
+from jaxvae.runs.files import append_history, on_disk, owned, read_metrics, take_up_history
 from jaxvae.training.pipeline import Epoch, feed
 from jaxvae.training.state import TrainState
-from jaxvae.training.step import Metrics, Objective
+from jaxvae.training.step import Metrics
 
-Watcher = Callable[[dict[str, Any], Params], None]
+Sums = Mapping[str, Any]  # of the metrics over the steps of an epoch; of many models, [models]
 
 
-def train(
-    run_dir: Path,
-    config: RunConfig,
-    data: Dataset,
-    *,
-    objective: Objective | None = None,
-    progress: Progress | None = None,
-    watchers: Sequence[Watcher] = (),
-) -> TrainState:
-    """Train from the run's last whole checkpoint, or from the start, to its last epoch.
+class Trained(Protocol):
+    """What the epoch loop trains: one model, or many at once.
 
-    Every epoch ends with the test metrics, a line in metrics.jsonl and a checkpoint.
+    Attributes:
+      run_dir: where it is kept, if anywhere.
+      config: the run's; of many models, the first one's.
+      data: what it is trained on.
+      state: the state to start from; of many models, stacked.
+      begun: of an epoch that was interrupted, the sums of its metrics so far and its seconds.
+      models: how many models it is.
+      epoch_of: the dispatches of an epoch.
+      watch: what ends the training when numbers go wrong.
+    """
 
-    Args:
-      run_dir: made by `start`.
-      config: what it was told; its `train.epochs` may have grown since.
-      data: as `load_run_data` gives it.
-      objective: what to minimise; by default that of `train_step`.
-      progress: where to show how it goes.
-      watchers: functions of each epoch's line in metrics.jsonl and its parameters, called before
-        there is a checkpoint of them: what a kill cuts off, they are told again. Before training,
-        they are told of epoch 0, which has no metrics. The parameters' memory is taken back
-        afterwards. Only the first process calls them.
-    Returns:
-      The state after the last epoch.
+    run_dir: Path | None
+    config: RunConfig
+    data: Dataset
+    state: TrainState
+    begun: tuple[Sums, float]
+    models: int
+    epoch_of: Epoch
+    watch: Watch
+
+    def params(self, state: TrainState) -> Params:
+        """Return the parameters to evaluate with, on this process's first device."""
+
+    def measure(self, params: Params) -> dict[str, Any]:
+        """Return the test metrics: numbers, or of many models arrays [models]."""
+
+    def record(
+        self, about: dict[str, Any], train: Sums, test: Sums, seconds: float
+    ) -> dict[str, Any]:
+        """Write the lines of an epoch to metrics.jsonl and return the one of all models."""
+
+    def save(self, state: TrainState, test: Sums, begun: tuple[Sums, float]) -> None:
+        """Write a checkpoint."""
+
+
+def run_epochs(trained: Trained, callbacks: Iterable[Callback] = ()) -> TrainState:
+    """Train to the last epoch: the loop of a run and of a sweep.
+
+    Every epoch ends with the test metrics, a line in metrics.jsonl, the callbacks and a
+    checkpoint.
+
     Raises:
-      InputError: fewer training images than one batch; another training is in the directory; it
-        has checkpoints, but none that is whole.
       TrainingFailed: a loss or a parameter is NaN or infinite, or the directory cannot be written.
       Preempted: told to stop by SIGTERM or Ctrl-C, and saved.
     """
-    with owned(run_dir) if is_first() else nullcontext():
-        shown = progress or Progress(Console(quiet=True))
-        return _train(run_dir, config, data, objective, shown, watchers)
+    config, state, watch = trained.config.train, trained.state, trained.watch
+    totals, seconds = trained.begun
+    steps = len(trained.data.train_images) // config.batch_size
+    done, first = divmod(step_of(state), steps)
+    history = read_metrics(trained.run_dir)[:done] if trained.run_dir else []
+    images = len(trained.data.train_images) * trained.models
+    training = Training(
+        trained.config,
+        trained.data,
+        config.epochs,
+        images,
+        history,
+        trained.params(state),
+        trained.run_dir,
+    )
+    own = [EarlyStopping(config.patience)] if config.patience else []
+    followers = [*callbacks, *own] if is_first() else []
+    with _following(followers, training) as ended, preemption(step_of(state)) as is_to_stop:
+        for epoch in range(done + 1, config.epochs + 1):
+            began = time.perf_counter() - seconds
+            sums = dict(totals)
+            start = replace(state, step=state.step - first)
+            for count, advance in trained.epoch_of(start, first):
+                state, metrics = advance(state)
+                watch.expect_losses(state, count, metrics.pop("finite"))
+                means = {}
+                for name, value in jax.device_get(metrics).items():
+                    value = watch.good(value)
+                    sums[name] = sums.get(name, 0.0) + value
+                    means[name] = float(np.nanmean(value)) / count
+                for follower in followers:
+                    follower.dispatch(count * config.batch_size * trained.models, means)
+                if is_to_stop(step_of(state)):
+                    break
+            step = step_of(state)
+            if step < epoch * steps:
+                watch.expect_numbers(state, {})
+                trained.save(state, {}, (sums, time.perf_counter() - began))
+                raise Preempted(stopped(trained.run_dir, step))
+            params = trained.params(state)
+            test = trained.measure(params)
+            watch.expect_numbers(state, test)
+            train = {name: total / steps for name, total in sums.items()}
+            # The line before the checkpoint: a kill in between leaves a line too many, which the
+            # resumed run takes back, and never one too few.
+            about = {"epoch": epoch, "step": step}
+            record = trained.record(about, train, test, round(time.perf_counter() - began, 3))
+            with on_disk(trained.run_dir) if trained.run_dir else nullcontext():
+                verdicts = [follower.epoch(record, params) for follower in followers]
+            trained.save(state, test, ({}, 0.0))
+            if not all_agree(not any(verdicts)):
+                break
+            if epoch < config.epochs and is_to_stop(step):
+                raise Preempted(stopped(trained.run_dir, step))
+            first, totals, seconds = 0, {}, 0.0
+        ended(trained.params(state))
+    return state
 
 
-def _train(
-    run_dir: Path,
+@contextmanager
+def _following(
+    followers: Sequence[Callback], training: Training
+) -> Iterator[Callable[[Params], None]]:
+    """Start callbacks, and end them however the training ends."""
+    last: list[Params] = []
+    with ExitStack() as stack:
+        for follower in followers:
+            follower.start(training)
+            stack.callback(lambda one=follower: one.end(last[0] if last else None))
+        yield last.append
+
+
+def train(
+    run_dir: Path | None,
     config: RunConfig,
     data: Dataset,
-    objective: Objective | None,
-    progress: Progress,
-    watchers: Sequence[Watcher],
+    *,
+    callbacks: Iterable[Callback] = (),
 ) -> TrainState:
-    train_key, test_key = run_keys(config)
-    mesh = devices_for(config.train.batch_size)
-    images, labels = model_inputs(data.train_images, data.train_labels, config.model)
-    epochs, steps = config.train.epochs, len(images) // config.train.batch_size
-    measure = _measuring(config, data, test_key)
-    saved = newest_whole(run_dir)
-    with open_checkpoints(run_dir) as checkpoints:
-        if saved is None:
-            state = lay_out(first_state(train_key, config), mesh, config.fsdp)
-            totals, seconds = dict[str, Any](), 0.0
-            _tell(watchers, run_dir, {"epoch": 0, "step": 0}, whole(state.params, mesh))
+    """Train one model from the run's last whole checkpoint, or from the start, to its last epoch.
+
+    Args:
+      run_dir: made by `directory.start`; None: nothing is kept.
+      config: the run's; its `train.epochs` may have grown since.
+      data: as of `load_run_data`.
+      callbacks: what follows the training.
+
+    Returns:
+      The state after the last epoch.
+
+    Raises:
+      InputError: fewer training images than one batch; another training is in the directory; it
+        has checkpoints, but none that is whole.
+      TrainingFailed: as of `run_epochs`.
+      Preempted: as of `run_epochs`.
+    """
+    with owned(run_dir) if run_dir and is_first() else nullcontext(), ExitStack() as stack:
+        one = _One(run_dir, config, data, stack)
+        return whole(run_epochs(one, callbacks), one.mesh)
+
+
+class _One:
+    """One model, on all devices of all processes."""
+
+    models = 1
+
+    def __init__(
+        self, run_dir: Path | None, config: RunConfig, data: Dataset, stack: ExitStack
+    ) -> None:
+        train_key, test_key = run_keys(config)
+        self.run_dir, self.config, self.data = run_dir, config, data
+        self.mesh = devices_for(config.train.batch_size)
+        images, labels = model_inputs(data.train_images, data.train_labels, config.model)
+        steps = len(images) // config.train.batch_size
+        self.measure = _measuring(config, data, test_key)
+        self.watch = Watch(run_dir, len(images), steps)
+        saved = newest_whole(run_dir) if run_dir else None
+        self._checkpoints = stack.enter_context(open_checkpoints(run_dir)) if run_dir else None
+        self.begun: tuple[Sums, float] = ({}, 0.0)
+        if saved is None or run_dir is None:
+            self.state = lay_out(first_state(train_key, config), self.mesh, config.fsdp)
         else:
-            state = restore(run_dir, saved, mesh=mesh, divide=config.fsdp)
-            state = replace(state, config=config.train)
-            totals, seconds = told(run_dir, saved)["begun"]
-        epoch_of = feed(
-            images,
-            labels,
-            config.train,
-            mesh,
-            divided(state, mesh) if config.fsdp else jax.P(),
-            objective=objective,
-            workers=config.workers,
-        )
-        done, first = divmod(int(state.step), steps)
-        watch = Watch(run_dir, len(images), steps)
-        if is_first():
+            state = restore(
+                run_dir, saved, mesh=self.mesh, divide=config.fsdp, **components(config)
+            )
+            self.state = replace(state, config=config.train)
+            self.begun = told(run_dir, saved)["begun"]
+        specs = divided(self.state, self.mesh) if config.fsdp else jax.P()
+        self.epoch_of = feed(images, labels, config.train, self.mesh, specs, workers=config.workers)
+        if run_dir and is_first():
             with on_disk(run_dir):
-                take_up_history(run_dir, done)
-        with (
-            preemption(int(state.step)) as is_to_stop,
-            progress.training(epochs, len(images), done) as shown,
-        ):
-            for epoch in range(done + 1, epochs + 1):
-                began = time.perf_counter() - seconds
-                state, totals = train_one_epoch(
-                    epoch_of, state, first, totals, shown, is_to_stop, watch
-                )
-                if int(state.step) < epoch * steps:
-                    seconds = time.perf_counter() - began
-                    watch.expect_numbers(state, {})
-                    write(checkpoints, state, {}, (totals, seconds))
-                    raise Preempted(stopped(run_dir, int(state.step)))
-                params = whole(state.params, mesh)
-                record: dict[str, Any] = {
-                    "epoch": epoch,
-                    "step": int(state.step),
-                    "train": {name: total / steps for name, total in totals.items()},
-                    "test": measure(params),
-                    "seconds": round(time.perf_counter() - began, 3),
-                }
-                watch.expect_numbers(state, record["test"])
-                # The line before the checkpoint: a kill in between leaves a line too many,
-                # which the resumed run takes back, and never one too few.
-                if is_first():
-                    with on_disk(run_dir):
-                        append_history(run_dir, record)
-                _tell(watchers, run_dir, record, params)
-                write(checkpoints, state, record["test"])
-                shown.finish_epoch(record)
-                if epoch < epochs and is_to_stop(epoch * steps):
-                    raise Preempted(stopped(run_dir, int(state.step)))
-                first, totals, seconds = 0, {}, 0.0
-    return whole(state, mesh)
+                take_up_history(run_dir, int(self.state.step) // steps)
+
+    def params(self, state: TrainState) -> Params:
+        return whole(state.eval_params, self.mesh)
+
+    def record(
+        self, about: dict[str, Any], train: Sums, test: Sums, seconds: float
+    ) -> dict[str, Any]:
+        numbers = {name: float(value) for name, value in train.items()}
+        record = {**about, "train": numbers, "test": dict(test), "seconds": seconds}
+        if self.run_dir and is_first():
+            with on_disk(self.run_dir):
+                append_history(self.run_dir, record)
+        return record
+
+    def save(self, state: TrainState, test: Sums, begun: tuple[Sums, float]) -> None:
+        if self._checkpoints is not None:
+            write(self._checkpoints, state, test, begun)
 
 
-def _tell(
-    watchers: Sequence[Watcher], run_dir: Path, record: dict[str, Any], params: Params
-) -> None:
-    with on_disk(run_dir):
-        for watch in watchers if is_first() else ():
-            watch(record, params)
+def components(config: RunConfig) -> dict[str, Any]:
+    """Return the components of a configuration that a file can not build, by field."""
+    own = {}
+    for part in (config.model, config.train):
+        for name, spec in part.specs().items():
+            if is_dotted_path(spec) or spec == "own":
+                own[name] = getattr(part, name)
+    return own
 
 
-def stopped(run_dir: Path, step: int) -> str:
-    """What to tell who has sent a SIGTERM, or pressed Ctrl-C."""
+def stopped(run_dir: Path | None, step: int) -> str:
+    """Return what to tell the user who has sent SIGTERM, or pressed Ctrl-C."""
+    if run_dir is None:
+        return f"stopped after step {step}"
     return (
-        f"told to stop, and saved after step {step}; "
-        f"go on with: jaxvae train --resume --run-dir {run_dir}"
+        f"stopped and saved after step {step}; "
+        f"resume with: jaxvae train --resume --run-dir {shlex.quote(str(run_dir))}"
     )
 
 
@@ -197,35 +286,6 @@ def _measuring(
     return measure
 
 
-def train_one_epoch(
-    epoch_of: Epoch,
-    state: TrainState,
-    first: int,
-    totals: Mapping[str, Any],
-    shown: Shown,
-    is_to_stop: Callable[[int], bool],
-    watch: Watch,
-) -> tuple[TrainState, dict[str, Any]]:
-    """The rest of an epoch of which `first` steps have been taken, unless it is to stop before.
-
-    Returns the state, and the sums over all steps so far of the metrics, of which `totals` are
-    those of the first. The state may be those of many models, stacked, and so are the sums then,
-    NaN for the models that have diverged.
-    """
-    sums = dict(totals)
-    start = replace(state, step=state.step - first)
-    images = state.config.batch_size * state.step.size
-    for count, advance in epoch_of(start, first):
-        state, metrics = advance(state)
-        watch.expect_losses(state, count, metrics.pop("finite"))
-        for name, value in jax.device_get(metrics).items():
-            sums[name] = sums.get(name, 0.0) + watch.good(value)
-        shown.advance(count * images, elbo=float(np.nanmean(watch.good(metrics["elbo"]))) / count)
-        if is_to_stop(step_of(state)):
-            break
-    return state, sums
-
-
 def step_of(state: TrainState) -> int:
-    """How many steps a state, or each of those that are stacked in one, has taken."""
+    """Return how many steps a state, or each of those that are stacked in one, has taken."""
     return int(np.ravel(state.step)[0])

@@ -1,9 +1,8 @@
-"""How a training goes: a bar on a terminal and in Jupyter, a line per epoch everywhere."""
+"""Progress of a training: a bar on a terminal and in Jupyter, a line per epoch everywhere."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -11,60 +10,55 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from jaxvae.models.vae import Params
+from jaxvae.runs.callbacks import Callback, Training
+
 
 def _can_move(console: Console) -> bool:
     """Whether a bar can be drawn over: on a terminal, and in Jupyter where it has widgets."""
     return console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
 
 
-class Progress:
+class Progress(Callback):
     """Shows a training on a console, by default standard error, or in a Jupyter notebook."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True)
 
-    @contextmanager
-    def training(self, epochs: int, images: int, done: int) -> Iterator[Shown]:
-        """A training of `epochs` epochs of `images` images, of which `done` are over."""
-        bar = Bar(
+    def start(self, training: Training) -> None:
+        """Show the bar."""
+        self._epochs, self._images = training.epochs, training.images
+        done = len(training.history)
+        self._bar = Bar(
             TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
             BarColumn(),
             TimeElapsedColumn(),
             TextColumn("elapsed,"),
             TimeRemainingColumn(),
-            TextColumn("to go, {task.fields[told]}"),
+            TextColumn("left, {task.fields[status]}"),
             console=self._console,
             transient=True,
             disable=not _can_move(self._console),
         )
-        task = bar.add_task(
+        self._task = self._bar.add_task(
             "",
-            total=epochs * images,
-            completed=done * images,
-            epoch=done + 1,
-            epochs=epochs,
-            told="compiling",
+            total=self._epochs * self._images,
+            completed=done * self._images,
+            epoch=min(done + 1, self._epochs),
+            epochs=self._epochs,
+            status="compiling",
         )
-        with bar:
-            yield Shown(self._console, bar, task, epochs, images)
+        self._bar.start()
 
-
-class Shown:
-    """A training that is shown."""
-
-    def __init__(self, console: Console, bar: Bar, task: Any, epochs: int, images: int) -> None:
-        self._console, self._bar, self._task = console, bar, task
-        self._epochs, self._images = epochs, images
-
-    def advance(self, images: int, elbo: float) -> None:
-        """`images` more are done; `elbo` is their mean, in nats per image."""
+    def dispatch(self, images: int, metrics: Mapping[str, float]) -> None:
+        """Advance the bar."""
         self._bar.advance(self._task, images)
         rate = self._bar.tasks[0].speed
-        told = f"ELBO {elbo:.1f}" + (f", {rate:.0f} images/s" if rate else "")
-        self._bar.update(self._task, told=told)
+        status = f"ELBO {metrics['elbo']:.1f}" + (f", {rate:.0f} images/s" if rate else "")
+        self._bar.update(self._task, status=status)
 
-    def finish_epoch(self, record: dict[str, Any]) -> None:
-        """An epoch is over: `record` is its line in metrics.jsonl."""
+    def epoch(self, record: dict[str, Any], params: Params) -> None:
+        """Print a line."""
         epoch, test = record["epoch"], record["test"]
         # Images that fill no batch are left out of an epoch, not of the bar.
         self._bar.update(
@@ -78,3 +72,7 @@ class Shown:
             f"{record['seconds']:.1f} s, {self._images / record['seconds']:.0f} images/s"
         )
         self._console.print(line, highlight=False, soft_wrap=True)
+
+    def end(self, params: Params | None) -> None:
+        """Remove the bar."""
+        self._bar.stop()

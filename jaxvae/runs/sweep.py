@@ -12,7 +12,6 @@ in its directory, and the others are trained on.
 import itertools
 import math
 import re
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -23,18 +22,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
+import optax
 
-from jaxvae.config import shown
 from jaxvae.data import Dataset
 from jaxvae.devices.convolution import backend, in_blocks
-from jaxvae.devices.processes import preemption
 from jaxvae.devices.sharding import AXIS, devices_for, everywhere, share
-from jaxvae.errors import InputError, Preempted, TrainingFailed
+from jaxvae.errors import InputError, TrainingFailed
 from jaxvae.evaluation.evaluate import evaluate
 from jaxvae.models.vae import Params
 from jaxvae.runs import config as run_config
 from jaxvae.runs import directory, loop
+from jaxvae.runs.callbacks import Callback
 from jaxvae.runs.checkpoints import newest_whole, open_checkpoints, restore, steps_of, told, write
 from jaxvae.runs.config import RunConfig, as_flag, own_components, run_keys, updated
 from jaxvae.runs.data import describe, model_inputs
@@ -49,7 +47,6 @@ from jaxvae.runs.files import (
     version,
     write_json,
 )
-from jaxvae.runs.progress import Progress
 from jaxvae.storage import refuse_links
 from jaxvae.training.pipeline import Advance, Epoch
 from jaxvae.training.state import TrainState
@@ -59,8 +56,6 @@ from jaxvae.validation import shown
 _IMAGES_PER_DISPATCH = 8192  # of all models, between two movements of the progress bar
 _MOST = 10_000  # models: each has a directory and open files of its own
 _NAME = re.compile(r"\w[\w.+-]*", re.ASCII)
-
-Values = dict[str, np.ndarray]  # of a metric: [models]
 
 
 def configured(
@@ -183,7 +178,7 @@ def train(
     models: Mapping[str, RunConfig],
     data: Dataset,
     *,
-    progress: Progress | None = None,
+    callbacks: Iterable[Callback] = (),
 ) -> TrainState:
     """Train every model at once, from their last common checkpoint to their last epoch.
 
@@ -193,17 +188,19 @@ def train(
     Args:
       run_dir: made by `start`.
       models: as `start` returned them; they differ in seed, learning rate and beta.
-      data: as `load_run_data` gives it.
-      progress: where to show how it goes.
+      data: as of `load_run_data`.
+      callbacks: what follows the training; metrics are means over the models.
+
     Returns:
       The models' states after the last epoch, stacked: every array has a first axis [models].
       Those that have diverged are not among them.
+
     Raises:
-      InputError, Preempted: as of `loop.train`.
+      InputError: as of `loop.train`.
       TrainingFailed: all models have diverged, or the directory cannot be written. Of each that
         diverges, a warning of the category `jaxvae.errors.Diverged` tells.
+      Preempted: as of `loop.train`.
     """
-    progress = progress or Progress(Console(quiet=True))
     lost = diverged(run_dir, models)
     models = {name: config for name, config in models.items() if name not in lost}
     if not models:
@@ -211,94 +208,110 @@ def train(
             f"all models of {run_dir} have diverged, as {DIVERGED} in each of their directories "
             "tells: train anew with a lower --learning-rate or with --clip-norm 1"
         )
-    devices = devices_for(len(models), least=1)
-    own, all_see = jax.P(AXIS), jax.P()
-    specs = (own, own, all_see, all_see, all_see)
-    take_steps = share(_take_steps, devices, (0,), in_specs=specs, out_specs=own)
-    measure = share(_measure, devices, in_specs=specs[:4], out_specs=own)
-    model = next(iter(models.values())).model
-    train, test_set = jax.device_put(
-        (
-            model_inputs(data.train_images, data.train_labels, model),
-            model_inputs(data.test_images, data.test_labels, model),
-        ),
-        everywhere(devices),
-    )
-    folders = [run_dir / name for name in models]
-    configs = list(models.values())
-    shared = configs[0].train
-    hyper = {
-        "learning_rate": jnp.array([config.train.learning_rate for config in configs]),
-        "beta": jnp.array([config.train.beta for config in configs]),
-    }
-    train_keys, test_keys = map(jnp.stack, zip(*map(run_keys, configs), strict=True))
     with ExitStack() as stack:
-        for folder in (run_dir, *folders):
+        many = _Many(run_dir, models, data, stack)
+        states = jax.device_put(loop.run_epochs(many, callbacks), jax.local_devices()[0])
+        left = np.array([i for i in range(len(models)) if i not in many.watch.diverged])
+    return jax.tree.map(lambda x: x[left], states) if many.watch.diverged else states
+
+
+class _Many:
+    """Many models, dealt out to the devices of this process."""
+
+    def __init__(
+        self, run_dir: Path, models: Mapping[str, RunConfig], data: Dataset, stack: ExitStack
+    ) -> None:
+        self.run_dir, self.data, self.models = run_dir, data, len(models)
+        self._folders = [run_dir / name for name in models]
+        self._configs = list(models.values())
+        self.config = self._configs[0]
+        devices = devices_for(len(models), least=1)
+        own, all_see = jax.P(AXIS), jax.P()
+        specs = (own, own, all_see, all_see, all_see)
+        take_steps = share(_take_steps, devices, (0,), in_specs=specs, out_specs=own)
+        self._measure = share(_measure, devices, in_specs=specs[:4], out_specs=own)
+        model = self.config.model
+        train, self._test_set = jax.device_put(
+            (
+                model_inputs(data.train_images, data.train_labels, model),
+                model_inputs(data.test_images, data.test_labels, model),
+            ),
+            everywhere(devices),
+        )
+        shared = self.config.train
+        hyper = {
+            "learning_rate": jnp.array([config.train.learning_rate for config in self._configs]),
+            "beta": jnp.array([config.train.beta for config in self._configs]),
+        }
+        if isinstance(shared.optimizer, optax.GradientTransformation):  # with a rate of its own
+            del hyper["learning_rate"]
+        if not hasattr(shared.objective, "across_batch"):  # a function, which takes no beta
+            del hyper["beta"]
+        train_keys, test_keys = map(jnp.stack, zip(*map(run_keys, self._configs), strict=True))
+        for folder in (run_dir, *self._folders):
             stack.enter_context(owned(folder))
-        saved = _common_step(folders)
-        checkpoints = [stack.enter_context(open_checkpoints(folder)) for folder in folders]
-        totals, seconds = Values(), 0.0
+        saved = _common_step(self._folders)
+        self._checkpoints = [
+            stack.enter_context(open_checkpoints(folder)) for folder in self._folders
+        ]
+        self.begun: tuple[loop.Sums, float] = ({}, 0.0)
         if saved is None:
-            ones = [directory.first_state(key, configs[0]) for key in train_keys]
+            ones = [directory.first_state(key, self.config) for key in train_keys]
         else:
-            ones = [restore(folder, saved) for folder in folders]
-            begun = [told(folder, saved)["begun"] for folder in folders]
-            totals = {
+            components = loop.components(self.config)
+            ones = [restore(folder, saved, **components) for folder in self._folders]
+            begun = [told(folder, saved)["begun"] for folder in self._folders]
+            sums = {
                 name: np.array([own.get(name, 0.0) for own, _ in begun]) for name in begun[0][0]
             }
-            seconds = begun[0][1]
+            self.begun = sums, begun[0][1]
         states = _stacked([replace(state, config=shared) for state in ones])
         one_part_each = jax.NamedSharding(devices, jax.P(AXIS))
-        states, hyper, test_keys = jax.device_put((states, hyper, test_keys), one_part_each)
-        epochs, images = shared.epochs, len(data.train_images)
+        self.state, hyper, self._test_keys = jax.device_put(
+            (states, hyper, test_keys), one_part_each
+        )
+        images = len(data.train_images)
         steps = images // shared.batch_size
-        done, first = divmod(loop.step_of(states), steps)
-        epoch_of = _feed(take_steps, hyper, train)
-        watch = Watch(run_dir, images, steps, tuple(models))
+        self.epoch_of = _pipeline(take_steps, hyper, train)
+        self.watch = Watch(run_dir, images, steps, tuple(models))
         with on_disk(run_dir):
-            for folder in (run_dir, *folders):
-                take_up_history(folder, done)
-        with (
-            preemption(loop.step_of(states)) as is_to_stop,
-            progress.training(epochs, images * len(models), done) as shown,
-        ):
-            for epoch in range(done + 1, epochs + 1):
-                began = time.perf_counter() - seconds
-                states, totals = loop.train_one_epoch(
-                    epoch_of, states, first, totals, shown, is_to_stop, watch
-                )
-                step = loop.step_of(states)
-                if step < epoch * steps:
-                    seconds = time.perf_counter() - began
-                    watch.expect_numbers(states, {})
-                    begun = {i: (sums, seconds) for i, sums in _each(totals, watch).items()}
-                    _save(checkpoints, configs, states, {i: {} for i in begun}, begun)
-                    raise Preempted(loop.stopped(run_dir, step))
-                metrics = {name: total / steps for name, total in totals.items()}
-                test = jax.device_get(measure(states.params, test_keys, *test_set))
-                watch.expect_numbers(states, test)
-                splits = _each(metrics, watch), _each(test, watch)
-                ours = {i: {"train": one, "test": splits[1][i]} for i, one in splits[0].items()}
-                about = {"epoch": epoch, "step": step}
-                seconds = round(time.perf_counter() - began, 3)
-                record = {
-                    **about,
-                    **_moments(list(ours.values())),
-                    "seconds": seconds,
-                    "models": {watch.models[i]: line for i, line in ours.items()},
-                }
-                with on_disk(run_dir):
-                    append_history(run_dir, record)
-                    for i, line in ours.items():
-                        append_history(folders[i], {**about, **line, "seconds": seconds})
-                _save(checkpoints, configs, states, {i: ours[i]["test"] for i in ours})
-                shown.finish_epoch(record)
-                if epoch < epochs and is_to_stop(step):
-                    raise Preempted(loop.stopped(run_dir, step))
-                first, totals, seconds = 0, {}, 0.0
-    states = jax.device_put(states, jax.local_devices()[0])
-    left = np.array([i for i in range(len(models)) if i not in watch.diverged])
-    return jax.tree.map(lambda x: x[left], states) if watch.diverged else states
+            for folder in (run_dir, *self._folders):
+                take_up_history(folder, loop.step_of(self.state) // steps)
+
+    def params(self, state: TrainState) -> Params:
+        return state.eval_params
+
+    def measure(self, params: Params) -> dict[str, Any]:
+        return jax.device_get(self._measure(params, self._test_keys, *self._test_set))
+
+    def record(
+        self, about: dict[str, Any], train: loop.Sums, test: loop.Sums, seconds: float
+    ) -> dict[str, Any]:
+        splits = _each(train, self.watch), _each(test, self.watch)
+        ours = {i: {"train": one, "test": splits[1][i]} for i, one in splits[0].items()}
+        record = {
+            **about,
+            **_moments(list(ours.values())),
+            "seconds": seconds,
+            "models": {self.watch.models[i]: line for i, line in ours.items()},
+        }
+        with on_disk(self.run_dir):
+            append_history(self.run_dir, record)
+            for i, line in ours.items():
+                append_history(self._folders[i], {**about, **line, "seconds": seconds})
+        return record
+
+    def save(self, state: TrainState, test: loop.Sums, begun: tuple[loop.Sums, float]) -> None:
+        # On the host as a whole, before any model is taken out: a slice of what several devices
+        # share is a program in which they wait for each other, and of hundreds begun at once some
+        # could hold the threads that the others wait for.
+        numbers = jax.device_get(replace(state, key=jax.random.key_data(state.key)))
+        sums = _each(begun[0], self.watch)
+        for i, metrics in _each(test, self.watch).items():
+            one = jax.tree.map(lambda x, i=i: jnp.asarray(x[i]), numbers)
+            key, config = jax.random.wrap_key_data(one.key), self._configs[i].train
+            write(self._checkpoints[i], replace(one, key=key, config=config), metrics,
+                  (sums[i], begun[1]))  # fmt: skip
 
 
 def diverged(run_dir: Path, models: Iterable[str]) -> list[str]:
@@ -345,7 +358,7 @@ def results(run_dir: Path, models: Mapping[str, RunConfig]) -> Iterator[str]:
         yield f"{name} has diverged and was left out: {run_dir / name / DIVERGED} tells where"
 
 
-def _feed(
+def _pipeline(
     take_steps: Callable[..., tuple[TrainState, Metrics]],
     hyper: dict[str, jax.Array],
     examples: tuple[jax.Array, jax.Array | None],
@@ -365,25 +378,6 @@ def _feed(
             yield end - begin, partial(advance, first=begin, last=end)
 
     return epoch
-
-
-def _save(
-    checkpoints: list[Any],
-    configs: list[RunConfig],
-    states: TrainState,
-    measured: Mapping[int, dict[str, float]],
-    begun: Mapping[int, tuple[dict[str, float], float]] | None = None,
-) -> None:
-    """Write a checkpoint of every model that is in `measured`, by its position."""
-    # On the host as a whole, before any model is taken out: a slice of what several devices share
-    # is a program in which they wait for each other, and of hundreds begun at once some could
-    # hold the threads that the others wait for.
-    numbers = jax.device_get(replace(states, key=jax.random.key_data(states.key)))
-    for i, metrics in measured.items():
-        one = jax.tree.map(lambda x, i=i: jnp.asarray(x[i]), numbers)
-        key = jax.random.wrap_key_data(one.key)
-        state = replace(one, key=key, config=configs[i].train)
-        write(checkpoints[i], state, metrics, begun[i] if begun else ({}, 0.0))
 
 
 # The devices of the axis take their own models each and tell each other nothing.
@@ -417,7 +411,7 @@ def _stacked(states: list[TrainState]) -> TrainState:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
 
 
-def _each(values: Values, watch: Watch) -> dict[int, dict[str, float]]:
+def _each(values: Mapping[str, Any], watch: Watch) -> dict[int, dict[str, float]]:
     """Every model's own, by its position; not of those that have diverged."""
     left = [i for i in range(len(watch.models)) if i not in watch.diverged]
     return {i: {name: float(x[i]) for name, x in values.items()} for i in left}

@@ -1,31 +1,21 @@
-"""What may be looked at while a run trains: TensorBoard, and a trace of JAX's profiler.
-
-tensorboard/     scalars and pictures of every epoch, the hyperparameters, the test latents
-profile/         one dispatch of training steps, as the profiler saw it
-"""
+"""Scalars, pictures and latents for TensorBoard, without TensorFlow: RUN_DIR/tensorboard."""
 
 import importlib.util
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxvae.data import Dataset
 from jaxvae.errors import InputError
 from jaxvae.figures.animation import is_kept
 from jaxvae.figures.grid import pixels, plane, tile
 from jaxvae.models.likelihoods import scale_images
 from jaxvae.models.vae import Params, encode, reconstruct, sample
-from jaxvae.runs.config import RunConfig, run_keys
+from jaxvae.runs.callbacks import Callback, Training
+from jaxvae.runs.config import run_keys
 from jaxvae.runs.data import model_inputs
-from jaxvae.runs.progress import Progress, Shown
 from jaxvae.storage import own_folder, refuse_links
 
 _PICTURED = 8  # reconstructions, and the square root of how many samples
@@ -42,20 +32,26 @@ def need_tensorboard() -> None:
         )
 
 
-class TensorBoard:
-    """A watcher of `run.train` that writes TensorBoard's files into RUN_DIR/tensorboard.
+class TensorBoard(Callback):
+    """Writes TensorBoard's files into RUN_DIR/tensorboard.
 
-    A run that goes on writes into the same place; TensorBoard passes over what was written of the
+    A resumed run writes into the same place; TensorBoard passes over what was written of the
     steps that are taken again.
     """
 
-    def __init__(self, run_dir: Path, config: RunConfig, data: Dataset) -> None:
-        self._folder, self._config = run_dir / "tensorboard", config
+    def start(self, training: Training) -> None:
+        """Write the pictures of an untrained model."""
+        if training.run_dir is None:
+            raise InputError("TensorBoard's files lie in the run directory: expected a run_dir")
+        config, data = training.config, training.data
+        self._folder, self._config = training.run_dir / "tensorboard", config
         self._images, self._labels = model_inputs(data.test_images, data.test_labels, config.model)
         self._classes = data.test_labels
         self._writer: Any = None
+        if not training.history:
+            self.epoch({"epoch": 0, "step": 0}, training.params)
 
-    def __call__(self, record: dict[str, Any], params: Params) -> None:
+    def epoch(self, record: dict[str, Any], params: Params) -> None:
         """Write the metrics and pictures of an epoch; on the disk before this returns."""
         step = record["step"]
         if self._writer is None:
@@ -70,8 +66,14 @@ class TensorBoard:
                 self._writer.add_image(name, picture, step, dataformats="HWC")
         self._writer.flush()
 
-    def finish(self, params: Params) -> None:
+    def end(self, params: Params | None) -> None:
         """Write the latents of the test images for the embedding projector, with the images."""
+        if params is not None:
+            self._write_latents(params)
+        if self._writer is not None:
+            self._writer.close()
+
+    def _write_latents(self, params: Params) -> None:
         if self._writer is None:
             self._open(None)
         side = max(self._images.shape[1:3])
@@ -89,13 +91,6 @@ class TensorBoard:
             tag="latents",
         )
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._writer is not None:
-            self._writer.close()
-
     def _open(self, step: int | None) -> None:
         from tensorboardX import SummaryWriter
         from tensorboardX.summary import hparams
@@ -107,8 +102,8 @@ class TensorBoard:
             str(self._folder), purge_step=step, filename_suffix=f".{step or 0:010}"
         )
         config = self._config.to_dict()
-        told = f"```\n{json.dumps(config, indent=2)}\n```"
-        self._writer.add_text("config", told, step)
+        written = f"```\n{json.dumps(config, indent=2)}\n```"
+        self._writer.add_text("config", written, step)
         flat = {**config.pop("model"), **config.pop("train"), **config}
         numbers = (bool, int, float, str)
         flat = {k: v if isinstance(v, numbers) else str(v) for k, v in flat.items()}
@@ -146,54 +141,3 @@ def _squares(images: np.ndarray) -> np.ndarray:
     side = max(height, width)
     padded = np.pad(coloured, ((0, 0), (0, side - height), (0, side - width), (0, 0)))
     return padded.transpose(0, 3, 1, 2)
-
-
-class Profiled(Progress):
-    """A Progress that has JAX's profiler trace the second dispatch of steps into a folder.
-
-    The first one compiles. Of a training that has no second, what comes after the first is traced.
-    """
-
-    def __init__(self, progress: Progress, folder: Path) -> None:
-        self._progress, self._folder = progress, folder
-
-    @contextmanager
-    def training(self, epochs: int, images: int, done: int) -> Iterator[Shown]:
-        """As of Progress."""
-        own_folder(self._folder.parent, self._folder.name)
-        refuse_links(*self._folder.rglob("*"))
-        with self._progress.training(epochs, images, done) as shown:
-            trace = _Trace(self._folder)
-            advance = shown.advance
-
-            def advanced(images: int, elbo: float) -> None:
-                trace.advance()
-                advance(images, elbo)
-
-            shown.advance = advanced  # type: ignore[method-assign]
-            try:
-                yield shown
-            finally:
-                trace.stop()
-
-
-class _Trace:
-    """A trace that begins after the first dispatch and ends after the second."""
-
-    def __init__(self, folder: Path) -> None:
-        options = jax.profiler.ProfileOptions()
-        options.python_tracer_level = 0  # the calls of Python would fill the trace
-        self._start = partial(jax.profiler.start_trace, str(folder), profiler_options=options)
-        self._state = "before"
-
-    def advance(self) -> None:
-        if self._state == "before":
-            self._start()
-            self._state = "running"
-        else:
-            self.stop()
-
-    def stop(self) -> None:
-        if self._state == "running":
-            jax.profiler.stop_trace()
-        self._state = "over"
