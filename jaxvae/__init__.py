@@ -1,4 +1,4 @@
-"""Variational autoencoders in JAX: pure functions of parameters that know their model."""
+"""Variational autoencoders in JAX and Flax."""
 
 from jaxvae.data import load_data
 from jaxvae.errors import InputError
@@ -8,7 +8,9 @@ from jaxvae.models.distributions import Gaussian, reparameterize
 from jaxvae.models.likelihoods import Bernoulli
 from jaxvae.models.vae import Params, decode, encode, init, reconstruct, sample
 from jaxvae.objectives import Elbo, elbo
+from jaxvae.runs.callbacks import Callback
 from jaxvae.runs.checkpoints import load, restore, save
+from jaxvae.runs.fit import FitResult, fit
 from jaxvae.training.config import TrainConfig
 from jaxvae.training.state import TrainState, create_train_state
 from jaxvae.training.step import train_epoch, train_step
@@ -39,5 +41,8 @@ __all__ = [
     "restore",
     "load",
     "load_data",
+    "fit",
+    "FitResult",
+    "Callback",
     "InputError",
 ]

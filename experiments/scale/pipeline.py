@@ -16,7 +16,7 @@ from PIL import Image
 
 import jaxvae
 from jaxvae.data.records import array_records
-from jaxvae.devices.sharding import AXIS, devices_for, lay_out, make_cores_devices, share
+from jaxvae.devices.sharding import AXIS, devices_for, make_cores_devices, shard, share
 from jaxvae.training.pipeline import _read
 
 SIDE, COUNT, BATCH = 64, 5120, 128
@@ -70,7 +70,7 @@ def step_rate(network: str) -> float:
     mesh = devices_for(BATCH)
     model = jaxvae.ModelConfig((SIDE, SIDE, 3), 256, network=network)
     train = jaxvae.TrainConfig(batch_size=BATCH)
-    state = lay_out(jaxvae.create_train_state(jax.random.key(0), model, train), mesh)
+    state = shard(jaxvae.create_train_state(jax.random.key(0), model, train), mesh)
     images = np.random.default_rng(0).integers(0, 256, (BATCH, SIDE, SIDE, 3), np.uint8)
     images = jax.device_put(images, jax.NamedSharding(mesh, jax.P(AXIS)))
     specs = {"in_specs": (jax.P(), jax.P(AXIS)), "out_specs": jax.P()}

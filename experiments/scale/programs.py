@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxvae
-from jaxvae.devices.sharding import AXIS, divided
+from jaxvae.devices.sharding import AXIS, fsdp_specs
 from jaxvae.training.step import train_epoch, train_step
 
 IMAGES = 60_000
@@ -19,7 +19,7 @@ _COLLECTIVES = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permu
 
 
 def compiled(
-    devices: Any, program: str, batch: int, model: jaxvae.ModelConfig, divide: bool = False
+    devices: Any, program: str, batch: int, model: jaxvae.ModelConfig, fsdp: bool = False
 ) -> Any:
     """`step`, `epoch` or `sample` for these devices together, with `batch` images for each."""
     devices = np.ravel(devices)
@@ -29,7 +29,7 @@ def compiled(
     key = jax.eval_shape(lambda: jax.random.key(0))
     state = jax.eval_shape(lambda: jaxvae.create_train_state(jax.random.key(0), model, train))
     whole, rows = jax.P(), jax.P(AXIS)
-    specs = divided(state, mesh) if divide else jax.tree.map(lambda _: whole, state)
+    specs = fsdp_specs(state, mesh) if fsdp else jax.tree.map(lambda _: whole, state)
     if program == "sample":
         arguments = state.params, jax.ShapeDtypeStruct((mesh.size,), key.dtype)
         f, given, result = lambda p, k: jaxvae.sample(p, k[0], batch), (whole, rows), rows

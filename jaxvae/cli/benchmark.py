@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxvae.devices.sharding import AXIS, devices_for, everywhere
+from jaxvae.devices.sharding import AXIS, devices_for, replicated
 from jaxvae.models.config import ModelConfig
 from jaxvae.models.vae import encode, init, sample
 from jaxvae.training.config import TrainConfig
@@ -109,7 +109,7 @@ def _on_every_device(
     parts = jax.shard_map(
         f, mesh=mesh, in_specs=(jax.P(), jax.P(AXIS)), out_specs=result, check_vma=False
     )
-    whole = jax.device_put(whole, everywhere(mesh))
+    whole = jax.device_put(whole, replicated(mesh))
     rows = jax.device_put(rows, jax.NamedSharding(mesh, jax.P(AXIS)))
     return partial(jax.jit(parts), whole, rows)
 

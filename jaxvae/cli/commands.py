@@ -279,6 +279,7 @@ def _train_many(
 ) -> list[Path]:
     from jaxvae.runs import drawing, sweep
     from jaxvae.runs.checkpoints import load
+    from jaxvae.runs.loop import components
 
     models = sweep.start(run_dir, models, data, **start)
     name = next(iter(models.values())).data
@@ -289,8 +290,13 @@ def _train_many(
     for line in sweep.results(run_dir, models):
         print(line, file=sys.stderr)
     lost = sweep.diverged(run_dir, models)
-    folders = [run_dir / name for name in models if name not in lost]
-    return [path for one in folders for path in drawing.draw(one, data, load(one))]
+    paths = []
+    for name, config in models.items():
+        if name not in lost:
+            folder = run_dir / name
+            params = load(folder, **components(config))
+            paths += drawing.draw(folder, config, data, params)
+    return paths
 
 
 def _tell_start(name: str, data: Any, where: str) -> None:
@@ -331,7 +337,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from jaxvae.runs import evaluation
 
     _at_least_one("--num-samples", options.num_samples)
-    which = "best" if options.best else "latest"
+    which: Any = "best" if options.best else "latest"
     found = evaluation.measure(options.run, options.num_samples, which, **_own(options))
     print(f"{options.run}, step {found['step']}: {found['images']:,} test images, nats per image")
     for name, says in _MEASURES.items():
@@ -388,7 +394,7 @@ def _figures(options: argparse.Namespace) -> None:
     data = load_run_data(config)
     warn_of_other_data(options.run, config, data)
     params = load(options.run, "best" if options.best else "latest", **own)
-    for path in drawing.draw(options.run, data, params, options.format):
+    for path in drawing.draw(options.run, config, data, params, options.format):
         print(path)
 
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from jaxvae.data.dataset import Dataset, Images, split_every_tenth
+from jaxvae.components import imported, is_dotted_path
+from jaxvae.data.dataset import Dataset, Images, as_images, split_every_tenth
 from jaxvae.data.records import Records
 from jaxvae.errors import InputError
 
-__all__ = ["Dataset", "Images", "load_data", "load_dataset"]
+__all__ = ["Dataset", "Images", "as_dataset", "load_data", "load_dataset"]
 
 
 def load_data(
@@ -59,6 +60,9 @@ def load_dataset(
         return _checked(data, name)
     from jaxvae.data import files
 
+    if is_dotted_path(name) and not Path(name).exists():
+        made = imported("data", name)
+        return as_dataset(made() if callable(made) else made, name)
     try:
         with warnings.catch_warnings():
             # Pillow and NumPy warn of what is odd in a file, and then read it or refuse it.
@@ -68,6 +72,28 @@ def load_dataset(
         raise InputError(f"{name} cannot be read: {error.strerror}") from None
     except MemoryError:
         raise InputError(f"{name} does not fit into memory: expected fewer images") from None
+
+
+def as_dataset(data: Any, name: str = "the data") -> Dataset:
+    """Return arrays, or a pair of them, as a checked data set.
+
+    Args:
+      data: a Dataset; training and test images; or images, of which every tenth is held out.
+      name: what a message calls them.
+
+    Raises:
+      InputError: they are not images.
+    """
+    if not isinstance(data, Dataset):
+        parts = data if isinstance(data, tuple | list) and len(data) == 2 else (data,)
+        try:
+            images = [as_images(np.asarray(part), name) for part in parts]
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{name} cannot be read as an array: {error}") from None
+        data = split_every_tenth(images[0], None)
+        if len(images) == 2:
+            data = Dataset(images[0], None, images[1], None)
+    return _checked(data, name)
 
 
 def _mnist_5k() -> Dataset:

@@ -60,24 +60,24 @@ def devices_for(items: int, least: int = _LEAST) -> jax.sharding.Mesh:
     return jax.make_mesh((len(chosen),), (AXIS,), (kind,), devices=chosen)
 
 
-def everywhere(mesh: jax.sharding.Mesh) -> jax.NamedSharding:
+def replicated(mesh: jax.sharding.Mesh) -> jax.NamedSharding:
     """The whole of an array on every device."""
     return jax.NamedSharding(mesh, jax.P())
 
 
-def placement(tree: Any, mesh: jax.sharding.Mesh, divide: bool = False) -> Any:
-    """Where each array of a tree lies: everywhere, or as `divided` says."""
-    if divide:
-        return jax.tree.map(partial(jax.NamedSharding, mesh), divided(tree, mesh))
-    return jax.tree.map(lambda _: everywhere(mesh), tree)
+def placement(tree: Any, mesh: jax.sharding.Mesh, fsdp: bool = False) -> Any:
+    """Where each array of a tree lies: everywhere, or as `fsdp_specs` says."""
+    if fsdp:
+        return jax.tree.map(partial(jax.NamedSharding, mesh), fsdp_specs(tree, mesh))
+    return jax.tree.map(lambda _: replicated(mesh), tree)
 
 
-def lay_out(tree: Any, mesh: jax.sharding.Mesh, divide: bool = False) -> Any:
+def shard(tree: Any, mesh: jax.sharding.Mesh, fsdp: bool = False) -> Any:
     """Arrays that every process has alike, laid out on the devices of all of them.
 
-    divide: as of `placement`.
+    fsdp: as of `placement`.
     """
-    shardings = placement(tree, mesh, divide)
+    shardings = placement(tree, mesh, fsdp)
     if jax.process_count() == 1:
         return jax.device_put(tree, shardings)
 
@@ -90,7 +90,7 @@ def lay_out(tree: Any, mesh: jax.sharding.Mesh, divide: bool = False) -> Any:
 
 
 def whole(tree: Any, mesh: jax.sharding.Mesh) -> Any:
-    """What `lay_out` has laid out, on the first device of this process."""
+    """What `shard` has laid out, on the first device of this process."""
     if jax.process_count() == 1:
         return jax.device_put(tree, jax.local_devices()[0])
     keys = jax.tree.map(_is_key, tree)
@@ -98,7 +98,7 @@ def whole(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     def gather(tree: Any) -> Any:
         return jax.tree.map(lambda x, key: jax.random.key_data(x) if key else x, tree, keys)
 
-    numbers = jax.jit(gather, out_shardings=everywhere(mesh))(tree)
+    numbers = jax.jit(gather, out_shardings=replicated(mesh))(tree)
     return _as_keys(jax.tree.map(lambda x: x.addressable_data(0), numbers), keys)
 
 
@@ -127,7 +127,7 @@ def share(
       f: `train_epoch`, `evaluate` or another function that takes an `axis_name`.
       mesh: from `devices_for`.
       donate_argnums: arguments of f whose memory its results may take over.
-      in_specs, out_specs: how its arguments and results lie, where that is not `everywhere`.
+      in_specs, out_specs: how its arguments and results lie, where that is not `replicated`.
     Returns:
       f without its `axis_name`. On a CPU it returns when the result is there: the devices wait for
       each other inside a computation, and a second one begun meanwhile could take the threads
@@ -146,7 +146,7 @@ def share(
     return lambda *arguments: jax.block_until_ready(compiled(*arguments))
 
 
-def divided(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+def fsdp_specs(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     """How to lay arrays out so that every device holds an equal part of each: PartitionSpecs.
 
     An array is cut along its longest axis that divides by the number of devices; small ones, and

@@ -20,8 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
 
+from jaxvae.components import is_dotted_path
 from jaxvae.devices.processes import all_agree, is_first
 from jaxvae.devices.sharding import placement
 from jaxvae.errors import Damaged, InputError, TrainingFailed
@@ -31,6 +34,7 @@ from jaxvae.runs.files import NewerVersion, aside, cannot_write, is_number, unma
 from jaxvae.storage import is_part, own_folder, read_bytes, refuse_links, regular, write_whole
 from jaxvae.training.config import TrainConfig
 from jaxvae.training.state import TrainState, create_train_state
+from jaxvae.validation import as_key
 
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
@@ -47,8 +51,10 @@ def save(run_dir: str | Path, state: TrainState) -> None:
     """Write a checkpoint of `state` into a run directory, and wait until it is whole.
 
     Raises InputError if the directory already holds a checkpoint of this step or cannot be
-    written.
+    written, or if the state has other arrays than its configurations say, with which they could
+    not be read again.
     """
+    _expect_restorable(state)
     try:
         with open_checkpoints(run_dir) as checkpoints:
             if int(state.step) in checkpoints.all_steps():
@@ -67,23 +73,72 @@ def restore(
     network: Any = None,
     *,
     mesh: jax.sharding.Mesh | None = None,
-    divide: bool = False,
+    fsdp: bool = False,
+    **own: Any,
 ) -> TrainState:
-    """The training state of a run directory, to go on from.
+    """Return the training state of a run directory, its arrays of the types saved.
 
     Where the one that is asked for is damaged, the newest whole one, or the best one, takes its
     place, and a warning of the category `jaxvae.errors.Damaged` says so.
 
     Args:
+      run_dir: the run directory.
       which: "latest", "best" by test ELBO, or the number of steps taken.
-      network: the modules (encoder, decoder), where the model was given some of its own.
-      mesh: the devices to lay it out on, whatever it was saved from; by default the first one.
-      divide: as of `jaxvae.devices.sharding.lay_out`.
+      network: the modules (encoder, decoder), where the model has some of the user's own.
+      mesh: the devices to put it on, whatever it was saved from; by default the first one.
+      fsdp: as of `jaxvae.devices.sharding.shard`.
+      own: other components of the user's own that the run was trained with, by the name of
+        their field: `prior=Laplace(2)`, `optimizer=...`.
+
+    Returns:
+      The state.
+
     Raises:
       InputError: the directory holds no checkpoint, none of that step or none that is whole; a
-        newer version made it; the model has modules of its own and they are not handed over, or
-        others are.
+        newer version made it; it was made with components of the user's own and they are not
+        handed over, or others are; it holds 64-bit arrays, and JAX has 64-bit types disabled.
     """
+    return _restore(run_dir, which, network, own, mesh, fsdp, to_train=True)
+
+
+def load(run_dir: str | Path, which: Which = "latest", network: Any = None, **own: Any) -> Params:
+    """Return the model of a run directory: its averaged parameters, where the run keeps some.
+
+    Args:
+      run_dir: the run directory.
+      which: "latest", or "best" by test ELBO.
+      network: the modules (encoder, decoder), where the model has some of the user's own.
+      own: other components of the user's own that the model was made with, by the name of their
+        field; those of the training are not needed.
+
+    Returns:
+      The parameters.
+
+    Raises:
+      InputError: as of `restore`.
+    """
+    return load_with_step(run_dir, which, network, **own)[0]
+
+
+def load_with_step(
+    run_dir: str | Path, which: Which = "latest", network: Any = None, **own: Any
+) -> tuple[Params, int]:
+    """Return what `load` does, and the number of steps that these parameters were trained for."""
+    state = _restore(run_dir, which, network, own, None, False, to_train=False)
+    return state.eval_params, int(state.step)
+
+
+def _restore(
+    run_dir: str | Path,
+    which: Which | int,
+    network: Any,
+    own: Mapping[str, Any],
+    mesh: jax.sharding.Mesh | None,
+    fsdp: bool,
+    *,
+    to_train: bool,
+) -> TrainState:
+    own = dict(own) if network is None else {**own, "network": network}
     for left in reversed(range(_TRIES)):
         step = which if isinstance(which, int) else newest_whole(run_dir, which)
         held = steps_of(run_dir)
@@ -99,24 +154,12 @@ def restore(
                 raise InputError(f"{run_dir} holds no checkpoint of step {step}, only of {shown}")
             if fault := _fault(folder):
                 raise InputError(f"{run_dir}: the checkpoint of step {step} is damaged: {fault}")
-            return _read(folder, network, mesh, divide)
+            return _read(folder, own, mesh, fsdp, to_train)
         except (InputError, OSError, ValueError):
-            # A training that goes on meanwhile deletes its older checkpoints.
+            # A training that runs meanwhile deletes its older checkpoints.
             if not left or isinstance(which, int) or not _has_moved_on(run_dir, held):
                 raise
     raise AssertionError
-
-
-def load(run_dir: str | Path, which: Which = "latest", network: Any = None) -> Params:
-    """The model of a run directory.
-
-    Args:
-      which: "latest", or "best" by test ELBO.
-      network: the modules (encoder, decoder), where the model was given some of its own.
-    Raises:
-      InputError: as of `restore`.
-    """
-    return restore(run_dir, which, network).params
 
 
 def steps_of(run_dir: str | Path) -> list[int]:
@@ -221,6 +264,7 @@ def write(
         "model": state.params.config.to_dict(),
         "train": state.config.to_dict(),
         "begun": [dict(begun[0]), begun[1]],
+        "key": str(jax.random.key_impl(state.key)),
     }
     step, run_dir = int(state.step), Path(checkpoints.directory).parent
     args = ocp.args.Composite(
@@ -275,25 +319,41 @@ def _told(folder: Path) -> dict[str, Any]:
     return {**saved, "begun": begun}
 
 
-def _read(folder: Path, network: Any, mesh: jax.sharding.Mesh | None, divide: bool) -> TrainState:
+def _read(
+    folder: Path,
+    own: Mapping[str, Any],
+    mesh: jax.sharding.Mesh | None,
+    fsdp: bool,
+    to_train: bool,
+) -> TrainState:
+    """Read a checkpoint; unless it is `to_train`, the optimizer's state is left as it is stored."""
     import orbax.checkpoint as ocp
 
-    saved = _told(folder)
-    own = {} if network is None else {"network": network}
-    model = ModelConfig.from_dict(saved["model"] | own)
-    train = TrainConfig.from_dict(saved["train"])
+    saved = told(folder.parents[1], int(folder.name))
+    of = {kind: {n: own[n] for n in own if n in kind._registries}
+          for kind in (ModelConfig, TrainConfig)}  # fmt: skip
+    model = ModelConfig.from_dict(saved["model"], **of[ModelConfig])
+    fields = saved["train"]
+    if not to_train:
+        fields = {name: value for name, value in fields.items() if not is_dotted_path(value)}
+    train = TrainConfig.from_dict(fields, **of[TrainConfig])
     like = jax.eval_shape(lambda: create_train_state(jax.random.key(0), model, train))
-    abstract = _placed(jax.eval_shape(_to_tree, like), mesh, divide)
+    expected = jax.eval_shape(_to_tree, like)
     try:
-        if network is not None:
-            # Looked at beforehand: Orbax tells of another shape only in the midst of reading.
-            stored = ocp.StandardCheckpointHandler().metadata(_literal(folder / "state")).tree
-            if any(_shapes(stored[n]) != _shapes(abstract[n]) for n in ("encoder", "decoder")):
-                raise InputError(
-                    f"{folder.parents[1]} holds other parameters than those of `network`: expected "
-                    "the modules that the model was made with"
-                )
-        return _from_tree(_restored(folder, abstract), like)
+        # Looked at beforehand: Orbax tells of another shape only in the midst of reading.
+        metadata = ocp.StandardCheckpointHandler().metadata(_literal(folder / "state")).tree
+        stored = _arrays(metadata)
+        before = "flow" in metadata  # as version 0.1 called it
+        if before:
+            expected["flow"] = expected.pop("posterior")
+        if not to_train:
+            expected["opt_state"] = list(metadata["opt_state"])
+        _expect_stored(folder, stored, _arrays(expected), own)
+        abstract = tree_map_with_path(lambda path, _: stored[keystr(path)], expected)
+        tree = _restored(folder, _placed(abstract, mesh, fsdp))
+        if before:
+            tree["posterior"] = tree.pop("flow")
+        return _from_tree(tree, like, saved.get("key"), to_train)
     except (InputError, MemoryError):
         raise
     except Exception as error:  # of any kind, as the files may hold anything
@@ -357,6 +417,74 @@ def _literal_path() -> type:
 
 def _literal(path: Path) -> Any:
     return _literal_path()(path)
+
+
+def _expect_stored(
+    folder: Path,
+    stored: Mapping[str, jax.ShapeDtypeStruct],
+    expected: Mapping[str, jax.ShapeDtypeStruct],
+    own: Mapping[str, Any],
+) -> None:
+    """Raise InputError unless a checkpoint has the arrays of its model, of types that JAX holds."""
+    # A key of another implementation than by default has another shape.
+    if name := _differs(stored, expected, ("['key']",)):
+        if "network" in own and name.startswith(("['encoder']", "['decoder']")):
+            raise InputError(
+                f"{folder.parents[1]} holds other parameters than those of `network`: expected "
+                "the modules that the model was made with"
+            )
+        raise InputError(
+            f"{folder} has {_told_of(stored, name)}: expected {_told_of(expected, name)}, as of "
+            "its configuration"
+        )
+    for array in stored.values():
+        if jnp.asarray(np.zeros((), array.dtype)).dtype != array.dtype:
+            raise InputError(
+                f"{folder} holds arrays of {array.dtype}, and JAX has 64-bit types disabled: "
+                "enable them with JAX_ENABLE_X64=1 or "
+                "jax.config.update('jax_enable_x64', True)"
+            )
+
+
+def _expect_restorable(state: TrainState) -> None:
+    """Raise InputError unless a state has the arrays that its configurations say."""
+    if not isinstance(state, TrainState):
+        raise InputError("state: expected what `jaxvae.create_train_state` gives")
+    as_key(state.key)  # refuses several
+    model, train = state.params.config, state.config
+    like = jax.eval_shape(lambda: create_train_state(jax.random.key(0), model, train))
+    expected, found = _arrays(like), _arrays(state)
+    if name := _differs(found, expected, (".key",)):
+        raise InputError(
+            f"the state has {_told_of(found, name)}: expected {_told_of(expected, name)}, as of "
+            "`jaxvae.create_train_state` for its configurations (optimizer "
+            f"{train.specs()['optimizer']})"
+        )
+
+
+def _arrays(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the shapes and types of all arrays in a tree, by their places in it."""
+    return {
+        keystr(path): jax.ShapeDtypeStruct(np.shape(x), x.dtype)
+        for path, x in tree_leaves_with_path(tree)
+    }
+
+
+def _differs(
+    found: Mapping[str, jax.ShapeDtypeStruct],
+    expected: Mapping[str, jax.ShapeDtypeStruct],
+    but: tuple[str, ...],
+) -> str | None:
+    """Return the first place with an array of another shape, or with one in only one of two."""
+
+    def shapes(arrays: Mapping[str, jax.ShapeDtypeStruct]) -> set[tuple[str, tuple[int, ...]]]:
+        return {(name, x.shape) for name, x in arrays.items() if name not in but}
+
+    return min(shapes(found) ^ shapes(expected), default=(None,))[0]
+
+
+def _told_of(arrays: Mapping[str, jax.ShapeDtypeStruct], name: str) -> str:
+    return f"{name} of shape {arrays[name].shape}" if name in arrays else f"no {name}"
 
 
 def _seal(folder: Path) -> None:
@@ -426,7 +554,7 @@ def _elbo(folder: Path) -> float:
 def _elbo_of(metrics: Any) -> float:
     """The test ELBO, below all others where a checkpoint was saved without a measurement."""
     value = metrics.get("elbo") if isinstance(metrics, Mapping) else None
-    return float(value) if is_number(value) else -math.inf
+    return float(value) if is_number(value) else -math.inf  # type: ignore[arg-type]
 
 
 def _put_aside(folder: Path) -> None:
@@ -438,24 +566,28 @@ def _folder(run_dir: str | Path) -> Path:
 
 
 def _to_tree(state: TrainState) -> dict[str, Any]:
-    """A state as plain containers of arrays, which is what is stored."""
+    """Return a state as plain containers of arrays, which is what is stored."""
+    averaged = {} if state.ema is None else {"ema": _tree_of(state.ema)}
     return {
-        "encoder": state.params.encoder,
-        "decoder": state.params.decoder,
-        **_learned(state.params),
+        **_tree_of(state.params),
+        **averaged,
         "opt_state": jax.tree.leaves(state.opt_state),
         "step": state.step,
         "key": jax.random.key_data(state.key),
     }
 
 
-def _placed(tree: Any, mesh: jax.sharding.Mesh | None, divide: bool) -> Any:
+def _tree_of(params: Params) -> dict[str, Any]:
+    return {"encoder": params.encoder, "decoder": params.decoder, **_learned(params)}
+
+
+def _placed(tree: Any, mesh: jax.sharding.Mesh | None, fsdp: bool) -> Any:
     """The shapes of a tree with where its arrays are to lie."""
     if mesh is None:
         where = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shardings = jax.tree.map(lambda _: where, tree)
     else:
-        shardings = placement(tree, mesh, divide)
+        shardings = placement(tree, mesh, fsdp)
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         tree,
@@ -469,14 +601,18 @@ def _learned(params: Params) -> dict[str, Any]:
     return {name: part for name, part in parts.items() if part}
 
 
-def _from_tree(tree: dict[str, Any], like: TrainState) -> TrainState:
-    """The state whose arrays are in `tree`; `like` has its structure and configurations."""
-    opt_state = jax.tree.unflatten(jax.tree.structure(like.opt_state), tree["opt_state"])
-    learned = {name: tree[name] for name in _learned(like.params)}
-    params = Params(tree["encoder"], tree["decoder"], like.params.config, **learned)
-    key = jax.random.wrap_key_data(tree["key"])
-    return TrainState(params, opt_state, tree["step"], key, like.config)
+def _from_tree(
+    tree: dict[str, Any], like: TrainState, key_impl: str | None, to_train: bool
+) -> TrainState:
+    """Return the state whose arrays are in `tree`; `like` has its structure and configurations."""
+    opt_state = tree["opt_state"]
+    if to_train:
+        opt_state = jax.tree.unflatten(jax.tree.structure(like.opt_state), opt_state)
+    ema = None if like.ema is None else _params(tree["ema"], like.ema)
+    key = jax.random.wrap_key_data(tree["key"], impl=key_impl)
+    return TrainState(_params(tree, like.params), opt_state, tree["step"], key, like.config, ema)
 
 
-def _shapes(tree: Any) -> Any:
-    return jax.tree.map(lambda x: tuple(x.shape), tree)
+def _params(tree: dict[str, Any], like: Params) -> Params:
+    learned = {name: tree[name] for name in _learned(like)}
+    return Params(tree["encoder"], tree["decoder"], like.config, **learned)

@@ -16,6 +16,7 @@ from jaxvae.models.likelihoods import binarize
 from jaxvae.runs.config import DataRecord, RunConfig
 
 T = TypeVar("T")
+IN_PYTHON = "python"  # the name of data that were handed over as arrays
 _HASHED_WHOLE = 2**30  # bytes of images in memory, a second's work
 _HASHED_IMAGES = 256  # of those on disk, and of more in memory
 
@@ -26,7 +27,20 @@ def load_run_data(config: RunConfig) -> Dataset:
     With binarization, the test images are 0/1 pixels drawn once, the same ones in every run, and
     so are the training images where it is fixed.
     """
+    if config.data == IN_PYTHON:
+        raise InputError(
+            "the data of this run were handed over in Python: name a data set with --data"
+        )
     data = load_dataset(config.data, data_dir=config.data_dir, manual_dir=config.manual_dir)
+    return with_binarization(data, config)
+
+
+def with_binarization(data: Dataset, config: RunConfig) -> Dataset:
+    """Return a data set whose images are 0/1 pixels where the configuration says so.
+
+    Raises:
+      InputError: fixed binarization of images that are read from disk.
+    """
     kind = config.train.binarization
     train_key, test_key = binarization_keys()
     if kind == "fixed":
@@ -54,8 +68,7 @@ def describe(data: Dataset) -> DataRecord:
             digest.update(b"none")
             continue
         digest.update(f"{x.shape} {np.dtype(x.dtype).str}".encode())
-        in_memory = isinstance(x, np.ndarray)
-        if not in_memory or (x.ndim > 1 and x.nbytes > _HASHED_WHOLE):
+        if not isinstance(x, np.ndarray) or (x.ndim > 1 and x.nbytes > _HASHED_WHOLE):
             rows = np.linspace(0, len(x) - 1, min(len(x), _HASHED_IMAGES), dtype=int)
             x = x[rows]
         digest.update(np.ascontiguousarray(x).data)

@@ -117,9 +117,27 @@ def fitted(
     resume: bool,
     new_data: bool = False,
 ) -> RunConfig:
-    """The configuration with the shape of the images and `record`, or InputError as of `start`.
+    """Return the configuration with the shape of the images and `record`, as of `describe`.
 
-    record: what `describe` gives of the data.
+    Raises:
+      InputError: as of `start`.
+    """
+    before = config.model.image_shape
+    config = with_shape(config, data)
+    if resume and config.model.image_shape != before:
+        raise InputError(
+            f"{config.data} has images of shape {config.model.image_shape}, "
+            f"but {run_dir} was started with {before}"
+        )
+    seen = _seen(run_dir, config, record, new_data=new_data) if resume else (record,)
+    return replace(config, data_seen=seen)
+
+
+def with_shape(config: RunConfig, data: Dataset) -> RunConfig:
+    """Return the configuration with the shape of the images.
+
+    Raises:
+      InputError: labels that a conditional model cannot take, or fewer images than one batch.
     """
     height, width, channels = data.train_images.shape[1:]
     model = replace(config.model, image_shape=(height, width, channels))
@@ -133,18 +151,12 @@ def fitted(
                 f"{config.data} has {has}: expected classes from 0 to {model.num_classes - 1}, "
                 f"as num_classes is {model.num_classes}"
             )
-    if resume and model != config.model:
-        raise InputError(
-            f"{config.data} has images of shape {model.image_shape}, "
-            f"but {run_dir} was started with {config.model.image_shape}"
-        )
-    seen = _seen(run_dir, config, record, new_data=new_data) if resume else (record,)
     if config.train.batch_size > len(data.train_images):
         raise InputError(
             f"batch_size is {config.train.batch_size}: expected at most the number of "
             f"training images, {len(data.train_images)}"
         )
-    return replace(config, model=model, data_seen=seen)
+    return replace(config, model=model)
 
 
 def _seen(

@@ -30,13 +30,13 @@ _SHOWN = 8  # of the images of a batch; diverged.json has all of them
 class Watch:
     """Looks at what a training comes to.
 
-    run_dir: of the run, or of the sweep.
+    run_dir: of the run, or of the sweep; None: nothing is written.
     images, steps: of an epoch.
     models: the names of those that are stacked in the state, if they are.
     diverged: the positions in `models` of those that have diverged.
     """
 
-    run_dir: Path
+    run_dir: Path | None
     images: int
     steps: int
     models: tuple[str, ...] = ()
@@ -72,8 +72,8 @@ class Watch:
                 model,
                 {"step": taken + 1, "epoch": epoch + 1, "batch": batch + 1, "images": rows},
                 f"the loss {self._of(model)}is NaN or infinite at step {taken + 1} "
-                f"(epoch {epoch + 1}, batch {batch + 1}: training images {shown}; all in "
-                f"{self._folder(model) / DIVERGED})",
+                f"(epoch {epoch + 1}, batch {batch + 1}: "
+                f"training images {shown}{self._where(model)})",
             )
 
     def expect_numbers(self, state: TrainState, measured: Mapping[str, Any]) -> None:
@@ -101,9 +101,10 @@ class Watch:
     def _fail(self, model: int, record: dict[str, Any], message: str) -> None:
         if self.models:
             record["model"] = self.models[model]
-        if is_first():
+        folder = self._folder(model)
+        if folder is not None and is_first():
             with suppress(InputError):  # a disk that is full as well
-                write_json(self._folder(model) / DIVERGED, record)
+                write_json(folder / DIVERGED, record)
         message = f"{message}; {self._advice(model)}"
         if not self.models:
             raise TrainingFailed(message)
@@ -112,17 +113,22 @@ class Watch:
             raise TrainingFailed(f"{message}; none of the models is left")
         warnings.warn(f"{message}; the other models are trained on", Diverged, stacklevel=2)
 
-    def _folder(self, model: int) -> Path:
-        return self.run_dir / self.models[model] if self.models else self.run_dir
+    def _folder(self, model: int) -> Path | None:
+        return self.run_dir / self.models[model] if self.run_dir and self.models else self.run_dir
+
+    def _where(self, model: int) -> str:
+        folder = self._folder(model)
+        return f"; all in {folder / DIVERGED}" if folder else ""
 
     def _of(self, model: int) -> str:
         return f"of {self.models[model]} " if self.models else ""
 
     def _advice(self, model: int) -> str:
-        saved = steps_of(self._folder(model))
+        folder = self._folder(model)
+        saved = steps_of(folder) if folder else []
         good = f"the last good checkpoint is that of step {saved[-1]}" if saved else "none is saved"
         return (
-            f"{good}, in {self._folder(model)}; train anew with a lower --learning-rate, with "
+            f"{good}, in {folder}; train anew with a lower --learning-rate, with "
             "--clip-norm 1, or without these images"
         )
 

@@ -5,14 +5,16 @@ from pathlib import Path
 from jaxvae.data import Dataset
 from jaxvae.errors import InputError
 from jaxvae.models.vae import Params
-from jaxvae.runs.config import read_config, run_keys
+from jaxvae.runs.config import RunConfig, run_keys
 from jaxvae.runs.files import (
     read_metrics,
 )
 from jaxvae.storage import own_folder
 
 
-def draw(run_dir: Path, data: Dataset, params: Params, kind: str = "png") -> list[Path]:
+def draw(
+    run_dir: Path, config: RunConfig, data: Dataset, params: Params, kind: str = "png"
+) -> list[Path]:
     """Draw the figures of a run's model into its directory; returns their paths.
 
     kind: "png", "svg" or "pdf".
@@ -23,7 +25,7 @@ def draw(run_dir: Path, data: Dataset, params: Params, kind: str = "png") -> lis
     from jaxvae.figures import draw_all
     from jaxvae.figures.animation import draw_film
 
-    _, key = run_keys(read_config(run_dir))
+    _, key = run_keys(config)
     try:
         folder = own_folder(run_dir, "figures")
         paths = draw_all(folder, params, data, read_metrics(run_dir), key, kind)

@@ -9,13 +9,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxvae.devices.sharding import devices_for, everywhere, share
+from jaxvae.devices.sharding import devices_for, replicated, share
 from jaxvae.evaluation.evaluate import evaluate, examine, mean_log_likelihood
 from jaxvae.models.likelihoods import bits_per_dimension
-from jaxvae.runs.checkpoints import (
-    Which,
-    restore,
-)
+from jaxvae.runs.checkpoints import Which, load_with_step
 from jaxvae.runs.config import read_config, run_keys
 from jaxvae.runs.data import (
     binarization_keys,
@@ -55,11 +52,11 @@ def measure(
     if config.train.binarization == "dynamic":  # as the model has seen them
         train_images = binarized(binarization_keys()[0], train_images)
     data = data._replace(train_images=train_images)
-    state = restore(run_dir, which, **own)
+    params, step = load_with_step(run_dir, which, **own)
     _, key = run_keys(config)
     devices = devices_for(len(data.test_images))
     images = model_inputs(data.test_images, data.test_labels, config.model)
-    test = jax.device_put((state.eval_params, key, *images), everywhere(devices))
+    test = jax.device_put((params, key, *images), replicated(devices))
     terms = share(evaluate, devices)(*test)
     terms["log_p_x"] = share(partial(mean_log_likelihood, num_samples=num_samples), devices)(*test)
     del terms["loss"]
@@ -67,11 +64,11 @@ def measure(
         shape = config.model.image_shape
         terms["bits_per_dimension"] = bits_per_dimension(terms["log_p_x"], shape)
     record: dict[str, float | str] = {
-        "step": int(state.step),
+        "step": step,
         "images": len(data.test_images),
         "num_samples": num_samples,
         **{name: float(value) for name, value in terms.items()},
-        **examine(state.eval_params, key, data),
+        **examine(params, key, data),
         "seconds": round(time.perf_counter() - began, 1),
         "devices": f"{devices.size} x {devices.devices.flat[0].device_kind}",
     }

@@ -14,7 +14,7 @@ import numpy as np
 from jaxvae.components import is_dotted_path
 from jaxvae.data import Dataset
 from jaxvae.devices.processes import all_agree, is_first, preemption
-from jaxvae.devices.sharding import devices_for, divided, lay_out, share, whole
+from jaxvae.devices.sharding import devices_for, fsdp_specs, shard, share, whole
 from jaxvae.errors import Preempted
 from jaxvae.evaluation.evaluate import evaluate
 from jaxvae.models.vae import Params
@@ -155,8 +155,12 @@ def _following(
     with ExitStack() as stack:
         for follower in followers:
             follower.start(training)
-            stack.callback(lambda one=follower: one.end(last[0] if last else None))
+            stack.callback(_end, follower, last)
         yield last.append
+
+
+def _end(follower: Callback, last: list[Params]) -> None:
+    follower.end(last[0] if last else None)
 
 
 def train(
@@ -207,14 +211,12 @@ class _One:
         self._checkpoints = stack.enter_context(open_checkpoints(run_dir)) if run_dir else None
         self.begun: tuple[Sums, float] = ({}, 0.0)
         if saved is None or run_dir is None:
-            self.state = lay_out(first_state(train_key, config), self.mesh, config.fsdp)
+            self.state = shard(first_state(train_key, config), self.mesh, config.fsdp)
         else:
-            state = restore(
-                run_dir, saved, mesh=self.mesh, divide=config.fsdp, **components(config)
-            )
+            state = restore(run_dir, saved, mesh=self.mesh, fsdp=config.fsdp, **components(config))
             self.state = replace(state, config=config.train)
             self.begun = told(run_dir, saved)["begun"]
-        specs = divided(self.state, self.mesh) if config.fsdp else jax.P()
+        specs = fsdp_specs(self.state, self.mesh) if config.fsdp else jax.P()
         self.epoch_of = feed(images, labels, config.train, self.mesh, specs, workers=config.workers)
         if run_dir and is_first():
             with on_disk(run_dir):
@@ -269,9 +271,9 @@ def _measuring(
     parts: list[tuple[int, Callable[[Params], Metrics]]] = []
     if shared:
         mesh = devices_for(shared)
-        ours = lay_out(jax.tree.map(lambda x: x[:shared], examples), mesh)
+        ours = shard(jax.tree.map(lambda x: x[:shared], examples), mesh)
         on_all = share(evaluate, mesh)
-        parts.append((shared, lambda params: on_all(lay_out(params, mesh), *ours)))
+        parts.append((shared, lambda params: on_all(shard(params, mesh), *ours)))
     if shared < count:
         rest = jax.tree.map(lambda x: x[shared:], examples)
         parts.append((count - shared, lambda params: evaluate(params, *rest)))

@@ -26,7 +26,7 @@ import optax
 
 from jaxvae.data import Dataset
 from jaxvae.devices.convolution import backend, in_blocks
-from jaxvae.devices.sharding import AXIS, devices_for, everywhere, share
+from jaxvae.devices.sharding import AXIS, devices_for, replicated, share
 from jaxvae.errors import InputError, TrainingFailed
 from jaxvae.evaluation.evaluate import evaluate
 from jaxvae.models.vae import Params
@@ -221,7 +221,9 @@ class _Many:
     def __init__(
         self, run_dir: Path, models: Mapping[str, RunConfig], data: Dataset, stack: ExitStack
     ) -> None:
-        self.run_dir, self.data, self.models = run_dir, data, len(models)
+        self.run_dir: Path | None = run_dir
+        self._run_dir = run_dir
+        self.data, self.models = data, len(models)
         self._folders = [run_dir / name for name in models]
         self._configs = list(models.values())
         self.config = self._configs[0]
@@ -236,7 +238,7 @@ class _Many:
                 model_inputs(data.train_images, data.train_labels, model),
                 model_inputs(data.test_images, data.test_labels, model),
             ),
-            everywhere(devices),
+            replicated(devices),
         )
         shared = self.config.train
         hyper = {
@@ -295,8 +297,8 @@ class _Many:
             "seconds": seconds,
             "models": {self.watch.models[i]: line for i, line in ours.items()},
         }
-        with on_disk(self.run_dir):
-            append_history(self.run_dir, record)
+        with on_disk(self._run_dir):
+            append_history(self._run_dir, record)
             for i, line in ours.items():
                 append_history(self._folders[i], {**about, **line, "seconds": seconds})
         return record

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from jaxvae.data import Images
-from jaxvae.devices.sharding import AXIS, lay_out, share
+from jaxvae.devices.sharding import AXIS, shard, share
 from jaxvae.training.config import TrainConfig
 from jaxvae.training.state import TrainState
 from jaxvae.training.step import Metrics, Objective, shuffle, train_portion, train_steps
@@ -79,7 +79,7 @@ def _resident(
         in_specs=(specs, rest, rest, rest, rest, rest),
         out_specs=(specs, rest),
     )
-    examples = lay_out((images, labels), mesh)
+    examples = shard((images, labels), mesh)
 
     def epoch(start: TrainState, first: int) -> Iterator[tuple[int, Advance]]:
         batches = shuffle(start, len(images))

@@ -49,7 +49,7 @@ def train_step(
       labels: [batch], their classes, where the model is conditional.
       axis_name: of the `pmap` whose devices share the batch, each holding its equal part in
         order; gradients and metrics are then averaged over it. The state's arrays may be parts
-        too, as `jaxvae.devices.sharding.divided` deals them out.
+        too, as `jaxvae.devices.sharding.fsdp_specs` deals them out.
       objective: what to minimise instead of the configuration's objective: a function of params,
         [batch] keys and images, and of labels where there are any, to a loss [batch] and the terms
         of an `Elbo`. It treats every image on its own.

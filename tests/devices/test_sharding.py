@@ -13,7 +13,7 @@ from jax.flatten_util import ravel_pytree
 
 import jaxvae
 from jaxvae.devices import sharding
-from jaxvae.devices.sharding import devices_for, divided, everywhere, lay_out, share, whole
+from jaxvae.devices.sharding import devices_for, fsdp_specs, replicated, shard, share, whole
 from jaxvae.evaluation.evaluate import evaluate
 
 
@@ -34,7 +34,7 @@ def test_an_epoch_shared_by_devices_is_the_epoch_of_one(compile_quickly):
 
     alone, metrics = jaxvae.train_epoch(fresh(), images)
     mesh = devices_for(32)
-    state, images = jax.device_put((fresh(), images), everywhere(mesh))
+    state, images = jax.device_put((fresh(), images), replicated(mesh))
     shared, shared_metrics = share(jaxvae.train_epoch, mesh, donate_argnums=(0,))(state, images)
 
     assert mesh.size == 4
@@ -50,7 +50,7 @@ def test_a_test_set_shared_by_devices_has_the_same_means(count, compile_quickly)
     params = jaxvae.init(jax.random.key(0), jaxvae.ModelConfig((6, 5, 1), 2))
     images = np.random.default_rng(0).random((count, 6, 5, 1), np.float32)
     mesh = devices_for(count)
-    arguments = jax.device_put((params, jax.random.key(1), images), everywhere(mesh))
+    arguments = jax.device_put((params, jax.random.key(1), images), replicated(mesh))
     shared = share(evaluate, mesh)(*arguments)
     for name, value in evaluate(params, jax.random.key(1), images).items():
         np.testing.assert_allclose(shared[name], value, rtol=1e-5)
@@ -107,15 +107,15 @@ def by_pmap(devices):
     return jax.tree.map(lambda x: x[-1], state)
 
 
-def by_jit(devices, divide=False):
+def by_jit(devices, fsdp=False):
     mesh = devices_for(64, least=64 // devices)
-    state = lay_out(fresh(), mesh, divide)
-    specs = divided(state, mesh) if divide else jax.P()
+    state = shard(fresh(), mesh, fsdp)
+    specs = fsdp_specs(state, mesh) if fsdp else jax.P()
     epoch = share(
         jaxvae.train_epoch, mesh, (0,), in_specs=(specs, jax.P()), out_specs=(specs, jax.P())
     )
-    state, _ = epoch(state, lay_out(IMAGES, mesh))
-    if divide and devices > 1:
+    state, _ = epoch(state, shard(IMAGES, mesh))
+    if fsdp and devices > 1:
         parts = [x for x in jax.tree.leaves(state.params) if not x.sharding.is_fully_replicated]
         held = sum(x.addressable_data(0).size for x in parts)
         assert held * devices == sum(x.size for x in parts)
@@ -130,7 +130,7 @@ def on_one_device(compile_quickly):
 
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])
 @pytest.mark.parametrize(
-    "train", [by_pmap, by_jit, partial(by_jit, divide=True)], ids=["pmap", "jit", "in parts"]
+    "train", [by_pmap, by_jit, partial(by_jit, fsdp=True)], ids=["pmap", "jit", "in parts"]
 )
 def test_twenty_steps_are_the_same_run_on_any_number_of_devices(
     train, devices, on_one_device, compile_quickly

@@ -10,7 +10,7 @@ import protocol
 from protocol import Timed
 
 import jaxvae
-from jaxvae.devices.sharding import AXIS, devices_for, everywhere, make_cores_devices, share
+from jaxvae.devices.sharding import AXIS, devices_for, make_cores_devices, replicated, share
 
 make_cores_devices()
 GPU = jax.default_backend() == "gpu"
@@ -75,7 +75,7 @@ def mapped(f, mesh, *in_specs, out_specs):
 
 
 def put(mesh, *arrays):
-    return jax.device_put(arrays, everywhere(mesh))
+    return jax.device_put(arrays, replicated(mesh))
 
 
 def put_rows(mesh, array):
