@@ -43,6 +43,7 @@ class Bernoulli(_Logits):
     """
 
     outputs_per_channel = 1
+    support = "binary"
 
     @property
     def mean(self) -> jax.Array:
@@ -83,6 +84,7 @@ class ContinuousBernoulli(_Logits):
     """
 
     outputs_per_channel = 1
+    support = "unit"
 
     @property
     def mean(self) -> jax.Array:
@@ -137,6 +139,7 @@ class GaussianPixels(_LocationScale):
     """
 
     outputs_per_channel = 1
+    support = "real"
 
     @staticmethod
     def init(channels: int) -> dict[str, jax.Array]:
@@ -184,6 +187,7 @@ class DiscretizedLogistic(_LocationScale):
     """
 
     outputs_per_channel = 2
+    support = "levels"
 
     @staticmethod
     def init(channels: int) -> dict[str, jax.Array]:

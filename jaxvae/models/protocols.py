@@ -102,9 +102,16 @@ class PosteriorFamily(Protocol):
 
 
 class LikelihoodFamily(Protocol):
-    """A choice of the likelihood: `ModelConfig(likelihood=...)`."""
+    """A choice of the likelihood: `ModelConfig(likelihood=...)`.
+
+    Attributes:
+      outputs_per_channel: numbers that the decoder returns for each channel of a pixel.
+      support: the values that pixels take: "binary" (0 and 1), "levels" (k / 255), "unit" (the
+        interval from 0 to 1) or "real".
+    """
 
     outputs_per_channel: int
+    support: str
 
     def init(self, channels: int) -> Learned:
         """Return the parameters that all pixels have in common."""

@@ -60,7 +60,7 @@ def measure(
     terms = share(evaluate, devices)(*test)
     terms["log_p_x"] = share(partial(mean_log_likelihood, num_samples=num_samples), devices)(*test)
     del terms["loss"]
-    if config.model.likelihood == "discretized_logistic":
+    if config.model.likelihood.support == "levels":
         shape = config.model.image_shape
         terms["bits_per_dimension"] = bits_per_dimension(terms["log_p_x"], shape)
     record: dict[str, float | str] = {

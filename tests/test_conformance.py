@@ -1,0 +1,242 @@
+"""What every registered component of a model keeps to: the contracts of `models.protocols`."""
+
+import json
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxvae
+from jaxvae.models.likelihoods import LIKELIHOODS
+from jaxvae.models.networks import NETWORKS
+from jaxvae.models.posteriors import POSTERIORS
+from jaxvae.models.priors import PRIORS
+from jaxvae.models.vae import prior
+from jaxvae.objectives import OBJECTIVES, WARMUPS
+from jaxvae.training.optimizer import SCHEDULES, rate_at
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+KEY = jax.random.key(3)
+SHAPE = (4, 4, 1)
+IMAGES = np.random.default_rng(0).integers(0, 256, (32, *SHAPE), np.uint8)
+SMALL = {"mixture": "mixture:components=3", "vamp": "vamp:components=3", "mlp": "mlp:width=8",
+         "residual": "residual:width=4", "spatial": "spatial:width=4",
+         "iaf": "iaf:steps=2,hidden=8"}  # fmt: skip
+
+
+def small(name):
+    return SMALL.get(name, name)
+
+
+def params_of(latent_dim=2, moved=0.3, image_shape=SHAPE, **fields):
+    """Parameters that are not the initial ones, as those may be special."""
+    config = jaxvae.ModelConfig(image_shape, latent_dim, **{"network": "mlp:width=8"} | fields)
+    params = jaxvae.init(KEY, config)
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(4), len(leaves))
+    noise = [moved * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(structure, [x + n for x, n in zip(leaves, noise, strict=True)])
+
+
+@pytest.mark.parametrize("name", list(PRIORS))
+def test_a_prior_is_a_density_and_its_samples_have_it(name):
+    params = params_of(latent_dim=1, prior=small(name))
+    z = jnp.linspace(-30, 30, 60_001)[:, None]
+    p = jnp.exp(prior(params).log_prob(z))
+    assert p.shape == (60_001,)
+    assert p.dtype == jnp.float32
+    assert jnp.trapezoid(p, z[:, 0]) == pytest.approx(1, abs=1e-4)
+    draws = prior(params).sample(KEY, 40_000)
+    assert draws.shape == (40_000, 1)
+    below = jnp.cumsum(p) * 1e-3
+    for quantile in (0.1, 0.5, 0.9):
+        at = jnp.interp(quantile, below, z[:, 0])
+        assert jnp.mean(draws < at) == pytest.approx(quantile, abs=0.01)
+
+
+@pytest.mark.parametrize("name", list(PRIORS))
+def test_a_prior_is_a_pytree_under_jit_vmap_and_grad(name):
+    params = params_of(prior=small(name))
+    z = jax.random.normal(KEY, (3, 5, 2))
+    log_p = jax.jit(lambda p, z: p.log_prob(z))(prior(params), z)
+    np.testing.assert_allclose(log_p, prior(params).log_prob(z), rtol=1e-5)
+    each = jax.vmap(jax.vmap(prior(params).log_prob))(z)
+    np.testing.assert_allclose(each, log_p, rtol=1e-4)
+    slope = jax.grad(lambda params: jnp.sum(prior(params).log_prob(z)))(params)
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(slope))
+    assert not params.prior or any(jnp.any(x != 0) for x in jax.tree.leaves(slope.prior))
+    if hasattr(prior(params), "marginal"):
+        one = prior(params).marginal(1)
+        grid = jnp.linspace(-20, 20, 4001)[:, None]
+        assert jnp.trapezoid(jnp.exp(one.log_prob(grid)), grid[:, 0]) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", list(POSTERIORS))
+def test_a_posterior_is_a_density_that_its_samples_have(name):
+    """By importance sampling: E_q[f(z) / q(z|x)] is the integral of f, here a density's, 1."""
+    params = params_of(latent_dim=1, moved=0.1, posterior=small(name))
+    image = jnp.asarray(IMAGES[:1])
+    keys = jax.random.split(KEY, 20_000)
+    many = jaxvae.encode(params, jnp.broadcast_to(image, (len(keys), *SHAPE)))
+    z, log_q = many.sample_and_log_prob(keys)
+    assert z.shape == (20_000, 1)
+    assert log_q.shape == (20_000,)
+    middle, spread = jnp.mean(z), 0.5 * jnp.std(z)
+    log_f = jax.scipy.stats.norm.logpdf(z[:, 0], middle, spread)
+    assert jnp.mean(jnp.exp(log_f - log_q)) == pytest.approx(1, abs=0.03)
+    assert many.center.shape == many.mean.shape == many.log_var.shape == (20_000, 1)
+
+
+@pytest.mark.parametrize("name", list(POSTERIORS))
+@pytest.mark.parametrize("of_prior", list(PRIORS))
+def test_an_exact_kl_is_the_mean_of_its_estimate(name, of_prior):
+    params = params_of(moved=0.1, posterior=small(name), prior=small(of_prior))
+    keys = jax.random.split(KEY, 20_000)
+    many = jaxvae.encode(params, np.broadcast_to(IMAGES[:1], (len(keys), *SHAPE)))
+    exact = many.kl(prior(params))
+    if exact is None:
+        return
+    z, log_q = many.sample_and_log_prob(keys)
+    estimate = log_q - prior(params).log_prob(z)
+    error = 5 * float(jnp.std(estimate)) / np.sqrt(len(keys))
+    assert float(exact[0]) == pytest.approx(float(jnp.mean(estimate)), abs=error)
+
+
+def support_of(family):
+    """The values of one pixel, and the weight of each in an integral."""
+    if family.support in ("binary", "levels"):
+        values = jnp.array([0.0, 1.0]) if family.support == "binary" else jnp.arange(256) / 255
+        return values, jnp.ones(len(values))
+    low, high = {"unit": (0, 1), "real": (-40, 40)}[family.support]
+    values = jnp.linspace(low, high, 40_001)
+    weights = jnp.full(len(values), (high - low) / 40_000)
+    return values, weights.at[jnp.array([0, -1])].mul(0.5)
+
+
+@pytest.mark.parametrize("name", list(LIKELIHOODS))
+def test_a_likelihood_is_normalised_and_its_mean_and_samples_have_it(name):
+    params = params_of(image_shape=(1, 1, 1), moved=1.0, likelihood=name)
+    values, weights = support_of(params.config.likelihood)
+    z = jnp.broadcast_to(jnp.array([[0.4, -0.7]]), (len(values), 2))
+    p_x = jaxvae.decode(params, z)
+    p = jnp.exp(p_x.log_prob(values[:, None, None, None])) * weights
+    assert p.dtype == jnp.float32
+    assert jnp.sum(p) == pytest.approx(1, abs=1e-3)
+    samples = p_x.sample(KEY).ravel()
+    error = 5 * float(jnp.std(samples)) / np.sqrt(len(samples)) + 1e-3
+    if len(samples) > 1000:
+        assert jnp.mean(samples) == pytest.approx(float(jnp.sum(p * values)), abs=error)
+    if name != "discretized_logistic":  # whose mean is the location, before it is rounded
+        assert p_x.mean[0].item() == pytest.approx(float(jnp.sum(p * values)), abs=1e-3)
+    assert p_x.mean.shape == p_x.sample(KEY).shape == (len(values), 1, 1, 1)
+
+
+@pytest.mark.parametrize("name", list(LIKELIHOODS))
+def test_a_likelihood_is_differentiable_under_jit_and_vmap(name):
+    params = params_of(likelihood=name)
+    z = jax.random.normal(KEY, (4, 2))
+
+    def log_p(params, z, images):
+        return jaxvae.decode(params, z).log_prob(images)
+
+    together = jax.jit(log_p)(params, z, IMAGES[:4])
+    assert together.shape == (4,)
+    each = jax.vmap(lambda z, x: log_p(params, z[None], x[None])[0])(z, jnp.asarray(IMAGES[:4]))
+    np.testing.assert_allclose(each, together, rtol=2e-5)
+    slope = jax.grad(lambda params: jnp.sum(log_p(params, z, IMAGES[:4])))(params)
+    for part in ("decoder", "likelihood"):
+        leaves = jax.tree.leaves(getattr(slope, part))
+        assert all(jnp.isfinite(x).all() and jnp.any(x != 0) for x in leaves)
+
+
+@pytest.mark.parametrize("num_classes", [0, 3])
+@pytest.mark.parametrize("name", list(NETWORKS))
+def test_a_network_has_the_shapes_of_its_model_and_treats_images_alone(name, num_classes):
+    params = params_of(4, image_shape=(8, 7, 2), network=small(name), num_classes=num_classes)
+    images = np.random.default_rng(1).integers(0, 256, (5, 8, 7, 2), np.uint8)
+    labels = (jnp.arange(5) % 3,) if num_classes else ()
+    together = jaxvae.encode(params, images, *labels)
+    alone = jaxvae.encode(params, images[3:4], *(x[3:4] for x in labels))
+    assert together.mean.shape == together.log_var.shape == (5, 4)
+    np.testing.assert_allclose(together.mean[3], alone.mean[0], rtol=1e-4, atol=1e-5)
+    means = jaxvae.decode(params, together.mean, *labels).mean
+    assert means.shape == images.shape
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize("of_prior", list(PRIORS))
+@pytest.mark.parametrize("name", list(OBJECTIVES))
+def test_an_objective_gives_a_loss_and_terms_and_a_gradient(name, of_prior):
+    params = params_of(prior=small(of_prior))
+    objective = OBJECTIVES.parse(name)
+
+    def loss(params, key):
+        loss, terms = objective(params, key, IMAGES, beta=0.7)
+        return jnp.mean(loss), (loss, terms)
+
+    slope, (losses, terms) = jax.jit(jax.grad(loss, has_aux=True))(params, KEY)
+    assert losses.shape == terms.value.shape == (32,)
+    np.testing.assert_allclose(terms.value, terms.log_likelihood - terms.kl, rtol=1e-5)
+    for part in ("encoder", "decoder", "prior"):
+        leaves = jax.tree.leaves(getattr(slope, part))
+        assert all(jnp.isfinite(x).all() for x in leaves)
+        assert not leaves or any(jnp.any(x != 0) for x in leaves)
+    keys = jax.random.split(KEY, 2)
+    both, _ = jax.vmap(loss, (None, 0))(params, keys)
+    assert both[1] == pytest.approx(float(loss(params, keys[1])[0]), rel=1e-4)
+    assert isinstance(objective.across_batch, bool)
+    assert objective.num_samples >= 1
+
+
+@pytest.mark.parametrize("name", list(WARMUPS))
+def test_a_warmup_ends_at_beta_and_never_exceeds_it(name):
+    warmup = WARMUPS.parse(name if name == "none" else f"{name}:steps=10")
+    betas = jnp.stack([jnp.float32(warmup(2.0, jnp.int32(step))) for step in range(41)])
+    assert betas.max() == 2
+    assert betas.min() >= 0
+    assert name == "none" or betas[0] == 0
+
+
+@pytest.mark.parametrize("name", ["constant", "cosine", "burda"])
+def test_a_schedule_starts_at_the_learning_rate_and_never_exceeds_it(name):
+    schedule = SCHEDULES.parse(name)
+    rates = [float(rate_at(schedule, 0.1, jnp.int32(step), 100)) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) <= 0.1 + 1e-7
+    assert min(rates) > 0
+
+
+KINDS = {"network": NETWORKS, "likelihood": LIKELIHOODS, "prior": PRIORS, "posterior": POSTERIORS}
+EVERY = [(kind, name) for kind, registry in KINDS.items() for name in registry]
+
+
+@pytest.mark.parametrize(("kind", "name"), EVERY)
+def test_a_component_survives_config_and_checkpoint_and_trains(kind, name, tmp_path):
+    fields = {"network": "mlp:width=8"} | {kind: small(name)}
+    config = jaxvae.ModelConfig(SHAPE, 4, **fields)
+    assert config.to_dict()[kind] == small(name)
+    assert jaxvae.ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert hash(jaxvae.ModelConfig.from_dict(config.to_dict())) == hash(config)
+    train = jaxvae.TrainConfig(batch_size=8, optimizer="adam")
+    state = jaxvae.create_train_state(KEY, config, train)
+    state, metrics = jaxvae.train_epoch(state, IMAGES)
+    assert all(jnp.isfinite(x) for x in metrics.values())
+    jaxvae.save(tmp_path, state)
+    again = jaxvae.restore(tmp_path)
+    assert again.config == train
+    for a, b in zip(jax.tree.leaves(again.params), jax.tree.leaves(state.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert jaxvae.sample(jaxvae.load(tmp_path), KEY, 2).shape == (2, *SHAPE)
+    assert replace(config, latent_dim=5) != config
+
+
+@pytest.mark.parametrize("name", list(OBJECTIVES))
+def test_an_objective_survives_config_and_trains(name):
+    config = jaxvae.TrainConfig(batch_size=8, objective=name)
+    assert jaxvae.TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    model = jaxvae.ModelConfig(SHAPE, 2, network="mlp:width=8")
+    _, metrics = jaxvae.train_epoch(jaxvae.create_train_state(KEY, model, config), IMAGES)
+    assert all(jnp.isfinite(x) for x in metrics.values())
