@@ -14,7 +14,7 @@ from typing import Any
 from jaxvae.cli.parser import FLAGS, completion_script, make_parser
 from jaxvae.devices.processes import pass_over_missing_tpu
 from jaxvae.devices.sharding import make_cores_devices
-from jaxvae.errors import Damaged, InputError, Preempted, TrainingFailed
+from jaxvae.errors import Converted, Damaged, InputError, Preempted, TrainingFailed
 
 _CACHE_BYTES = 2**30  # of compiled programs, kept between commands
 
@@ -27,6 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("once", Converted)
             warnings.simplefilter("once", Damaged)
             warnings.showwarning = _tell_damage(warnings.showwarning)
             _run(arguments)
@@ -71,10 +72,10 @@ def _run(arguments: list[str] | None) -> None:
 
 
 def _tell_damage(show: Any) -> Any:
-    """What shows warnings, but those of damage as a line."""
+    """What shows warnings, but those of the user's files as a line."""
 
     def shown(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
-        if issubclass(category, Damaged):
+        if issubclass(category, (Converted, Damaged)):
             print(f"jaxvae: {message}", file=sys.stderr)
         else:
             show(message, category, *where, **more)
