@@ -31,6 +31,10 @@ class Preempted(Exception):
     """
 
 
+class Converted(UserWarning):
+    """Pictures of a data set were scaled to 8 bits, composed on white or rotated."""
+
+
 class Damaged(UserWarning):
     """Something of a run directory is damaged and was passed over for an older whole one."""
 

@@ -16,6 +16,7 @@ from jaxvae.components import imported, is_dotted_path
 from jaxvae.devices.processes import pass_over_missing_tpu
 from jaxvae.devices.sharding import make_cores_devices
 from jaxvae.errors import (
+    Converted,
     Damaged,
     Diverged,
     InputError,
@@ -24,7 +25,7 @@ from jaxvae.errors import (
     TrainingFailed,
 )
 
-_TOLD = (Damaged, Diverged, OtherData)  # warnings that are shown as a line
+_TOLD = (Converted, Damaged, Diverged, OtherData)  # warnings that are shown as a line
 _BYTES_PER_SAMPLED = 24  # of memory, per pixel: the image and its copies on the way to a PNG
 _CACHE_BYTES = 2**30  # of compiled programs, kept between commands
 

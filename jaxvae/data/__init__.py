@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from jaxvae.components import imported, is_dotted_path
-from jaxvae.data.dataset import Dataset, Images, as_images, split_every_tenth
+from jaxvae.data.dataset import Dataset, Images, as_images, expect_labels, split_every_tenth
 from jaxvae.data.records import Records
-from jaxvae.errors import InputError
+from jaxvae.errors import Converted, InputError
 
 __all__ = ["Dataset", "Images", "as_dataset", "load_data", "load_dataset"]
 
@@ -35,7 +35,9 @@ def load_data(
     Returns:
       `train_images, test_images`; with labels `(train_images, train_labels), (test_images,
       test_labels)`, where labels are int64 [N], or None if the data has none. Images of an
-      .npz or .npy file of floats in [0, 1] stay float32.
+      .npz or .npy file of floats in [0, 1] stay float32. A warning of the category
+      `jaxvae.errors.Converted` says where pictures were scaled to 8 bits, composed on white, as
+      they are transparent, or rotated, as their EXIF orientation says.
     Raises:
       InputError: the data cannot be had or is not images.
     """
@@ -63,15 +65,20 @@ def load_dataset(
     if is_dotted_path(name) and not Path(name).exists():
         made = imported("data", name)
         return as_dataset(made() if callable(made) else made, name)
+    changes: set[str] = set()
     try:
         with warnings.catch_warnings():
             # Pillow and NumPy warn of what is odd in a file, and then read it or refuse it.
             warnings.simplefilter("ignore")
-            return _checked(files.load_path(Path(name)), name)
+            data = _checked(files.load_path(Path(name), changes), name)
     except OSError as error:
         raise InputError(f"{name} cannot be read: {error.strerror}") from None
     except MemoryError:
         raise InputError(f"{name} does not fit into memory: expected fewer images") from None
+    if changes:
+        text = f"{name} has pictures that were {'; and some that were '.join(sorted(changes))}"
+        warnings.warn(text, Converted, stacklevel=2)
+    return data
 
 
 def as_dataset(data: Any, name: str = "the data") -> Dataset:
@@ -115,11 +122,7 @@ def _checked(data: Dataset, name: str) -> Dataset:
             continue
         if not images.size:
             raise InputError(f"{name} has no {split} images: expected at least one")
-        if labels is not None and len(labels) != len(images):
-            raise InputError(
-                f"{name} has {len(images)} {split} images and {len(labels)} labels: "
-                "expected a label for each"
-            )
+        expect_labels(images, labels, f"{name} has", f"{split} ")
         if np.issubdtype(images.dtype, np.floating):
             if not np.isfinite(images).all():
                 bad = int(np.argmin(np.isfinite(images).all(axis=(1, 2, 3))))

@@ -56,7 +56,27 @@ def as_images(array: np.ndarray, name: object) -> np.ndarray:
         )
     if not array.size:  # before anything is made for each of its rows, which may be many
         raise InputError(f"{name} holds no images, but an array of shape {array.shape}")
+    if array.ndim == 4:
+        expect_channels_last(array.shape[1:], name)
     return array if array.ndim == 4 else array[..., None]
+
+
+def expect_channels_last(shape: tuple[int, ...], name: object) -> None:
+    """Raise InputError if an image of this shape begins with what look like its channels."""
+    if shape[0] in (1, 3, 4) and min(shape[1:]) > 4:
+        raise InputError(
+            f"{name} holds images of shape {shape}, whose channels seem to come first: expected "
+            "(height, width, channels), as numpy.moveaxis(images, -3, -1) gives"
+        )
+
+
+def expect_labels(images: Images, labels: np.ndarray | None, subject: str, split: str = "") -> None:
+    """Raise InputError unless there is a label for each image, or none at all."""
+    if labels is not None and len(labels) != len(images):
+        raise InputError(
+            f"{subject} {len(images)} {split}images and {len(labels)} labels: "
+            "expected a label for each"
+        )
 
 
 def as_labels(array: np.ndarray, name: object) -> np.ndarray:

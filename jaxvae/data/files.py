@@ -1,22 +1,30 @@
 """Images from files: IDX, NumPy arrays, and folders of pictures."""
 
 import gzip
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from jaxvae.data.arrays import expect_memory, read_idx, read_npy, read_npz, reading
-from jaxvae.data.dataset import Dataset, as_images, as_labels, split_every_tenth
+from jaxvae.data.dataset import Dataset, as_images, as_labels, expect_labels, split_every_tenth
 from jaxvae.data.pictures import FORMATS, read_picture
 from jaxvae.errors import InputError
 
 _KERAS = ("x_train", "y_train", "x_test", "y_test")
 _SPLITS = {"train": ("train",), "test": ("t10k", "test")}
+_IDX = re.compile(r"idx[134](-ubyte|(\.gz)?$)")
+# Folders of pictures that are splits, small and capital letters alike; the first held-out one
+# that is there is taken.
+_TRAIN = ("train", "training")
+_HELD_OUT = ("test", "testing", "val", "valid", "validation")
+_ENDS = frozenset[str]().union(*FORMATS.values())
 
 
-def load_path(path: Path) -> Dataset:
+def load_path(path: Path, changes: set[str]) -> Dataset:
     """The images of a file or folder.
 
     - an .npz file: `x_train`, `x_test` (and `y_train`, `y_test`), or `images` (and `labels`);
@@ -25,10 +33,15 @@ def load_path(path: Path) -> Dataset:
     - a folder of ArrayRecord files, train*.array_record* and test*.array_record*, whose records
       are PNG, JPEG or .npy files, with the labels in train_labels.npy and test_labels.npy: the
       training images stay on disk until they are needed;
-    - a folder of pictures, all of one size: `train/` and `test/` where there are such folders;
-      where pictures lie in folders of their own, these are the classes.
+    - a folder of pictures, all of one size: `train/` and `test/` (else `val/`) where there are
+      such folders, in small or capital letters; where pictures lie in folders of their own, these
+      are the classes, numbered in the order of their names, over both splits together. What is
+      hidden, with a name that begins with a dot, is passed over. Pictures become uint8 as
+      `read_picture` says.
 
     Every tenth image is held out where the source itself does not split.
+
+    changes: takes up what was done to pictures, as of `read_picture`.
 
     Any of them may come from a stranger: nothing is unpickled, unpacked or executed, and memory is
     taken only for what is there.
@@ -43,7 +56,7 @@ def load_path(path: Path) -> Dataset:
             "or the path of an .npz, .npy or IDX file or of a folder of images"
         )
     if path.is_dir():
-        return _load_folder(path)
+        return _load_folder(path, changes)
     if not path.is_file():
         raise InputError(f"{path} is neither a file nor a folder: expected one of them")
     if path.suffix in (".npz", ".npy"):
@@ -67,19 +80,22 @@ def _load_numpy(path: Path) -> Dataset:
             labels.get("y_test"),
         )
     if "images" in arrays:
-        return split_every_tenth(as_images(arrays["images"], path), labels.get("labels"))
+        images = as_images(arrays["images"], path)
+        expect_labels(images, labels.get("labels"), f"{path} has")
+        return split_every_tenth(images, labels.get("labels"))
     raise InputError(
         f"{path} holds {', '.join(sorted(arrays))}: expected arrays named "
         "x_train and x_test, or images"
     )
 
 
-def _load_folder(folder: Path) -> Dataset:
-    if _files(folder.glob("*.array_record*")):
-        return _load_records(folder)
-    files = [file for file in _files(folder.iterdir()) if "idx" in file.name]
+def _load_folder(folder: Path, changes: set[str]) -> Dataset:
+    if _files(folder, "*.array_record*"):
+        return _load_records(folder, changes)
+    files = [file for file in _files(folder, "*") if _IDX.search(file.name)]
+    files = [file for file in files if file.suffix.lower() not in _ENDS]
     if not files:
-        return _load_pictures(folder)
+        return _load_pictures(folder, changes)
 
     def find(split: str, rank: int) -> Path | None:
         names = [file for file in files if f"idx{rank}" in file.name]
@@ -97,15 +113,15 @@ def _load_folder(folder: Path) -> Dataset:
     return Dataset(*parts)
 
 
-def _load_records(folder: Path) -> Dataset:
+def _load_records(folder: Path, changes: set[str]) -> Dataset:
     from jaxvae.data.records import array_records
 
     parts: list[Any] = []
     for split in ("train", "test"):
-        files = _files(folder.glob(f"{split}*.array_record*"))
+        files = _files(folder, f"{split}*.array_record*")
         if not files:
             raise InputError(f"{folder} has no {split} images: expected {split}*.array_record")
-        images = array_records(files)
+        images = array_records(files, changes)
         parts.append(images if split == "train" else images[:])
         path = folder / f"{split}_labels.npy"
         labels = as_labels(_read(path, read_npy), path) if path.is_file() else None
@@ -129,37 +145,74 @@ def _read_idx(path: Path) -> np.ndarray:
         return read_idx(file)  # type: ignore[arg-type]
 
 
-def _load_pictures(folder: Path) -> Dataset:
-    train, test = folder / "train", folder / "test"
-    if train.is_dir() and test.is_dir():
-        return Dataset(*_read_pictures(train), *_read_pictures(test))
-    return split_every_tenth(*_read_pictures(folder))
+def _load_pictures(folder: Path, changes: set[str]) -> Dataset:
+    train, test = _split(folder, _TRAIN), _split(folder, _HELD_OUT)
+    if train is None or test is None:
+        images, classes = _read_pictures(folder, changes)
+        return split_every_tenth(images, _numbered(classes, sorted({*classes})))
+    train_images, train_classes = _read_pictures(train, changes)
+    test_images, test_classes = _read_pictures(test, changes)
+    names = sorted({*train_classes, *test_classes})  # one numbering for both
+    return Dataset(
+        train_images,
+        _numbered(train_classes, names),
+        test_images,
+        _numbered(test_classes, names),
+    )
 
 
-def _read_pictures(folder: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """The pictures under a folder, in order of their paths, and their classes if any."""
-    ends = set().union(*FORMATS.values())
-    files = [file for file in _files(folder.rglob("*")) if file.suffix.lower() in ends]
+def _split(folder: Path, names: tuple[str, ...]) -> Path | None:
+    """The folder in a folder that is called by the first of the names that is there."""
+    there = [path for path in folder.iterdir() if path.is_dir()]
+    for name in names:
+        found = sorted(path for path in there if path.name.lower() == name)
+        if len(found) > 1:
+            raise InputError(
+                f"{folder} holds {found[0].name} and {found[1].name}: expected one of them"
+            )
+        if found:
+            return found[0]
+    return None
+
+
+def _read_pictures(folder: Path, changes: set[str]) -> tuple[np.ndarray, list[Path]]:
+    """The pictures under a folder, in order of their paths, and the class of each.
+
+    Their classes are the folders they lie in below this one; none if all lie in this one.
+    """
+    files = [file for file in _files(folder, "**/*") if file.suffix.lower() in _ENDS]
     if not files:
         raise InputError(f"{folder} holds no images: expected IDX files, or PNG or JPEG pictures")
-    first = _read(files[0], read_picture)
+    decode = partial(read_picture, changes=changes)
+    first = _read(files[0], decode)
     with reading(folder):
         expect_memory(len(files) * first.nbytes)
         images = np.empty((len(files), *first.shape), np.uint8)
     for i, file in enumerate(files):
-        image = _read(file, read_picture)
+        image = _read(file, decode)
         if image.shape != first.shape:
             raise InputError(
                 f"{file} has shape {image.shape}, {files[0]} {first.shape}: "
                 "expected pictures of one size; resize them first"
             )
         images[i] = image
-    classes = sorted({file.parent for file in files})
-    index = {parent: i for i, parent in enumerate(classes)}
-    labels = np.array([index[file.parent] for file in files]) if len(classes) > 1 else None
-    return images, labels
+    classes = [file.parent.relative_to(folder) for file in files]
+    return images, classes if set(classes) != {Path()} else []
 
 
-def _files(paths: Iterable[Path]) -> list[Path]:
-    """In order, those that are files: of a pipe, for one, reading might never end."""
-    return sorted(path for path in paths if path.is_file())
+def _numbered(classes: list[Path], names: list[Path]) -> np.ndarray | None:
+    """The number of each picture's class among the names; None where nothing tells classes."""
+    if not classes or len(names) < 2:
+        return None
+    index = {name: i for i, name in enumerate(names)}
+    return np.array([index[name] for name in classes])
+
+
+def _files(folder: Path, pattern: str) -> list[Path]:
+    """In order, those that are files, and not hidden: of a pipe, reading might never end."""
+    paths = [path for path in folder.glob(pattern) if path.is_file()]
+    return sorted(
+        path
+        for path in paths
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )

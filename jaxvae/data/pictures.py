@@ -1,8 +1,13 @@
 """Pictures from files that may be anything: PNG, JPEG, ..."""
 
-from typing import BinaryIO
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 # What Pillow may take a file for, and the ends of names by which a folder's pictures are known.
 # Of its other formats, one has a program of the system draw the picture.
@@ -15,14 +20,22 @@ FORMATS = {
     "TIFF": (".tif", ".tiff"),
 }
 
+# What is done to pictures beyond taking their pixels: the user is told of it.
+SCALED_INTEGERS = "scaled from 16 bits to 8"
+SCALED_FLOATS = "scaled from floats to 8 bits"
+COMPOSED = "composed on white, as they are transparent"
+ROTATED = "rotated, as their EXIF orientation says"
+
 _MOST_PIXELS = 2**24
 _MOST_SCANS = 100  # of a progressive JPEG, each of which takes as long as the whole picture
+_ORIENTATION, _BITS, _PHOTOMETRIC = 274, 258, 262  # tags of EXIF and TIFF
 
 
-def read_picture(file: BinaryIO) -> np.ndarray:
-    """A picture, or the first of several: uint8 [height, width, 1 or 3].
+@contextmanager
+def open_picture(file: BinaryIO) -> Iterator["Image.Image"]:
+    """Open a picture of one of FORMATS, of a size that is soon decoded.
 
-    Raises OSError, ValueError, or whatever else Pillow's decoders do.
+    Raises OSError, ValueError, or whatever else Pillow does.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -38,6 +51,96 @@ def read_picture(file: BinaryIO) -> np.ndarray:
             file.seek(0)
             if (scans := file.read().count(b"\xff\xda")) > _MOST_SCANS:
                 raise ValueError(f"it comes in {scans:,} scans: expected at most {_MOST_SCANS}")
-        grey = picture.mode.split(";")[0] in ("1", "L", "I", "F", "LA")
-        image = np.asarray(picture.convert("L" if grey else "RGB"))
+        yield picture
+
+
+def read_picture(file: BinaryIO, changes: set[str] | None = None) -> np.ndarray:
+    """Read a picture, or the first of several: uint8 [height, width, 1 or 3].
+
+    Integers of 16 bits and floats from 0 to 1 are scaled to 8 bits, what is transparent is
+    composed on white, and the picture is rotated as its EXIF orientation says.
+
+    Args:
+      file: The picture's bytes.
+      changes: A set that takes up what was done of it: SCALED_INTEGERS, COMPOSED, ...
+
+    Raises:
+      OSError, ValueError, or whatever else Pillow's decoders do.
+    """
+    from PIL import Image
+
+    changes = set() if changes is None else changes
+    turns = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    }
+    with open_picture(file) as picture:
+        tags = {tag: getattr(picture, "tag_v2", {}).get(tag) for tag in (_BITS, _PHOTOMETRIC)}
+        if _orientation(picture) in turns:
+            changes.add(ROTATED)
+        picture.load()  # which rotates a TIFF, and forgets its orientation
+        turn = turns.get(_orientation(picture))
+        upright = picture if turn is None else picture.transpose(turn)
+        if upright.mode[0] in "IF":
+            image = _scaled(upright, tags, changes)
+        elif upright.has_transparency_data:
+            image = _composed(upright, changes)
+        else:
+            image = np.asarray(upright.convert("L" if upright.mode in ("1", "L") else "RGB"))
     return image if image.ndim == 3 else image[..., None]
+
+
+def _orientation(picture: "Image.Image") -> int | None:
+    try:
+        orientation = picture.getexif().get(_ORIENTATION)
+    except Exception:  # of damaged metadata, in which Pillow finds nearly any error
+        return None
+    return orientation if isinstance(orientation, int) else None
+
+
+def _composed(picture: "Image.Image", changes: set[str]) -> np.ndarray:
+    """Compose a picture of 8 bits with transparency on white."""
+    from PIL import Image
+
+    grey = picture.mode in ("1", "L", "LA", "La")
+    picture = picture.convert("RGBA")
+    if picture.getchannel("A").getextrema() != (255, 255):
+        changes.add(COMPOSED)
+    white = Image.new("RGBA", picture.size, "white")
+    return np.asarray(Image.alpha_composite(white, picture).convert("L" if grey else "RGB"))
+
+
+def _scaled(picture: "Image.Image", tags: dict[int, Any], changes: set[str]) -> np.ndarray:
+    """Scale a grey picture of more than 8 bits to 8.
+
+    tags: what a TIFF says of its number of bits, and 0 as _PHOTOMETRIC if its white is 0.
+    """
+    image = np.asarray(picture)
+    if picture.mode == "F":
+        if not (image.min() >= 0 and image.max() <= 1):  # nor with NaN
+            raise ValueError(
+                f"its pixels are floats from {image.min():g} to {image.max():g}: "
+                "expected 0 to 1; scale them first"
+            )
+        changes.add(SCALED_FLOATS)
+        levels = 1
+    elif picture.mode.startswith("I;16"):
+        changes.add(SCALED_INTEGERS)
+        levels = 2 ** (tags[_BITS] or (16,))[0] - 1
+    else:
+        raise ValueError(
+            "its pixels are integers of 32 bits, or with a sign: expected 8 or 16 bits, or floats "
+            "from 0 to 1; scale them first"
+        )
+    scaled = np.rint(image * (255 / levels)).astype(np.uint8)
+    if tags[_PHOTOMETRIC] == 0:  # which Pillow passes over in these modes
+        scaled = 255 - scaled
+    if (key := picture.info.get("transparency")) is not None:
+        changes.add(COMPOSED)
+        scaled[image == key] = 255
+    return scaled

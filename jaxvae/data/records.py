@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxvae.data.arrays import read_npy, reading
+from jaxvae.data.dataset import expect_channels_last
 from jaxvae.data.pictures import read_picture
 from jaxvae.errors import InputError
 
@@ -29,10 +30,11 @@ class Records:
         """
         self._name, self._source, self._decode = name, source, decode
         self._opened: Any = None
-        self._count = len(self._open())
+        with reading(name):
+            self._count = len(self._open())
         if not self._count:
             raise InputError(f"{name} has no images: expected at least one")
-        self.shape = (self._count, *self._image(self._open().__getitems__([0])[0], 0).shape)
+        self.shape = (self._count, *self._image(self._items([0])[0], 0).shape)
 
     def __len__(self) -> int:
         return self._count
@@ -41,7 +43,7 @@ class Records:
         if isinstance(rows, slice):
             rows = np.arange(len(self))[rows]
         images = np.empty((len(rows), *self.shape[1:]), self.dtype)
-        items = self._open().__getitems__([int(row) for row in rows])
+        items = self._items([int(row) for row in rows])
         for i, (row, item) in enumerate(zip(rows, items, strict=True)):
             image = self._image(item, row)
             if image.shape != self.shape[1:]:
@@ -61,6 +63,13 @@ class Records:
                 self._opened = self._source()
         return self._opened
 
+    def _items(self, rows: list[int]) -> Sequence[Any]:
+        with reading(self._name):
+            items = self._open().__getitems__(rows)
+            if len(items) != len(rows):
+                raise ValueError(f"it gave {len(items)} of {len(rows)} records")
+        return items
+
     def _image(self, item: Any, row: int) -> np.ndarray:
         with reading(f"image {row} of {self._name}"):
             image = self._decode(item)
@@ -69,13 +78,18 @@ class Records:
                 f"image {row} of {self._name} has shape {image.shape} and type {image.dtype}: "
                 "expected uint8 of (height, width) or (height, width, channels)"
             )
+        if image.ndim == 3:
+            expect_channels_last(image.shape, self._name)
         return image if image.ndim == 3 else image[..., None]
 
 
-def array_records(files: Sequence[Path]) -> Records:
-    """The images of ArrayRecord files, whose records are PNG, JPEG or .npy files as bytes."""
+def array_records(files: Sequence[Path], changes: set[str]) -> Records:
+    """The images of ArrayRecord files, whose records are PNG, JPEG or .npy files as bytes.
+
+    changes: as of `read_picture`, from the first image on.
+    """
     names = [str(file) for file in sorted(files)]
-    return Records(names[0], partial(_opened, names), _from_bytes)
+    return Records(names[0], partial(_opened, names), partial(_from_bytes, changes=changes))
 
 
 def _opened(names: list[str]) -> Any:
@@ -84,6 +98,6 @@ def _opened(names: list[str]) -> Any:
     return ArrayRecordDataSource(names)
 
 
-def _from_bytes(record: bytes) -> np.ndarray:
+def _from_bytes(record: bytes, changes: set[str]) -> np.ndarray:
     file = io.BytesIO(record)
-    return read_npy(file) if record.startswith(b"\x93NUMPY") else read_picture(file)
+    return read_npy(file) if record.startswith(b"\x93NUMPY") else read_picture(file, changes)

@@ -6,6 +6,7 @@ A data set is prepared once, by a child process, since only that needs TensorFlo
 import contextlib
 import functools
 import importlib.util
+import io
 import logging
 import operator
 import os
@@ -17,7 +18,8 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,7 +27,15 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from jaxvae.data.arrays import read_npy, read_npz, reading
-from jaxvae.data.dataset import Dataset, as_images, as_labels, split_every_tenth
+from jaxvae.data.dataset import (
+    Dataset,
+    as_images,
+    as_labels,
+    expect_channels_last,
+    expect_labels,
+    split_every_tenth,
+)
+from jaxvae.data.pictures import open_picture
 from jaxvae.data.records import Records
 from jaxvae.errors import InputError
 from jaxvae.storage import regular, write_whole
@@ -35,6 +45,8 @@ _PORTS = {"http": 80, "https": 443, "ftp": 21}
 _IN_MEMORY = 2**30  # bytes of training images; more stay on disk until they are needed
 _PATIENCE = 10.0  # seconds for a server to answer
 _EXPLAINED = 3  # exit code of a child whose last line says what was wrong
+_FEATURES = "tensorflow_datasets.core.features."  # the package of TFDS's own features
+_ONLY_OWN: ContextVar[bool] = ContextVar("only_own", default=False)
 
 PathLike = str | os.PathLike[str]
 
@@ -57,7 +69,7 @@ def load(
     Raises:
         InputError: The data set cannot be had, or is not one of uint8 images of one size.
     """
-    with _quiet():
+    with _quiet(), _own_features():
         builder = _builder(name, data_dir)
         if not builder.is_prepared():
             _prepare(builder, name, manual_dir)
@@ -84,6 +96,40 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
+@contextlib.contextmanager
+def _own_features() -> Iterator[None]:
+    """Refuse data sets whose features.json names other features than TFDS's own.
+
+    TFDS imports whatever module such a file names.
+    """
+    _guard_features()
+    token = _ONLY_OWN.set(True)
+    try:
+        yield
+    finally:
+        _ONLY_OWN.reset(token)
+
+
+@functools.cache
+def _guard_features() -> None:
+    """Have TFDS ask before it imports a class; what others do with TFDS stays as it is."""
+    from tensorflow_datasets.core.features import FeatureConnector
+
+    find = FeatureConnector.cls_from_name
+
+    def guarded(name: str) -> Any:
+        # Those that are registered are imported already.
+        own = name.startswith(_FEATURES) and name in FeatureConnector._registered_features
+        if _ONLY_OWN.get() and not own:
+            raise InputError(
+                f"its features.json names the class {name!r}: expected only features of "
+                f"TensorFlow Datasets itself, {_FEATURES}*"
+            )
+        return find(name)
+
+    FeatureConnector.cls_from_name = staticmethod(guarded)
+
+
 def _builder(name: str, data_dir: PathLike | None) -> Any:
     import tensorflow_datasets as tfds
 
@@ -101,6 +147,8 @@ def _builder(name: str, data_dir: PathLike | None) -> Any:
             f"no data set {name!r} in TensorFlow Datasets or {root or 'its data folder'}:"
             " expected a name of its catalog, such as mnist, fashion_mnist or cifar10"
         ) from None
+    except InputError as error:
+        raise InputError(f"cannot use the data set {name!r}: {error}") from None
     except Exception as error:
         raise InputError(f"cannot use the data set {name!r}: {_one_line(error)}") from error
 
@@ -214,11 +262,48 @@ def _decode(builder: Any, name: str) -> Dataset:
         ) from error
 
 
-def _source(folder: str, split: str) -> Any:
+class _Examples:
+    """The images and labels of a split, by number; its other features are not decoded.
+
+    Pictures are decoded by TFDS once `open_picture` has accepted them.
+    """
+
+    def __init__(self, builder: Any, split: str) -> None:
+        import tensorflow_datasets as tfds
+
+        class Checked(tfds.decode.Decoder):  # type: ignore[misc]
+            def decode_example(self, picture: bytes) -> np.ndarray:
+                with open_picture(io.BytesIO(picture)):
+                    return self.feature.decode_example_np(picture)
+
+        raw = tfds.decode.DeserializeMethod.RAW_BYTES
+        self._records = builder.as_data_source(split, deserialize_method=raw)
+        features = builder.info.features
+        kept = {"image": features["image"]}
+        if _has_labels(builder):
+            kept["label"] = features["label"]
+        self._features = tfds.features.FeaturesDict(kept)
+        is_picture = isinstance(features["image"], tfds.features.Image)
+        self._decoders = {"image": Checked()} if is_picture else None
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return self.__getitems__([row])[0]
+
+    def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
+        return [
+            self._features.deserialize_example_np(record, decoders=self._decoders)
+            for record in self._records.__getitems__(rows)
+        ]
+
+
+def _source(folder: str, split: str) -> _Examples:
     import tensorflow_datasets as tfds
 
-    with _quiet():
-        return tfds.builder_from_directory(folder).as_data_source(split)
+    with _quiet(), _own_features():
+        return _Examples(tfds.builder_from_directory(folder), split)
 
 
 def _read_labels(builder: Any, source: Callable[[], Any]) -> np.ndarray | None:
@@ -244,9 +329,10 @@ def _has_labels(builder: Any) -> bool:
 def _read_split(
     builder: Any, name: str, split: str, shape: Any = None
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    source = builder.as_data_source(split)
+    source = _Examples(builder, split)
     if shape is None:
         shape = source[0]["image"].shape
+        expect_channels_last(shape, name)
     images = np.empty((len(source), *shape), np.uint8)
     labels = np.empty(len(source), np.int64) if _has_labels(builder) else None
     for index in range(len(source)):
@@ -266,10 +352,13 @@ def _read_cache(path: Path) -> Dataset | None:
     with contextlib.suppress(InputError), reading(path), open(path, "rb", opener=regular) as file:
         arrays = read_npz(file, Dataset._fields)
         labels = {name: as_labels(arrays[name], path) for name in arrays if "labels" in name}
+        images = {split: as_images(arrays[f"{split}_images"], path) for split in ("train", "test")}
+        for split in images:
+            expect_labels(images[split], labels.get(f"{split}_labels"), f"{path} has", f"{split} ")
         return Dataset(
-            as_images(arrays["train_images"], path),
+            images["train"],
             labels.get("train_labels"),
-            as_images(arrays["test_images"], path),
+            images["test"],
             labels.get("test_labels"),
         )
     return None  # absent or damaged
@@ -304,7 +393,8 @@ def _prepare_in_child(name: str, root: str, manual_dir: str) -> None:
         requests.Session.request = limited  # type: ignore[method-assign]
         downloader.MAX_RETRIES = 0
         config = tfds.download.DownloadConfig(manual_dir=manual_dir or None, try_download_gcs=False)
-        builder = tfds.builder(name, data_dir=root, try_gcs=False)
+        with _own_features():
+            builder = tfds.builder(name, data_dir=root, try_gcs=False)
         builder.download_and_prepare(download_config=config, file_format="array_record")
     except Exception as error:  # the parent raises it again
         print(_one_line(error))

@@ -3,15 +3,21 @@
     manifolds/0000.png, ...  the decoded plane of latents before training, after epoch 1, ...
 
 A frame is written before its epoch's checkpoint, so that what a kill cuts off, the resumed run
-writes again. A frame that is missing all the same, or damaged, is missing in the film.
+writes again. A frame that is missing all the same, or damaged, or of another shape than most, is
+missing in the film.
 """
 
+import contextlib
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from jaxvae.data.arrays import reading
+from jaxvae.data.pictures import read_picture
+from jaxvae.errors import InputError
 from jaxvae.figures.grid import pixels, plane, tile
 from jaxvae.models.vae import Params
 from jaxvae.storage import own_folder, write_whole
@@ -39,13 +45,22 @@ def keep_frame(run_dir: Path, record: dict[str, Any], params: Params) -> None:
 
 def draw_film(run_dir: Path) -> list[Path]:
     """Make figures/manifold.gif of a run's frames; returns its path, or none of fewer than two."""
-    frames = []
-    for path, epoch in _frames(run_dir):
-        try:
-            with Image.open(path) as picture:
-                frames.append(_titled(picture, f"epoch {epoch}"))
-        except OSError:  # damaged
+    found = _frames(run_dir)
+    pictures: dict[int, np.ndarray] = {}
+    for path, epoch in found:
+        if epoch % _stride(found[-1][1]):  # of others a run keeps none, and so at most _FRAMES
             continue
+        with contextlib.suppress(InputError), reading(path), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, of what it then reads or refuses
+            with path.open("rb") as file:
+                pictures[epoch] = read_picture(file)
+    shapes = [picture.shape for picture in pictures.values()]
+    usual = max(shapes, key=shapes.count, default=None)
+    frames = [
+        _titled(Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture), epoch)
+        for epoch, picture in pictures.items()
+        if picture.shape == usual
+    ]
     if len(frames) < 2:
         return []
     each = int(1000 * min(0.5, _SECONDS / len(frames)))
@@ -78,7 +93,7 @@ def _frames(run_dir: Path) -> list[tuple[Path, int]]:
     return sorted(named, key=lambda one: one[1])
 
 
-def _titled(picture: Image.Image, title: str) -> Image.Image:
+def _titled(picture: Image.Image, epoch: int) -> Image.Image:
     import matplotlib  # the typeface of the other figures
 
     font = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
@@ -86,5 +101,5 @@ def _titled(picture: Image.Image, title: str) -> Image.Image:
     whole = Image.new(picture.mode, (picture.width, picture.height + _STRIP), white)
     whole.paste(picture, (0, _STRIP))
     where = (2, (_STRIP - 16) // 2)
-    ImageDraw.Draw(whole).text(where, title, 0, font=ImageFont.truetype(font, 14))
+    ImageDraw.Draw(whole).text(where, f"epoch {epoch}", 0, font=ImageFont.truetype(font, 14))
     return whole

@@ -1,6 +1,8 @@
 """Images from files: what is read, and what is refused in one line."""
 
 import gzip
+import io
+import re
 import struct
 from pathlib import Path
 
@@ -8,7 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import jaxvae.errors
 from jaxvae import InputError, load_data
+from jaxvae.data.pictures import read_picture
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (20, 6, 5), np.uint8)
@@ -109,6 +113,212 @@ def test_a_flat_folder_of_grey_pictures(tmp_path):
     assert labels is None
 
 
+def save_classes(folder, **splits):
+    """A picture for each class of each split, as split/class/0.png."""
+    for split, classes in splits.items():
+        for name in classes:
+            (folder / split / name).mkdir(parents=True)
+            Image.fromarray(PIXELS[0]).save(folder / split / name / "0.png")
+
+
+def labels_of(folder):
+    (_, train_labels), (_, test_labels) = load_data(str(folder), labels=True)
+    return [None if labels is None else list(labels) for labels in (train_labels, test_labels)]
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "labels"),
+    [
+        ("01234567", "37", [[0, 1, 2, 3, 4, 5, 6, 7], [3, 7]]),
+        ("37", "0123", [[3, 4], [0, 1, 2, 3]]),
+        ("3", "37", [[0], [0, 1]]),
+        ("3", "3", [None, None]),
+    ],
+)
+def test_classes_are_numbered_over_both_splits_together(tmp_path, train, test, labels):
+    save_classes(tmp_path, train=train, test=test)
+    assert labels_of(tmp_path) == labels
+
+
+def test_a_split_without_classes_does_not_shift_the_others_numbers(tmp_path):
+    save_classes(tmp_path, train="012")
+    save_pictures(tmp_path / "test", mode="L")
+    assert labels_of(tmp_path) == [[0, 1, 2], None]
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("train", "val"),
+        ("TRAIN", "TEST"),
+        ("Train", "Val"),
+        ("train", "valid"),
+        ("training", "validation"),
+        ("train", "testing"),
+    ],
+)
+def test_splits_by_other_names(tmp_path, train, test):
+    save_classes(tmp_path, **{train: "0123", test: "13"})
+    assert labels_of(tmp_path) == [[0, 1, 2, 3], [1, 3]]
+
+
+def test_the_test_images_are_held_out_where_there_is_a_validation_split_too(tmp_path):
+    save_classes(tmp_path, train="0123", val="01", test="123")
+    assert labels_of(tmp_path) == [[0, 1, 2, 3], [1, 2, 3]]
+
+
+def test_two_folders_of_one_split_are_refused(tmp_path):
+    save_classes(tmp_path, train="01", test="01", Test="01")
+    if not (tmp_path / "test").samefile(tmp_path / "Test"):  # as on a Mac
+        with pytest.raises(InputError, match="holds Test and test: expected one of them"):
+            load_data(str(tmp_path))
+
+
+def test_what_is_hidden_is_no_class_and_no_picture(tmp_path):
+    save_classes(tmp_path, train="012", test="012")
+    for folder in (tmp_path / "train", tmp_path / "train" / "0"):
+        save_pictures(folder / ".ipynb_checkpoints", size=(7, 7))
+    (tmp_path / "test" / "0" / "._0.png").write_bytes(b"not a picture")
+    (tmp_path / "test" / ".DS_Store").touch()
+    (tmp_path / "._train.array_record").touch()
+    assert labels_of(tmp_path) == [[0, 1, 2], [0, 1, 2]]
+
+
+def test_a_hidden_folder_is_read_where_it_is_named_itself(tmp_path):
+    save_classes(tmp_path / ".data", train="012", test="012")
+    assert labels_of(tmp_path / ".data") == [[0, 1, 2], [0, 1, 2]]
+
+
+@pytest.mark.parametrize("name", ["idx_1.png", "idx1.png", "train-idx3-ubyte.png", "idx.txt"])
+def test_a_picture_by_any_name_is_no_idx_file(tmp_path, name):
+    save_pictures(tmp_path / "all", mode="L")
+    picture = (tmp_path / "all" / "0.png").read_bytes()
+    (tmp_path / "all" / name).write_bytes(picture)
+    train, test = load_data(str(tmp_path / "all"))
+    assert len(train) + len(test) == 10 + name.endswith("png")
+
+
+GREY = np.array([[0, 51, 102], [153, 204, 255]], np.uint8)
+SHARE = GREY / np.float32(255)
+TAGS = {262: 0}  # of a TIFF whose white is 0
+
+
+def encoded(picture, kind="png", **options):
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    return file.getvalue()
+
+
+def transparent(pixels, alpha, mode="LA"):
+    picture = Image.fromarray(pixels).convert(mode)
+    picture.putalpha(Image.fromarray(np.full(pixels.shape, alpha, np.uint8)))
+    return picture
+
+
+def rotated(kind, orientation):
+    exif = Image.Exif()
+    exif[274] = orientation
+    blocks = Image.fromarray(np.kron(GREY, np.ones((16, 16), np.uint8)))  # as JPEG stores them
+    return encoded(blocks, kind, exif=exif)
+
+
+OF_16_BITS = Image.fromarray(GREY.astype(np.uint16) * 257)
+CONVERTED = {
+    "a PNG of 16 bits": (encoded(OF_16_BITS), GREY, "scaled from 16 bits to 8"),
+    "a TIFF of 16 bits": (encoded(OF_16_BITS, "tiff"), GREY, "scaled from 16 bits to 8"),
+    "a TIFF of 16 bits, white is 0": (
+        encoded(OF_16_BITS, "tiff", tiffinfo=TAGS), 255 - GREY, "scaled from 16 bits to 8"
+    ),
+    "a TIFF of floats": (
+        encoded(Image.fromarray(SHARE), "tiff"), GREY, "scaled from floats to 8 bits"
+    ),
+    "black on transparent": (
+        encoded(transparent(np.zeros((2, 3), np.uint8), 0)), np.full((2, 3), 255), "composed on wh"
+    ),
+    "half transparent": (encoded(transparent(GREY, 51)), 204 + GREY / 5, "composed on white"),
+    "half transparent in colour": (
+        encoded(transparent(GREY, 51, "RGBA")), 204 + GREY / 5, "composed on white"
+    ),
+    "half transparent WebP": (
+        encoded(transparent(GREY, 51, "RGBA"), "webp", lossless=True), 204 + GREY / 5, "composed on"
+    ),
+    "one transparent grey": (
+        encoded(Image.fromarray(GREY), transparency=51), np.where(GREY == 51, 255, GREY), "composed"
+    ),
+    "one transparent grey of 16 bits": (
+        encoded(OF_16_BITS, transparency=51 * 257), np.where(GREY == 51, 255, GREY), "composed"
+    ),
+    "one transparent entry of a palette": (
+        encoded(Image.fromarray(GREY).quantize(6), "gif", transparency=0), None, "composed"
+    ),
+    "opaque": (encoded(transparent(GREY, 255)), GREY, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CONVERTED)
+def test_what_is_not_8_bits_and_opaque_is_converted_and_said(case):
+    content, pixels, says = CONVERTED[case]
+    changes = set()
+    image = read_picture(io.BytesIO(content), changes)
+    if pixels is not None:
+        np.testing.assert_allclose(image, np.broadcast_to(pixels[..., None], image.shape), atol=1)
+    else:
+        assert image.max() == 255
+    assert image.dtype == np.uint8
+    assert (says or "") in " ".join(changes)
+    assert bool(changes) == bool(says)
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "tiff", "webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_is_rotated_as_its_exif_orientation_says(kind, orientation):
+    changes = set()
+    image = read_picture(io.BytesIO(rotated(kind, orientation)), changes)
+    # Where the stored rows begin, and where the stored columns do, as the standard has it.
+    upright = GREY if orientation < 5 else GREY.T
+    flips = {2: (1,), 3: (0, 1), 4: (0,), 6: (1,), 7: (0, 1), 8: (0,)}
+    upright = np.flip(upright, flips.get(orientation, ()))
+    np.testing.assert_allclose(image[8::16, 8::16, 0], upright, atol=4)
+    assert bool(changes) == (orientation != 1)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_damaged_exif_data_rotate_nothing():
+    content = rotated("jpeg", 6)
+    at = content.index(b"Exif\0\0") + 6
+    for change in (b"XX", b"II*\0\xff\xff\xff\xff"):
+        damaged = content[:at] + change + content[at + len(change) :]
+        assert read_picture(io.BytesIO(damaged)).shape == (32, 48, 1)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "says"),
+    [
+        (GREY.astype(np.int32), "integers of 32 bits, or with a sign: expected 8 or 16 bits"),
+        (GREY.astype(np.float32), "floats from 0 to 255: expected 0 to 1; scale them first"),
+        (-SHARE, "floats from -1 to -0: expected 0 to 1"),
+        (SHARE * np.float32(np.nan), "floats from nan to nan: expected 0 to 1"),
+    ],
+)
+def test_pixels_of_no_known_scale_are_refused(tmp_path, pixels, says):
+    Image.fromarray(pixels).save(tmp_path / "a.tif")
+    with pytest.raises(InputError, match=f"a.tif cannot be read: its pixels are {says}"):
+        load_data(str(tmp_path))
+
+
+def test_a_warning_says_in_one_line_what_was_done_to_pictures(tmp_path):
+    for i in range(10):
+        (tmp_path / f"{i}.png").write_bytes(CONVERTED["black on transparent"][0])
+    (tmp_path / "x.png").write_bytes(CONVERTED["a PNG of 16 bits"][0])
+    says = (
+        f"{tmp_path} has pictures that were composed on white, as they are transparent; "
+        "and some that were scaled from 16 bits to 8"
+    )
+    with pytest.warns(jaxvae.errors.Converted, match=f"^{re.escape(says)}$") as warned:
+        load_data(str(tmp_path))
+    assert len(warned) == 1
+
+
 def write(path, content):
     path.write_bytes(content)
     return path
@@ -162,6 +372,22 @@ WRONG = {
     "labels short": (
         lambda d: save(d / "x.npz", x_train=PIXELS, y_train=LABELS[:3], x_test=PIXELS),
         "has 20 train images and 3 labels",
+    ),
+    "few labels": (
+        lambda d: save(d / "x.npz", images=PIXELS, labels=LABELS[:3]),
+        "x.npz has 20 images and 3 labels: expected a label for each",
+    ),
+    "many labels": (
+        lambda d: save(d / "x.npz", images=PIXELS[:10], labels=LABELS),
+        "x.npz has 10 images and 20 labels: expected a label for each",
+    ),
+    "channels first": (
+        lambda d: save(d / "x.npz", images=np.zeros((10, 3, 8, 9), np.uint8)),
+        "images of shape \\(3, 8, 9\\), whose channels seem to come first: expected \\(height, w",
+    ),
+    "one channel first": (
+        lambda d: write(d / "x", idx(np.zeros((10, 1, 28, 28)))),
+        "images of shape \\(1, 28, 28\\), whose channels seem to come first",
     ),
     "labels of letters": (
         lambda d: save(d / "x.npz", images=PIXELS, labels=np.array(["a"] * 20)),

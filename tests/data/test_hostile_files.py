@@ -258,9 +258,10 @@ def test_arrays_are_read_by_rows_and_by_columns(tmp_path):
         npz(train_images=IMAGES),
         npz(train_images=IMAGES, test_images=IMAGES[0]),
         npz(train_images=IMAGES, test_images=IMAGES, test_labels=LABELS / 2),
+        npz(train_images=IMAGES, test_images=IMAGES, train_labels=LABELS[:3]),
         marked_as_encrypted(npz(train_images=IMAGES, test_images=IMAGES)),
     ],
-    ids=["empty", "one split", "a flat split", "labels of floats", "encrypted"],
+    ids=["empty", "one split", "a flat split", "labels of floats", "few labels", "encrypted"],
 )
 def test_a_damaged_cache_is_no_cache(tmp_path, content):
     (tmp_path / "jaxvae.npz").write_bytes(content)

@@ -8,6 +8,8 @@ import pytest
 from conftest import refused
 from PIL import Image
 
+import jaxvae.errors
+from jaxvae import InputError
 from jaxvae.data import load_dataset
 from jaxvae.data.records import Records
 
@@ -83,9 +85,10 @@ def test_what_reads_them_travels_to_other_processes(folder, images):
         ([as_npy(np.zeros(5, np.uint8))], "has shape (5,) and type uint8: expected uint8 of"),
         ([as_npy(np.array([None]))], "image 0 of {train} cannot be read: not an array of numbers"),
         ([as_npy(np.zeros((5, 4), np.uint8))[:90]], "image 0 of {train} cannot be read: "),
+        ([as_npy(np.zeros((3, 5, 6), np.uint8))], "{train} holds images of shape (3, 5, 6), whose"),
         ([], "{train} has no images: expected at least one"),
     ],
-    ids=["bytes", "floats", "a row", "a pickle", "cut off", "nothing"],
+    ids=["bytes", "floats", "a row", "a pickle", "cut off", "channels first", "nothing"],
 )
 def test_records_that_are_no_images_are_refused(folder, records, says):
     path = folder / "train-00000-of-00002.array_record"
@@ -111,6 +114,44 @@ def test_a_folder_without_test_images_or_with_other_labels_is_refused(folder):
     (folder / "train_labels.npy").unlink()
     with refused("has no test images: expected test*.array_record"):
         load_dataset(str(folder))
+
+
+def test_what_is_done_to_pictures_is_said(folder, images):
+    record = io.BytesIO()
+    transparent = Image.fromarray(images[0])
+    transparent.putalpha(0)
+    transparent.save(record, "png")
+    write(folder / "test.array_record", [record.getvalue()])
+    with pytest.warns(jaxvae.errors.Converted, match="composed on white"):
+        assert load_dataset(str(folder)).test_images.min() == 255
+
+
+def test_a_damaged_file_is_refused_where_it_is_read(folder, images):
+    """In one line, whichever byte it is: the index, a record's header or its pixels."""
+    path = folder / "test.array_record"
+    whole = path.read_bytes()
+    refusals = []
+    for at in (0, 40, *range(1000, 3000, 100), len(whole) // 2, len(whole) - 20):
+        path.write_bytes(whole[:at] + bytes(b ^ 255 for b in whole[at : at + 8]) + whole[at + 8 :])
+        try:
+            np.testing.assert_array_equal(load_dataset(str(folder)).test_images, images[15:])
+        except InputError as error:
+            refusals.append(str(error))
+    assert len(refusals) > 3
+    assert all("test.array_record" in text and "\n" not in text for text in refusals)
+
+
+def test_a_file_that_gives_too_few_records_is_refused(images):
+    class Source:
+        def __len__(self):
+            return 3
+
+        def __getitems__(self, rows):
+            return [images[row] for row in rows if row < 2]
+
+    records = Records("x", Source, lambda image: image)
+    with refused("x cannot be read: it gave 2 of 3 records"):
+        records[:]
 
 
 def test_a_file_that_is_no_array_record_is_refused(folder):

@@ -3,6 +3,7 @@
 import gzip
 import importlib.util
 import io
+import json
 import os
 import signal
 import socket
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from jaxvae.data import tfds as tfds_source
 from jaxvae.data.dataset import Dataset, split_every_tenth
@@ -25,7 +26,9 @@ MNIST = Path(__file__).parents[2].parent / "shared/data/mnist"
 HAS_TENSORFLOW = importlib.util.find_spec("tensorflow") is not None
 
 
-def write_data_set(folder, splits, *, shape=(4, 5, 1), label=True, image="image"):
+def write_data_set(
+    folder, splits, *, shape=(4, 5, 1), label=True, image="image", kind="png", more=None
+):
     """Writes the data set "tiny" as TFDS does, from PNG images of the example's own number.
 
     splits maps the name of a split to its example numbers; an example's label is number % 10.
@@ -38,6 +41,7 @@ def write_data_set(folder, splits, *, shape=(4, 5, 1), label=True, image="image"
 
         def _info(self):
             features = {image: tfds.features.Image(shape=shape)}
+            features |= more or {}
             if label:
                 features["label"] = tfds.features.ClassLabel(num_classes=10)
             return tfds.core.DatasetInfo(
@@ -52,9 +56,9 @@ def write_data_set(folder, splits, *, shape=(4, 5, 1), label=True, image="image"
                 height = shape[0] or 4 + number
                 pixels = np.full((height, 5), number, np.uint8)
                 png = io.BytesIO()
-                Image.fromarray(pixels).save(png, "png")
-                png.seek(0)
-                yield number, {image: png} | ({"label": number % 10} if label else {})
+                Image.fromarray(pixels).save(png, kind)
+                example = {name: io.BytesIO(png.getvalue()) for name in (image, *(more or {}))}
+                yield number, example | ({"label": number % 10} if label else {})
 
     Tiny(data_dir=folder).download_and_prepare(file_format="array_record")
 
@@ -184,6 +188,57 @@ class TestADataSetThatCannotBeUsed:
         for records in (tiny / "tiny/1.0.0").glob("*train*"):
             records.unlink()
         assert "cannot read tiny" in complaint("tiny", data_dir=tiny)
+
+    @pytest.mark.parametrize("more", [False, True])
+    def test_for_pictures_of_another_format(self, tmp_path, monkeypatch, more):
+        """Of which one would have a program of the system draw the picture."""
+        import tensorflow_datasets as tfds
+
+        drawn = []
+        monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **kwargs: drawn.append(1))
+        features = {"other": tfds.features.Image(shape=(4, 5, 1))} if more else {}
+        write_data_set(tmp_path, {"train": range(3)}, kind="eps", more=features)
+        assert "not a picture: expected PNG, JPEG" in complaint("tiny", data_dir=tmp_path)
+        assert not drawn
+
+    @pytest.mark.parametrize("legacy", [False, True])
+    @pytest.mark.parametrize("folder", ["stranger", "tensorflow_datasets/core/features/stranger"])
+    def test_for_features_that_are_not_of_tfds(self, tiny, monkeypatch, folder, legacy):
+        """Whose module TFDS would import."""
+        module = folder.replace("/", ".")
+        package = folder.rpartition("/")[0].replace("/", ".")
+        (tiny / "stranger.py").write_text(f"open({str(tiny / 'imported')!r}, 'w')")
+        if package:
+            import_path = importlib.import_module(package).__path__
+            monkeypatch.setattr(sys.modules[package], "__path__", [*import_path, str(tiny)])
+        else:
+            monkeypatch.syspath_prepend(tiny)
+        path = tiny / "tiny/1.0.0/features.json"
+        other = {"type": f"{module}.Feature", "content": {}}
+        if legacy:
+            path.write_text(json.dumps(other))
+        else:
+            features = json.loads(path.read_text())
+            features["featuresDict"]["features"]["label"] = {
+                "pythonClassName": f"{module}.Feature",
+                "jsonFeature": {"json": "{}"},
+            }
+            path.write_text(json.dumps(features))
+        said = complaint("tiny", data_dir=tiny)
+        assert f"its features.json names the class '{module}.Feature': expected only" in said
+        with pytest.raises(InputError, match="names the class"):  # as where images stay on disk
+            tfds_source._source(str(path.parent), "train")
+        assert not (tiny / "imported").exists()
+
+    def test_what_others_do_with_tfds_stays_as_it_is(self, tiny, monkeypatch):
+        from tensorflow_datasets.core.features import FeatureConnector
+
+        load("tiny", data_dir=tiny)
+        (tiny / "feature_of_ones_own.py").write_text(
+            "from tensorflow_datasets.core.features import Text\nclass Own(Text): pass\n"
+        )
+        monkeypatch.syspath_prepend(tiny)
+        assert FeatureConnector.cls_from_name("feature_of_ones_own.Own").__name__ == "Own"
 
 
 class TestADataSetNotYetPrepared:

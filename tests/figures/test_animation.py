@@ -1,10 +1,14 @@
 """A film of the manifold, kept frame by frame while a model trains."""
 
+import shutil
+import struct
+import zlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image, PngImagePlugin
 
 import jaxvae
 from jaxvae.figures import animation
@@ -54,12 +58,19 @@ def test_a_long_run_keeps_a_bounded_number_at_even_distances(tmp_path, monkeypat
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
 
 
-@pytest.fixture
-def run_dir(tmp_path):
-    """A run of three epochs, each with parameters of its own."""
+@pytest.fixture(scope="module")
+def frames(tmp_path_factory):
+    """The frames of three epochs, each of parameters of its own."""
+    folder = tmp_path_factory.mktemp("frames")
     for epoch in range(4):
-        animation.keep_frame(tmp_path, {"epoch": epoch}, params(seed=epoch))
-    return tmp_path
+        animation.keep_frame(folder, {"epoch": epoch}, params(seed=epoch))
+    return folder
+
+
+@pytest.fixture
+def run_dir(tmp_path, frames):
+    """A run of three epochs."""
+    return shutil.copytree(frames, tmp_path / "run")
 
 
 def test_the_film_shows_frame_after_frame_below_its_epoch(run_dir):
@@ -84,6 +95,65 @@ def test_frames_that_are_missing_or_cut_off_are_missing_in_the_film(run_dir):
     (path,) = animation.draw_film(run_dir)
     with Image.open(path) as gif:
         assert gif.n_frames == 2
+
+
+def save(path, picture, kind="png"):
+    picture.save(path, kind)
+
+
+def bomb(path):
+    """A picture that says that it is far larger than what it holds."""
+    save(path, Image.new("L", (4, 4)))
+    content = path.read_bytes()
+    header = b"IHDR" + struct.pack(">II", 20_000, 20_000) + content[24:29]
+    path.write_bytes(content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:])
+
+
+def text_bomb(path):
+    text = PngImagePlugin.PngInfo()
+    text.add_text("x", "x" * 2**21, zip=True)
+    Image.new("L", (120, 120)).save(path, pnginfo=text)
+
+
+ODD = {
+    "nothing": lambda path: path.write_bytes(b""),
+    "no picture": lambda path: path.write_bytes(b"<svg/>" * 100),
+    "a broken chunk": lambda path: path.write_bytes(path.read_bytes().replace(b"IDAT", bytes(4))),
+    "a header alone": lambda path: path.write_bytes(path.read_bytes()[:30]),
+    "a bomb": bomb,
+    "a bomb of text": text_bomb,
+    "a large one": lambda path: save(path, Image.new("L", (5000, 5000))),
+    "another size": lambda path: save(path, Image.new("L", (7, 9))),
+    "another mode": lambda path: save(path, Image.new("RGB", (120, 120))),
+    "another mode and depth": lambda path: save(path, Image.new("I;16", (7, 120))),
+    "a palette": lambda path: save(path, Image.new("P", (120, 120))),
+    "alpha": lambda path: save(path, Image.new("RGBA", (120, 120))),
+    "another format": lambda path: save(path, Image.new("L", (120, 120)), "ppm"),
+    "PostScript": lambda path: save(path, Image.new("L", (120, 120)), "eps"),
+}
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("case", ODD)
+def test_a_damaged_huge_or_odd_frame_is_missing_in_the_film(run_dir, monkeypatch, case, first):
+    drawn = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **kwargs: drawn.append(1))
+    ODD[case](run_dir / "manifolds" / ("0000.png" if first else "0003.png"))
+    (path,) = animation.draw_film(run_dir)
+    with Image.open(path) as gif:
+        assert (gif.n_frames, gif.size) == (3, (120, 120 + 26))
+    assert not drawn
+
+
+def test_a_film_is_of_the_frames_that_a_run_keeps(tmp_path):
+    """However many a stranger's folder holds."""
+    (tmp_path / "manifolds").mkdir()
+    for epoch in range(301):
+        picture = np.full((4, 4), epoch % 256, np.uint8)
+        Image.fromarray(picture).save(tmp_path / "manifolds" / f"{epoch:04}.png")
+    (path,) = animation.draw_film(tmp_path)
+    with Image.open(path) as gif:
+        assert gif.n_frames == 38  # every eighth
 
 
 def test_a_run_without_frames_has_no_film(tmp_path):
