@@ -184,7 +184,7 @@ def _train(options: argparse.Namespace) -> None:
     else:
         models = {"": resumed(run_dir, _of_one_model(flags, run_dir))}
     try:
-        data = load_run_data(next(iter(models.values())))
+        data = load_run_data(next(iter(models.values())), options.data)
     except InputError as error:
         if not options.resume or options.data:
             raise
@@ -339,7 +339,9 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     _at_least_one("--num-samples", options.num_samples)
     which: Any = "best" if options.best else "latest"
-    found = evaluation.measure(options.run, options.num_samples, which, **_own(options))
+    found = evaluation.measure(
+        options.run, options.num_samples, which, options.data, **_own(options)
+    )
     print(f"{options.run}, step {found['step']}: {found['images']:,} test images, nats per image")
     for name, says in _MEASURES.items():
         if name in found:
@@ -392,7 +394,7 @@ def _figures(options: argparse.Namespace) -> None:
     own = _own(options)
 
     config = read_config(options.run, **own)
-    data = load_run_data(config)
+    data = load_run_data(config, options.data)
     warn_of_other_data(options.run, config, data)
     params = load(options.run, "best" if options.best else "latest", **own)
     for path in drawing.draw(options.run, config, data, params, options.format):
@@ -432,7 +434,7 @@ def _explore(options: argparse.Namespace) -> None:
     if out.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"--out is {out}: expected a file name ending in .html")
     params = load(options.run, "best" if options.best else "latest", **own)
-    data = load_run_data(config)
+    data = load_run_data(config, options.data)
     warn_of_other_data(options.run, config, data)
     explorer.write(out, params, data, options.run.resolve().name)
     print(out)

@@ -216,12 +216,16 @@ def make_parser(
         for name in ModelConfig._registries:
             own.add_argument(as_flag(name), metavar="PATH[:KEY=VALUE,...]")
 
+    data = _flags(RunConfig)["--data"]
+    for one in (evaluate, figures, explore):
+        one.add_argument("--data", **data | {"help": "default: the run's"})
+
     keras = command("import", "make a run of the notebook's model, trained with Keras")
     keras.add_argument("file", type=Path, metavar="FILE", help="a .keras, .weights.h5 or .h5 file")
     keras.add_argument("--decoder", type=Path, metavar="FILE",
                        help="where the decoder is in a file of its own")  # fmt: skip
     keras.add_argument("--run-dir", type=Path, required=True, metavar="DIR")
-    keras.add_argument("--data", **_flags(RunConfig)["--data"] | {"default": "mnist-5k"})
+    keras.add_argument("--data", **data | {"default": "mnist-5k"})
 
     summary = command("summary", "print the layer table of a run, or of the default model")
     summary.add_argument("run", type=Path, nargs="?", metavar="RUN_DIR")

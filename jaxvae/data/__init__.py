@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from jaxvae.components import imported, is_dotted_path
 from jaxvae.data.dataset import Dataset, Images, as_images, expect_labels, split_every_tenth
 from jaxvae.data.records import Records
 from jaxvae.errors import Converted, InputError
@@ -62,9 +61,6 @@ def load_dataset(
         return _checked(data, name)
     from jaxvae.data import files
 
-    if is_dotted_path(name) and not Path(name).exists():
-        made = imported("data", name)
-        return as_dataset(made() if callable(made) else made, name)
     changes: set[str] = set()
     try:
         with warnings.catch_warnings():

@@ -65,11 +65,12 @@ def export(params: Params, folder: str | Path, formats: Sequence[str] = FORMATS)
     return paths
 
 
-def load_safetensors(path: str | Path, network: Any = None) -> Params:
+def load_safetensors(path: str | Path, network: Any = None, **own: Any) -> Params:
     """The model in a file that `export` has written.
 
     Args:
       network: the modules (encoder, decoder), where the model was given some of its own.
+      own: other components of the user's own that the model was made with, by field.
     Raises:
       InputError: the file is not there, is damaged, or holds other parameters than those of the
         model that it says it is.
@@ -93,7 +94,7 @@ def load_safetensors(path: str | Path, network: Any = None) -> Params:
             f"with {_CONFIG} in its metadata"
         )
     try:
-        own = {} if network is None else {"network": network}
+        own |= {} if network is None else {"network": network}
         config = ModelConfig.from_dict(json.loads(about[_CONFIG]) | own)
     except (json.JSONDecodeError, TypeError) as error:
         raise InputError(f"{path} is damaged: {error}") from None

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxvae.data import Dataset, load_dataset
+from jaxvae.components import imported, is_dotted_path
+from jaxvae.data import Dataset, as_dataset, load_dataset
 from jaxvae.errors import InputError, OtherData
 from jaxvae.models.config import ModelConfig
 from jaxvae.models.likelihoods import binarize
@@ -21,17 +22,34 @@ _HASHED_WHOLE = 2**30  # bytes of images in memory, a second's work
 _HASHED_IMAGES = 256  # of those on disk, and of more in memory
 
 
-def load_run_data(config: RunConfig) -> Dataset:
-    """The data set that a run was told to use.
+def load_run_data(config: RunConfig, typed: str | None = None) -> Dataset:
+    """Load the data set of a run.
 
     With binarization, the test images are 0/1 pixels drawn once, the same ones in every run, and
     so are the training images where it is fixed.
+
+    Args:
+      config: the run's configuration.
+      typed: a name or path that the user typed in the place of the recorded one. It may be the
+        dotted path of a function of the user's own; one in a file is never imported.
+
+    Raises:
+      InputError: the data cannot be had.
     """
-    if config.data == IN_PYTHON:
+    name = config.data if typed is None else typed
+    if is_dotted_path(name) and not Path(name).exists():
+        if typed is None:
+            raise InputError(
+                f"the data of this run are {name}, a function of your own: name it again with "
+                f"--data {name}"
+            )
+        made = imported("data", name)
+        return with_binarization(as_dataset(made() if callable(made) else made, name), config)
+    if name == IN_PYTHON:
         raise InputError(
             "the data of this run were handed over in Python: name a data set with --data"
         )
-    data = load_dataset(config.data, data_dir=config.data_dir, manual_dir=config.manual_dir)
+    data = load_dataset(name, data_dir=config.data_dir, manual_dir=config.manual_dir)
     return with_binarization(data, config)
 
 

@@ -27,7 +27,11 @@ from jaxvae.runs.files import (
 
 
 def measure(
-    run_dir: Path, num_samples: int, which: Which = "latest", **own: Any
+    run_dir: Path,
+    num_samples: int,
+    which: Which = "latest",
+    data_name: str | None = None,
+    **own: Any,
 ) -> dict[str, float | str]:
     """Measure a run's model on its test images; `keep` writes what comes out as evaluation.json.
 
@@ -38,7 +42,7 @@ def measure(
     """
     began = time.perf_counter()
     config = read_config(run_dir, **own)
-    data = load_run_data(config)
+    data = load_run_data(config, data_name)
     warn_of_other_data(run_dir, config, data)
     # Of images on disk, as many as a probe of the latents needs.
     rows = np.linspace(
