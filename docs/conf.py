@@ -23,6 +23,8 @@ extensions = [
 root_doc = "README"
 include_patterns = [
     "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
     "docs/*.md",
     "docs/*.ipynb",
     "experiments/*/README.md",
@@ -60,7 +62,7 @@ docs/tutorial.ko
 
 docs/models
 docs/gallery
-docs/live
+docs/monitoring
 docs/export
 docs/scale
 docs/speed

@@ -95,7 +95,7 @@ def load_safetensors(path: str | Path, network: Any = None, **own: Any) -> Param
         )
     try:
         own |= {} if network is None else {"network": network}
-        config = ModelConfig.from_dict(json.loads(about[_CONFIG]) | own)
+        config = ModelConfig.from_dict(json.loads(about[_CONFIG]), **own)
     except (json.JSONDecodeError, TypeError) as error:
         raise InputError(f"{path} is damaged: {error}") from None
     like = jax.eval_shape(init, jax.random.key(0), config)
