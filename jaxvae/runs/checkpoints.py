@@ -36,7 +36,7 @@ Which = Literal["latest", "best"]
 _SEAL = "sha256.json"
 _MISSING = "is missing"
 _TRIES = 20  # to read a checkpoint beside a training that deletes it
-_DELETION = 0.05  # seconds
+_DELETION = 0.5  # seconds
 _MARGIN = 100_000  # bytes that a checkpoint takes beside its arrays
 
 
@@ -99,7 +99,7 @@ def restore(
             return _read(folder, network, mesh, divide)
         except (InputError, OSError, ValueError):
             # A training that goes on meanwhile deletes its older checkpoints.
-            if not left or isinstance(which, int) or not _has_moved_on(run_dir, held):
+            if not left or isinstance(which, int) or not _is_deleted(run_dir, step, held):
                 raise
     raise AssertionError
 
@@ -140,7 +140,8 @@ def newest_whole(run_dir: str | Path, which: Which = "latest") -> int | None:
                 faults[step] = fault
             elif which == "latest":  # the older ones, of which we want none, are not read
                 break
-        if not faults or not _has_moved_on(run_dir, steps):
+        missing = [step for step, fault in faults.items() if fault.endswith(_MISSING)]
+        if not missing or not _is_deleted(run_dir, min(missing), steps):
             break
     sound = [step for step in steps if step not in faults]
     if faults and not sound:
@@ -161,10 +162,17 @@ def newest_whole(run_dir: str | Path, which: Which = "latest") -> int | None:
     return sound[-1] if sound else None
 
 
-def _has_moved_on(run_dir: str | Path, steps: list[int]) -> bool:
-    """Whether there are other checkpoints by now, after the time it takes to delete one."""
-    time.sleep(_DELETION)
-    return steps_of(run_dir) != steps
+def _is_deleted(run_dir: str | Path, step: int | None, steps: list[int]) -> bool:
+    """Whether a training is deleting a checkpoint, one of `steps` that there were before.
+
+    As it writes a newer one first, either that was not among them, or this one will be gone soon.
+    """
+    end = time.monotonic() + _DELETION
+    while steps_of(run_dir) == steps:
+        if step == steps[-1] or time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True
 
 
 @contextmanager
@@ -270,7 +278,7 @@ def _read(folder: Path, network: Any, mesh: jax.sharding.Mesh | None, divide: bo
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
         try:
             restored = reader.restore(folder, args=args)
-        except (OSError, ValueError, KeyError, jax.errors.JaxRuntimeError) as error:
+        except Exception as error:  # of any kind: Orbax raises plain Exceptions too
             reason = " ".join(str(error).split())[:300]
             raise InputError(
                 f"{folder} cannot be read: {reason}; expected a checkpoint of `jaxvae train`, "

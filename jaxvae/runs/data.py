@@ -54,8 +54,7 @@ def describe(data: Dataset) -> DataRecord:
             digest.update(b"none")
             continue
         digest.update(f"{x.shape} {np.dtype(x.dtype).str}".encode())
-        in_memory = isinstance(x, np.ndarray)
-        if not in_memory or (x.ndim > 1 and x.nbytes > _HASHED_WHOLE):
+        if not isinstance(x, np.ndarray) or (x.ndim > 1 and x.nbytes > _HASHED_WHOLE):
             rows = np.linspace(0, len(x) - 1, min(len(x), _HASHED_IMAGES), dtype=int)
             x = x[rows]
         digest.update(np.ascontiguousarray(x).data)

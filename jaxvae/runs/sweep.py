@@ -243,8 +243,8 @@ def train(
                 if step < epoch * steps:
                     seconds = time.perf_counter() - began
                     watch.expect_numbers(states, {})
-                    begun = {i: (sums, seconds) for i, sums in _each(totals, watch).items()}
-                    _save(checkpoints, configs, states, {i: {} for i in begun}, begun)
+                    so_far = {i: (sums, seconds) for i, sums in _each(totals, watch).items()}
+                    _save(checkpoints, configs, states, {i: {} for i in so_far}, so_far)
                     raise Preempted(loop.stopped(run_dir, step))
                 metrics = {name: total / steps for name, total in totals.items()}
                 test = jax.device_get(measure(states.params, test_keys, *test_set))
