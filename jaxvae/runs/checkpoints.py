@@ -43,7 +43,7 @@ Which = Literal["latest", "best"]
 _SEAL = "sha256.json"
 _MISSING = "is missing"
 _TRIES = 20  # to read a checkpoint beside a training that deletes it
-_DELETION = 0.05  # seconds
+_DELETION = 0.5  # seconds
 _MARGIN = 100_000  # bytes that a checkpoint takes beside its arrays
 
 
@@ -157,9 +157,9 @@ def _restore(
             return _read(folder, own, mesh, fsdp, to_train)
         except (InputError, OSError, ValueError):
             # A training that runs meanwhile deletes its older checkpoints.
-            if not left or isinstance(which, int) or not _has_moved_on(run_dir, held):
+            if not left or isinstance(which, int) or not _is_deleted(run_dir, step, held):
                 raise
-    raise AssertionError
+    raise AssertionError("unreachable")
 
 
 def steps_of(run_dir: str | Path) -> list[int]:
@@ -186,7 +186,8 @@ def newest_whole(run_dir: str | Path, which: Which = "latest") -> int | None:
                 faults[step] = fault
             elif which == "latest":  # the older ones, of which we want none, are not read
                 break
-        if not faults or not _has_moved_on(run_dir, steps):
+        missing = [step for step, fault in faults.items() if fault.endswith(_MISSING)]
+        if not missing or not _is_deleted(run_dir, min(missing), steps):
             break
     sound = [step for step in steps if step not in faults]
     if faults and not sound:
@@ -207,10 +208,17 @@ def newest_whole(run_dir: str | Path, which: Which = "latest") -> int | None:
     return sound[-1] if sound else None
 
 
-def _has_moved_on(run_dir: str | Path, steps: list[int]) -> bool:
-    """Whether there are other checkpoints by now, after the time it takes to delete one."""
-    time.sleep(_DELETION)
-    return steps_of(run_dir) != steps
+def _is_deleted(run_dir: str | Path, step: int | None, steps: list[int]) -> bool:
+    """Whether a training is deleting a checkpoint, one of `steps` that there were before.
+
+    As it writes a newer one first, either that was not among them, or this one will be gone soon.
+    """
+    end = time.monotonic() + _DELETION
+    while steps_of(run_dir) == steps:
+        if step == steps[-1] or time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True
 
 
 @contextmanager

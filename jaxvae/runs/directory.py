@@ -176,7 +176,7 @@ def _seen(
         found, before = f"{found}: {how}", last.train_images // config.train.batch_size
     elif history := read_metrics(run_dir):
         before = history[0].get("step")
-    remedy = "name that one with --data"
+    remedy = "name the former data set with --data"
     if before in (None, batches):
         if new_data or not config.data_seen:
             step = max(steps_of(run_dir), default=0) if config.data_seen else 0
@@ -184,10 +184,9 @@ def _seen(
             return (*earlier, replace(record, step=step))
         remedy += ", take this one with --new-data"
     else:
-        found += f"; it makes {batches} batches per epoch instead of {before}"
-        remedy += ", as a run keeps its number of batches"
+        found += f", {batches} batches per epoch instead of {before}, which a run cannot change"
     raise InputError(
-        f"{found}: {remedy}, or start a new run from this model, with "
+        f"{found}; {remedy}, or start a new run from this model with "
         f"--start-from {shlex.quote(str(run_dir))}"
     )
 

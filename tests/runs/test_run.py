@@ -398,7 +398,7 @@ def test_a_run_does_not_go_on_with_other_data(finished, tmp_path, npz, how, says
     before = contents(run_dir)
     with refused(
         f"{other} is not the data set that {run_dir} was trained on: {says}",
-        "name that one with --data",
+        "; name the former data set with --data",
         f"--start-from {run_dir}",
     ):
         trained(run_dir, {"data": str(other), "epochs": 3}, resume=True)
@@ -425,7 +425,7 @@ def test_other_data_are_taken_on_request_and_recorded(finished, tmp_path, npz):
     arrays, other = dict(np.load(npz)), tmp_path / "other.npz"
     np.savez(other, **changed(arrays, "more"))
     flags = {"data": str(other), "epochs": 3}
-    with refused("it makes 16 batches per epoch instead of 8", "a run keeps its number of batches"):
+    with refused(", 16 batches per epoch instead of 8, which a run cannot change; name the former"):
         started(run_dir, flags, new_data=True)
     np.savez(other, **changed(arrays, "a pixel"))
     with refused("take this one with --new-data"):
@@ -457,7 +457,7 @@ def test_a_run_without_a_record_of_its_data_goes_on_and_gets_one(finished, tmp_p
     other = tmp_path / "other.npz"
     np.savez(other, **changed(dict(np.load(npz)), "more"))
     before = contents(run_dir)
-    with refused(f"{other} is not the data set", "makes 16 batches per epoch instead of 8"):
+    with refused(f"{other} is not the data set", "16 batches per epoch instead of 8"):
         trained(run_dir, {"data": str(other), "epochs": 3}, resume=True)
     assert contents(run_dir) == before
     trained(run_dir, {}, resume=True)
