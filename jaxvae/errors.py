@@ -45,3 +45,7 @@ class OtherData(UserWarning):
 
 class Diverged(UserWarning):
     """One of many models that are trained at once has diverged; the others are trained on."""
+
+
+class NotDrawn(UserWarning):
+    """A figure could not be drawn; the others were."""

@@ -20,12 +20,13 @@ from jaxvae.errors import (
     Damaged,
     Diverged,
     InputError,
+    NotDrawn,
     OtherData,
     Preempted,
     TrainingFailed,
 )
 
-_TOLD = (Converted, Damaged, Diverged, OtherData)  # warnings that are shown as a line
+_TOLD = (Converted, Damaged, Diverged, NotDrawn, OtherData)  # warnings that are shown as a line
 _BYTES_PER_SAMPLED = 24  # of memory, per pixel: the image and its copies on the way to a PNG
 _CACHE_BYTES = 2**30  # of compiled programs, kept between commands
 

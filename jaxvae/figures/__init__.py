@@ -17,7 +17,7 @@ from jaxvae.figures.pictures import (
     samples,
     traversals,
 )
-from jaxvae.figures.style import save
+from jaxvae.figures.style import or_warned, save
 from jaxvae.models.vae import Params
 
 FORMATS = ("png", "svg", "pdf")
@@ -31,7 +31,11 @@ def draw_all(
     key: jax.Array,
     kind: str = "png",
 ) -> list[Path]:
-    """Draw every figure of a run into a folder, as files of one of FORMATS; returns their paths."""
+    """Draw every figure of a run into a folder, as files of one of FORMATS; returns their paths.
+
+    A figure that fails is left out, and a warning of the category NotDrawn has the reason. Raises
+    OSError if the folder cannot be written.
+    """
     figures = {
         "manifold_15": partial(manifold, params, 15),
         "manifold_20": partial(manifold, params, 20),
@@ -50,6 +54,8 @@ def draw_all(
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, draw in figures.items():
-        paths.append(folder / f"{name}.{kind}")
-        save(draw(), paths[-1])
+        path = folder / f"{name}.{kind}"
+        with or_warned(path):
+            save(draw(), path)
+            paths.append(path)
     return paths

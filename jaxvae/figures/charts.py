@@ -12,11 +12,11 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
 from jaxvae.data import Dataset
-from jaxvae.evaluation.metrics import active_units, log_aggregate
+from jaxvae.evaluation.metrics import log_aggregate
 from jaxvae.figures.grid import latent_grid
 from jaxvae.figures.pictures import activity, labels_of
 from jaxvae.figures.style import COLOURS, DARK, LIGHT, STYLE, WARM, Picture
-from jaxvae.models.distributions import Gaussian
+from jaxvae.models.distributions import Gaussian, GaussianMixture, UnitGaussian
 from jaxvae.models.posteriors import DiagonalGaussian
 from jaxvae.models.protocols import Posterior, Prior
 from jaxvae.models.vae import Params, encode, prior
@@ -25,6 +25,7 @@ _SPLITS = {"train": LIGHT, "test": DARK}
 _SCATTERED = 10_000  # points beyond this only hide each other
 _PANELS = 8  # latents of which the aggregate posterior is drawn
 _MASSES = (0.9, 0.5)  # of the contours
+_STEPS, _CELLS = 300, 120  # of the grids on which a curve and contours are drawn, along an axis
 
 
 def latents(params: Params, data: Dataset) -> Figure:
@@ -41,12 +42,16 @@ def latents(params: Params, data: Dataset) -> Figure:
     names = (f"posterior {mean} of z1", "posterior standard deviation of z1")
     if params.config.latent_dim > 1:
         y, names = posterior.center[:, 1], (f"posterior {mean} of z1", f"posterior {mean} of z2")
-    points = np.stack([x, y], axis=1)
+    points = np.float64(np.stack([x, y], axis=1))
+    seen = np.isfinite(points).all(axis=1)
+    title = f"Latents of {len(points):,} test images{_unseen(seen)}"
+    labels = None if data.test_labels is None else data.test_labels[: len(points)][seen]
+    points = points[seen]
     with mpl.rc_context(STYLE):
         figure = Picture(figsize=(7.2, 6.4), layout="constrained")
         axes = figure.add_subplot()
-        axes.set(xlabel=names[0], ylabel=names[1], title=f"Latents of {len(points):,} test images")
-        if data.test_labels is None:
+        axes.set(xlabel=names[0], ylabel=names[1], title=title)
+        if labels is None:
             axes.scatter(
                 points[:, 0],
                 points[:, 1],
@@ -57,7 +62,7 @@ def latents(params: Params, data: Dataset) -> Figure:
                 rasterized=True,
             )
             return figure
-        classes, index = np.unique(data.test_labels[: len(points)], return_inverse=True)
+        classes, index = np.unique(labels, return_inverse=True)
         colours = np.array(COLOURS)[index % len(COLOURS)]
         # In the order of the data, so that no class lies on top of the others.
         size = 6 if len(points) > 2000 else 14
@@ -109,9 +114,9 @@ def units(params: Params, data: Dataset, threshold: float = 0.01) -> Figure:
 
     Above the threshold a latent counts as active: `jaxvae.evaluation.metrics.active_units`.
     """
-    mean, variance = activity(params, data)
+    _, variance = activity(params, data)
     order = np.argsort(-variance, kind="stable")
-    active = int(active_units(mean, threshold))
+    active = int(np.sum(variance > threshold))
     count = len(variance)
     width = 0.8 * min(1, count / 8)
     with mpl.rc_context(STYLE):
@@ -121,8 +126,9 @@ def units(params: Params, data: Dataset, threshold: float = 0.01) -> Figure:
         axes.bar(np.arange(1, count + 1), variance[order], width, color=colours)
         axes.axhline(threshold, color=WARM, linewidth=1.2, linestyle="--")
         axes.set_yscale("log")
-        low = min(threshold, max(variance.min(), 1e-6)) / 3
-        axes.set_ylim(low, max(variance.max(), threshold) * 3)
+        bounded = variance[np.isfinite(variance)]
+        low = min(threshold, max(bounded.min(initial=threshold), 1e-6)) / 3
+        axes.set_ylim(low, bounded.max(initial=threshold) * 3)
         axes.set_xlim(0.3, count + 0.7)
         axes.annotate(f"{threshold:g}", (1, threshold), xycoords=("axes fraction", "data"),
                       xytext=(4, 0), textcoords="offset points", va="center",
@@ -132,7 +138,7 @@ def units(params: Params, data: Dataset, threshold: float = 0.01) -> Figure:
         axes.grid(visible=False, axis="x")
         axes.set(
             title=f"Active units: {active} of {count} latents vary with the image",
-            xlabel="latent, by its variance",
+            xlabel=f"latent, by its variance{_unseen(np.isfinite(variance))}",
             ylabel=f"variance of the posterior {_center(params)}",
         )
     return figure
@@ -144,11 +150,13 @@ def aggregate(params: Params, data: Dataset, key: jax.Array) -> Figure:
     A histogram of one draw of every image's posterior for each latent, of more than eight those
     whose means vary most, with the prior's density. Two latents also together: regions that hold
     half and nine tenths of either; of a flow, whose density is not known at a given point, the
-    draws themselves.
+    draws themselves. Draws that are NaN or infinite are left out, and counted in the title.
     """
     images = jnp.asarray(data.test_images[:_SCATTERED])
     posterior = encode(params, images, labels_of(params, data, np.arange(len(images))))
-    z = np.asarray(_draws(posterior, key))
+    z = np.float64(_draws(posterior, key))
+    seen = np.isfinite(z).all(axis=1)
+    z = z[seen]
     p_z = prior(params)
     _, variance = activity(params, data)
     shown = np.sort(np.argsort(-variance, kind="stable")[:_PANELS])
@@ -160,10 +168,13 @@ def aggregate(params: Params, data: Dataset, key: jax.Array) -> Figure:
         grid = figure.subplots(rows, columns, squeeze=False).ravel()
         for axes, latent in zip(grid, shown, strict=False):
             reach = _reach(p_z, latent, z[:, latent])
-            axes.hist(z[:, latent], 40, range=reach, density=True, color=LIGHT, label="q(z), drawn")
-            x = np.linspace(*reach, 300)
+            if len(z):
+                how: dict[str, Any] = {"density": True, "color": LIGHT, "label": "q(z), drawn"}
+                axes.hist(z[:, latent], 40, range=reach, **how)
             if hasattr(p_z, "marginal"):
-                axes.plot(x, _density(p_z.marginal(latent), x[:, None]), color=WARM, label="p(z)")
+                x, low, step = np.linspace(*reach, _STEPS + 1), reach[:1], np.diff(reach) / _STEPS
+                density = _prior_density(p_z.marginal(latent), low, step, _points(1, _STEPS))
+                axes.plot(x, density / step, color=WARM, label="p(z)")
             else:
                 drawn = np.asarray(p_z.sample(key, 10_000)[:, latent])
                 style = {"histtype": "step", "color": WARM, "label": "p(z), drawn"}
@@ -176,11 +187,13 @@ def aggregate(params: Params, data: Dataset, key: jax.Array) -> Figure:
             axes.set_ylim(0, top)
         grid[0].legend(loc="upper left", fontsize=8, handlelength=1.2)
         if len(variance) == 2:
-            _contours(grid[2], p_z, posterior, z)
+            gaussian = isinstance(posterior, Gaussian)
+            of_draws = jax.tree.map(lambda x: x[seen], posterior) if gaussian else None
+            _contours(grid[2], p_z, of_draws, z)
         for axes in grid[panels:]:
             axes.remove()
         figure.suptitle(
-            f"Aggregate posterior of {len(images):,} test images, and the prior",
+            f"Aggregate posterior of {len(images):,} test images{_unseen(seen)}, and the prior",
             x=0.01,
             ha="left",
             size=STYLE["axes.titlesize"],
@@ -188,27 +201,59 @@ def aggregate(params: Params, data: Dataset, key: jax.Array) -> Figure:
     return figure
 
 
-def _contours(axes: Axes, p_z: Prior, posterior: Any, z: np.ndarray) -> None:
-    x, y = (np.linspace(*_reach(p_z, latent, z[:, latent]), 121) for latent in (0, 1))
-    points = np.float32(np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2))
-    shape = len(y), len(x)
-    if isinstance(posterior, Gaussian):
-        density = np.exp(np.asarray(log_aggregate(posterior, points))).reshape(shape)
+def _contours(axes: Axes, p_z: Prior, posterior: Gaussian | None, z: np.ndarray) -> None:
+    """Draw the regions of draws `z` and of the prior; `posterior` is None where it is a flow's."""
+    low, high = np.transpose([_reach(p_z, latent, z[:, latent]) for latent in (0, 1)])
+    x, y = np.linspace(low, high, _CELLS + 1).T
+    cell, points = (high - low) / _CELLS, _points(2, _CELLS)
+    if posterior is None:
+        axes.scatter(z[:, 0], z[:, 1], s=3, color=LIGHT, linewidths=0, rasterized=True)
+    elif len(z):
+        density = np.exp(log_aggregate(_on_grid(posterior, low, cell), points))
+        density = density.reshape(len(y), len(x))
         levels = [*(level_of(density, mass) for mass in _MASSES), density.max() * 1.01]
         axes.contourf(x, y, density, levels, colors=[LIGHT, DARK], alpha=0.75)
-    else:
-        axes.scatter(z[:, 0], z[:, 1], s=3, color=LIGHT, linewidths=0, rasterized=True)
-    density = np.asarray(_density(p_z, points)).reshape(shape)
+    density = _prior_density(p_z, low, cell, points).reshape(len(y), len(x))
     levels = [level_of(density, mass) for mass in _MASSES]
-    axes.contour(x, y, density, levels, colors=WARM, linewidths=1.2)
+    if levels[0] < levels[1]:  # not where the density is NaN or 0
+        axes.contour(x, y, density, levels, colors=WARM, linewidths=1.2)
     axes.set(xlabel="z1", ylabel="z2", title="regions of 50% and 90%")
+
+
+def _on_grid(gaussians: Gaussian, low: np.ndarray, cell: np.ndarray) -> Gaussian:
+    """Return Gaussians in units of a grid's cells, none of them narrower than a cell.
+
+        mean' = (mean - low) / cell,    variance' = max(variance / cell^2, 1)
+
+    A narrower one could lie between the points of the grid, where its density is 0.
+    """
+    mean = np.clip((np.float64(gaussians.mean) - low) / cell, -1e9, 1e9)  # as float32 takes them
+    log_var = np.maximum(np.float64(gaussians.log_var) - 2 * np.log(cell), 0)
+    return Gaussian(jnp.asarray(mean, jnp.float32), jnp.asarray(log_var, jnp.float32))
+
+
+def _prior_density(p_z: Prior, low: Any, cell: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Compute the prior's density per cell at points of a grid that starts at `low`."""
+    if isinstance(p_z, UnitGaussian):
+        standard = jnp.zeros((1, len(cell)))
+        p_z = GaussianMixture(jnp.zeros(1), standard, standard)
+    if not isinstance(p_z, GaussianMixture):
+        return np.asarray(_density(p_z, low + cell * points)) * np.prod(cell)
+    parts = _on_grid(Gaussian(p_z.mean, p_z.log_var), low, cell)
+    return np.asarray(_density(GaussianMixture(p_z.logits, *parts), points))
+
+
+def _points(axes: int, cells: int) -> np.ndarray:
+    """Return the points of a grid of so many cells along each axis, in cells: [points, axes]."""
+    lines = np.meshgrid(*[np.arange(cells + 1, dtype=np.float32)] * axes)
+    return np.stack(lines, axis=-1).reshape(-1, axes)
 
 
 def level_of(density: np.ndarray, mass: float) -> float:
     """The density above which so much of the mass lies; `density` is of equal cells."""
     falling = np.sort(density, axis=None)[::-1]
-    held = np.cumsum(falling) / falling.sum()
-    return float(falling[np.searchsorted(held, mass)])
+    held = np.cumsum(falling, dtype=np.float64)
+    return float(falling[np.searchsorted(held, mass * held[-1])])
 
 
 @jax.jit
@@ -225,11 +270,18 @@ def _density(p_z: Prior, z: jax.Array) -> jax.Array:
 
 def _reach(p_z: Prior, latent: int, z: np.ndarray) -> tuple[float, float]:
     """What of a latent's axis is worth drawing: of prior and draws, all but 1 in 1,000."""
-    low, _, high = latent_grid(p_z, int(latent), 3, tail=0.0005)
-    seen = np.quantile(z, [0.0005, 0.9995])
-    left, right = min(float(low), seen[0]), max(float(high), seen[1])
-    margin = (right - left) / 20
+    low, _, high = np.float64(latent_grid(p_z, int(latent), 3, tail=0.0005))
+    ends = np.array([low, high, *(np.quantile(z, [0.0005, 0.9995]) if len(z) else ())])
+    ends = ends[np.isfinite(ends)]
+    left, right = (ends.min(), ends.max()) if len(ends) else (-1.0, 1.0)
+    margin = (right - left) / 20 or 1.0  # where all is in one point
     return left - margin, right + margin
+
+
+def _unseen(seen: np.ndarray) -> str:
+    """Return what to say of those that cannot be drawn, where there are any."""
+    lost = len(seen) - int(np.sum(seen))
+    return f" ({lost:,} NaN or infinite)" if lost else ""
 
 
 def _center(params: Params) -> str:

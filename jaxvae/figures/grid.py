@@ -24,10 +24,13 @@ def tile(images: jax.Array | np.ndarray, rows: int) -> np.ndarray:
 
 
 def pixels(image: np.ndarray) -> np.ndarray:
-    """uint8 grey [H, W] or colour [H, W, 3]; of other numbers of channels, their mean."""
+    """uint8 grey [H, W] or colour [H, W, 3]; of other numbers of channels, their mean.
+
+    A pixel that is NaN, as a diverging decoder may give, is black.
+    """
     if image.shape[2] != 3:
         image = image.mean(axis=2)
-    return np.round(image * 255).astype(np.uint8)
+    return np.round(np.nan_to_num(image) * 255).astype(np.uint8)
 
 
 def save_images(images: jax.Array, path: Path) -> None:

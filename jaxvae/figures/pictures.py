@@ -160,10 +160,14 @@ def interpolations(params: Params, data: Dataset, pairs: int = 4, columns: int =
 
 
 def activity(params: Params, data: Dataset) -> tuple[jax.Array, np.ndarray]:
-    """The posterior means of the test images, [N, latent], and their variances, [latent]."""
+    """The posterior means of the test images, [N, latent], and their variances, [latent].
+
+    A variance is NaN where a mean is NaN or infinite.
+    """
     images = jnp.asarray(data.test_images[:_MEASURED])
     mean = encode(params, images, labels_of(params, data, np.arange(len(images)))).center
-    return mean, np.var(np.asarray(mean), axis=0)
+    with np.errstate(invalid="ignore"):
+        return mean, np.var(np.float64(mean), axis=0)  # the squares of large ones overflow float32
 
 
 def labels_of(params: Params, data: Dataset, chosen: np.ndarray) -> jax.Array | None:

@@ -1,5 +1,8 @@
 """What all figures have in common."""
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from jaxvae.errors import NotDrawn
 from jaxvae.figures.grid import pixels, tile
 from jaxvae.storage import write_whole
 
@@ -50,6 +54,22 @@ def save(figure: Figure, path: Path) -> None:
     how |= {"format": path.suffix[1:], "metadata": about}
     with mpl.rc_context(_FILES):
         write_whole(path, lambda file: figure.savefig(file, **how))
+
+
+@contextmanager
+def or_warned(path: Path) -> Iterator[None]:
+    """Warn of a figure that fails, with a NotDrawn, so that the others are drawn.
+
+    Raises OSError if it cannot be written, as then the others cannot be either.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) and not path.is_dir():
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        message = f"{path} was not drawn, but the other figures are: {reason}"
+        warnings.warn(message, NotDrawn, stacklevel=3)
 
 
 def mosaic(images: jax.Array, rows: int, title: str) -> tuple[Figure, Axes]:

@@ -1,6 +1,7 @@
 """The figures of a run."""
 
 from pathlib import Path
+from typing import Any
 
 from jaxvae.data import Dataset
 from jaxvae.errors import InputError
@@ -19,17 +20,23 @@ def draw(
 
     kind: "png", "svg" or "pdf".
 
-    Raises InputError if they cannot be written.
+    A figure that fails is left out, and a warning of the category `jaxvae.errors.NotDrawn` has the
+    reason. Raises InputError if the directory cannot be written.
     """
     # matplotlib takes as long to import as JAX, so only what draws pays for it.
     from jaxvae.figures import draw_all
     from jaxvae.figures.animation import draw_film
+    from jaxvae.figures.style import or_warned
 
     _, key = run_keys(config)
+    folder = run_dir / "figures"
     try:
-        folder = own_folder(run_dir, "figures")
-        paths = draw_all(folder, params, data, read_metrics(run_dir), key, kind)
-        return paths + draw_film(run_dir)
+        folder, history = own_folder(run_dir, "figures"), list[dict[str, Any]]()
+        with or_warned(folder / f"training.{kind}"):
+            history = read_metrics(run_dir)
+        paths = draw_all(folder, params, data, history, key, kind)
+        with or_warned(folder / "manifold.gif"):
+            paths += draw_film(run_dir)
     except OSError as error:
-        reason = error.strerror or error
-        raise InputError(f"{run_dir / 'figures'} cannot be written: {reason}") from None
+        raise InputError(f"{folder} cannot be written: {error.strerror or error}") from None
+    return paths

@@ -1,5 +1,7 @@
 """The figures show what they say."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +11,9 @@ from PIL import Image
 import jaxvae
 from jaxvae import figures
 from jaxvae.data import Dataset
+from jaxvae.errors import NotDrawn
 from jaxvae.evaluation.metrics import active_units
-from jaxvae.figures import charts, pictures
+from jaxvae.figures import charts, grid, pictures
 from jaxvae.models.distributions import Gaussian
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -171,6 +174,118 @@ def test_every_figure_is_drawn_for_any_model(tmp_path, shape, latent_dim, kind):
     for path in paths if kind == "png" else ():
         with Image.open(path) as picture:
             assert min(picture.size) > 100
+
+
+def odd(mean=0.0, log_var=0.0, kernel=0.0, decoder=1.0, latent_dim=2, **fields):
+    """A model whose posteriors have this mean and log variance, plus `kernel` of a fresh one's."""
+    config = jaxvae.ModelConfig((8, 8, 1), latent_dim, network="mlp:width=8", **fields)
+    model = jaxvae.init(jax.random.key(0), config)
+    heads = {"mean": (mean, kernel), "log_var": (log_var, 0.0)}
+    encoder = dict(model.encoder)
+    for name, (bias, scale) in heads.items():
+        head = encoder[name]
+        bias = jnp.full_like(head["bias"], bias)
+        encoder[name] = {"kernel": scale * head["kernel"], "bias": bias}
+    decoder = jax.tree.map(lambda x: decoder * x, model.decoder)
+    return replace(model, encoder=encoder, decoder=decoder)
+
+
+def of(images):
+    labels = np.arange(len(images)) % 5
+    return Dataset(images, labels, images, labels)
+
+
+ONE = np.full((1, 8, 8, 1), 200, np.uint8)
+CONSTANT = ONE.repeat(40, axis=0)
+POINT = {"mean": 0.3, "log_var": -60.0}
+ODD = {
+    "collapsed to the prior": lambda: odd(),
+    "collapsed to a point": lambda: odd(**POINT),
+    "collapsed, one latent": lambda: odd(**POINT, latent_dim=1),
+    "collapsed, three latents": lambda: odd(**POINT, latent_dim=3),
+    "collapsed flow": lambda: odd(**POINT, posterior="iaf:steps=1"),
+    "collapsed prior": lambda: replace(
+        odd(**POINT, prior="mixture:components=2"),
+        prior={"logits": jnp.zeros(2), "mean": jnp.full((2, 2), 0.3),
+               "log_var": jnp.full((2, 2), -60.0)},
+    ),
+    "narrow posteriors": lambda: odd(log_var=-30.0, kernel=1.0),
+    "narrow posteriors far away": lambda: odd(log_var=-60.0, kernel=100.0),
+    "huge": lambda: odd(1e30, 150.0, kernel=1e30, decoder=1e10),
+    "some draws infinite": lambda: odd(log_var=177.0, kernel=1.0),
+    "infinite": lambda: odd(1e38, 300.0, kernel=1e38, decoder=1e38, prior="vamp:components=2"),
+    "NaN": lambda: odd(np.nan, np.nan, decoder=np.nan, prior="vamp:components=2"),
+    "NaN, one latent": lambda: odd(np.nan, np.nan, decoder=np.nan, latent_dim=1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("which", ODD)
+def test_what_is_measured_is_drawn_of_collapsed_and_of_diverging_models(tmp_path, which):
+    model, data, key = ODD[which](), dataset(), jax.random.key(0)
+    for number, figure in enumerate(
+        (
+            figures.latents(model, data),
+            figures.units(model, data),
+            figures.aggregate(model, data, key),
+        )
+    ):
+        figure.savefig(tmp_path / f"{number}.png", dpi=20)
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "history"),
+    [
+        (lambda: odd(**POINT), dataset, [-3.0]),
+        (lambda: odd(np.nan, 150.0, decoder=np.nan), dataset, [np.nan, -3e30, -3.0]),
+        (lambda: odd(kernel=1.0, num_classes=5), lambda: of(CONSTANT), [-3.0, -3.0]),
+        (lambda: odd(kernel=1.0, num_classes=5), lambda: of(ONE), [-3.0]),
+    ],
+    ids=["collapsed", "diverging", "constant images", "one image"],
+)
+def test_every_figure_is_drawn_of_odd_models_and_data(tmp_path, monkeypatch, model, data, history):
+    monkeypatch.setattr("jaxvae.figures.style._DPI", 40)
+    arguments = (model(), data(), records(history), jax.random.key(0))
+    names = [path.stem for path in figures.draw_all(tmp_path, *arguments)]
+    assert [name for name in names if name != "classes"] == [*ALWAYS, "training"]
+
+
+def test_a_figure_that_fails_is_told_in_one_line_and_the_others_are_drawn(tmp_path, monkeypatch):
+    def fails(*arguments):
+        raise ValueError("Contour levels\nmust be increasing")
+
+    monkeypatch.setattr(figures, "aggregate", fails)
+    (tmp_path / "samples.png").mkdir()
+    history = [{"epoch": 1}]  # a line of metrics.jsonl that says too little
+    arguments = (tmp_path, odd(), dataset(), history, jax.random.key(0))
+    monkeypatch.setattr("jaxvae.figures.style._DPI", 40)
+    with pytest.warns(NotDrawn) as told:
+        names = [path.stem for path in figures.draw_all(*arguments)]
+    lost = ["samples", "aggregate", "training"]
+    assert names == [name for name in ALWAYS if name not in lost]
+    messages = [str(one.message) for one in told]
+    for message, name in zip(messages, lost, strict=True):
+        assert message.startswith(f"{tmp_path / name}.png was not drawn, but the other figures are")
+        assert "\n" not in message
+    assert messages[1].endswith(": ValueError: Contour levels must be increasing")
+
+
+def test_collapsed_posteriors_are_a_spot_in_the_plane_and_those_infinite_are_counted():
+    *_, both = figures.aggregate(odd(**POINT), dataset(), jax.random.key(0)).axes
+    spot, prior = both.collections
+    (outer, inner) = [path.get_extents() for path in spot.get_paths()]
+    assert outer.contains(0.3, 0.3)
+    assert inner.contains(0.3, 0.3)
+    assert 0 < inner.width < outer.width < 0.5 < prior.get_paths()[0].get_extents().width
+    figure = figures.aggregate(odd(log_var=177.0, kernel=1.0), dataset(), jax.random.key(0))
+    lost = int(figure.get_suptitle().split("(")[1].split()[0])
+    assert 0 < lost < 40
+    bars = figure.axes[0].patches
+    assert sum(bar.get_height() * bar.get_width() for bar in bars) == pytest.approx(1)
+
+
+def test_pixels_that_are_no_numbers_are_black():
+    image = np.array([[[np.nan], [1.0]]])
+    np.testing.assert_array_equal(grid.pixels(image), [[0, 255]])
 
 
 @pytest.mark.parametrize(("kind", "begins"), [("svg", b"<?xml"), ("pdf", b"%PDF")])
