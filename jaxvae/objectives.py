@@ -21,6 +21,7 @@ from jax import lax
 from jaxvae.components import Registry
 from jaxvae.errors import InputError
 from jaxvae.models.distributions import Gaussian
+from jaxvae.models.likelihoods import scale_images
 from jaxvae.models.protocols import Posterior
 from jaxvae.models.vae import Params, decode, encode, prior
 from jaxvae.validation import as_key, is_number, jit, shown, whole_number
@@ -274,7 +275,8 @@ class StickingTheLanding:
 
     log q(z|x) is differentiated through z alone, not through its own mean and log_var. What is
     left out has expectation 0, and is all that varies where q(z|x) is the true posterior. As an
-    estimator of a gradient it cannot be differentiated a second time.
+    estimator of a gradient it cannot be differentiated a second time: what is left out has a
+    derivative whose expectation is not 0. For second derivatives take "elbo".
 
     Attributes:
       num_samples: samples of the posterior, averaged over.
@@ -356,6 +358,10 @@ class DoublyReparameterized:
     It has the expectation of the bound's own gradient, and less variance. At another beta than 1,
     by the same argument, v_i^2 is (1 - beta) v_i + beta v_i^2.
 
+    Derivatives by the images and by beta are reparameterized alike, and have the expectation of
+    the bound's own; those of the terms are of the averages that they are. As an estimator of a
+    gradient it cannot be differentiated a second time: for that take "iwae".
+
     Attributes:
       num_samples: k.
 
@@ -385,7 +391,64 @@ class DoublyReparameterized:
         Raises:
           InputError: a posterior without `log_prob`.
         """
-        raise NotImplementedError
+        posterior = with_log_prob(encode(params, images, labels))
+        z, _ = samples(posterior, example_keys(key, len(posterior.mean)), self.num_samples)
+        images = scale_images(images)  # which may be differentiated by, as uint8 may not
+        bound, (log_p_x, log_ratio) = _doubly(
+            params, z, beta, lax.stop_gradient(posterior), images, labels
+        )
+        log_likelihood, kl = jnp.mean(log_p_x, axis=0), jnp.mean(log_ratio, axis=0)
+        return -bound, Elbo(log_likelihood - kl, log_likelihood, kl)
+
+
+@jax.custom_jvp
+def _doubly(
+    params: Params,
+    z: jax.Array,
+    beta: jax.Array | float,
+    posterior: Any,
+    images: jax.Array,
+    labels: jax.Array | None,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Compute the importance-weighted bound, and what its weights are made of.
+
+    In the bound's derivative through z_i, v_i counts as (1 - beta) v_i + beta v_i^2. By the
+    posterior, which is held fixed, there is no derivative.
+    """
+    log_w, parts = _log_weights(params, z, beta, posterior, images, labels)
+    return _log_mean_exp(log_w), parts
+
+
+@_doubly.defjvp
+def _doubly_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+    params, z, beta, posterior, images, labels = primals
+    of_params, of_z, of_beta, _, of_images, _ = tangents
+
+    def log_weights(params: Params, z: jax.Array, beta: Any, images: jax.Array) -> Any:
+        return _log_weights(params, z, beta, posterior, images, labels)
+
+    # Of all samples at once, as the weights v depend on all of them. The networks are evaluated
+    # here; both uses of the derivative are linear, and the second is dropped where it is not used.
+    (log_w, parts), derivative = jax.linearize(log_weights, params, z, beta, images)
+    v = jax.nn.softmax(log_w, axis=0)
+    scaled = ((1 - beta) + beta * v)[..., None] * of_z
+    of_log_w, _ = derivative(of_params, scaled, of_beta, of_images)
+    _, of_parts = derivative(of_params, of_z, of_beta, of_images)
+    return (_log_mean_exp(log_w), parts), (jnp.sum(v * of_log_w, axis=0), of_parts)
+
+
+def _log_weights(
+    params: Params,
+    z: jax.Array,
+    beta: jax.Array | float,
+    posterior: Any,
+    images: jax.Array,
+    labels: jax.Array | None,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Compute log w of samples [samples, batch, latent], and log p(x|z) and log q - log p(z)."""
+    log_ratio = posterior.log_prob(z) - prior(params).log_prob(z)
+    log_p_x = log_likelihood_at(params, z, images, labels)
+    return log_p_x - beta * log_ratio, (log_p_x, log_ratio)
 
 
 @dataclass(frozen=True)
@@ -457,7 +520,10 @@ class MaximumMeanDiscrepancy:
         k(z, y) = C / (C + |z - y|^2),    C = 2 latent_dim
 
     At beta 0 a Wasserstein autoencoder, at beta 1 - alpha the InfoVAE. The expectations are
-    over pairs of different images of the batch.
+    over pairs of different images of the batch. Over a prior of K components of weights w_k they
+    are sums, as the choice of a component has no derivative by its weights:
+
+        E[f(y)] = sum_k w_k E[f(y_k)],    y_k ~ component k
 
     Attributes:
       weight: lambda, nats.
@@ -488,19 +554,40 @@ class MaximumMeanDiscrepancy:
         drawn = draw(params, key, images, labels)
         z, terms, p_z = drawn.z[0], drawn.elbo(), prior(params)
         keys = example_keys(key, len(z))
-        y = jax.vmap(lambda key: p_z.sample(jax.random.fold_in(key, 1), 1)[0])(keys)
-        all_z, all_y = _gathered((z, y), axis_name)
-        c, batch = 2 * z.shape[1], len(z)
-        itself = jnp.arange(len(all_z)) == (_first(axis_name, batch) + jnp.arange(batch))[:, None]
+        # A prior that is no mixture is one component.
+        of_component = getattr(p_z, "sample_component", lambda key, k: p_z.sample(key, 1)[0])
+        prior_weights = getattr(p_z, "weights", jnp.ones(1))
+        all_z = _gathered(z, axis_name)
+        c, batch, whole = 2 * z.shape[1], len(z), len(all_z)
+        first = _first(axis_name, batch)
+
+        # Draw i of the batch's is of component i mod K. Every component has two draws or more, so
+        # that there are pairs of each with each.
+        components = len(prior_weights)
+        each = -(-2 * components // whole)
+        own = first * each + jnp.arange(batch * each)
+        everyone = jnp.arange(whole * each)
+        draws = (len(everyone) - 1 - jnp.arange(components)) // components + 1  # of each component
+        weights = (prior_weights / draws)[everyone % components]
+
+        def draws_of(key: jax.Array, own: jax.Array) -> jax.Array:
+            keys = jax.vmap(partial(jax.random.fold_in, key))(1 + jnp.arange(each))
+            return jax.vmap(of_component)(keys, own % components)
+
+        y = jax.vmap(draws_of)(keys, own.reshape(batch, each)).reshape(-1, z.shape[1])
+        all_y = _gathered(y, axis_name)
 
         def kernel(a: jax.Array, b: jax.Array) -> jax.Array:
             return c / (c + jnp.sum((a[:, None] - b) ** 2, axis=-1))
 
-        def over_others(pairs: jax.Array) -> jax.Array:
-            return jnp.sum(jnp.where(itself, 0, pairs), axis=1) / max(1, len(all_z) - 1)
-
-        across = jnp.mean(kernel(z, all_y), axis=1)
-        squared = over_others(kernel(z, all_z)) + over_others(kernel(y, all_y)) - 2 * across
+        others = jnp.arange(whole) != (first + jnp.arange(batch))[:, None]
+        of_z = jnp.sum(jnp.where(others, kernel(z, all_z), 0), axis=1) / max(1, whole - 1)
+        # Of n draws of a component, n (n - 1) ordered pairs stand for all n^2.
+        alike = own[:, None] % components == everyone % components
+        pairs = jnp.where(alike, (draws / (draws - 1))[own % components][:, None], 1)
+        pairs = jnp.where(own[:, None] == everyone, 0, pairs) * weights[own][:, None] * weights
+        of_y = whole * jnp.sum((pairs * kernel(y, all_y)).reshape(batch, -1), axis=1)
+        squared = of_z + of_y - 2 * (kernel(z, all_y) @ weights)
         return -(terms.log_likelihood - beta * terms.kl) + self.weight * squared, terms
 
 

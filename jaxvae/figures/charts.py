@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
 from jaxvae.data import Dataset
-from jaxvae.evaluation.metrics import log_aggregate
+from jaxvae.errors import InputError
+from jaxvae.evaluation.metrics import ACTIVE, log_aggregate, variance_of_means
 from jaxvae.figures.grid import latent_grid
 from jaxvae.figures.pictures import activity, labels_of
 from jaxvae.figures.style import COLOURS, DARK, LIGHT, STYLE, WARM, Picture
@@ -109,12 +110,34 @@ def training(history: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
-def units(params: Params, data: Dataset, threshold: float = 0.01) -> Figure:
-    """How much every latent's posterior mean varies over the test images, largest first.
+def units(
+    params: Params, data: Dataset, threshold: float = ACTIVE, *, key: jax.Array | None = None
+) -> Figure:
+    """Draw how much every latent's posterior mean varies over the test images, largest first.
 
     Above the threshold a latent counts as active: `jaxvae.evaluation.metrics.active_units`.
+
+    Args:
+      params: the model.
+      data: its test images are encoded.
+      threshold: variance above which a latent is active.
+      key: PRNG key of the samples that the means of a posterior other than Gaussian are estimated
+        from.
+
+    Returns:
+      The figure.
+
+    Raises:
+      InputError: no key, where one is needed.
     """
-    _, variance = activity(params, data)
+    if isinstance(params.config.posterior, DiagonalGaussian):
+        _, variance = activity(params, data)
+    elif key is None:
+        raise InputError("key is None: expected a PRNG key, as the posterior is not Gaussian")
+    else:
+        images = jnp.asarray(data.test_images[:_SCATTERED])
+        posterior = encode(params, images, labels_of(params, data, np.arange(len(images))))
+        variance = np.asarray(variance_of_means(posterior, key))
     order = np.argsort(-variance, kind="stable")
     active = int(np.sum(variance > threshold))
     count = len(variance)
@@ -139,7 +162,7 @@ def units(params: Params, data: Dataset, threshold: float = 0.01) -> Figure:
         axes.set(
             title=f"Active units: {active} of {count} latents vary with the image",
             xlabel=f"latent, by its variance{_unseen(np.isfinite(variance))}",
-            ylabel=f"variance of the posterior {_center(params)}",
+            ylabel="variance of the posterior mean",
         )
     return figure
 

@@ -53,7 +53,16 @@ class UnitGaussian:
 
     def sample(self, key: jax.Array, n: int) -> jax.Array:
         """n draws, [n, latent]."""
-        return jax.random.normal(key, (n, self.latent_dim))
+        return jax.random.normal(key, (n, self.latent_dim), jnp.float32)
+
+    @property
+    def weights(self) -> jax.Array:
+        """The weights of its components: [1], as it is one."""
+        return jnp.ones(1)
+
+    def sample_component(self, key: jax.Array, k: jax.Array) -> jax.Array:
+        """Draw from component k: [latent]."""
+        return self.sample(key, 1)[0]
 
     def marginal(self, latent: int) -> "UnitGaussian":
         """Return the distribution of one latent alone."""
@@ -95,6 +104,15 @@ class GaussianMixture(NamedTuple):
         """n draws, [n, latent]."""
         which_key, key = jax.random.split(key)
         k = jax.random.categorical(which_key, self.logits, shape=(n,))
+        return reparameterize(key, self.mean[k], self.log_var[k])
+
+    @property
+    def weights(self) -> jax.Array:
+        """The weights of its components: [K], of sum 1."""
+        return jax.nn.softmax(self.logits)
+
+    def sample_component(self, key: jax.Array, k: jax.Array) -> jax.Array:
+        """Draw from component k: [latent]."""
         return reparameterize(key, self.mean[k], self.log_var[k])
 
     def marginal(self, latent: int) -> "GaussianMixture":

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxvae.components import Registry
 from jaxvae.errors import InputError
 from jaxvae.models.distributions import GaussianMixture, UnitGaussian
+from jaxvae.models.likelihoods import at_least_float32, sigmoid
 from jaxvae.models.protocols import Learned
 from jaxvae.validation import whole_number
 
@@ -54,14 +55,14 @@ class Mixture:
         """
         shape = self.components, config.latent_dim
         return {
-            "logits": jnp.zeros(self.components),
-            "mean": 0.5 * jax.random.normal(key, shape),
-            "log_var": jnp.full(shape, math.log(0.75)),
+            "logits": jnp.zeros(self.components, jnp.float32),
+            "mean": 0.5 * jax.random.normal(key, shape, jnp.float32),
+            "log_var": jnp.full(shape, math.log(0.75), jnp.float32),
         }
 
     def bind(self, learned: Learned, params: "Params") -> GaussianMixture:
         """Return the mixture."""
-        return GaussianMixture(**learned)
+        return GaussianMixture(**jax.tree.map(at_least_float32, dict(learned)))
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class Vamp:
         height, width, channels = config.image_shape
         spots = (self.components, -(-height // 4), -(-width // 4), channels)
         shape = self.components, height, width, channels
-        smooth = jax.image.resize(jax.random.normal(key, spots), shape, "cubic")
+        smooth = jax.image.resize(jax.random.normal(key, spots, jnp.float32), shape, "cubic")
         return {"pseudo_inputs": 3.5 * smooth - 2}
 
     def bind(self, learned: Learned, params: "Params") -> GaussianMixture:
@@ -115,7 +116,7 @@ def pseudo_images(learned: Learned) -> jax.Array:
 
     A sigmoid, where Tomczak and Welling (2018) clip: its gradient vanishes nowhere.
     """
-    return jax.nn.sigmoid(learned["pseudo_inputs"])
+    return sigmoid(learned["pseudo_inputs"])
 
 
 PRIORS: Registry[Any] = Registry(

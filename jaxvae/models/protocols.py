@@ -22,7 +22,9 @@ class Prior(Protocol):
     """p(z), bound to its parameters: a pytree.
 
     It may have `marginal(latent)`, the `Prior` of one latent alone, which figures then draw as a
-    curve instead of a histogram of draws.
+    curve instead of a histogram of draws. A mixture, whose samples are no differentiable function
+    of its weights, has `weights`, [K], and `sample_component(key, k)`, [latent]: the objective
+    "mmd" sums over the components.
     """
 
     def log_prob(self, z: jax.Array) -> jax.Array:

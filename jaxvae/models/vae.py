@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxvae.devices.convolution import block_size, in_blocks
 from jaxvae.errors import InputError
 from jaxvae.models.config import ModelConfig
-from jaxvae.models.likelihoods import scale_images
+from jaxvae.models.likelihoods import at_least_float32, scale_images
 from jaxvae.models.protocols import Likelihood, Model, Posterior, Prior
 from jaxvae.validation import as_array, as_key, expect_config, expect_real, jit, whole_number
 
@@ -67,9 +67,12 @@ class VAE:
         config = self.config
         encoder_key, decoder_key = jax.random.split(key)
         prior_key, posterior_key = jax.random.split(jax.random.fold_in(key, 2))
-        images = jnp.zeros((1, *config.image_shape))
-        latents = jnp.zeros((1, config.latent_dim))
-        classes = (jnp.zeros((1, config.num_classes)),) if config.num_classes else ()
+        # float32, as modules may take their parameters' type from their inputs'.
+        images, latents, one_hot = (
+            jnp.zeros((1, *shape), jnp.float32)
+            for shape in (config.image_shape, (config.latent_dim,), (config.num_classes,))
+        )
+        classes = (one_hot,) if config.num_classes else ()
         encoder, decoder = self.modules()
         encoded, encoder_params = _init("encoder", encoder, encoder_key, images, *classes)
         _expect_shapes("encoder", encoded, (latents.shape,) * 2)
@@ -103,18 +106,22 @@ class VAE:
             (z, *self._one_hot(labels)),
             block_size(z.shape[0], params.decoder),
         )
-        return self.config.likelihood.from_outputs(outputs, params.likelihood)
+        # Networks may compute in bfloat16; distributions do not.
+        return self.config.likelihood.from_outputs(
+            *jax.tree.map(at_least_float32, (outputs, params.likelihood))
+        )
 
     def encoded(
         self, params: Params, images: jax.Array, labels: jax.Array | None = None
     ) -> tuple[jax.Array, ...]:
         """Return what the encoder makes of images, floats in [0, 1]: mean, log_var and more."""
         encoder, _ = self.modules()
-        return in_blocks(
+        encoded = in_blocks(
             lambda block: tuple(encoder.apply({"params": params.encoder}, *block)),
             (images, *self._one_hot(labels)),
             block_size(images.shape[0], params.encoder),
         )
+        return jax.tree.map(at_least_float32, encoded)
 
     def _outputs_shape(self) -> tuple[int, int, int]:
         height, width, channels = self.config.image_shape
@@ -122,7 +129,9 @@ class VAE:
 
     def _one_hot(self, labels: jax.Array | None) -> tuple[jax.Array, ...]:
         """Return the classes as the networks take them, [batch, classes]; nothing without any."""
-        return () if labels is None else (jax.nn.one_hot(labels, self.config.num_classes),)
+        if labels is None:
+            return ()
+        return (jax.nn.one_hot(labels, self.config.num_classes, dtype=jnp.float32),)
 
 
 def model_of(config: ModelConfig) -> Model:
@@ -133,6 +142,9 @@ def model_of(config: ModelConfig) -> Model:
 @jit(static_argnames="config")
 def init(key: jax.Array, config: ModelConfig) -> Params:
     """Draw fresh parameters: Glorot uniform kernels, zero biases, unless a network says otherwise.
+
+    They are float32, whether 64-bit types are enabled or not, unless modules of one's own ask for
+    others by their `param_dtype`.
 
     Args:
       key: PRNG key.
