@@ -174,8 +174,8 @@ def log_likelihood_at(
     def repeated(x: jax.Array) -> jax.Array:
         return jnp.broadcast_to(x, (len(z), *x.shape)).reshape(-1, *x.shape[1:])
 
-    images = repeated(jnp.asarray(images))
-    labels = None if labels is None else repeated(jnp.asarray(labels))
+    images = repeated(jnp.asarray(native(images)))
+    labels = None if labels is None else repeated(jnp.asarray(native(labels)))
     log_p_x = decode(params, z.reshape(-1, z.shape[-1]), labels).log_prob(images)
     return log_p_x.reshape(z.shape[:2])
 
@@ -672,9 +672,10 @@ WARMUPS: Registry[Any] = Registry(
 
 
 def example_keys(key: jax.Array, batch: int, first: jax.Array | int = 0) -> jax.Array:
-    """One key for each example, by its index: [batch] keys.
+    """Return one key for each example, by its index: [batch] keys, of Threefry.
 
-    An example's noise then depends neither on the device nor on the block that computes it.
+    An example's noise then depends neither on the device nor on the block that computes it. That
+    holds for keys of every implementation ("rbg" too), whose bits are taken for Threefry's.
 
     Args:
       key: one PRNG key; [batch] keys are handed back as they are.

@@ -104,11 +104,12 @@ def _extremes(x: Any, kind: Any, wait: bool) -> tuple[Any, Any] | None:
     if isinstance(x, jax.core.Tracer):
         return None
     if isinstance(x, jax.Array):
-        on_host = all(device.platform == "cpu" for device in x.devices())
-        if not x.is_fully_addressable or not (on_host or wait):
+        if not x.is_fully_addressable:
             return None
-        if not on_host and jnp.issubdtype(x.dtype, kind) and x.size:
-            with jax.ensure_compile_time_eval():  # also for a constant of an outer function
+        if not _on_host(x):
+            if not wait or not x.size or not jnp.issubdtype(x.dtype, kind):
+                return None
+            with jax.ensure_compile_time_eval():  # it may be a constant of an outer function
                 return jnp.min(x).item(), jnp.max(x).item()
     try:
         array = np.asarray(x)
@@ -117,6 +118,10 @@ def _extremes(x: Any, kind: Any, wait: bool) -> tuple[Any, Any] | None:
     if not array.size or not jnp.issubdtype(array.dtype, kind):
         return None
     return array.min().item(), array.max().item()
+
+
+def _on_host(x: jax.Array) -> bool:
+    return all(device.platform == "cpu" for device in x.devices())
 
 
 def as_array(name: str, x: Any) -> jax.Array:

@@ -29,7 +29,8 @@ from jaxvae.validation import expect_number, jit
 Metrics = dict[str, jax.Array]
 
 
-@jit(static_argnames=("axis_name", "objective"))
+# A loop of steps runs ahead of an accelerator: nothing in it is to wait for one.
+@jit(static_argnames=("axis_name", "objective"), wait=False)
 def train_step(
     state: TrainState,
     images: jax.Array,
@@ -60,7 +61,10 @@ def train_step(
       The next state, and `loss`, `elbo`, `log_likelihood`, `kl`: means over the whole batch,
       nats per image.
     Raises:
-      InputError: images or labels of another shape or type than the model's.
+      InputError: images or labels of another shape or type than the model's; float images beyond
+        0 and 1 or labels that are no classes, where the host knows their values (not inside `jit`,
+        nor on an accelerator, for which the step does not wait); a beta with an objective that is
+        a plain function.
     """
     images = expected_images(state.params, images)
     batch = images.shape[0]
@@ -146,7 +150,8 @@ def train_epoch(
     Returns:
       The state after the epoch, and the metrics of `train_step` averaged over its steps.
     Raises:
-      InputError: fewer images than one batch, or as of `train_step`.
+      InputError: fewer images than one batch, or as of `train_step`; values on an accelerator are
+        checked too.
     """
     images = expected_images(state.params, images)
     labels = expected_labels(state.params, labels, len(images))
