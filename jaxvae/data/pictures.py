@@ -95,12 +95,13 @@ def read_picture(file: BinaryIO, changes: set[str] | None = None) -> np.ndarray:
     return image if image.ndim == 3 else image[..., None]
 
 
-def _orientation(picture: "Image.Image") -> int | None:
+def _orientation(picture: "Image.Image") -> int:
+    """The number by which EXIF tells how to turn a picture; 1, not at all, if it tells none."""
     try:
         orientation = picture.getexif().get(_ORIENTATION)
     except Exception:  # of damaged metadata, in which Pillow finds nearly any error
-        return None
-    return orientation if isinstance(orientation, int) else None
+        return 1
+    return orientation if isinstance(orientation, int) else 1
 
 
 def _composed(picture: "Image.Image", changes: set[str]) -> np.ndarray:

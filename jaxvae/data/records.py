@@ -83,7 +83,7 @@ class Records:
         return image if image.ndim == 3 else image[..., None]
 
 
-def array_records(files: Sequence[Path], changes: set[str]) -> Records:
+def array_records(files: Sequence[Path], changes: set[str] | None = None) -> Records:
     """The images of ArrayRecord files, whose records are PNG, JPEG or .npy files as bytes.
 
     changes: as of `read_picture`, from the first image on.
@@ -98,6 +98,6 @@ def _opened(names: list[str]) -> Any:
     return ArrayRecordDataSource(names)
 
 
-def _from_bytes(record: bytes, changes: set[str]) -> np.ndarray:
+def _from_bytes(record: bytes, changes: set[str] | None) -> np.ndarray:
     file = io.BytesIO(record)
     return read_npy(file) if record.startswith(b"\x93NUMPY") else read_picture(file, changes)

@@ -290,13 +290,13 @@ class _Examples:
         return len(self._records)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        return self.__getitems__([row])[0]
+        return self._decoded(self._records[row])
 
     def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
-        return [
-            self._features.deserialize_example_np(record, decoders=self._decoders)
-            for record in self._records.__getitems__(rows)
-        ]
+        return [self._decoded(record) for record in self._records.__getitems__(rows)]
+
+    def _decoded(self, record: bytes) -> dict[str, Any]:
+        return self._features.deserialize_example_np(record, decoders=self._decoders)
 
 
 def _source(folder: str, split: str) -> _Examples:
