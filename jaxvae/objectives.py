@@ -24,7 +24,7 @@ from jaxvae.models.distributions import Gaussian
 from jaxvae.models.likelihoods import scale_images
 from jaxvae.models.protocols import Posterior
 from jaxvae.models.vae import Params, decode, encode, prior
-from jaxvae.validation import as_key, is_number, jit, shown, whole_number
+from jaxvae.validation import as_key, is_number, jit, native, shown, whole_number
 
 
 class Elbo(NamedTuple):

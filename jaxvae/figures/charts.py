@@ -43,8 +43,8 @@ def latents(params: Params, data: Dataset) -> Figure:
     names = (f"posterior {mean} of z1", "posterior standard deviation of z1")
     if params.config.latent_dim > 1:
         y, names = posterior.center[:, 1], (f"posterior {mean} of z1", f"posterior {mean} of z2")
-    points = np.float64(np.stack([x, y], axis=1))
-    seen = np.isfinite(points).all(axis=1)
+    points = np.asarray(np.stack([x, y], axis=1), np.float64)
+    seen = np.all(np.isfinite(points), axis=1)
     title = f"Latents of {len(points):,} test images{_unseen(seen)}"
     labels = None if data.test_labels is None else data.test_labels[: len(points)][seen]
     points = points[seen]
@@ -177,8 +177,8 @@ def aggregate(params: Params, data: Dataset, key: jax.Array) -> Figure:
     """
     images = jnp.asarray(data.test_images[:_SCATTERED])
     posterior = encode(params, images, labels_of(params, data, np.arange(len(images))))
-    z = np.float64(_draws(posterior, key))
-    seen = np.isfinite(z).all(axis=1)
+    z = np.asarray(_draws(posterior, key), np.float64)
+    seen = np.all(np.isfinite(z), axis=1)
     z = z[seen]
     p_z = prior(params)
     _, variance = activity(params, data)
@@ -293,7 +293,7 @@ def _density(p_z: Prior, z: jax.Array) -> jax.Array:
 
 def _reach(p_z: Prior, latent: int, z: np.ndarray) -> tuple[float, float]:
     """What of a latent's axis is worth drawing: of prior and draws, all but 1 in 1,000."""
-    low, _, high = np.float64(latent_grid(p_z, int(latent), 3, tail=0.0005))
+    low, _, high = np.asarray(latent_grid(p_z, int(latent), 3, tail=0.0005), np.float64)
     ends = np.array([low, high, *(np.quantile(z, [0.0005, 0.9995]) if len(z) else ())])
     ends = ends[np.isfinite(ends)]
     left, right = (ends.min(), ends.max()) if len(ends) else (-1.0, 1.0)
