@@ -38,6 +38,7 @@ nb_execution_mode = "off"  # the notebooks hold their outputs
 highlight_language = "none"  # where none is named: commands and equations
 
 default_role = "code"
+napoleon_use_ivar = True  # what "Attributes" lists, autodoc documents too
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
@@ -74,6 +75,8 @@ docs/reliability
 
 docs/api
 docs/modules
+CONTRIBUTING
+CHANGELOG
 ```
 ```{toctree}
 :hidden:
