@@ -25,7 +25,7 @@ from jaxvae import ModelConfig, Params, decode, elbo, encode, init, log_likeliho
 from jaxvae.models.likelihoods import GaussianPixels
 from jaxvae.models.networks import MlpDecoder, MlpEncoder
 from jaxvae.models.vae import prior
-from jaxvae.objectives import OBJECTIVES, Elbo, example_keys
+from jaxvae.objectives import OBJECTIVES, WARMUPS, Elbo, example_keys
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
