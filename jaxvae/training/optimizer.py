@@ -164,7 +164,7 @@ class _OptaxNames(Mapping[str, Any]):
                 yield name
 
     def __len__(self) -> int:
-        return len(list(self))
+        return sum(1 for _ in self)  # list() would ask for the length again
 
 
 def _named(make: Any, name: str, function: Any) -> Any:
