@@ -12,7 +12,9 @@ from conftest import OwnDecoder, OwnEncoder, refused
 
 import jaxvae
 from jaxvae import ModelConfig, Params, TrainConfig
-from jaxvae.models.config import CHOICES
+from jaxvae.models.likelihoods import LIKELIHOODS
+from jaxvae.models.posteriors import POSTERIORS
+from jaxvae.models.priors import PRIORS
 from jaxvae.models.vae import prior
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -243,7 +245,7 @@ def mixed(params):
 
 def test_in_mixed_precision_every_product_is_of_bfloat16s(params, images):
     """Forward and backward."""
-    batch = jnp.asarray(images, jnp.float32)
+    batch = jnp.asarray(images, jnp.float32) / 255
 
     def loss(params):
         return -jaxvae.elbo(params, KEY, batch).value.mean()
@@ -299,7 +301,7 @@ OWN = ModelConfig((6, 5, 2), 2, network=(OwnEncoder(2), OwnDecoder((6, 5, 2))))
 
 
 def test_networks_of_ones_own_are_the_models(images):
-    encoder, decoder = OWN.network
+    encoder, decoder = OWN.network.encoder, OWN.network.decoder
     params = jaxvae.init(KEY, OWN)
     posterior = jaxvae.encode(params, images)
     mean, log_var = encoder.apply({"params": params.encoder}, images / np.float32(255))
@@ -439,7 +441,7 @@ def test_every_image_is_taken_with_its_own_label(f, conditional, images):
 
 
 def test_networks_are_told_the_class_as_a_vector(conditional, images):
-    encoder, decoder = jaxvae.models.vae.modules(conditional.config)
+    encoder, decoder = jaxvae.models.vae.VAE(conditional.config).modules()
     classes = np.float32([[0, 0, 1], [1, 0, 0], [0, 1, 0], [0, 1, 0], [1, 0, 0]])
     posterior = jaxvae.encode(conditional, images, LABELS)
     x = images / np.float32(255)
@@ -499,9 +501,9 @@ def test_labels_of_samples_and_steps_are_checked(params, images):
 @pytest.mark.parametrize(
     ("likelihood", "prior_name", "posterior"),
     [  # every pair of two choices
-        (likelihood, prior, CHOICES["model"]["posterior"][(i + j) % 2])
-        for i, likelihood in enumerate(CHOICES["model"]["likelihood"])
-        for j, prior in enumerate(CHOICES["model"]["prior"])
+        (likelihood, prior, list(POSTERIORS)[(i + j) % 2])
+        for i, likelihood in enumerate(LIKELIHOODS)
+        for j, prior in enumerate(PRIORS)
     ],
 )
 def test_every_model_is_trained_sampled_saved_and_loaded(
@@ -513,10 +515,8 @@ def test_every_model_is_trained_sampled_saved_and_loaded(
         2,
         network="mlp",
         likelihood=likelihood,
-        prior=prior_name,
-        prior_components=5,
-        posterior=posterior,
-        flow_steps=1,
+        prior=prior_name if prior_name == "standard_normal" else f"{prior_name}:components=5",
+        posterior=posterior if posterior == "gaussian" else f"{posterior}:steps=1",
     )
     state = jaxvae.create_train_state(KEY, config, TrainConfig(batch_size=8))
     after, metrics = jaxvae.train_step(state, images)
@@ -527,7 +527,7 @@ def test_every_model_is_trained_sampled_saved_and_loaded(
         "decoder": True,
         "likelihood": likelihood == "gaussian",
         "prior": prior_name != "standard_normal",
-        "flow": posterior == "iaf",
+        "posterior": posterior == "iaf",
     }
     for part, learns in learned.items():
         old, new = (jax.tree.leaves(getattr(s.params, part)) for s in (state, after))
