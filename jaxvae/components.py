@@ -17,6 +17,7 @@ from jaxvae.errors import InputError
 from jaxvae.validation import either, shown
 
 C = TypeVar("C")
+_UNNAMED = ("<locals>", "<lambda>")
 
 
 @dataclass(frozen=True)
@@ -220,7 +221,7 @@ def imported(kind: str, text: str) -> Any:
     module_name, _, attribute = path.rpartition(".")
     try:
         entry = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise InputError(f"{kind} is {text!r}, which cannot be imported: {error}") from None
     return build(kind, path, entry, options)
 
@@ -228,7 +229,9 @@ def imported(kind: str, text: str) -> Any:
 def is_dotted_path(text: Any) -> bool:
     """Whether a value reads as the dotted path of a component of the user's own."""
     name = text.partition(":")[0] if isinstance(text, str) else ""
-    return "." in name and all(part.isidentifier() for part in name.split("."))
+    parts = name.split(".")
+    # Functions that were defined in another one, or without a name, have such a path as well.
+    return len(parts) > 1 and all(p.isidentifier() or p in _UNNAMED for p in parts)
 
 
 def field_docs(config: type) -> dict[str, str]:

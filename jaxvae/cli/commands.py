@@ -167,7 +167,7 @@ def _train(options: argparse.Namespace) -> None:
     if processes.several() and not options.run_dir:
         raise InputError("several processes train one model: say where to, with --run-dir DIR")
     flags = _flags(options)
-    base = read_config_file(options.config) if options.config else RunConfig()
+    base = read_config_file(options.config, flags) if options.config else RunConfig()
     if options.tensorboard:
         tensorboard.need_tensorboard()
     if options.new_data and not options.resume:
@@ -281,7 +281,7 @@ def _train_many(
 ) -> list[Path]:
     from jaxvae.runs import drawing, sweep
     from jaxvae.runs.checkpoints import load
-    from jaxvae.runs.loop import components
+    from jaxvae.runs.config import components
 
     models = sweep.start(run_dir, models, data, **start)
     name = next(iter(models.values())).data

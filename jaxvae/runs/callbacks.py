@@ -21,7 +21,9 @@ class Training:
       data: what it is trained on.
       epochs: how many it has in all.
       images: how many an epoch has, over all models.
-      history: the lines of metrics.jsonl of the epochs that are over, where it is resumed.
+      step: how many steps were taken before, where it is resumed.
+      done: how many epochs are over.
+      history: their lines of metrics.jsonl, as far as the file has them.
       params: the parameters at the start; of many models, stacked.
       run_dir: its directory, if it has one.
     """
@@ -30,6 +32,8 @@ class Training:
     data: Dataset
     epochs: int
     images: int
+    step: int
+    done: int
     history: Sequence[dict[str, Any]]
     params: Params
     run_dir: Path | None
@@ -41,8 +45,12 @@ class Callback:
     Of several processes, only the first one calls callbacks.
     """
 
-    def start(self, training: Training) -> None:
-        """Called before the first step."""
+    def start(self, training: Training) -> bool | None:
+        """Called before the first step.
+
+        Returns:
+          True where the training is over already, and no step is to be taken.
+        """
 
     def dispatch(self, images: int, metrics: Mapping[str, float]) -> None:
         """Called after some steps that were dispatched together.
@@ -82,15 +90,21 @@ class EarlyStopping(Callback):
 
     patience: int
 
-    def start(self, training: Training) -> None:
-        """Take up the epochs that are over."""
-        self._elbos = [record["test"]["elbo"] for record in training.history]
+    def start(self, training: Training) -> bool:
+        """Take up the epochs that are over; return whether they ended the training."""
+        self._elbos = {record["epoch"]: record["test"]["elbo"] for record in training.history}
+        return self._is_over(training.done)
 
     def epoch(self, record: dict[str, Any], params: Params) -> bool:
         """Return whether the best epoch is `patience` epochs ago."""
-        self._elbos.append(record["test"]["elbo"])
-        best = max(range(len(self._elbos)), key=self._elbos.__getitem__)
-        return len(self._elbos) - 1 - best >= self.patience
+        self._elbos[record["epoch"]] = record["test"]["elbo"]
+        return self._is_over(record["epoch"])
+
+    def _is_over(self, epoch: int) -> bool:
+        if not self._elbos:
+            return False
+        best = max(self._elbos, key=self._elbos.__getitem__)
+        return epoch - best >= self.patience
 
 
 class AnimationFrames(Callback):
@@ -101,7 +115,7 @@ class AnimationFrames(Callback):
         if training.run_dir is None:
             raise InputError("the frames lie in the run directory: expected a run_dir")
         self._run_dir = training.run_dir
-        if not training.history:
+        if not training.step:
             self.epoch({"epoch": 0}, training.params)
 
     def epoch(self, record: dict[str, Any], params: Params) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
@@ -167,6 +167,16 @@ def own_components(flags: Mapping[str, Any]) -> dict[str, Any]:
     return {n: x for n, x in flags.items() if n in registries and not isinstance(x, str)}
 
 
+def components(config: RunConfig) -> dict[str, Any]:
+    """Return the components of a configuration that a file can not build, by field."""
+    own = {}
+    for part in (config.model, config.train):
+        for name, spec in part.specs().items():
+            if is_dotted_path(spec) or spec == "own":
+                own[name] = getattr(part, name)
+    return own
+
+
 def run_keys(config: RunConfig) -> tuple[jax.Array, jax.Array]:
     """Return the PRNG keys of a run: for training, and for evaluating and drawing."""
     train_key, test_key = jax.random.split(jax.random.key(config.seed))
@@ -197,13 +207,17 @@ def read_config(run_dir: Path, *, to_train: bool = False, **own: Any) -> RunConf
     return read_json(run_dir / "config.json", parse)
 
 
-def read_config_file(path: Path) -> RunConfig:
+def read_config_file(path: Path, flags: Collection[str] = ()) -> RunConfig:
     """Return the configuration in a TOML or JSON file; a run's own config.json is one.
 
     Fields of the model and of the training may stand in tables `model` and `train` or at the top.
 
+    Args:
+      path: the file.
+      flags: fields that are given otherwise; what the file says of them is left out.
+
     Raises:
-      InputError: the file cannot be read, or a field is unknown or wrong.
+      InputError: the file cannot be read, a field is unknown or wrong, or it stands there twice.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -216,11 +230,26 @@ def read_config_file(path: Path) -> RunConfig:
     content = unmarked(content, path)
     content.pop("data_seen", None)  # of the run that wrote it
     try:
-        tables = {name: dict(content.pop(name, {})) for name in ("model", "train")}
-        base = RunConfig.from_dict(tables)
-        return _with_flags(base, content)
-    except (TypeError, ValueError) as error:
+        parts: dict[str, Any] = {}
+        for name, kind in (("model", ModelConfig), ("train", TrainConfig)):
+            table = content.pop(name, {})
+            if not isinstance(table, dict):
+                raise InputError(f"{name} is {shown(table)}: expected a table of named fields")
+            parts[name] = kind._updated(table)
+        top = RunConfig._updated(content)
+        for name, table in parts.items():
+            if twice := sorted(set(top) & set(table)):
+                raise InputError(
+                    f"{twice[0]} stands at the top and in the table {name}: expected it once"
+                )
+            parts[name] = _without(table, flags)
+        return _with_flags(RunConfig.from_dict(parts), _without(top, flags))
+    except InputError as error:
         raise InputError(f"{path}: {error}") from None
+
+
+def _without(fields: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name not in names}
 
 
 def _with_flags(config: RunConfig, flags: Mapping[str, Any]) -> RunConfig:
@@ -237,7 +266,7 @@ def _with_flags(config: RunConfig, flags: Mapping[str, Any]) -> RunConfig:
     top = own(RunConfig)
     for name in ("data", "data_dir", "manual_dir", "start_from"):
         # A run may be resumed from another working directory.
-        if name in top and Path(top[name]).exists():
+        if isinstance(top.get(name), str) and Path(top[name]).exists():
             top[name] = str(Path(top[name]).resolve())
     model = replace(config.model, **own(ModelConfig))
     return replace(config, model=model, train=replace(config.train, **own(TrainConfig)), **top)

@@ -43,7 +43,10 @@ def load_run_data(config: RunConfig, typed: str | None = None) -> Dataset:
                 f"the data of this run are {name}, a function of your own: name it again with "
                 f"--data {name}"
             )
-        made = imported("data", name)
+        try:
+            made = imported("data", name)
+        except InputError as error:
+            raise InputError(f"there is no file {name}, and {error}") from None
         return with_binarization(as_dataset(made() if callable(made) else made, name), config)
     if name == IN_PYTHON:
         raise InputError(

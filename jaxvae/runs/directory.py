@@ -31,7 +31,7 @@ from jaxvae.runs.checkpoints import (
     steps_of,
     told,
 )
-from jaxvae.runs.config import DataRecord, RunConfig
+from jaxvae.runs.config import DataRecord, RunConfig, components
 from jaxvae.runs.data import describe, difference, model_inputs
 from jaxvae.runs.files import (
     owned,
@@ -40,7 +40,7 @@ from jaxvae.runs.files import (
     write_json,
 )
 from jaxvae.training.config import TrainConfig
-from jaxvae.training.state import TrainState, create_train_state, optimizer
+from jaxvae.training.state import TrainState, create_train_state, state_of
 from jaxvae.training.step import Metrics, train_step
 
 
@@ -224,14 +224,15 @@ def first_state(key: jax.Array, config: RunConfig) -> TrainState:
     params = first_params(config)
     if params is None:
         return state
-    return replace(state, params=params, opt_state=optimizer(config.train).init(params))
+    return state_of(params, state.key, config.train)
 
 
 def first_params(config: RunConfig) -> Params | None:
     """The parameters of the run to start from, if any; raises InputError as of `first_state`."""
     if config.start_from is None:
         return None
-    params = load(config.start_from)
+    own = {n: x for n, x in components(config).items() if n in ModelConfig._registries}
+    params = load(config.start_from, **own)
     if params.config != config.model:
         was, now = params.config.to_dict(), config.model.to_dict()
         name = next(name for name in now if was[name] != now[name])

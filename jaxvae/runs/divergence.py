@@ -127,8 +127,9 @@ class Watch:
         folder = self._folder(model)
         saved = steps_of(folder) if folder else []
         good = f"the last good checkpoint is that of step {saved[-1]}" if saved else "none is saved"
+        where = f", in {folder}" if folder else ""
         return (
-            f"{good}, in {folder}; train anew with a lower --learning-rate, with "
+            f"{good}{where}; train anew with a lower --learning-rate, with "
             "--clip-norm 1, or without these images"
         )
 

@@ -1,6 +1,7 @@
 """Training from Python in one call."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from jaxvae.models.config import ModelConfig
 from jaxvae.models.vae import Params
 from jaxvae.runs import directory, loop
 from jaxvae.runs.callbacks import Callback
-from jaxvae.runs.config import RunConfig, read_config, updated
+from jaxvae.runs.config import RunConfig, components, configured, read_config, updated
 from jaxvae.runs.data import IN_PYTHON, load_run_data, with_binarization
 from jaxvae.runs.files import read_metrics
 from jaxvae.runs.progress import Progress
@@ -67,13 +68,14 @@ def fit(
       InputError: wrong data, or a run directory that holds another run.
       TrainingFailed: a loss or a parameter became NaN or infinite, or the directory cannot be
         written.
+      Preempted: told to stop by SIGTERM or Ctrl-C, and saved, where there is a run directory.
     """
     model, train = model or ModelConfig(), train or TrainConfig()
     expect_config("model", model, ModelConfig)
     expect_config("train", train, TrainConfig)
-    config = RunConfig(
-        data=data if isinstance(data, str) else IN_PYTHON, seed=seed, model=model, train=train
-    )
+    config = RunConfig(data=IN_PYTHON, seed=seed, model=model, train=train)
+    if isinstance(data, str):
+        config = configured({"data": data}, config)
     found = load_run_data(config) if isinstance(data, str) else as_dataset(data)
     if not isinstance(data, str):
         found = with_binarization(found, config)
@@ -85,10 +87,11 @@ def fit(
     else:
         resume = (folder / "config.json").exists()
         if resume:
-            own = loop.components(config)
-            flags = {**vars(model), **vars(train), "seed": seed, "data": config.data}
+            own = components(config)
+            flags = {**vars(model), **vars(train), "seed": seed}
             del flags["image_shape"]
-            config = updated(read_config(folder, to_train=True, **own), flags, folder)
+            recorded = read_config(folder, to_train=True, **own)
+            config = replace(updated(recorded, flags, folder), data=config.data)
         config = directory.start(folder, config, found, resume=resume)
     state = loop.train(folder, config, found, callbacks=[*shown, *callbacks, history])
     records = history.records if folder is None else read_metrics(folder)

@@ -11,7 +11,6 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from jaxvae.components import is_dotted_path
 from jaxvae.data import Dataset
 from jaxvae.devices.processes import all_agree, is_first, preemption
 from jaxvae.devices.sharding import devices_for, fsdp_specs, shard, share, whole
@@ -27,7 +26,7 @@ from jaxvae.runs.checkpoints import (
     told,
     write,
 )
-from jaxvae.runs.config import RunConfig, run_keys
+from jaxvae.runs.config import RunConfig, components, run_keys
 from jaxvae.runs.data import model_inputs
 from jaxvae.runs.directory import first_state
 from jaxvae.runs.divergence import Watch
@@ -91,21 +90,26 @@ def run_epochs(trained: Trained, callbacks: Iterable[Callback] = ()) -> TrainSta
     totals, seconds = trained.begun
     steps = len(trained.data.train_images) // config.batch_size
     done, first = divmod(step_of(state), steps)
-    history = read_metrics(trained.run_dir)[:done] if trained.run_dir else []
+    history = read_metrics(trained.run_dir) if trained.run_dir else []
     images = len(trained.data.train_images) * trained.models
     training = Training(
         trained.config,
         trained.data,
         config.epochs,
         images,
+        step_of(state),
+        done,
         history,
         trained.params(state),
         trained.run_dir,
     )
     own = [EarlyStopping(config.patience)] if config.patience else []
     followers = [*callbacks, *own] if is_first() else []
-    with _following(followers, training) as ended, preemption(step_of(state)) as is_to_stop:
-        for epoch in range(done + 1, config.epochs + 1):
+    with (
+        _following(followers, training) as (is_over, ended),
+        preemption(step_of(state)) as is_to_stop,
+    ):
+        for epoch in range(done + 1, config.epochs + 1) if all_agree(not is_over) else ():
             began = time.perf_counter() - seconds
             sums = dict(totals)
             start = replace(state, step=state.step - first)
@@ -149,14 +153,19 @@ def run_epochs(trained: Trained, callbacks: Iterable[Callback] = ()) -> TrainSta
 @contextmanager
 def _following(
     followers: Sequence[Callback], training: Training
-) -> Iterator[Callable[[Params], None]]:
-    """Start callbacks, and end them however the training ends."""
+) -> Iterator[tuple[bool, Callable[[Params], None]]]:
+    """Start callbacks, and end them however the training ends.
+
+    Returns:
+      Whether the training is over already, and what to tell the last parameters when it is.
+    """
     last: list[Params] = []
     with ExitStack() as stack:
+        is_over = False
         for follower in followers:
-            follower.start(training)
+            is_over |= bool(follower.start(training))
             stack.callback(_end, follower, last)
-        yield last.append
+        yield is_over, last.append
 
 
 def _end(follower: Callback, last: list[Params]) -> None:
@@ -238,16 +247,6 @@ class _One:
     def save(self, state: TrainState, test: Sums, begun: tuple[Sums, float]) -> None:
         if self._checkpoints is not None:
             write(self._checkpoints, state, test, begun)
-
-
-def components(config: RunConfig) -> dict[str, Any]:
-    """Return the components of a configuration that a file can not build, by field."""
-    own = {}
-    for part in (config.model, config.train):
-        for name, spec in part.specs().items():
-            if is_dotted_path(spec) or spec == "own":
-                own[name] = getattr(part, name)
-    return own
 
 
 def stopped(run_dir: Path | None, step: int) -> str:

@@ -28,7 +28,6 @@ class Progress(Callback):
     def start(self, training: Training) -> None:
         """Show the bar."""
         self._epochs, self._images = training.epochs, training.images
-        done = len(training.history)
         self._bar = Bar(
             TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
             BarColumn(),
@@ -43,8 +42,8 @@ class Progress(Callback):
         self._task = self._bar.add_task(
             "",
             total=self._epochs * self._images,
-            completed=done * self._images,
-            epoch=min(done + 1, self._epochs),
+            completed=training.done * self._images,
+            epoch=min(training.done + 1, self._epochs),
             epochs=self._epochs,
             status="compiling",
         )

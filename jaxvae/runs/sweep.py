@@ -260,8 +260,8 @@ class _Many:
         if saved is None:
             ones = [directory.first_state(key, self.config) for key in train_keys]
         else:
-            components = loop.components(self.config)
-            ones = [restore(folder, saved, **components) for folder in self._folders]
+            own_ones = run_config.components(self.config)
+            ones = [restore(folder, saved, **own_ones) for folder in self._folders]
             begun = [told(folder, saved)["begun"] for folder in self._folders]
             sums = {
                 name: np.array([own.get(name, 0.0) for own, _ in begun]) for name in begun[0][0]

@@ -48,7 +48,7 @@ class TensorBoard(Callback):
         self._images, self._labels = model_inputs(data.test_images, data.test_labels, config.model)
         self._classes = data.test_labels
         self._writer: Any = None
-        if not training.history:
+        if not training.step:
             self.epoch({"epoch": 0, "step": 0}, training.params)
 
     def epoch(self, record: dict[str, Any], params: Params) -> None:
