@@ -9,6 +9,7 @@ and the documentation read the names and options from there. Reading never impor
 import dataclasses
 import importlib
 import inspect
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Self, TypeVar
@@ -55,7 +56,8 @@ class Registry(Generic[C]):
             if "." in name:
                 raise InputError(
                     f"{self.kind} is {value!r}, a component of your own: hand it over as an "
-                    f"object ({self.kind}=...), or on the command line with --{self.kind} {value}"
+                    f"object ({self.kind}=...), or on the command line with --{self.kind} "
+                    f"{shlex.quote(value)}"
                 )
             raise self._refusal(value, expected)
         return build(self.kind, name, self.entries[name], options)

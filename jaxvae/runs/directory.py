@@ -39,6 +39,7 @@ from jaxvae.runs.files import (
     version,
     write_json,
 )
+from jaxvae.storage import expect_utf8
 from jaxvae.training.config import TrainConfig
 from jaxvae.training.state import TrainState, create_train_state, state_of
 from jaxvae.training.step import Metrics, train_step
@@ -78,6 +79,7 @@ def write_config(run_dir: Path, config: RunConfig) -> None:
 
 
 def make_directory(run_dir: Path) -> None:
+    expect_utf8(run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
