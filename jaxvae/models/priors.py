@@ -26,7 +26,7 @@ class StandardNormal:
 
     def sample(self, key: jax.Array, n: int) -> jax.Array:
         """n draws, [n, latent]."""
-        return jax.random.normal(key, (n, self.latent_dim))
+        return jax.random.normal(key, (n, self.latent_dim), jnp.float32)
 
 
 class Mixture(NamedTuple):
@@ -75,9 +75,9 @@ def init_mixture(key: jax.Array, components: int, latent_dim: int) -> dict[str, 
     """
     shape = components, latent_dim
     return {
-        "logits": jnp.zeros(components),
-        "mean": 0.5 * jax.random.normal(key, shape),
-        "log_var": jnp.full(shape, math.log(0.75)),
+        "logits": jnp.zeros(components, jnp.float32),
+        "mean": 0.5 * jax.random.normal(key, shape, jnp.float32),
+        "log_var": jnp.full(shape, math.log(0.75), jnp.float32),
     }
 
 
@@ -90,7 +90,8 @@ def init_pseudo_inputs(
     than independent pixels, grey or dark. With all of them it took a warm-up of beta to get there.
     """
     height, width, channels = image_shape
-    spots = jax.random.normal(key, (components, -(-height // 4), -(-width // 4), channels))
+    coarse = components, -(-height // 4), -(-width // 4), channels
+    spots = jax.random.normal(key, coarse, jnp.float32)
     shape = components, height, width, channels
     return {"pseudo_inputs": 3.5 * jax.image.resize(spots, shape, "cubic") - 2}
 

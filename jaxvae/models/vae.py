@@ -48,6 +48,9 @@ class Params:
 def init(key: jax.Array, config: ModelConfig) -> Params:
     """Fresh parameters: Glorot uniform kernels, zero biases, where a network says nothing else.
 
+    They are float32, whether 64-bit types are enabled or not, unless modules of one's own ask for
+    others by their `param_dtype`.
+
     Raises InputError if modules of one's own give other shapes than the model has.
 
     Glorot and Bengio (2010), equation 16, as Keras initialises.
@@ -56,9 +59,12 @@ def init(key: jax.Array, config: ModelConfig) -> Params:
     key = as_key(key)
     encoder_key, decoder_key = jax.random.split(key)
     prior_key, flow_key = jax.random.split(jax.random.fold_in(key, 2))
-    images = jnp.zeros((1, *config.image_shape))
-    latents = jnp.zeros((1, config.latent_dim))
-    classes = (jnp.zeros((1, config.num_classes)),) if config.num_classes else ()
+    # float32, as modules may take their parameters' type from their inputs'.
+    images, latents, one_hot = (
+        jnp.zeros((1, *shape), jnp.float32)
+        for shape in (config.image_shape, (config.latent_dim,), (config.num_classes,))
+    )
+    classes = (one_hot,) if config.num_classes else ()
     encoder, decoder = modules(config)
     encoded, encoder_params = _init("encoder", encoder, encoder_key, images, *classes)
     _expect_shapes("encoder", encoded, (latents.shape,) * 2)
@@ -246,7 +252,9 @@ def expected_labels(params: Params, labels: jax.Array | None, batch: int) -> jax
 def _one_hot(params: Params, labels: jax.Array | None, batch: int) -> tuple[jax.Array, ...]:
     """The classes as the networks take them, [batch, classes]; nothing without classes."""
     labels = expected_labels(params, labels, batch)
-    return () if labels is None else (jax.nn.one_hot(labels, params.config.num_classes),)
+    if labels is None:
+        return ()
+    return (jax.nn.one_hot(labels, params.config.num_classes, dtype=jnp.float32),)
 
 
 def _init(which: str, module: nn.Module, key: jax.Array, *inputs: jax.Array) -> tuple[Any, Any]:
