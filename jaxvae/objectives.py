@@ -21,7 +21,7 @@ from jaxvae.config import TrainConfig, whole_number
 from jaxvae.errors import InputError
 from jaxvae.models.likelihoods import Gaussian
 from jaxvae.models.vae import Params, Posterior, decode, encode, expected_images, prior
-from jaxvae.validation import as_key, jit
+from jaxvae.validation import as_key, jit, native
 
 
 class Elbo(NamedTuple):
@@ -189,7 +189,8 @@ def doubly_reparameterized(
     Carlo Objectives, equation 8.
     """
     posterior, z = _path(params, key, images, labels, num_samples)
-    bound, (log_p_x, log_ratio) = _doubly(params, z, beta, posterior, images, labels)
+    examples = native(images), native(labels)
+    bound, (log_p_x, log_ratio) = _doubly(params, z, beta, posterior, *examples)
     return -bound, _terms(log_p_x, log_ratio)
 
 
@@ -387,9 +388,10 @@ def log_likelihood(
 
 
 def example_keys(key: jax.Array, batch: int, first: jax.Array | int = 0) -> jax.Array:
-    """One key for each example, by its index: [batch] keys.
+    """One key for each example, by its index: [batch] keys, of Threefry.
 
-    An example's noise then depends neither on the device nor on the block that computes it.
+    An example's noise then depends neither on the device nor on the block that computes it. That
+    holds for keys of every implementation ("rbg" too), of which the bits are taken for Threefry's.
 
     Args:
       key: one PRNG key; [batch] keys are handed back as they are.
@@ -425,7 +427,7 @@ def _elbo_at(
     images: jax.Array,
     labels: jax.Array | None,
 ) -> Elbo:
-    log_p_x = decode(params, z, labels).log_prob(jnp.asarray(images))
+    log_p_x = decode(params, z, labels).log_prob(jnp.asarray(native(images)))
     kl = _kl(params, posterior, z, log_q)
     return Elbo(log_p_x - kl, log_p_x, kl)
 
@@ -489,8 +491,8 @@ def _log_p_x(
     def repeated(x: jax.Array) -> jax.Array:
         return jnp.broadcast_to(x, (len(z), *x.shape)).reshape(-1, *x.shape[1:])
 
-    images = repeated(jnp.asarray(images))
-    labels = None if labels is None else repeated(jnp.asarray(labels))
+    images = repeated(jnp.asarray(native(images)))
+    labels = None if labels is None else repeated(jnp.asarray(native(labels)))
     log_p_x = decode(params, z.reshape(-1, z.shape[-1]), labels).log_prob(images)
     return log_p_x.reshape(z.shape[:2])
 

@@ -1,7 +1,5 @@
 """Test metrics."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,11 +12,12 @@ from jaxvae.evaluation.metrics import active_units, elbo_surgery, latent_probe, 
 from jaxvae.models.likelihoods import Gaussian
 from jaxvae.models.vae import Params, encode, prior, reconstruct
 from jaxvae.objectives import elbo, example_keys, log_likelihood
+from jaxvae.validation import jit
 
 _BLOCK = 1000  # images at once: bounds memory, whatever the size of the test set
 
 
-@partial(jax.jit, static_argnames="axis_name")
+@jit(static_argnames="axis_name")
 def evaluate(
     params: Params,
     key: jax.Array,
@@ -49,7 +48,7 @@ def evaluate(
     return {"loss": -value, "elbo": value, **means}
 
 
-@partial(jax.jit, static_argnames=("num_samples", "axis_name"))
+@jit(static_argnames=("num_samples", "axis_name"))
 def mean_log_likelihood(
     params: Params,
     key: jax.Array,

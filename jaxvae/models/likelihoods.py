@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxvae.errors import InputError
-from jaxvae.validation import as_array, as_key
+from jaxvae.validation import as_array, as_key, expect_unit_interval, native
 
 
 def reparameterize(key: jax.Array, mean: jax.Array, log_var: jax.Array) -> jax.Array:
@@ -226,7 +226,8 @@ class GaussianPixels(_LocationScale):
 
         Raises InputError for images of another shape than the location's.
         """
-        x, location = _flat(_pixels(images, self.location.shape), self.location)
+        x = _pixels(images, self.location.shape, bounded=False)
+        x, location = _flat(x, self.location)
         square = ((x - location) * jnp.exp(-self.log_scale)) ** 2
         return jnp.sum(-0.5 * (math.log(2 * math.pi) + square) - self.log_scale, axis=-1)
 
@@ -336,6 +337,7 @@ def binarize(key: jax.Array, images: jax.Array) -> jax.Array:
 
     Salakhutdinov and Murray (2008), On the Quantitative Analysis of Deep Belief Networks.
     """
+    expect_unit_interval(images)
     x = scale_images(images).astype(jnp.float32)
     key = as_key(key, several=True)
     if key.shape not in ((), x.shape[:1]):
@@ -362,14 +364,19 @@ def scale_images(images: jax.Array) -> jax.Array:
     if images.dtype == jnp.bool_:
         return images.astype(jnp.float32)
     if jnp.issubdtype(images.dtype, jnp.floating):
-        return jnp.asarray(images)
+        return jnp.asarray(native(images))
     raise InputError(
         f"images are of type {images.dtype}: expected uint8, or floats between 0 and 1"
     )
 
 
-def _pixels(images: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Images as floats in [0, 1]. Raises InputError for another shape than the decoder's."""
+def _pixels(images: jax.Array, shape: tuple[int, ...], *, bounded: bool = True) -> jax.Array:
+    """Images as floats in [0, 1]. Raises InputError for another shape than the decoder's.
+
+    bounded: whether values beyond 0 and 1 are refused, where they are known.
+    """
+    if bounded:
+        expect_unit_interval(images)
     x = scale_images(images)
     if x.shape != shape:
         raise InputError(f"images have shape {x.shape}: expected the decoder's {shape}")

@@ -84,7 +84,8 @@ def create_train_state(
     return TrainState(params, opt_state, jnp.int32(0), run_key, train_config)
 
 
-@jit(static_argnames=("axis_name", "objective"))
+# A loop of steps goes ahead of an accelerator: nothing in it is to wait for one.
+@jit(static_argnames=("axis_name", "objective"), wait=False)
 def train_step(
     state: TrainState,
     images: jax.Array,
@@ -115,12 +116,15 @@ def train_step(
       The next state, and `loss`, `elbo`, `log_likelihood`, `kl`: means over the whole batch,
       nats per image.
     Raises:
-      InputError: images or labels of another shape or type than the model's.
+      InputError: images or labels of another shape or type than the model's; float images beyond
+        0 and 1 or labels that are no classes, where the host knows their values (not inside `jit`,
+        nor on an accelerator, for which the step does not wait); a beta with an objective of one's
+        own.
     """
     images = expected_images(state.params, images)
     batch = images.shape[0]
     labels = expected_labels(state.params, labels, batch)
-    _expect_numbers(learning_rate, beta)
+    _expect_options(objective, learning_rate, beta)
     first = lax.axis_index(axis_name) * batch if axis_name else 0
     keys = example_keys(_noise_key(state), batch, first)
     if state.config.binarization == "dynamic":
@@ -170,11 +174,12 @@ def train_epoch(
     Returns:
       The state after the epoch, and the metrics of `train_step` averaged over its steps.
     Raises:
-      InputError: fewer images than one batch, or as of `train_step`.
+      InputError: fewer images than one batch, or as of `train_step`; values on an accelerator are
+        checked too.
     """
     images = expected_images(state.params, images)
     labels = expected_labels(state.params, labels, len(images))
-    _expect_numbers(learning_rate, beta)
+    _expect_options(objective, learning_rate, beta)
     batches = shuffle(state, len(images))
     state, totals = train_steps(
         state,
@@ -269,7 +274,12 @@ def train_portion(
     return _summed(one, state, 0, count)
 
 
-def _expect_numbers(learning_rate: Any, beta: Any) -> None:
+def _expect_options(objective: Objective | None, learning_rate: Any, beta: Any) -> None:
+    if objective is not None and beta is not None:
+        raise InputError(
+            "beta was given with an objective of your own, which takes none: leave beta out, and "
+            "weight the KL in the objective"
+        )
     for name, value in (("learning_rate", learning_rate), ("beta", beta)):
         if value is not None:
             expect_number(name, value)
