@@ -9,11 +9,17 @@ import flax.linen as nn
 from jaxvae.errors import InputError
 
 
+class NetworkNeeded(InputError):
+    """A recorded model has modules of the user's own, which no file holds."""
+
+
 class Config:
     """What the configurations share: the way to and from a JSON object."""
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)  # type: ignore[call-overload]
+        """Return the fields as a JSON object, a configuration among them as one of its own."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return {n: v.to_dict() if isinstance(v, Config) else v for n, v in values.items()}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
@@ -83,7 +89,7 @@ class ModelConfig(Config):
             object.__setattr__(self, "network", tuple(self.network))
         named = isinstance(self.network, str)
         if named and self.network == OWN_NETWORK:
-            raise InputError(
+            raise NetworkNeeded(
                 "the model has a network of its own: hand its modules over, "
                 "network=(encoder, decoder)"
             )
@@ -108,9 +114,26 @@ class ModelConfig(Config):
 
     def to_dict(self) -> dict[str, Any]:
         """As a JSON object; of modules of one's own it says only that there are some."""
-        if isinstance(self.network, str):
-            return super().to_dict()
-        return dataclasses.replace(self, network="notebook").to_dict() | {"network": OWN_NETWORK}
+        named = isinstance(self.network, str)
+        return super().to_dict() | ({} if named else {"network": OWN_NETWORK})
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any], network: Any = None) -> Self:
+        """Build from a JSON object, as of `Config.from_dict`.
+
+        Args:
+          fields: the object.
+          network: the modules (encoder, decoder) of a model that has some of its own.
+        """
+        recorded = fields.get("network") if isinstance(fields, Mapping) else None
+        if network is not None and recorded == OWN_NETWORK:
+            fields = {**fields, "network": network}
+        return super().from_dict(fields)
+
+    @property
+    def own_network(self) -> Any:
+        """The modules (encoder, decoder), where they are the user's own; else None."""
+        return None if isinstance(self.network, str) else self.network
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
 
 from jaxvae.config import ModelConfig, TrainConfig
 from jaxvae.devices.processes import is_first
@@ -27,6 +30,7 @@ from jaxvae.errors import Damaged, InputError, TrainingFailed
 from jaxvae.models.vae import Params
 from jaxvae.runs.files import cannot_write, unmarked, version, write_whole
 from jaxvae.training.step import TrainState, create_train_state
+from jaxvae.validation import as_key
 
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
@@ -41,8 +45,10 @@ def save(run_dir: str | Path, state: TrainState) -> None:
     """Write a checkpoint of `state` into a run directory, and wait until it is whole.
 
     Raises InputError if the directory already holds a checkpoint of this step or cannot be
-    written.
+    written, or if the state has other arrays than its configurations say, with which they could
+    not be read again.
     """
+    _expect_restorable(state)
     try:
         with open_checkpoints(run_dir) as checkpoints:
             if int(state.step) in checkpoints.all_steps():
@@ -63,7 +69,7 @@ def restore(
     mesh: jax.sharding.Mesh | None = None,
     divide: bool = False,
 ) -> TrainState:
-    """The training state of a run directory, to go on from.
+    """The training state of a run directory, to go on from, its arrays of the types saved.
 
     Where the one that is asked for is damaged, the newest whole one, or the best one, takes its
     place, and a warning of the category `jaxvae.errors.Damaged` says so.
@@ -76,7 +82,7 @@ def restore(
     Raises:
       InputError: the directory holds no checkpoint, none of that step or none that is whole; a
         newer version made it; the model has modules of its own and they are not handed over, or
-        others are.
+        others are; it holds 64-bit arrays, and JAX has 64-bit types disabled.
     """
     step = which if isinstance(which, int) else newest_whole(run_dir, which)
     if step is None or step not in steps_of(run_dir):
@@ -199,6 +205,7 @@ def write(
         "model": state.params.config.to_dict(),
         "train": state.config.to_dict(),
         "begun": [dict(begun[0]), begun[1]],
+        "key": str(jax.random.key_impl(state.key)),
     }
     step, run_dir = int(state.step), Path(checkpoints.directory).parent
     args = ocp.args.Composite(
@@ -237,26 +244,98 @@ def _read(folder: Path, network: Any, mesh: jax.sharding.Mesh | None, divide: bo
     model = ModelConfig.from_dict(saved["model"] | own)
     train = TrainConfig.from_dict(saved["train"])
     like = jax.eval_shape(lambda: create_train_state(jax.random.key(0), model, train))
-    abstract = _placed(jax.eval_shape(_to_tree, like), mesh, divide)
-    if network is not None:
+    expected = jax.eval_shape(_to_tree, like)
+    try:
         # Looked at beforehand: Orbax tells of another shape only in the midst of reading.
-        stored = ocp.StandardCheckpointHandler().metadata(folder / "state").tree
-        if any(_shapes(stored[n]) != _shapes(abstract[n]) for n in ("encoder", "decoder")):
+        stored = _arrays(ocp.StandardCheckpointHandler().metadata(folder / "state").tree)
+        _expect_stored(folder, stored, _arrays(expected), network)
+        abstract = tree_map_with_path(lambda path, _: stored[keystr(path)], expected)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(_placed(abstract, mesh, divide)))
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+            restored = reader.restore(folder, args=args)
+        return _from_tree(restored.state, like, saved.get("key"))
+    except InputError:
+        raise
+    except (
+        AttributeError,
+        KeyError,
+        OSError,
+        TypeError,
+        ValueError,
+        jax.errors.JaxRuntimeError,
+    ) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"{folder} cannot be read: {reason}; expected a checkpoint of `jaxvae train`, "
+            "as it was written"
+        ) from error
+
+
+def _expect_stored(
+    folder: Path,
+    stored: Mapping[str, jax.ShapeDtypeStruct],
+    expected: Mapping[str, jax.ShapeDtypeStruct],
+    network: Any,
+) -> None:
+    """Raise InputError unless a checkpoint has the arrays of its model, of types that JAX holds."""
+    # A key of another implementation than by default has another shape.
+    if name := _differs(stored, expected, ("['key']",)):
+        if network is not None and name.startswith(("['encoder']", "['decoder']")):
             raise InputError(
                 f"{folder.parents[1]} holds other parameters than those of `network`: expected "
                 "the modules that the model was made with"
             )
-    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-        try:
-            restored = reader.restore(folder, args=args)
-        except (OSError, ValueError, KeyError, jax.errors.JaxRuntimeError) as error:
-            reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"{folder} has {_told_of(stored, name)}: expected {_told_of(expected, name)}, as of "
+            "its configuration"
+        )
+    for array in stored.values():
+        if jnp.asarray(np.zeros((), array.dtype)).dtype != array.dtype:
             raise InputError(
-                f"{folder} cannot be read: {reason}; expected a checkpoint of `jaxvae train`, "
-                "as it was written"
-            ) from error
-    return _from_tree(restored.state, like)
+                f"{folder} holds arrays of {array.dtype}, and JAX has 64-bit types disabled: "
+                "enable them with JAX_ENABLE_X64=1 or "
+                "jax.config.update('jax_enable_x64', True)"
+            )
+
+
+def _expect_restorable(state: TrainState) -> None:
+    """Raise InputError unless a state has the arrays that its configurations say."""
+    if not isinstance(state, TrainState):
+        raise InputError("state: expected what `jaxvae.create_train_state` gives")
+    as_key(state.key)  # refuses several
+    model, train = state.params.config, state.config
+    like = jax.eval_shape(lambda: create_train_state(jax.random.key(0), model, train))
+    expected, found = _arrays(like), _arrays(state)
+    if name := _differs(found, expected, (".key",)):
+        raise InputError(
+            f"the state has {_told_of(found, name)}: expected {_told_of(expected, name)}, as of "
+            f"`jaxvae.create_train_state` for its configurations (optimizer {train.optimizer!r})"
+        )
+
+
+def _arrays(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the shapes and types of all arrays in a tree, by their places in it."""
+    return {
+        keystr(path): jax.ShapeDtypeStruct(np.shape(x), x.dtype)
+        for path, x in tree_leaves_with_path(tree)
+    }
+
+
+def _differs(
+    found: Mapping[str, jax.ShapeDtypeStruct],
+    expected: Mapping[str, jax.ShapeDtypeStruct],
+    but: tuple[str, ...],
+) -> str | None:
+    """Return the first place with an array of another shape, or with one in only one of two."""
+
+    def shapes(arrays: Mapping[str, jax.ShapeDtypeStruct]) -> set[tuple[str, tuple[int, ...]]]:
+        return {(name, x.shape) for name, x in arrays.items() if name not in but}
+
+    return min(shapes(found) ^ shapes(expected), default=(None,))[0]
+
+
+def _told_of(arrays: Mapping[str, jax.ShapeDtypeStruct], name: str) -> str:
+    return f"{name} of shape {arrays[name].shape}" if name in arrays else f"no {name}"
 
 
 def _seal(folder: Path) -> None:
@@ -351,14 +430,10 @@ def _learned(params: Params) -> dict[str, Any]:
     return {name: part for name, part in parts.items() if part}
 
 
-def _from_tree(tree: dict[str, Any], like: TrainState) -> TrainState:
+def _from_tree(tree: dict[str, Any], like: TrainState, key_impl: str | None) -> TrainState:
     """The state whose arrays are in `tree`; `like` has its structure and configurations."""
     opt_state = jax.tree.unflatten(jax.tree.structure(like.opt_state), tree["opt_state"])
     learned = {name: tree[name] for name in _learned(like.params)}
     params = Params(tree["encoder"], tree["decoder"], like.params.config, **learned)
-    key = jax.random.wrap_key_data(tree["key"])
+    key = jax.random.wrap_key_data(tree["key"], impl=key_impl)
     return TrainState(params, opt_state, tree["step"], key, like.config)
-
-
-def _shapes(tree: Any) -> Any:
-    return jax.tree.map(lambda x: tuple(x.shape), tree)

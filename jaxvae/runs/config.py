@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 
@@ -47,6 +48,13 @@ class RunConfig(Config):
             if not isinstance(getattr(self, name), kind):
                 object.__setattr__(self, name, kind.from_dict(getattr(self, name)))
 
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any], network: Any = None) -> Self:
+        """Build from a JSON object, as of `ModelConfig.from_dict`."""
+        if isinstance(fields, Mapping) and isinstance(fields.get("model"), Mapping):
+            fields = {**fields, "model": ModelConfig.from_dict(fields["model"], network)}
+        return super().from_dict(fields)
+
 
 def configured(flags: Mapping[str, Any]) -> RunConfig:
     """The configuration of a new run; `flags` are fields of it, or of its model or training."""
@@ -57,9 +65,10 @@ def resumed(run_dir: Path, flags: Mapping[str, Any]) -> RunConfig:
     """The configuration of a run that goes on.
 
     Raises InputError if the flags ask for another run than the recorded one; where the data lie
-    and for how many epochs to train may change.
+    and for how many epochs to train may change. A network of one's own is handed over again, as
+    the flag `network`.
     """
-    return going_on(read_config(run_dir), flags, run_dir)
+    return going_on(read_config(run_dir, flags.get("network")), flags, run_dir)
 
 
 def going_on(recorded: RunConfig, flags: Mapping[str, Any], run_dir: Path) -> RunConfig:
@@ -81,18 +90,26 @@ def run_keys(config: RunConfig) -> tuple[jax.Array, jax.Array]:
     return train_key, test_key
 
 
-def read_config(run_dir: Path) -> RunConfig:
-    """What a run was told. Raises InputError if the directory is not a run."""
+def read_config(run_dir: Path, network: Any = None) -> RunConfig:
+    """What a run was told. Raises InputError if the directory is not a run.
+
+    network: the modules (encoder, decoder), where the model was given some of its own.
+    """
     if not (run_dir / "config.json").exists() and (run_dir / "sweep.json").exists():
         raise InputError(f"{run_dir} holds many models: name the run directory of one, in it")
-    return read_json(run_dir / "config.json", RunConfig.from_dict)
+    return read_json(run_dir / "config.json", partial(RunConfig.from_dict, network=network))
 
 
 def _with_flags(config: RunConfig, flags: Mapping[str, Any]) -> RunConfig:
-    def own(kind: type) -> dict[str, Any]:
-        names = {item.name for item in fields(kind)} - {"model", "train"}
-        return {name: value for name, value in flags.items() if name in names}
+    def names(*kinds: type) -> set[str]:
+        return {item.name for kind in kinds for item in fields(kind)} - {"model", "train"}
 
+    def own(kind: type) -> dict[str, Any]:
+        return {name: value for name, value in flags.items() if name in names(kind)}
+
+    known = names(RunConfig, ModelConfig, TrainConfig)
+    if unknown := sorted(map(shown, flags.keys() - known)):
+        raise InputError(f"a run has no setting {unknown[0]}: expected {', '.join(sorted(known))}")
     top = own(RunConfig)
     for name in ("data", "data_dir", "manual_dir", "start_from"):
         # A run may go on from another working directory.
@@ -108,4 +125,5 @@ def as_flag(name: str) -> str:
 
 
 def _flag(config: RunConfig, name: str) -> Any:
-    return {**vars(config.model), **vars(config.train), **vars(config)}[name]
+    # As they are written, where modules of one's own are "own".
+    return {**config.model.to_dict(), **config.train.to_dict(), **vars(config)}[name]

@@ -94,7 +94,10 @@ def expect_the_same(run_dir: Path, config: RunConfig) -> None:
         return
     saved = told(run_dir, step)
     for ours, theirs in (
-        (config.model.to_dict(), ModelConfig.from_dict(saved["model"]).to_dict()),
+        (
+            config.model.to_dict(),
+            ModelConfig.from_dict(saved["model"], config.model.own_network).to_dict(),
+        ),
         (config.train.to_dict(), TrainConfig.from_dict(saved["train"]).to_dict()),
     ):
         for name, value in ours.items():
@@ -167,7 +170,7 @@ def first_params(config: RunConfig) -> Params | None:
     """The parameters of the run to start from, if any; raises InputError as of `first_state`."""
     if config.start_from is None:
         return None
-    params = load(config.start_from)
+    params = load(config.start_from, network=config.model.own_network)
     if params.config != config.model:
         was, now = params.config.to_dict(), config.model.to_dict()
         name = next(name for name in now if was[name] != now[name])

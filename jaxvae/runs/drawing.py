@@ -22,7 +22,7 @@ def draw(run_dir: Path, data: Dataset, params: Params, kind: str = "png") -> lis
     from jaxvae.figures import draw_all
     from jaxvae.figures.animation import draw_film
 
-    _, key = run_keys(read_config(run_dir))
+    _, key = run_keys(read_config(run_dir, params.config.own_network))
     try:
         paths = draw_all(run_dir / "figures", params, data, read_metrics(run_dir), key, kind)
         return paths + draw_film(run_dir)

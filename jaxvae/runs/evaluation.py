@@ -3,6 +3,7 @@
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,8 +22,12 @@ from jaxvae.runs.files import (
 )
 
 
-def measure(run_dir: Path, num_samples: int, which: Which = "latest") -> dict[str, float | str]:
+def measure(
+    run_dir: Path, num_samples: int, which: Which = "latest", network: Any = None
+) -> dict[str, float | str]:
     """Measure a run's model on its test images; what comes out is written as evaluation.json too.
+
+    network: the modules (encoder, decoder), where the model was given some of its own.
 
     Returns:
       `step`, `images` and `num_samples`; `elbo`, `log_likelihood`, `kl` and `log_p_x`, means in
@@ -30,7 +35,7 @@ def measure(run_dir: Path, num_samples: int, which: Which = "latest") -> dict[st
       `jaxvae.evaluation.evaluate.examine` finds; `seconds` and `devices`.
     """
     began = time.perf_counter()
-    config = read_config(run_dir)
+    config = read_config(run_dir, network)
     data = load_run_data(config)
     # Of images on disk, as many as a probe of the latents needs.
     rows = np.linspace(
@@ -44,7 +49,7 @@ def measure(run_dir: Path, num_samples: int, which: Which = "latest") -> dict[st
     if config.train.binarization == "dynamic":  # as the model has seen them
         train_images = binarized(binarization_keys()[0], train_images)
     data = data._replace(train_images=train_images)
-    state = restore(run_dir, which)
+    state = restore(run_dir, which, network)
     _, key = run_keys(config)
     devices = devices_for(len(data.test_images))
     images = model_inputs(data.test_images, data.test_labels, config.model)

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+from jaxvae.config import NetworkNeeded
 from jaxvae.errors import InputError, TrainingFailed
 
 try:
@@ -71,6 +72,8 @@ def read_json(path: Path, parse: Callable[[Any], T]) -> T:
         ) from None
     except NewerVersion:
         raise
+    except NetworkNeeded as error:
+        raise NetworkNeeded(f"{path.parent}: {error}") from None
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{path} is damaged: {_one_line(error)}") from None
 

@@ -103,7 +103,8 @@ def _train(
             totals, seconds = dict[str, Any](), 0.0
             _tell(watchers, run_dir, {"epoch": 0, "step": 0}, whole(state.params, mesh))
         else:
-            state = restore(run_dir, saved, mesh=mesh, divide=config.divide)
+            network = config.model.own_network
+            state = restore(run_dir, saved, network, mesh=mesh, divide=config.divide)
             state = replace(state, config=config.train)
             totals, seconds = told(run_dir, saved).get("begun", ({}, 0.0))
         epoch_of = feed(

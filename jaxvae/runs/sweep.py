@@ -93,7 +93,8 @@ def resumed(run_dir: Path, flags: Mapping[str, Any]) -> dict[str, RunConfig]:
                 f"{as_flag(name)} was settled when {run_dir} was started: leave it out"
             )
     recorded = read_json(run_dir / "sweep.json", lambda models: {
-        name: RunConfig.from_dict(config) for name, config in dict(models).items()
+        name: RunConfig.from_dict(config, flags.get("network"))
+        for name, config in dict(models).items()
     })  # fmt: skip
     return {name: going_on(config, flags, run_dir) for name, config in recorded.items()}
 
@@ -175,7 +176,7 @@ def train(
         if saved is None:
             ones = [directory.first_state(key, configs[0]) for key in train_keys]
         else:
-            ones = [restore(folder, saved) for folder in folders]
+            ones = [restore(folder, saved, model.own_network) for folder in folders]
             begun = [told(folder, saved).get("begun", ({}, 0.0)) for folder in folders]
             totals = {name: np.array([own[name] for own, _ in begun]) for name in begun[0][0]}
             seconds = begun[0][1]
