@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
-from jaxvae.errors import InputError
+from jaxvae.errors import ComponentNeeded, InputError
 from jaxvae.validation import either, shown
 
 C = TypeVar("C")
@@ -54,7 +54,7 @@ class Registry(Generic[C]):
         name, options = parse_spec(self.kind, value)
         if name not in self.entries:
             if "." in name:
-                raise InputError(
+                raise ComponentNeeded(
                     f"{self.kind} is {value!r}, a component of your own: hand it over as an "
                     f"object ({self.kind}=...), or on the command line with --{self.kind} "
                     f"{shlex.quote(value)}"

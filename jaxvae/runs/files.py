@@ -82,6 +82,8 @@ def read_json(path: Path, parse: Callable[[Any], T]) -> T:
         ) from None
     except NewerVersion:
         raise
+    except ComponentNeeded as error:
+        raise ComponentNeeded(f"{path.parent}: {error}") from None
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{path} is damaged: {_one_line(error)}") from None
 

@@ -96,6 +96,43 @@ def test_raw_keys_are_as_good_as_typed_ones(params, images):
         assert_equal(f(raw), f(typed))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"network": "residual", "width": 2},
+        {"network": "mlp", "width": 4, "prior": "mixture", "prior_components": 3, "num_classes": 3},
+        {"network": "mlp", "width": 4, "prior": "vamp", "prior_components": 3,
+         "likelihood": "gaussian"},
+        {"network": "mlp", "width": 4, "posterior": "iaf", "flow_steps": 1},
+    ],
+    ids=["notebook", "residual", "mixture", "vamp", "iaf"],
+)  # fmt: skip
+def test_parameters_are_float32_with_64_bit_types_enabled_too(options):
+    """And so is what comes of them and of float32 images."""
+    config = ModelConfig((6, 5, 2), 2, **options)
+    with jax.enable_x64(True):
+        state = jaxvae.create_train_state(KEY, config, TrainConfig(batch_size=2))
+        made = [state.params, state.opt_state, jaxvae.sample(state.params, KEY, 2)]
+        if not options:
+            images = np.zeros((2, 6, 5, 2), np.uint8)
+            made += [jaxvae.elbo(state.params, KEY, images), jaxvae.train_step(state, images)]
+            made[-1] = made[-1][0].params, made[-1][0].opt_state, made[-1][1]
+        assert {x.dtype.name for x in jax.tree.leaves(made)} == {"float32"}
+
+
+def test_modules_of_ones_own_may_ask_for_other_parameters():
+    class Wide(nn.Module):
+        @nn.compact
+        def __call__(self, z):
+            return nn.Dense(60, param_dtype=jnp.float64)(z).reshape(-1, 6, 5, 2)
+
+    with jax.enable_x64(True):
+        params = jaxvae.init(KEY, ModelConfig((6, 5, 2), 2, network=(OwnEncoder(2), Wide())))
+        assert {x.dtype.name for x in jax.tree.leaves(params.decoder)} == {"float64"}
+        assert {x.dtype.name for x in jax.tree.leaves(params.encoder)} == {"float32"}
+
+
 def test_init_under_vmap_stacks_what_each_key_gives(stacked):
     for i, key in enumerate(jax.random.split(jax.random.key(1), 2)):
         assert_equal(row(stacked, i), jaxvae.init(key, CONFIG))
