@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jaxvae.errors import Damaged, InputError, TrainingFailed
+from jaxvae.errors import ComponentNeeded, Damaged, InputError, TrainingFailed
 from jaxvae.storage import (
     read_bytes,
     refuse_links,
