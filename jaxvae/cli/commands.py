@@ -438,7 +438,7 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _import(options: argparse.Namespace) -> None:
-    from jaxvae.interchange.keras import import_keras
+    from jaxvae.runs.keras import import_keras
 
     told = import_keras(options.file, options.run_dir, options.decoder, options.data)
     print(told, file=sys.stderr)
