@@ -131,30 +131,18 @@ def at_once():
         signal.signal(signal.SIGALRM, before)
 
 
-class SignalAt:
-    """Progress that sends this process a signal at its n-th advance."""
+class SignalAt(jaxvae.Callback):
+    """Sends this process a signal at its n-th dispatch."""
 
     def __init__(self, n, number=signal.SIGTERM, times=1):
         self.left, self.number, self.times = n, number, times
 
-    def training(self, epochs, images, done):
-        return self
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        return None
-
-    def advance(self, images, elbo):
+    def dispatch(self, images, metrics):
         self.left -= 1
         if self.left == 0:
             for _ in range(self.times):
                 os.kill(os.getpid(), self.number)
                 time.sleep(0.01)  # until it is heard
-
-    def finish_epoch(self, record):
-        pass
 
 
 class OnDisk:
