@@ -14,6 +14,10 @@ class InputError(ValueError):
         super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
 
 
+class ComponentNeeded(InputError):
+    """A recorded component is the user's own, which no file holds: it has to be handed over."""
+
+
 _MOST = 4000  # characters
 
 

@@ -491,7 +491,7 @@ class BetaTC:
         """
         drawn = draw(params, key, images, labels)
         z, log_p_x, log_p_z, log_q_z_x = (x[0] for x in drawn[:4])
-        if not isinstance(drawn.posterior, Gaussian):
+        if not isinstance(with_log_prob(drawn.posterior), Gaussian):
             raise InputError(
                 "the objective 'beta_tc' needs the density of every latent: expected the "
                 "posterior 'gaussian'"
@@ -612,7 +612,7 @@ def parse_objective(value: Any) -> Any:
     """
     if not isinstance(value, str) and not callable(value):
         raise InputError(f"objective is {shown(value)}: expected a name or a function")
-    return OBJECTIVES.parse(value)
+    return OBJECTIVES.parse(value, protocol=("__call__",))
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,17 @@ def own_folder(parent: Path, name: str) -> Path:
     return folder
 
 
+def expect_utf8(path: Path) -> None:
+    """Raise InputError unless a path is UTF-8, as those of checkpoints have to be."""
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"{path.absolute()} is not a path in UTF-8, as that of a run has to be: rename what "
+            "is not, or choose another directory"
+        ) from None
+
+
 def refuse_links(*paths: Path) -> None:
     """Raise InputError if one of these is a symbolic link, which may lead anywhere."""
     for path in paths:

@@ -12,6 +12,9 @@ from hypothesis import strategies as st
 
 import jaxvae
 from jaxvae import ModelConfig, TrainConfig
+from jaxvae.evaluation.evaluate import evaluate
+from jaxvae.models import likelihoods
+from jaxvae.objectives import OBJECTIVES
 
 KEY = jax.random.key(0)
 SHAPE = (4, 3, 1)
@@ -250,6 +253,125 @@ def test_under_jit_and_vmap_shapes_and_types_are_looked_at_too(params, images):
             jax.jit(f)(params, images)
         with refused("images "):
             jax.vmap(partial(f, params))(images[None])
+
+
+HELD = {"numpy": np.asarray, "jax": jnp.asarray, "list": lambda x: np.asarray(x).tolist()}
+held = pytest.mark.parametrize("hold", HELD.values(), ids=HELD)
+GREY = np.random.default_rng(0).random((5, *SHAPE), np.float32)
+
+
+@held
+@pytest.mark.parametrize("f", OF_IMAGES.values(), ids=OF_IMAGES)
+def test_float_images_beyond_0_and_1_are_refused(f, params, hold):
+    for images, has in (
+        (255 * GREY, "values from "),
+        (GREY - 0.5, "values from -0."),
+        (np.where(GREY.max() == GREY, np.inf, GREY), " to inf"),
+        (np.where(GREY.max() == GREY, np.nan, GREY), "NaN"),
+    ):
+        with refused("images have ", has, "expected floats between 0 and 1, or uint8 from 0 to"):
+            f(params, hold(images))
+    f(params, hold(GREY + 1e-4 * np.sign(GREY - 0.5)))  # as resizing rounds
+
+
+@pytest.mark.parametrize("step", [jaxvae.train_step, jaxvae.train_epoch])
+def test_steps_refuse_values_beyond_their_range_and_leave_the_state_as_it_is(
+    step, state, conditional_state
+):
+    with refused("images have values from 0 to 255: expected floats between 0 and 1"):
+        step(state, np.linspace(0, 255, GREY.size, dtype="f").reshape(GREY.shape))
+    for bad in (3, -1):
+        with refused("labels are from ", "expected classes from 0 to 2, as num_classes is 3"):
+            step(conditional_state, IMAGES, np.array([0, 1, 2, 0, bad]))
+    assert not any(x.is_deleted() for x in jax.tree.leaves((state, conditional_state)))
+
+
+@held
+@pytest.mark.parametrize("f", OF_LABELS.values(), ids=OF_LABELS)
+def test_labels_that_are_no_classes_are_refused(f, conditional, hold):
+    for bad, has in ((3, "labels are from 0 to 3"), (-1, "labels are from -1 to 2")):
+        with refused(has, "expected classes from 0 to 2, as num_classes is 3"):
+            f(conditional, hold(np.array([0, 1, 2, 0, bad])))
+
+
+def test_values_that_are_traced_are_not_looked_at(params, conditional):
+    for f in OF_IMAGES.values():
+        jax.jit(f)(params, 255 * GREY)
+    jax.jit(OF_LABELS["encode"])(conditional, LABELS + 1)
+
+
+def test_constants_of_an_outer_function_are_looked_at(params, conditional):
+    for images in (255 * GREY, jnp.asarray(255 * GREY)):
+        with refused("images have values from "):
+            jax.jit(lambda params, images=images: jaxvae.encode(params, images))(params)
+    with refused("labels are from 1 to 3"):
+        jax.jit(lambda params: jaxvae.encode(params, IMAGES, LABELS + 1))(conditional)
+
+
+def test_a_step_does_not_wait_for_an_accelerator(params, state, monkeypatch):
+    """What only it knows, all others do; also inside an outer function."""
+    monkeypatch.setattr("jaxvae.validation._on_host", lambda x: False)
+    bright = jnp.asarray(255 * GREY)
+    jaxvae.train_step(state, bright)
+    for f in (
+        lambda params: jaxvae.elbo(params, KEY, bright),
+        jax.jit(lambda params: jaxvae.elbo(params, KEY, bright)),
+        lambda params: jaxvae.train_epoch(state, bright),
+    ):
+        with refused("images have values from "):
+            f(params)
+    with refused("images have values from "):
+        jaxvae.train_step(state, 255 * GREY)
+
+
+def test_likelihoods_and_binarization_refuse_values_beyond_0_and_1_too():
+    logits = jnp.zeros((5, *SHAPE))
+    for likelihood in (likelihoods.Bernoulli, likelihoods.ContinuousBernoulli):
+        with refused("images have values from "):
+            likelihood(logits).log_prob(255 * GREY)
+    with refused("images have values from "):
+        likelihoods.DiscretizedLogistic(logits, logits).log_prob(255 * GREY)
+    with refused("images have values from "):
+        likelihoods.binarize(KEY, 255 * GREY)
+    # A density on all of the real line.
+    assert np.isfinite(likelihoods.GaussianPixels(logits, logits[0, 0, 0, 0]).log_prob(-GREY)).all()
+
+
+def swapped(x):
+    """The same numbers in the other byte order."""
+    return x.astype(x.dtype.newbyteorder())
+
+
+def test_arrays_of_the_other_byte_order_are_read_right(params, conditional, state):
+    """Also after one of this machine's, for which `jax.jit` has a way without questions."""
+    labels, key = LABELS.astype(np.int64), np.array([0, 7], np.uint32)
+    z = np.linspace(-1, 1, 10, dtype=np.float32).reshape(5, 2)
+    calls = [(partial(f, params), GREY) for f in OF_IMAGES.values()]
+    calls += [(partial(f, conditional), labels) for f in OF_LABELS.values()]
+    calls += [
+        (lambda z: jaxvae.decode(params, z), z),
+        (lambda key: jaxvae.init(key, params.config), key),
+        (lambda key: jaxvae.sample(params, key, 3), key),
+        (lambda key: jaxvae.elbo(params, key, GREY), key),
+        (lambda key: jaxvae.elbo(params, key=key, images=GREY), key),
+        (lambda key: jaxvae.reparameterize(key, Z, Z), key),
+        (lambda z: jaxvae.reparameterize(KEY, z, z), z),
+        (lambda key: jax.random.key_data(
+            jaxvae.create_train_state(key, params.config, TrainConfig()).key), key),
+        (lambda images: jaxvae.train_step(state, images)[1], GREY),
+        (lambda images: jaxvae.train_epoch(jax.tree.map(jnp.copy, state), images)[1], GREY),
+        (lambda rate: jaxvae.train_step(state, GREY, learning_rate=rate)[0].params,
+         np.array(0.1, np.float32)),
+        (lambda images: evaluate(params, KEY, images), GREY),
+        (lambda images: jaxvae.Bernoulli(jnp.ones(GREY.shape)).log_prob(images), GREY),
+        (lambda images: likelihoods.binarize(KEY, images), GREY),
+        (lambda images: OBJECTIVES["elbo"](params, KEY, images)[0], GREY),
+        (lambda images: OBJECTIVES["dreg"](params, KEY, images)[0], GREY),
+    ]  # fmt: skip
+    for f, x in calls:
+        for _ in range(2):
+            expected = f(x)
+        jax.tree.map(np.testing.assert_array_equal, f(swapped(x)), expected)
 
 
 def test_what_counts_as_an_array_is_taken(params):

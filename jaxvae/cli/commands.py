@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxvae.cli.parser import completion_script, config_fields, make_parser
+from jaxvae.cli.streams import unread
 from jaxvae.components import imported, is_dotted_path
 from jaxvae.devices.processes import pass_over_missing_tpu
 from jaxvae.devices.sharding import make_cores_devices
@@ -25,12 +26,14 @@ from jaxvae.errors import (
     Preempted,
     TrainingFailed,
 )
+from jaxvae.runs.files import as_argument, resume_command
 
 _TOLD = (Converted, Damaged, Diverged, NotDrawn, OtherData)  # warnings that are shown as a line
 _BYTES_PER_SAMPLED = 24  # of memory, per pixel: the image and its copies on the way to a PNG
 _CACHE_BYTES = 2**30  # of compiled programs, kept between commands
 
 
+@unread()
 def main(arguments: list[str] | None = None) -> int:
     """Run a command. Returns the exit code.
 
@@ -43,12 +46,11 @@ def main(arguments: list[str] | None = None) -> int:
                 warnings.simplefilter("once", category)
             warnings.showwarning = _tell(warnings.showwarning)
             _run(arguments)
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except InputError as error:
         print(f"jaxvae: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # who reads the output has enough of it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except OSError as error:  # of a file that the user named
         where = f"{error.filename}: " if error.filename else ""
         print(f"jaxvae: {where}{error.strerror or error}", file=sys.stderr)
@@ -71,12 +73,16 @@ def main(arguments: list[str] | None = None) -> int:
                 file=sys.stderr,
             )
             return 1
+        if without := _no_device():
+            print(f"jaxvae: {without}", file=sys.stderr)
+            return 2
         raise
     return 0
 
 
 def _run(arguments: list[str] | None) -> None:
     options = make_parser(_COMMANDS).parse_args(arguments)
+    os.environ["MPLBACKEND"] = "agg"  # as figures are drawn into files, whatever is set
     pass_over_missing_tpu()
     make_cores_devices()
     _keep_programs()
@@ -112,6 +118,22 @@ def _leave_if_together(error: Exception) -> None:
             flush=True,
         )
         os._exit(1)
+
+
+def _no_device() -> str | None:
+    """Return what to say where JAX has no device to compute on."""
+    import jax
+
+    try:
+        jax.devices()
+    except Exception as error:  # RuntimeError, or AssertionError where a plugin is missing
+        reason = " ".join(str(error).split())[:300] or "there is no such device"
+        return (
+            f"JAX finds no device to compute on, as JAX_PLATFORMS is "
+            f"{os.environ.get('JAX_PLATFORMS', '')!r}: {reason}; unset it, or install JAX for "
+            "that device"
+        )
+    return None
 
 
 def _keep_programs() -> None:
@@ -208,7 +230,7 @@ def _train(options: argparse.Namespace) -> None:
             (config,) = models.values()
             paths = _train_one(run_dir, config, data, start, callbacks)
     except KeyboardInterrupt:
-        hint = f"; go on with: jaxvae train --resume --run-dir {run_dir}"
+        hint = f"; go on with: {resume_command(run_dir)}"
         raise KeyboardInterrupt(hint) from None
     if paths:
         lost = sweep.diverged(run_dir, models) if len(models) > 1 else []
@@ -237,14 +259,14 @@ def _own(options: argparse.Namespace) -> dict[str, Any]:
 
 def _tell_next(run_dir: Path, model: str, figures: list[Path]) -> None:
     """What a training left, and what can be done with it; `model` is one's folder, of many."""
-    one = run_dir / model
+    whole, one = as_argument(run_dir), as_argument(run_dir / model)
     print(f"{len(figures)} figures; the first: {figures[0]}", file=sys.stderr)
     name = _called()
     lines = {
         f"{name} explore {one}": "a page in which to move about its latents",
         f"{name} evaluate {one}": "test ELBO, log p(x) and more, as a table",
         f"{name} sample {one} --n 64 --out samples.png": "new images",
-        f"{name} train --resume --run-dir {run_dir} --epochs N": "train on, to N epochs",
+        f"{name} train --resume --run-dir {whole} --epochs N": "train on, to N epochs",
     }
     width = max(map(len, lines))
     for line, says in lines.items():
@@ -257,7 +279,7 @@ def _called() -> str:
     if called.parts[-2:] == ("jaxvae", "__main__.py"):
         return "python -m jaxvae"
     outside = called.name == "jaxvae" and not shutil.which("jaxvae")
-    return str(called) if outside else "jaxvae"
+    return as_argument(called) if outside else "jaxvae"
 
 
 def _train_one(
@@ -416,7 +438,7 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _import(options: argparse.Namespace) -> None:
-    from jaxvae.interchange.keras import import_keras
+    from jaxvae.runs.keras import import_keras
 
     told = import_keras(options.file, options.run_dir, options.decoder, options.data)
     print(told, file=sys.stderr)

@@ -13,6 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxvae.errors import InputError
+from jaxvae.validation import shown
 
 # What libtpu would ask a server for, and complain of.
 _NO_TPU = {
@@ -20,6 +21,8 @@ _NO_TPU = {
     "TPU_ACCELERATOR_TYPE": "v5e-1",
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
+# What JAX reads of SLURM's environment, all of it numbers.
+_SLURM = ("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 _HEARTBEAT = 30  # seconds without a sign of life after which a process counts as lost
 
 
@@ -46,7 +49,8 @@ def join(
         "--num-processes": num_processes,
         "--process-id": process_id,
     }
-    launcher = _launcher()
+    told = all(value is not None for value in given.values())
+    launcher = None if told else _launcher()
     if launcher is None:
         if not any(value is not None for value in given.values()):
             return
@@ -58,14 +62,19 @@ def join(
             )
     if coordinator is not None and not coordinator.rpartition(":")[2].isdecimal():
         raise InputError(f"--coordinator is {coordinator}: expected HOST:PORT")
+    named = "--process-id"
+    if launcher == "Open MPI":  # of which JAX reads only what older versions say
+        num_processes = num_processes or _number("OMPI_COMM_WORLD_SIZE")
+        if process_id is None:
+            process_id, named = _number("OMPI_COMM_WORLD_RANK"), "OMPI_COMM_WORLD_RANK"
     if num_processes and process_id is not None and not 0 <= process_id < num_processes:
         raise InputError(
-            f"--process-id is {process_id}: expected a number from 0 to {num_processes - 1}, "
+            f"{named} is {process_id}: expected a number from 0 to {num_processes - 1}, "
             "one for each process"
         )
-    if launcher == "Open MPI":  # of which JAX reads only what older versions say
-        num_processes = num_processes or int(os.environ["OMPI_COMM_WORLD_SIZE"])
-        process_id = int(os.environ["OMPI_COMM_WORLD_RANK"]) if process_id is None else process_id
+    if launcher == "SLURM":
+        for name in _SLURM:
+            _number(name)
     try:
         jax.distributed.initialize(
             coordinator,
@@ -74,7 +83,7 @@ def join(
             heartbeat_timeout_seconds=_HEARTBEAT,
             shutdown_timeout_seconds=_HEARTBEAT,
         )
-    except (RuntimeError, ValueError) as error:
+    except Exception as error:  # of every kind, where the environment says half or wrong things
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"the other processes cannot be reached: {reason}") from None
 
@@ -82,15 +91,28 @@ def join(
 def _launcher() -> str | None:
     """What started this process as one of several."""
     here = os.environ
-    if "SLURM_STEP_NODELIST" in here and int(here.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+    if "SLURM_STEP_NODELIST" in here and _number("SLURM_STEP_NUM_TASKS", "1") > 1:
         return "SLURM"
-    if int(here.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
+    if _number("OMPI_COMM_WORLD_SIZE", "1") > 1:
         return "Open MPI"
     if "KUBERNETES_SERVICE_HOST" in here and "JOB_COMPLETION_INDEX" in here:
         return "Kubernetes"
     if _has_libtpu() and _tpu_chips():
         return "a TPU host"
     return None
+
+
+def _number(name: str, default: str = "") -> int:
+    """Return what a launcher's environment variable says, or raise InputError."""
+    text = os.environ.get(name, default)
+    try:
+        return int(text)
+    except ValueError:
+        given = shown(text) if name in os.environ else "not set"
+        raise InputError(
+            f"{name} is {given}: expected a whole number, as srun or mpirun sets it; start all "
+            "processes with one of them, or unset what is left of one"
+        ) from None
 
 
 def pass_over_missing_tpu() -> None:

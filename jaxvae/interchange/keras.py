@@ -19,7 +19,6 @@ import re
 import zipfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,11 +29,7 @@ import numpy as np
 from jaxvae.errors import InputError
 from jaxvae.models.config import ModelConfig
 from jaxvae.models.vae import Params
-from jaxvae.runs.checkpoints import save
-from jaxvae.runs.config import configured
-from jaxvae.runs.directory import make_directory, refuse_another, write_config
 from jaxvae.storage import regular
-from jaxvae.training.state import create_train_state, optimizer
 
 _BYTES = 2**30  # of weights, at most: 550,629 parameters take two million
 _CONFIG_BYTES = 2**24
@@ -76,33 +71,12 @@ def load_keras(path: str | Path, decoder: str | Path | None = None) -> Params:
       InputError: a file is not there, is damaged or larger than 1 GiB, or holds another model;
         h5py is missing.
     """
-    params, _ = _read(path, decoder)
-    return params
+    return load_keras_layers(path, decoder)[0]
 
 
-def import_keras(
-    path: str | Path, run_dir: str | Path, decoder: str | Path | None = None, data: str = "mnist-5k"
-) -> str:
-    """Make a run directory of what `load_keras` gives, to measure, to draw and to start from.
-
-    Args:
-      data: the data set to measure and draw it with, as of `jaxvae train`.
-    Returns:
-      A line that tells which layer was taken for what.
-    Raises:
-      InputError: as of `load_keras`; there is a run in the directory already, or it cannot be
-        written.
-    """
-    run_dir = Path(run_dir)
-    refuse_another(run_dir)
-    params, told = _read(path, decoder)
-    config = replace(configured({"data": data}), model=params.config)
-    state = create_train_state(jax.random.key(config.seed), config.model, config.train)
-    state = replace(state, params=params, opt_state=optimizer(config.train).init(params))
-    make_directory(run_dir)
-    save(run_dir, state)
-    write_config(run_dir, config)  # last: now it is a run
-    return told
+def load_keras_layers(path: str | Path, decoder: str | Path | None = None) -> tuple[Params, str]:
+    """Return what `load_keras` does, and a line that says which layer was taken for what."""
+    return _read(path, decoder)
 
 
 class _Layer(NamedTuple):

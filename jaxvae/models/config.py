@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import flax.linen as nn
 
 from jaxvae.components import Config, Registry
-from jaxvae.errors import InputError
+from jaxvae.errors import ComponentNeeded, InputError
 from jaxvae.models.likelihoods import LIKELIHOODS
 from jaxvae.models.networks import NETWORKS, Modules
 from jaxvae.models.posteriors import POSTERIORS
@@ -87,7 +87,7 @@ class ModelConfig(Config):
             fields["network"] = "conv"
         width = fields.pop("width", None)
         if width is not None:
-            fields["network"] = f"{fields['network']}:width={width}"
+            fields["network"] = f"{fields.get('network', 'conv')}:width={width}"
         for option, (name, key) in {
             "prior_components": ("prior", "components"),
             "flow_steps": ("posterior", "steps"),
@@ -105,7 +105,7 @@ def _network(network: Any) -> Any:
             return Modules(*network)
         network = tuple(network)
     if network == Modules.spec:
-        raise InputError(
+        raise ComponentNeeded(
             "the model has a network of its own: hand its modules over, network=(encoder, decoder)"
         )
     return NETWORKS.parse(

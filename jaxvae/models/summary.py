@@ -32,10 +32,12 @@ def summary(config: ModelConfig) -> str:
         if weights:
             kind = config.specs()[part]
             tables[f"{part}, {kind}"] = [(kind, "", "", _count(weights))]
+    names = [*tables, *(row[0] for rows in tables.values() for row in rows)]
+    width = max(22, 2 + max(map(len, names)))
     lines = []
     for title, rows in tables.items():
         total = sum(row[-1] for row in rows)
-        lines += [*_table(title, rows), f"{'':58}{total:>12,}", ""]
+        lines += [*_table(title, rows, width), f"{'':{width + 36}}{total:>12,}", ""]
     return "\n".join([*lines, f"{_count(params):,} parameters"])
 
 
@@ -65,9 +67,10 @@ def _count(params: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
-def _table(title: str, rows: list[Row]) -> list[str]:
-    head = f"{title:22}{'output':16}{'kernel':20}{'parameters':>12}"
-    return [head, "-" * len(head), *(f"{n:22}{o:16}{k:20}{c:>12,}" for n, o, k, c in rows)]
+def _table(title: str, rows: list[Row], width: int) -> list[str]:
+    head = f"{title:{width}}{'output':16}{'kernel':20}{'parameters':>12}"
+    lines = (f"{name:{width}}{out:16}{kernel:20}{n:>12,}" for name, out, kernel, n in rows)
+    return [head, "-" * len(head), *lines]
 
 
 def _shape(sides: tuple[int, ...]) -> str:

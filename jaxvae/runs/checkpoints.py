@@ -31,7 +31,15 @@ from jaxvae.errors import Damaged, InputError, TrainingFailed
 from jaxvae.models.config import ModelConfig
 from jaxvae.models.vae import Params
 from jaxvae.runs.files import NewerVersion, aside, cannot_write, is_number, unmarked, version
-from jaxvae.storage import is_part, own_folder, read_bytes, refuse_links, regular, write_whole
+from jaxvae.storage import (
+    expect_utf8,
+    is_part,
+    own_folder,
+    read_bytes,
+    refuse_links,
+    regular,
+    write_whole,
+)
 from jaxvae.training.config import TrainConfig
 from jaxvae.training.state import TrainState, create_train_state
 from jaxvae.validation import as_key
@@ -239,7 +247,7 @@ def open_checkpoints(run_dir: str | Path) -> Iterator[ocp.CheckpointManager]:
         best_fn=_elbo_of,
         enable_async_checkpointing=False,
     )
-    folder = own_folder(Path(run_dir).absolute(), "checkpoints")
+    folder = own_folder(_folder(run_dir).parent, "checkpoints")
     refuse_links(*folder.iterdir())
     if is_first():
         newest = newest_whole(run_dir)
@@ -570,6 +578,7 @@ def _put_aside(folder: Path) -> None:
 
 
 def _folder(run_dir: str | Path) -> Path:
+    expect_utf8(Path(run_dir))
     return Path(run_dir).absolute() / "checkpoints"
 
 

@@ -31,7 +31,7 @@ from jaxvae.runs.checkpoints import (
     steps_of,
     told,
 )
-from jaxvae.runs.config import DataRecord, RunConfig, components
+from jaxvae.runs.config import MAY_CHANGE, DataRecord, RunConfig, components
 from jaxvae.runs.data import describe, difference, model_inputs
 from jaxvae.runs.files import (
     owned,
@@ -39,7 +39,7 @@ from jaxvae.runs.files import (
     version,
     write_json,
 )
-from jaxvae.training.config import TrainConfig
+from jaxvae.storage import expect_utf8
 from jaxvae.training.state import TrainState, create_train_state, state_of
 from jaxvae.training.step import Metrics, train_step
 
@@ -78,6 +78,7 @@ def write_config(run_dir: Path, config: RunConfig) -> None:
 
 
 def make_directory(run_dir: Path) -> None:
+    expect_utf8(run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -96,12 +97,12 @@ def expect_the_same(run_dir: Path, config: RunConfig) -> None:
             )
         return
     saved = told(run_dir, step)
-    for ours, theirs in (
-        (config.model.to_dict(), ModelConfig.from_dict(saved["model"]).to_dict()),
-        (config.train.to_dict(), TrainConfig.from_dict(saved["train"]).to_dict()),
-    ):
+    own = components(config)
+    for part, name in ((config.model, "model"), (config.train, "train")):
+        mine = {n: x for n, x in own.items() if n in part._registries}
+        ours, theirs = part.to_dict(), type(part).from_dict(saved[name], **mine).to_dict()
         for name, value in ours.items():
-            if value != theirs[name] and name != "epochs":
+            if value != theirs[name] and name not in MAY_CHANGE:
                 raise InputError(
                     f"{run_dir / 'config.json'} says {name} {value}, but the checkpoint of step "
                     f"{step} was trained with {theirs[name]}: put config.json right"

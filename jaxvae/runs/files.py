@@ -7,6 +7,7 @@ training takes away.
 import itertools
 import json
 import os
+import shlex
 import socket
 import sys
 import warnings
@@ -15,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jaxvae.errors import Damaged, InputError, TrainingFailed
+from jaxvae.errors import ComponentNeeded, Damaged, InputError, TrainingFailed
 from jaxvae.storage import (
     read_bytes,
     refuse_links,
@@ -81,6 +82,8 @@ def read_json(path: Path, parse: Callable[[Any], T]) -> T:
         ) from None
     except NewerVersion:
         raise
+    except ComponentNeeded as error:
+        raise ComponentNeeded(f"{path.parent}: {error}") from None
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{path} is damaged: {_one_line(error)}") from None
 
@@ -258,8 +261,18 @@ def on_disk(run_dir: Path) -> Iterator[None]:
 def cannot_write(run_dir: Path, reason: str) -> str:
     return (
         f"{run_dir} cannot be written: {reason}; mend that, and go on with: "
-        f"jaxvae train --resume --run-dir {run_dir}"
+        f"{resume_command(run_dir)}"
     )
+
+
+def resume_command(run_dir: Path) -> str:
+    """Return the command that goes on with a run."""
+    return f"jaxvae train --resume --run-dir {as_argument(run_dir)}"
+
+
+def as_argument(path: Path) -> str:
+    """Return a path as a suggested command has to have it: quoted for the shell, and no flag."""
+    return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))
 
 
 def _line(record: dict[str, Any]) -> str:

@@ -1,6 +1,5 @@
 """The training loop of runs and sweeps, and the training of one model."""
 
-import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -30,7 +29,14 @@ from jaxvae.runs.config import RunConfig, components, run_keys
 from jaxvae.runs.data import model_inputs
 from jaxvae.runs.directory import first_state
 from jaxvae.runs.divergence import Watch
-from jaxvae.runs.files import append_history, on_disk, owned, read_metrics, take_up_history
+from jaxvae.runs.files import (
+    append_history,
+    on_disk,
+    owned,
+    read_metrics,
+    resume_command,
+    take_up_history,
+)
 from jaxvae.training.pipeline import Epoch, feed
 from jaxvae.training.state import TrainState
 from jaxvae.training.step import Metrics
@@ -253,10 +259,7 @@ def stopped(run_dir: Path | None, step: int) -> str:
     """Return what to tell the user who has sent SIGTERM, or pressed Ctrl-C."""
     if run_dir is None:
         return f"stopped after step {step}"
-    return (
-        f"stopped and saved after step {step}; "
-        f"resume with: jaxvae train --resume --run-dir {shlex.quote(str(run_dir))}"
-    )
+    return f"stopped and saved after step {step}; resume with: {resume_command(run_dir)}"
 
 
 def _measuring(

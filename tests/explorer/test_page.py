@@ -380,7 +380,7 @@ def test_dark_mode_is_followed(open_page):
 
 def test_a_page_too_large_has_weights_in_half_the_bytes_and_fewer_images(browser, monkeypatch):
     """And decodes within half a grey level all the same."""
-    params, data = model(width=100), dataset(600)
+    params, data = model(network="mlp:width=100"), dataset(600)
     whole = len(explorer.page(params, data, "run"))
     monkeypatch.setattr(explorer, "_BYTES", whole - 30_000)
     text = explorer.page(params, data, "run")

@@ -11,7 +11,7 @@ from conftest import OwnDecoder, OwnEncoder, refused
 
 import jaxvae
 from jaxvae.explorer.program import decoder_program, translate
-from jaxvae.models.config import CHOICES
+from jaxvae.models.likelihoods import LIKELIHOODS
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -75,7 +75,7 @@ def test_the_program_gives_the_mean_of_every_network(carry_out, fields):
     check(carry_out, model(**fields))
 
 
-@pytest.mark.parametrize("likelihood", CHOICES["model"]["likelihood"])
+@pytest.mark.parametrize("likelihood", list(LIKELIHOODS))
 def test_the_program_gives_the_mean_of_every_likelihood(carry_out, likelihood):
     fields = {"image_shape": (4, 4, 2), "network": "mlp:width=10", "num_classes": 3}
     check(carry_out, model(likelihood=likelihood, **fields))

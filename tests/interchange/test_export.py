@@ -38,7 +38,7 @@ MODELS = {
         num_classes=3,
     ),
     "classes": jaxvae.ModelConfig((8, 7, 1), 2, num_classes=3, compute_dtype="bfloat16"),
-    "colour": jaxvae.ModelConfig((4, 4, 3), 3, network="mlp", prior="vamp", width=8),
+    "colour": jaxvae.ModelConfig((4, 4, 3), 3, network="mlp:width=8", prior="vamp"),
 }
 
 
@@ -79,7 +79,7 @@ def inputs(params, batch):
 def expected(params, given, labels):
     """The outputs of encoder, decoder and sampler."""
     posterior = jaxvae.encode(params, given["images"], **labels)
-    center = [posterior.center] if params.config.posterior == "iaf" else []
+    center = [posterior.center] if params.posterior else []
     keys = jax.random.wrap_key_data(given["keys"])
     z = jnp.concatenate([prior(params).sample(key, 1) for key in keys])
     return {
@@ -185,7 +185,7 @@ def test_safetensors_hold_every_array_by_its_place(model):
 
     params, folder = model
     arrays = load_file(folder / "model.safetensors")
-    parts = ("encoder", "decoder", "likelihood", "prior", "flow")
+    parts = ("encoder", "decoder", "likelihood", "prior", "posterior")
     tree = {name: getattr(params, name) for name in parts}
     flat = {}
 

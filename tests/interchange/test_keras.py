@@ -13,10 +13,11 @@ from conftest import refused
 
 import jaxvae
 from jaxvae.cli.commands import main
-from jaxvae.interchange.keras import import_keras, load_keras
+from jaxvae.interchange.keras import load_keras
 from jaxvae.runs import directory
 from jaxvae.runs.config import configured, read_config
 from jaxvae.runs.data import load_run_data
+from jaxvae.runs.keras import import_keras
 
 pytestmark = [
     pytest.mark.usefixtures("compile_quickly"),

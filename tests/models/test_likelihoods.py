@@ -413,9 +413,9 @@ def test_bits_per_dimension_of_uniform_levels_are_eight():
     np.testing.assert_allclose(bits_per_dimension(log_prob, shape), [8, 0], rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", LIKELIHOODS)
+@pytest.mark.parametrize("name", list(LIKELIHOODS))
 def test_every_likelihood_is_made_of_the_decoders_outputs(name):
-    likelihood = LIKELIHOODS[name]
+    likelihood = LIKELIHOODS.entries[name]
     outputs = 5 * jax.random.normal(
         jax.random.key(0), (2, 5, 4, 3 * likelihood.outputs_per_channel)
     )

@@ -14,7 +14,7 @@ from jaxvae import ModelConfig, decode, elbo, encode, init, reparameterize
 from jaxvae.devices import convolution
 from jaxvae.models.networks import (
     NETWORKS,
-    Residual,
+    ResidualBlock,
     ResidualDecoder,
     ResidualEncoder,
     SpatialDecoder,
@@ -272,7 +272,7 @@ def convolved(x, layer):
 
 @pytest.mark.parametrize("network", ["mlp", "residual", "spatial"])
 def test_a_width_is_that_of_the_first_and_the_last_layer(network):
-    config = ModelConfig((8, 8, 1), 4, network=network, width=5)
+    config = ModelConfig((8, 8, 1), 4, network=f"{network}:width=5")
     params = jax.eval_shape(lambda key: unwrap(init)(key, config), jax.random.key(0))
     first, last = ("dense_1", "pixels") if network == "mlp" else ("conv_0", "conv")
     assert params.encoder[first]["kernel"].shape[-1] == 5
@@ -281,7 +281,7 @@ def test_a_width_is_that_of_the_first_and_the_last_layer(network):
 
 def test_a_residual_block_begins_as_the_identity_and_can_leave_it():
     x = jnp.float32(np.random.default_rng(1).normal(size=(2, 5, 4, 16)))
-    block = Residual()
+    block = ResidualBlock()
     params = block.init(jax.random.key(0), x)["params"]
     np.testing.assert_array_equal(block.apply({"params": params}, x), x)
     gradient = jax.grad(lambda params: jnp.sum(block.apply({"params": params}, x) ** 2))(params)
@@ -294,12 +294,16 @@ def test_a_residual_block_begins_as_the_identity_and_can_leave_it():
 
 
 SMALL = (10, 7, 3)
+RESIDUAL = {
+    "residual": (ResidualEncoder, ResidualDecoder),
+    "spatial": (SpatialEncoder, SpatialDecoder),
+}
 
 
-@pytest.fixture(scope="module", params=["residual", "spatial"])
+@pytest.fixture(scope="module", params=RESIDUAL)
 def residual(request):
     """A residual network of small images, what it makes of some of them, and its gradient."""
-    encoder_class, decoder_class = NETWORKS[request.param]
+    encoder_class, decoder_class = RESIDUAL[request.param]
     latents, few = (6, {}) if request.param == "spatial" else (4, {"hidden": 32})
     images = jnp.float32(np.random.default_rng(2).uniform(size=(3, *SMALL)))
     encoder_key, decoder_key = jax.random.split(jax.random.key(3))
@@ -404,11 +408,10 @@ def test_spatial_latents_are_equally_many_in_every_place():
         init(jax.random.key(0), config)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", list(NETWORKS))
 def test_classes_change_what_a_conditional_network_gives(name, monkeypatch):
     monkeypatch.setattr(convolution, "backend", lambda: "gpu")  # compiles faster
-    encoder_class, decoder_class = NETWORKS[name]
-    encoder, decoder = encoder_class(6), decoder_class(SMALL)
+    encoder, decoder = NETWORKS.parse(name).modules(6, SMALL, None)
     images = jnp.float32(np.random.default_rng(4).uniform(size=(1, *SMALL)))
     zeros, ones = jnp.eye(2)[:1], jnp.eye(2)[1:]
     params = bumped(jax.jit(encoder.init)(jax.random.key(5), images, zeros))

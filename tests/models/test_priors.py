@@ -7,8 +7,9 @@ import pytest
 from jax.test_util import check_grads
 from scipy import integrate, special, stats
 
-from jaxvae.models.distributions import Mixture, StandardNormal
-from jaxvae.models.priors import init_mixture, init_pseudo_inputs, pseudo_images
+from jaxvae import ModelConfig
+from jaxvae.models.distributions import GaussianMixture, UnitGaussian
+from jaxvae.models.priors import Mixture, Vamp, pseudo_images
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -19,7 +20,7 @@ def mixture(components=5, latents=3, log_var=-1.0):
     rng = np.random.default_rng(components)
     logits = rng.normal(size=components)
     mean, log_vars = rng.normal(size=(2, components, latents))
-    return Mixture(*map(jnp.float32, (logits, 2 * mean, log_var + log_vars)))
+    return GaussianMixture(*map(jnp.float32, (logits, 2 * mean, log_var + log_vars)))
 
 
 def scipys_log_prob(p, z):
@@ -32,19 +33,19 @@ def scipys_log_prob(p, z):
 def test_standard_normals_log_prob_equals_scipys(shape):
     z = np.random.default_rng(0).normal(scale=3, size=shape).astype("f")
     expected = stats.norm.logpdf(np.float64(z)).sum(-1)
-    np.testing.assert_allclose(StandardNormal(shape[-1]).log_prob(z), expected, rtol=1e-6)
+    np.testing.assert_allclose(UnitGaussian(shape[-1]).log_prob(z), expected, rtol=1e-6)
 
 
 def test_standard_normals_draws_have_its_moments():
     n = 100_000
-    z = np.float64(StandardNormal(2).sample(KEY, n))
+    z = np.float64(UnitGaussian(2).sample(KEY, n))
     assert z.shape == (n, 2)
     np.testing.assert_allclose(z.mean(0), 0, atol=5 / np.sqrt(n))
     np.testing.assert_allclose(np.cov(z.T), np.eye(2), atol=5 * np.sqrt(2 / n))
     np.testing.assert_allclose((z**4).mean(0), 3, atol=5 * np.sqrt(96 / n))
 
 
-@pytest.mark.parametrize("p", [StandardNormal(3), mixture()], ids=["standard_normal", "mixture"])
+@pytest.mark.parametrize("p", [UnitGaussian(3), mixture()], ids=["standard_normal", "mixture"])
 def test_priors_go_through_jit(p):
     through = jax.jit(lambda p: p)(p)
     assert type(through) is type(p)
@@ -58,7 +59,7 @@ def test_priors_go_through_jit(p):
 def test_mixtures_log_prob_equals_scipys(components, latents, log_var):
     """Also where components are so narrow that multiplying the square out would show."""
     p = mixture(components, latents, log_var)
-    z = np.concatenate([p.sample(KEY, 60), StandardNormal(latents).sample(KEY, 4)])
+    z = np.concatenate([p.sample(KEY, 60), UnitGaussian(latents).sample(KEY, 4)])
     expected = scipys_log_prob(p, z)
     np.testing.assert_allclose(p.log_prob(z), expected, rtol=3e-6, atol=1e-4)
 
@@ -79,15 +80,15 @@ def test_mixture_integrates_to_one():
 
 def test_mixture_of_one_standard_normal_is_it():
     z = np.random.default_rng(0).normal(size=(6, 3)).astype("f")
-    p = Mixture(jnp.ones(1), jnp.zeros((1, 3)), jnp.zeros((1, 3)))
-    np.testing.assert_allclose(p.log_prob(z), StandardNormal(3).log_prob(z), rtol=1e-6)
+    p = GaussianMixture(jnp.ones(1), jnp.zeros((1, 3)), jnp.zeros((1, 3)))
+    np.testing.assert_allclose(p.log_prob(z), UnitGaussian(3).log_prob(z), rtol=1e-6)
 
 
 def test_mixtures_gradients_equal_finite_differences():
     with jax.enable_x64(True):
         p = jax.tree.map(jnp.float64, mixture())
         z = np.random.default_rng(0).normal(size=(4, 3))
-        check_grads(jax.jit(Mixture.log_prob), (p, z), order=1)
+        check_grads(jax.jit(GaussianMixture.log_prob), (p, z), order=1)
 
 
 def test_mixtures_gradients_are_finite_far_from_every_component():
@@ -112,7 +113,7 @@ def test_mixtures_draws_have_its_moments():
 def test_mixtures_components_are_drawn_at_their_weights():
     n, weights = 20_000, np.array([0.6, 0.1, 0.3])
     mean = jnp.array([[-100.0], [0.0], [100.0]])
-    z = Mixture(jnp.log(weights) + 7, mean, jnp.zeros((3, 1))).sample(KEY, n)
+    z = GaussianMixture(jnp.log(weights) + 7, mean, jnp.zeros((3, 1))).sample(KEY, n)
     counts, _ = np.histogram(z, bins=[-150, -50, 50, 150])
     assert counts.sum() == n
     assert stats.chisquare(counts, n * weights).pvalue > 1e-4
@@ -120,8 +121,8 @@ def test_mixtures_components_are_drawn_at_their_weights():
 
 @pytest.mark.parametrize("latents", [2, 10])
 def test_a_fresh_mixture_is_close_to_the_standard_normal(latents):
-    learned = init_mixture(KEY, 500, latents)
-    p, standard = Mixture(**learned), StandardNormal(latents)
+    learned = Mixture(500).init(KEY, ModelConfig(latent_dim=latents))
+    p, standard = GaussianMixture(**learned), UnitGaussian(latents)
     assert len(np.unique(learned["mean"])) == 500 * latents
     z = standard.sample(jax.random.key(1), 2000)
     divergence = np.mean(standard.log_prob(z) - p.log_prob(z))
@@ -130,7 +131,7 @@ def test_a_fresh_mixture_is_close_to_the_standard_normal(latents):
 
 @pytest.mark.parametrize("shape", [(28, 28, 1), (5, 6, 3), (1, 1, 1)])
 def test_fresh_pseudo_inputs_are_different_images_within_0_and_1(shape):
-    learned = init_pseudo_inputs(KEY, 50, shape)
+    learned = Vamp(50).init(KEY, ModelConfig(shape))
     images = np.asarray(pseudo_images(learned))
     assert images.shape == (50, *shape)
     assert images.dtype == np.float32
@@ -141,7 +142,7 @@ def test_fresh_pseudo_inputs_are_different_images_within_0_and_1(shape):
 
 
 def test_fresh_pseudo_inputs_are_smooth():
-    images = pseudo_images(init_pseudo_inputs(KEY, 50, (28, 28, 1)))
+    images = pseudo_images(Vamp(50).init(KEY, ModelConfig((28, 28, 1))))
     across = np.diff(images, axis=2)
     assert across.std() < 0.6 * np.std(images)
     assert 0.1 < np.mean(images) < 0.5

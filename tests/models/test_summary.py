@@ -8,10 +8,12 @@ import pytest
 from conftest import OwnDecoder, OwnEncoder
 
 import jaxvae
-from jaxvae.models.config import CHOICES, NETWORKS
+from jaxvae.models.likelihoods import LIKELIHOODS
+from jaxvae.models.networks import NETWORKS
+from jaxvae.models.priors import PRIORS
 from jaxvae.models.summary import summary
 
-SMALL = jaxvae.ModelConfig((9, 7, 3), 2, network="mlp", prior_components=5)
+SMALL = jaxvae.ModelConfig((9, 7, 3), 2, network="mlp")
 
 
 def test_the_notebooks_table():
@@ -38,6 +40,11 @@ def test_any_image_shape_has_one():
     assert "13 x 9 x 3" in summary(jaxvae.ModelConfig(image_shape=(13, 9, 3), latent_dim=7))
 
 
+def small(prior):
+    """A learned prior of few components."""
+    return prior if prior == "standard_normal" else f"{prior}:components=5"
+
+
 class Gain(nn.Module):
     """A decoder with parameters of its own beside its layers', and layers without any."""
 
@@ -61,10 +68,15 @@ MODELS = {
         f"{name}, 10 classes": {"network": name, "latent_dim": 6, "num_classes": 10}
         for name in NETWORKS
     },
-    **{name: {"likelihood": name} for name in CHOICES["model"]["likelihood"]},
-    **{name: {"prior": name} for name in CHOICES["model"]["prior"]},
+    **{name: {"likelihood": name} for name in LIKELIHOODS},
+    **{name: {"prior": small(name)} for name in PRIORS},
     "iaf": {"posterior": "iaf"},
-    "all": {"likelihood": "gaussian", "prior": "mixture", "posterior": "iaf", "num_classes": 4},
+    "all": {
+        "likelihood": "gaussian",
+        "prior": "mixture:components=5",
+        "posterior": "iaf",
+        "num_classes": 4,
+    },
     "own": {"network": (OwnEncoder(2), OwnDecoder((9, 7, 3))), "num_classes": 4},
     "own, with more than layers": {"network": (Two(), Gain())},
 }
@@ -98,7 +110,7 @@ def test_each_part_that_learns_has_a_table_of_its_own():
         "encoder, q(z|x)",
         "decoder, p(x|z)",
         "posterior, iaf",
-        "prior, mixture",
+        "prior, mixture:components=5",
         "likelihood, gaussian",
     ]
     assert len(summary(SMALL).split("\n\n")) == 3
@@ -106,7 +118,12 @@ def test_each_part_that_learns_has_a_table_of_its_own():
 
 def test_columns_stand_below_each_other():
     config = jaxvae.ModelConfig(
-        (64, 64, 3), 64, network="residual", prior="mixture", posterior="iaf", likelihood="gaussian"
+        (64, 64, 3),
+        64,
+        network="residual",
+        prior="mixture:components=20",
+        posterior="iaf:steps=3,hidden=32",
+        likelihood="gaussian",
     )
     lines = [line for line in summary(config).splitlines()[:-1] if line]
     assert len({len(line) for line in lines}) == 1

@@ -12,7 +12,9 @@ from conftest import OwnDecoder, OwnEncoder, refused
 
 import jaxvae
 from jaxvae import ModelConfig, Params, TrainConfig
-from jaxvae.models.config import CHOICES
+from jaxvae.models.likelihoods import LIKELIHOODS
+from jaxvae.models.posteriors import POSTERIORS
+from jaxvae.models.priors import PRIORS
 from jaxvae.models.vae import prior
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -92,6 +94,43 @@ def test_raw_keys_are_as_good_as_typed_ones(params, images):
         lambda key: jaxvae.reparameterize(key, jnp.zeros((2, 2)), jnp.ones((2, 2))),
     ):
         assert_equal(f(raw), f(typed))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"network": "residual", "width": 2},
+        {"network": "mlp", "width": 4, "prior": "mixture", "prior_components": 3, "num_classes": 3},
+        {"network": "mlp", "width": 4, "prior": "vamp", "prior_components": 3,
+         "likelihood": "gaussian"},
+        {"network": "mlp", "width": 4, "posterior": "iaf", "flow_steps": 1},
+    ],
+    ids=["notebook", "residual", "mixture", "vamp", "iaf"],
+)  # fmt: skip
+def test_parameters_are_float32_with_64_bit_types_enabled_too(options):
+    """And so is what comes of them and of float32 images."""
+    config = ModelConfig((6, 5, 2), 2, **options)
+    with jax.enable_x64(True):
+        state = jaxvae.create_train_state(KEY, config, TrainConfig(batch_size=2))
+        made = [state.params, state.opt_state, jaxvae.sample(state.params, KEY, 2)]
+        if not options:
+            images = np.zeros((2, 6, 5, 2), np.uint8)
+            made += [jaxvae.elbo(state.params, KEY, images), jaxvae.train_step(state, images)]
+            made[-1] = made[-1][0].params, made[-1][0].opt_state, made[-1][1]
+        assert {x.dtype.name for x in jax.tree.leaves(made)} == {"float32"}
+
+
+def test_modules_of_ones_own_may_ask_for_other_parameters():
+    class Wide(nn.Module):
+        @nn.compact
+        def __call__(self, z):
+            return nn.Dense(60, param_dtype=jnp.float64)(z).reshape(-1, 6, 5, 2)
+
+    with jax.enable_x64(True):
+        params = jaxvae.init(KEY, ModelConfig((6, 5, 2), 2, network=(OwnEncoder(2), Wide())))
+        assert {x.dtype.name for x in jax.tree.leaves(params.decoder)} == {"float64"}
+        assert {x.dtype.name for x in jax.tree.leaves(params.encoder)} == {"float32"}
 
 
 def test_init_under_vmap_stacks_what_each_key_gives(stacked):
@@ -243,7 +282,7 @@ def mixed(params):
 
 def test_in_mixed_precision_every_product_is_of_bfloat16s(params, images):
     """Forward and backward."""
-    batch = jnp.asarray(images, jnp.float32)
+    batch = jnp.asarray(images, jnp.float32) / 255
 
     def loss(params):
         return -jaxvae.elbo(params, KEY, batch).value.mean()
@@ -299,7 +338,7 @@ OWN = ModelConfig((6, 5, 2), 2, network=(OwnEncoder(2), OwnDecoder((6, 5, 2))))
 
 
 def test_networks_of_ones_own_are_the_models(images):
-    encoder, decoder = OWN.network
+    encoder, decoder = OWN.network.encoder, OWN.network.decoder
     params = jaxvae.init(KEY, OWN)
     posterior = jaxvae.encode(params, images)
     mean, log_var = encoder.apply({"params": params.encoder}, images / np.float32(255))
@@ -439,7 +478,7 @@ def test_every_image_is_taken_with_its_own_label(f, conditional, images):
 
 
 def test_networks_are_told_the_class_as_a_vector(conditional, images):
-    encoder, decoder = jaxvae.models.vae.modules(conditional.config)
+    encoder, decoder = jaxvae.models.vae.VAE(conditional.config).modules()
     classes = np.float32([[0, 0, 1], [1, 0, 0], [0, 1, 0], [0, 1, 0], [1, 0, 0]])
     posterior = jaxvae.encode(conditional, images, LABELS)
     x = images / np.float32(255)
@@ -499,9 +538,9 @@ def test_labels_of_samples_and_steps_are_checked(params, images):
 @pytest.mark.parametrize(
     ("likelihood", "prior_name", "posterior"),
     [  # every pair of two choices
-        (likelihood, prior, CHOICES["model"]["posterior"][(i + j) % 2])
-        for i, likelihood in enumerate(CHOICES["model"]["likelihood"])
-        for j, prior in enumerate(CHOICES["model"]["prior"])
+        (likelihood, prior, list(POSTERIORS)[(i + j) % 2])
+        for i, likelihood in enumerate(LIKELIHOODS)
+        for j, prior in enumerate(PRIORS)
     ],
 )
 def test_every_model_is_trained_sampled_saved_and_loaded(
@@ -513,10 +552,8 @@ def test_every_model_is_trained_sampled_saved_and_loaded(
         2,
         network="mlp",
         likelihood=likelihood,
-        prior=prior_name,
-        prior_components=5,
-        posterior=posterior,
-        flow_steps=1,
+        prior=prior_name if prior_name == "standard_normal" else f"{prior_name}:components=5",
+        posterior=posterior if posterior == "gaussian" else f"{posterior}:steps=1",
     )
     state = jaxvae.create_train_state(KEY, config, TrainConfig(batch_size=8))
     after, metrics = jaxvae.train_step(state, images)
@@ -527,7 +564,7 @@ def test_every_model_is_trained_sampled_saved_and_loaded(
         "decoder": True,
         "likelihood": likelihood == "gaussian",
         "prior": prior_name != "standard_normal",
-        "flow": posterior == "iaf",
+        "posterior": posterior == "iaf",
     }
     for part, learns in learned.items():
         old, new = (jax.tree.leaves(getattr(s.params, part)) for s in (state, after))

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import OwnDecoder, OwnEncoder, refused
 
@@ -15,6 +16,7 @@ import jaxvae
 from jaxvae.errors import Damaged
 from jaxvae.runs import checkpoints
 from jaxvae.runs.checkpoints import newest_whole, open_checkpoints, steps_of, write
+from jaxvae.training.step import optimizer
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -185,6 +187,74 @@ def test_modules_of_ones_own_are_handed_over(tmp_path, images):
     for other in ((Other((16, 16)), network[1]), (Other((17,)), network[1])):
         with refused(f"{tmp_path} holds other parameters than those of `network`: expected the"):
             jaxvae.load(tmp_path, network=other)
+
+
+def small_state(**options):
+    config = jaxvae.ModelConfig((8, 8, 1), 2, network="mlp", width=4, **options)
+    return jaxvae.create_train_state(jax.random.key(0), config, jaxvae.TrainConfig(batch_size=16))
+
+
+def test_types_come_back_as_they_were_saved(tmp_path):
+    def cast(tree, dtype):
+        return jax.tree.map(lambda x: x.astype(dtype), tree)
+
+    state = small_state()
+    half = replace(state, params=cast(state.params, jnp.bfloat16))
+    jaxvae.save(tmp_path / "half", half)
+    assert_states_equal(jaxvae.restore(tmp_path / "half"), half)
+    with jax.enable_x64(True):
+        thirds = jax.tree.map(lambda x: x / np.float64(3), state.params)
+        wide = replace(state, params=thirds, opt_state=cast(state.opt_state, jnp.float64))
+        assert {x.dtype.name for x in jax.tree.leaves((wide.params, wide.opt_state))} == {"float64"}
+        jaxvae.save(tmp_path / "wide", wide)
+        assert_states_equal(jaxvae.restore(tmp_path / "wide"), wide)
+    with refused(
+        "holds arrays of float64, and JAX has 64-bit types disabled: enable them with JAX"
+    ):
+        jaxvae.load(tmp_path / "wide")
+
+
+@pytest.mark.parametrize("implementation", ["rbg", "unsafe_rbg"])
+def test_keys_come_back_as_of_their_implementation(tmp_path, implementation):
+    state = replace(small_state(), key=jax.random.key(3, impl=implementation))
+    jaxvae.save(tmp_path, state)
+    assert_states_equal(jaxvae.restore(tmp_path), state)
+
+
+def test_a_key_of_no_implementation_is_refused(tmp_path):
+    jaxvae.save(tmp_path, small_state())
+    (written,) = (tmp_path / "checkpoints").glob("*/config/metadata")
+    config = json.loads(written.read_text())
+    (written.parents[1] / "sha256.json").unlink()
+    for key in ("dice", 3, ["rbg"], "rbg"):
+        written.write_text(json.dumps(config | {"key": key}))
+        with refused("cannot be read: "):
+            jaxvae.restore(tmp_path)
+
+
+def test_a_state_that_could_not_be_read_again_is_not_saved(tmp_path):
+    state = small_state()
+    sgd = optax.sgd(0.1, momentum=0.9).init(state.params)  # as many arrays as RMSprop's
+    adam = optimizer(jaxvae.TrainConfig(optimizer="adam")).init(state.params)
+    more = replace(state.params, prior={"logits": jnp.zeros(3)})
+    wider = small_state(num_classes=3).params
+    wider = replace(state.params, encoder=wider.encoder)
+    stacked = jax.tree.map(lambda x: jnp.stack([x, x]), state)
+    for bad, says in (
+        (replace(state, opt_state=sgd), "optimizer 'rmsprop'"),
+        (replace(state, opt_state=adam), "optimizer 'rmsprop'"),
+        (replace(state, params=more), "has .params.prior['logits'] of shape (3,): expected no .pa"),
+        (replace(state, params=wider), "of shape (67, 4): expected .params.encoder['dense_1']['ke"),
+        (stacked, ""),
+        (replace(state, key=jax.random.split(state.key)), "there are (2,) keys: expected one"),
+        (state.params, "state: expected what `jaxvae.create_train_state` gives"),
+    ):
+        with refused(says):
+            jaxvae.save(tmp_path, bad)
+    assert list(tmp_path.iterdir()) == []
+    raw = replace(state, key=jax.random.key_data(state.key))
+    jaxvae.save(tmp_path, raw)
+    assert_states_equal(jaxvae.restore(tmp_path), state)
 
 
 class Other(nn.Module):

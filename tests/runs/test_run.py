@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import OnDisk, SignalAt, refused
+from conftest import OnDisk, OwnDecoder, OwnEncoder, SignalAt, refused
 
 import jaxvae
 from jaxvae import figures
@@ -93,6 +93,49 @@ def test_config_json_holds_what_the_run_was_told(finished, npz):
             }
         ],
     }
+
+
+def test_a_network_of_ones_own_is_trained_resumed_measured_drawn_and_loaded(
+    tmp_path, npz, monkeypatch
+):
+    network = OwnEncoder(2), OwnDecoder((8, 8, 1))
+    flags = {"data": str(npz), "batch_size": 128, "epochs": 1, "network": network}
+    run_dir = tmp_path / "mine"
+    once = trained(run_dir, flags)
+    assert json.loads((run_dir / "config.json").read_text())["model"]["network"] == "own"
+    assert_leaves_equal(jaxvae.load(run_dir, network=network), once.params)
+    says = f"{run_dir}: the model has a network of its own: hand its modules over, network=(enc"
+    for read in (read_config, lambda run_dir: resumed(run_dir, {"epochs": 2})):
+        with refused(says):
+            read(run_dir)
+    with refused("network of its own: hand its modules over"):
+        evaluation.measure(run_dir, 2)
+    state = trained(run_dir, {"epochs": 2, "network": network}, resume=True)
+    assert int(state.step) == 8
+    assert_leaves_equal(jaxvae.load(run_dir, network=network), state.params)
+    found = evaluation.measure(run_dir, 2, network=network)
+    assert found["step"] == 8
+    monkeypatch.setattr("jaxvae.figures.draw_all", lambda *args: [])
+    assert drawing.draw(run_dir, None, state.params) == []
+    from_it = configured({**flags, "start_from": str(run_dir), "image_shape": (8, 8, 1)})
+    first = directory.first_state(jax.random.key(0), from_it)
+    assert_leaves_equal(first.params, state.params)
+    with refused("--network is own, but ", " was started with mlp: leave it out"):
+        resumed(trained_mlp(tmp_path, npz), {"network": network})
+
+
+def trained_mlp(tmp_path, npz):
+    run_dir = tmp_path / "mlp"
+    config = configured({"data": str(npz), "network": "mlp"})
+    directory.write_config(run_dir, config)
+    return run_dir
+
+
+def test_settings_that_a_run_does_not_have_are_refused(finished):
+    for flags, name in (({"lr": 3}, "'lr'"), ({"train": jaxvae.TrainConfig()}, "'train'")):
+        for read in (configured, lambda flags: resumed(finished[0], flags)):
+            with refused(f"a run has no setting {name}: expected batch_size, beta, ", "warmup"):
+                read(flags)
 
 
 def test_metrics_jsonl_holds_a_line_for_every_epoch(finished):

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import OnDisk, SignalAt, refused
+from conftest import OnDisk, OwnDecoder, OwnEncoder, SignalAt, refused
 
 import jaxvae
 from jaxvae.errors import Preempted
@@ -310,6 +310,18 @@ def test_a_run_is_not_started_over_a_sweep_nor_a_sweep_over_a_run(eight, tmp_pat
     with pytest.raises(jaxvae.InputError, match="seed-1 already holds a run"):
         sweep.start(tmp_path, two, data, resume=False)
     assert [path.name for path in Path(tmp_path).iterdir()] == ["seed-1"]
+
+
+def test_networks_of_ones_own_are_trained_at_once_and_resumed(tmp_path, npz):
+    network = OwnEncoder(2), OwnDecoder((8, 8, 1))
+    flags = {"data": str(npz), "batch_size": 128, "epochs": 1, "network": network}
+    trained(tmp_path, flags, seeds=2)
+    with refused(f"{tmp_path}: the model has a network of its own: hand its modules over, netw"):
+        sweep.resumed(tmp_path, {"epochs": 2})
+    _, states = trained(tmp_path, {"epochs": 2, "network": network}, resume=True)
+    params = jaxvae.load(tmp_path / "seed-1", network=network)
+    for a, b in zip(*map(jax.tree.leaves, (params, states.params)), strict=True):
+        np.testing.assert_array_equal(a, b[1])
 
 
 def test_a_damaged_sweep_is_refused(tmp_path):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import refused
 from jax.flatten_util import ravel_pytree
 
 import jaxvae
@@ -300,6 +301,30 @@ def test_an_objective_of_ones_own_is_what_is_minimised(state, images):
 
     _, metrics = jaxvae.train_step(state, images[:16], objective=doubled)
     np.testing.assert_allclose(metrics["loss"], -2 * metrics["elbo"], rtol=1e-6)
+
+
+def test_an_objective_of_ones_own_takes_no_beta(state, images):
+    for step in (jaxvae.train_step, jaxvae.train_epoch):
+        with refused("beta was given with an objective of your own, which takes none: leave beta"):
+            step(state, images, objective=negative_elbo, beta=2.0)
+    assert not any(x.is_deleted() for x in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("implementation", ["rbg", "unsafe_rbg"])
+def test_noise_is_the_examples_with_keys_of_another_implementation(images, implementation):
+    """Under `vmap` such keys draw numbers that depend on the whole batch."""
+    key = jax.random.key(3, impl=implementation)
+    state = jaxvae.create_train_state(key, SMALL, jaxvae.TrainConfig(binarization="dynamic"))
+    others = replace(state, key=key)  # as it may come from elsewhere
+    for one in (state, others):
+        _, alone = step_on(1, one, images[:16])
+        _, shared = step_on(4, one, images[:16])
+        for name, value in alone.items():
+            np.testing.assert_allclose(shared[name], value, rtol=1e-5)
+    whole = jaxvae.elbo(state.params, key, images[:16]).value
+    keys = example_keys(key, 16)
+    part = jaxvae.elbo(state.params, keys[5:7], images[5:7]).value
+    np.testing.assert_allclose(part, whole[5:7], rtol=1e-5)
 
 
 def test_seeds_can_be_trained_at_once_under_vmap(model_config, images):
