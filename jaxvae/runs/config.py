@@ -253,11 +253,14 @@ def _without(fields: Mapping[str, Any], names: Collection[str]) -> dict[str, Any
 
 
 def _with_flags(config: RunConfig, flags: Mapping[str, Any]) -> RunConfig:
-    names: dict[type, set[str]] = {kind: {item.name for item in fields(kind)} for kind in _KINDS}
+    parts = {"model", "train"}
+    names: dict[type, set[str]] = {
+        kind: {item.name for item in fields(kind)} - parts for kind in _KINDS
+    }
     if unknown := sorted(set(flags).difference(*names.values())):
         raise InputError(
             f"a run has no field {unknown[0]!r}: expected one of "
-            f"{', '.join(sorted(set().union(*names.values()) - {'model', 'train'}))}"
+            f"{', '.join(sorted(set().union(*names.values())))}"
         )
 
     def own(kind: type) -> dict[str, Any]:

@@ -124,22 +124,29 @@ def fitted(
       InputError: as of `start`.
     """
     before = config.model.image_shape
-    config = with_shape(config, data)
+    config = _with_shape(config, data)
     if resume and config.model.image_shape != before:
         raise InputError(
             f"{config.data} has images of shape {config.model.image_shape}, "
             f"but {run_dir} was started with {before}"
         )
     seen = _seen(run_dir, config, record, new_data=new_data) if resume else (record,)
+    _expect_a_batch(config, data)
     return replace(config, data_seen=seen)
 
 
 def with_shape(config: RunConfig, data: Dataset) -> RunConfig:
-    """Return the configuration with the shape of the images.
+    """Return the configuration of a training without a directory, with the shape of the images.
 
     Raises:
       InputError: labels that a conditional model cannot take, or fewer images than one batch.
     """
+    config = _with_shape(config, data)
+    _expect_a_batch(config, data)
+    return config
+
+
+def _with_shape(config: RunConfig, data: Dataset) -> RunConfig:
     height, width, channels = data.train_images.shape[1:]
     model = replace(config.model, image_shape=(height, width, channels))
     for split in ("train", "test") if model.num_classes else ():
@@ -152,12 +159,15 @@ def with_shape(config: RunConfig, data: Dataset) -> RunConfig:
                 f"{config.data} has {has}: expected classes from 0 to {model.num_classes - 1}, "
                 f"as num_classes is {model.num_classes}"
             )
+    return replace(config, model=model)
+
+
+def _expect_a_batch(config: RunConfig, data: Dataset) -> None:
     if config.train.batch_size > len(data.train_images):
         raise InputError(
             f"batch_size is {config.train.batch_size}: expected at most the number of "
             f"training images, {len(data.train_images)}"
         )
-    return replace(config, model=model)
 
 
 def _seen(

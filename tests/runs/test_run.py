@@ -31,6 +31,8 @@ from jaxvae.runs.tensorboard import TensorBoard
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
+NETWORK = "mlp:width=8"
+
 
 def trained(run_dir, flags, *, resume=False):
     config = resumed(run_dir, flags) if resume else configured(flags)
@@ -39,26 +41,30 @@ def trained(run_dir, flags, *, resume=False):
     return loop.train(run_dir, config, data)
 
 
+def draw(run_dir, params):
+    config = read_config(run_dir)
+    return drawing.draw(run_dir, config, load_run_data(config), params)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, npz):
     """A finished run of two epochs and its last state."""
     run_dir = tmp_path_factory.mktemp("runs") / "finished"
-    flags = {"data": str(npz), "network": "mlp", "batch_size": 64, "epochs": 2, "seed": 3}
+    flags = {"data": str(npz), "network": NETWORK, "batch_size": 64, "epochs": 2, "seed": 3}
     return run_dir, trained(run_dir, flags)
 
 
 # A run of many choices, and its 512 training images are eight batches.
 CHOICES = {
     "batch_size": 64,
-    "network": "mlp",
+    "network": NETWORK,
     "likelihood": "discretized_logistic",
     "prior": "mixture:components=5",
     "num_classes": 3,
-    "objective": "iwae",
-    "num_samples": 2,
-    "warmup": "linear",
-    "warmup_steps": 10,
-    "optimizer": "adam",
+    "objective": "iwae:num_samples=2",
+    "warmup": "linear:steps=10",
+    "optimizer": "adamw:weight_decay=0.001",
+    "ema": 0.9,
     "learning_rate": 3e-4,
 }
 
@@ -81,7 +87,7 @@ def test_config_json_holds_what_the_run_was_told(finished, npz):
         "start_from": None,
         "fsdp": False,
         "workers": 0,
-        "model": jaxvae.ModelConfig((8, 8, 1), network="mlp").to_dict()
+        "model": jaxvae.ModelConfig((8, 8, 1), network=NETWORK).to_dict()
         | {"image_shape": [8, 8, 1]},
         "train": jaxvae.TrainConfig(batch_size=64, epochs=2).to_dict(),
         "data_seen": [
@@ -116,25 +122,33 @@ def test_a_network_of_ones_own_is_trained_resumed_measured_drawn_and_loaded(
     found = evaluation.measure(run_dir, 2, network=network)
     assert found["step"] == 8
     monkeypatch.setattr("jaxvae.figures.draw_all", lambda *args: [])
-    assert drawing.draw(run_dir, None, state.params) == []
+    config = read_config(run_dir, network=network)
+    assert drawing.draw(run_dir, config, load_run_data(config), state.params) == []
     from_it = configured({**flags, "start_from": str(run_dir), "image_shape": (8, 8, 1)})
     first = directory.first_state(jax.random.key(0), from_it)
     assert_leaves_equal(first.params, state.params)
-    with refused("--network is own, but ", " was started with mlp: leave it out"):
+    with refused(f"{tmp_path}/mlp: network is own, but the recorded one is {NETWORK}: hand that"):
         resumed(trained_mlp(tmp_path, npz), {"network": network})
 
 
 def trained_mlp(tmp_path, npz):
     run_dir = tmp_path / "mlp"
-    config = configured({"data": str(npz), "network": "mlp"})
+    config = configured({"data": str(npz), "network": NETWORK})
     directory.write_config(run_dir, config)
     return run_dir
 
 
 def test_settings_that_a_run_does_not_have_are_refused(finished):
-    for flags, name in (({"lr": 3}, "'lr'"), ({"train": jaxvae.TrainConfig()}, "'train'")):
+    for flags, name in (
+        ({"lr": 3}, "'lr'"),
+        ({"train": jaxvae.TrainConfig()}, "'train'"),
+        ({"model": {}}, "'model'"),
+    ):
         for read in (configured, lambda flags: resumed(finished[0], flags)):
-            with refused(f"a run has no setting {name}: expected batch_size, beta, ", "warmup"):
+            with refused(
+                f"a run has no field {name}: expected one of accumulate, batch_size, beta, ",
+                "warmup",
+            ):
                 read(flags)
 
 
@@ -168,9 +182,9 @@ def test_a_conditional_run_is_trained_and_measured_with_its_labels(conditional, 
     _, (images, labels) = jaxvae.load_data(str(npz), labels=True)
     _, key = run_keys(read_config(run_dir))
     recorded = [line["test"]["elbo"] for line in read_metrics(run_dir)]
-    terms = jaxvae.elbo(state.params, key, images, labels)
+    terms = jaxvae.elbo(state.eval_params, key, images, labels)
     assert recorded[1] == pytest.approx(float(terms.value.mean()), rel=1e-5)
-    others = jaxvae.elbo(state.params, key, images, (labels + 1) % 3)
+    others = jaxvae.elbo(state.eval_params, key, images, (labels + 1) % 3)
     assert recorded[1] != pytest.approx(float(others.value.mean()), rel=1e-5)
     assert recorded[0] < recorded[1]
 
@@ -185,11 +199,11 @@ def test_a_measurement_is_of_the_latest_model_and_is_written_down(conditional, n
     for name, value in read_metrics(run_dir)[-1]["test"].items():
         if name != "loss":
             assert found[name] == pytest.approx(value, rel=1e-5)
-    log_px = jaxvae.log_likelihood(state.params, key, images, 20, labels)
+    log_px = jaxvae.log_likelihood(state.eval_params, key, images, 20, labels)
     assert found["log_p_x"] == pytest.approx(float(log_px.mean()), rel=1e-5)
     bits = -found["log_p_x"] / math.log(2) / 64
     assert found["bits_per_dimension"] == pytest.approx(bits, rel=1e-5)
-    means = jaxvae.reconstruct(state.params, images, labels)
+    means = jaxvae.reconstruct(state.eval_params, images, labels)
     error = float(np.mean((images / 255 - means) ** 2))
     assert found["reconstruction_error"] == pytest.approx(error, rel=1e-4)
     parts = found["mutual_information"] + found["marginal_kl"]
@@ -208,36 +222,9 @@ def test_bits_per_dimension_are_of_grey_levels_alone(finished):
 
 def test_a_conditional_run_is_drawn(conditional, npz):
     run_dir, _ = conditional
-    paths = drawing.draw(run_dir, load_run_data(read_config(run_dir)), jaxvae.load(run_dir))
+    paths = draw(run_dir, jaxvae.load(run_dir))
     assert {"classes", "samples", "training"} < {path.stem for path in paths}
     assert all(path.stat().st_size > 1000 for path in paths)
-
-
-def test_watchers_are_told_of_every_epoch_before_it_is_saved(tmp_path, npz):
-    """And of epoch 0, before training; a run that goes on tells of its own epochs."""
-
-    def told(flags, *, resume=False):
-        config = resumed(tmp_path, flags) if resume else configured(flags)
-        data = load_run_data(config)
-        config = directory.start(tmp_path, config, data, resume=resume)
-        heard = []
-
-        def watch(record, params):
-            saved = [path.name for path in (tmp_path / "checkpoints").glob("[0-9]*")]
-            heard.append((record, jax.device_get(params)))  # whose memory training takes back
-            assert str(record["step"]) not in saved
-
-        return heard, loop.train(tmp_path, config, data, watchers=[watch])
-
-    flags = {"data": str(npz), "network": "mlp", "batch_size": 64, "epochs": 2}
-    heard, state = told(flags)
-    assert [record for record, _ in heard] == [{"epoch": 0, "step": 0}, *read_metrics(tmp_path)]
-    first = directory.first_state(run_keys(read_config(tmp_path))[0], read_config(tmp_path))
-    assert_leaves_equal(heard[0][1], first.params)
-    assert_leaves_equal(heard[2][1], state.params)
-    heard, state = told({"epochs": 3}, resume=True)
-    assert [record["epoch"] for record, _ in heard] == [3]
-    assert_leaves_equal(heard[0][1], state.params)
 
 
 def test_classes_take_part_in_no_model_that_knows_of_none(npz):
@@ -292,7 +279,7 @@ def test_binarized_images_are_the_same_in_every_run(npz, kind):
 
 
 def test_a_binarized_run_is_measured_on_black_and_white(tmp_path, npz):
-    flags = {"data": str(npz), "network": "mlp", "binarization": "dynamic", "epochs": 1}
+    flags = {"data": str(npz), "network": NETWORK, "binarization": "dynamic", "epochs": 1}
     state = trained(tmp_path, flags)
     config = read_config(tmp_path)
     images = load_run_data(config).test_images
@@ -310,7 +297,7 @@ def test_a_binarized_run_is_measured_on_black_and_white(tmp_path, npz):
 def test_a_run_starts_from_anothers_parameters(finished, tmp_path, npz, monkeypatch):
     run_dir, state = finished
     monkeypatch.chdir(run_dir.parent)
-    flags = {"data": str(npz), "network": "mlp", "start_from": run_dir.name, "seed": 4}
+    flags = {"data": str(npz), "network": NETWORK, "start_from": run_dir.name, "seed": 4}
     flags |= {"objective": "stl", "optimizer": "adam", "learning_rate": 1e-9, "epochs": 1}
     config = configured(flags)
     assert config.start_from == str(run_dir)
@@ -327,9 +314,20 @@ def test_a_run_starts_from_anothers_parameters(finished, tmp_path, npz, monkeypa
     assert now["kl"] == pytest.approx(before["kl"], rel=1e-3)
 
 
+def test_an_average_starts_from_the_parameters_of_the_other_run(finished, tmp_path, npz):
+    run_dir, state = finished
+    flags = {"data": str(npz), "network": NETWORK, "start_from": str(run_dir), "epochs": 1}
+    config = configured({**flags, "ema": 0.999, "image_shape": (8, 8, 1)})
+    first = directory.first_state(jax.random.key(0), config)
+    assert_leaves_equal(first.ema, state.params)
+    after = trained(tmp_path / "next", {**flags, "ema": 0.999, "learning_rate": 1e-9})
+    for a, b in zip(*map(jax.tree.leaves, (after.ema, state.params)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-7)
+
+
 def test_a_run_that_has_started_needs_the_other_no_longer(finished, tmp_path, npz):
     other = shutil.copytree(finished[0], tmp_path / "other")
-    flags = {"data": str(npz), "network": "mlp", "start_from": str(other), "epochs": 1}
+    flags = {"data": str(npz), "network": NETWORK, "start_from": str(other), "epochs": 1}
     trained(tmp_path / "run", flags)
     shutil.rmtree(other)
     assert int(trained(tmp_path / "run", {"epochs": 2}, resume=True).step) == 8
@@ -340,7 +338,7 @@ def test_a_run_that_has_started_needs_the_other_no_longer(finished, tmp_path, np
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        ({"network": "conv"}, "network mlp: expected notebook, as the run that starts from it"),
+        ({"network": "conv"}, f"network {NETWORK}: expected conv, as the run that starts from it"),
         ({"latent_dim": 3}, "latent_dim 2: expected 3"),
         ({"num_classes": 3}, "num_classes 0: expected 3"),
         ({"prior": "vamp"}, "prior standard_normal: expected vamp"),
@@ -349,7 +347,7 @@ def test_a_run_that_has_started_needs_the_other_no_longer(finished, tmp_path, np
 def test_a_start_from_another_model_is_refused_and_leaves_no_directory(
     finished, tmp_path, npz, flags, says
 ):
-    flags = {"data": str(npz), "network": "mlp", "start_from": str(finished[0]), **flags}
+    flags = {"data": str(npz), "network": NETWORK, "start_from": str(finished[0]), **flags}
     with refused(f"{finished[0]} has a model with {says}"):
         trained(tmp_path / "run", flags)
     with refused("nowhere holds no checkpoint: expected the run directory of `jaxvae train`"):
@@ -361,14 +359,14 @@ def test_a_start_from_another_model_is_refused_and_leaves_no_directory(
     ("flags", "says"),
     [
         ({"posterior": "iaf", "objective": "stl"}, "expected the posterior 'gaussian'"),
-        ({"prior": "mixture", "free_bits": 1}, "free_bits needs the KL of every latent"),
+        ({"prior": "mixture", "objective": "elbo:free_bits=1"}, "free_bits needs the KL of every"),
     ],
 )
 def test_a_model_and_an_objective_that_do_not_go_together_leave_no_directory(
     tmp_path, npz, flags, says
 ):
     with refused(says):
-        trained(tmp_path / "run", {"data": str(npz), "network": "mlp", **flags})
+        trained(tmp_path / "run", {"data": str(npz), "network": NETWORK, **flags})
     assert not (tmp_path / "run").exists()
 
 
@@ -389,7 +387,7 @@ def test_a_run_from_before_there_were_choices_goes_on(finished, tmp_path):
 def test_a_data_set_of_one_class_is_measured_without_its_probes(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (40, 8, 8), np.uint8)
     np.savez(tmp_path / "one.npz", images=images, labels=np.full(40, 7))
-    flags = {"data": str(tmp_path / "one.npz"), "network": "mlp", "batch_size": 8, "epochs": 1}
+    flags = {"data": str(tmp_path / "one.npz"), "network": NETWORK, "batch_size": 8, "epochs": 1}
     trained(tmp_path / "run", flags)
     found = evaluation.measure(tmp_path / "run", num_samples=2)
     assert "elbo" in found
@@ -397,7 +395,7 @@ def test_a_data_set_of_one_class_is_measured_without_its_probes(tmp_path):
 
 
 def test_a_run_goes_on_for_more_epochs(tmp_path, npz):
-    flags = {"data": str(npz), "network": "mlp", "batch_size": 64}
+    flags = {"data": str(npz), "network": NETWORK, "batch_size": 64}
     once = trained(tmp_path / "once", {**flags, "epochs": 2})
     trained(tmp_path / "twice", {**flags, "epochs": 1})
     twice = trained(tmp_path / "twice", {"epochs": 2}, resume=True)
@@ -459,7 +457,7 @@ def test_data_that_have_moved_can_be_named_again(finished, tmp_path, npz):
     config = read_config(run_dir)
     assert config.data == str(moved)
     assert config.data_seen == read_config(finished[0]).data_seen
-    once = {"data": str(npz), "network": "mlp", "batch_size": 64, "epochs": 3, "seed": 3}
+    once = {"data": str(npz), "network": NETWORK, "batch_size": 64, "epochs": 3, "seed": 3}
     assert_leaves_equal(jaxvae.load(run_dir), trained(tmp_path / "once", once).params)
 
 
@@ -550,8 +548,10 @@ def test_a_measurement_on_other_data_says_so(finished, tmp_path, npz):
 def test_a_run_of_many_choices_goes_on_bit_for_bit(conditional, tmp_path, npz):
     run_dir, state = conditional
     trained(tmp_path, {**CHOICES, "data": str(npz), "epochs": 1})
-    twice = trained(tmp_path, {"epochs": 2, "objective": "iwae", "num_classes": 3}, resume=True)
-    assert_leaves_equal((twice.params, twice.opt_state), (state.params, state.opt_state))
+    again = {"epochs": 2, "objective": "iwae:num_samples=2", "num_classes": 3}
+    twice = trained(tmp_path, again, resume=True)
+    assert_leaves_equal((twice.params, twice.opt_state, twice.ema),
+                        (state.params, state.opt_state, state.ema))  # fmt: skip
     assert without_seconds(tmp_path) == without_seconds(run_dir)
     assert read_config(tmp_path) == read_config(run_dir)
 
@@ -566,7 +566,7 @@ def without_seconds(run_dir):
 
 
 def test_a_line_beyond_the_last_checkpoint_is_taken_back(finished, tmp_path, npz):
-    flags = {"data": str(npz), "network": "mlp", "batch_size": 64, "epochs": 1, "seed": 3}
+    flags = {"data": str(npz), "network": NETWORK, "batch_size": 64, "epochs": 1, "seed": 3}
     trained(tmp_path, flags)
     whole = (tmp_path / "metrics.jsonl").read_text()
     later = json.dumps({**json.loads(whole), "epoch": 2, "step": 16}) + "\n"
@@ -588,7 +588,7 @@ def test_a_run_killed_again_and_again_goes_on_bit_for_bit(tmp_path, npz):
     metrics = killed / "metrics.jsonl"
 
     def command(name, *more):
-        flags = ["--data", str(npz), "--network", "mlp", "--batch-size", "2", "--epochs", "5"]
+        flags = ["--data", str(npz), "--network", NETWORK, "--batch-size", "2", "--epochs", "5"]
         words = [sys.executable, "-m", "jaxvae", "train", "--run-dir", str(tmp_path / name)]
         return [*words, *(more or flags)]
 
@@ -669,12 +669,11 @@ def test_nothing_is_written_outside_of_a_run_directory(finished, tmp_path, name)
     data = load_run_data(config)
     with refused(f"{name} is a symbolic link, and jaxvae writes only into the directory itself"):
         if name == "figures":
-            drawing.draw(run_dir, data, state.params)
+            draw(run_dir, state.params)
         elif name == "manifolds":
             keep_frame(run_dir, {"epoch": 1}, state.params)
         elif name == "tensorboard":
-            with TensorBoard(run_dir, config, data) as board:
-                board.finish(state.params)
+            loop.train(run_dir, config, data, callbacks=[TensorBoard()])
         else:
             with open_checkpoints(run_dir) as checkpoints:
                 write(checkpoints, replace(state, step=state.step + 1), {})
@@ -687,7 +686,7 @@ def test_a_run_is_not_started_among_checkpoints_of_something_else(tmp_path, npz,
     (tmp_path / name).parent.mkdir(parents=True)
     (tmp_path / name).write_text("of another program")
     with refused(f"{tmp_path / name.split('/')[0]} is there already, of something else"):
-        trained(tmp_path, {"data": str(npz), "network": "mlp", "epochs": 1})
+        trained(tmp_path, {"data": str(npz), "network": NETWORK, "epochs": 1})
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / name]
 
 
@@ -748,7 +747,7 @@ def test_a_directory_that_is_not_a_run_is_refused(tmp_path, content, says):
 def test_images_on_disk_are_trained_on_as_images_in_memory_are(finished, npz, tmp_path):
     """The same batches in the same order, read ahead of the steps."""
     run_dir, state = finished
-    config = configured({"data": str(npz), "network": "mlp", "batch_size": 64, "seed": 3})
+    config = configured({"data": str(npz), "network": NETWORK, "batch_size": 64, "seed": 3})
     config = replace(config, train=replace(config.train, epochs=2))
     data = load_run_data(config)
     data = data._replace(train_images=OnDisk(data.train_images))
@@ -761,24 +760,24 @@ def test_images_on_disk_are_trained_on_as_images_in_memory_are(finished, npz, tm
 
 def test_ctrl_c_saves_in_mid_epoch_and_the_run_goes_on_bit_for_bit(tmp_path, npz, monkeypatch):
     monkeypatch.setattr("jaxvae.training.pipeline._IMAGES_PER_DISPATCH", 128)  # two steps
-    flags = {"data": str(npz), "network": "mlp", "batch_size": 64, "epochs": 2}
+    flags = {"data": str(npz), "network": NETWORK, "batch_size": 64, "epochs": 2}
     once = trained(tmp_path / "once", flags)
     config = configured(flags)
     data = load_run_data(config)
     config = directory.start(tmp_path / "cut", config, data, resume=False)
-    progress = SignalAt(6, signal.SIGINT)
-    with pytest.raises(Preempted, match="saved after step 12; go on with: jaxvae train --resume"):
-        loop.train(tmp_path / "cut", config, data, progress=progress)
+    stop = SignalAt(6, signal.SIGINT)
+    with pytest.raises(Preempted, match="saved after step 12; resume with: jaxvae train --resume"):
+        loop.train(tmp_path / "cut", config, data, callbacks=[stop])
     assert_leaves_equal(once.params, trained(tmp_path / "cut", {}, resume=True).params)
     assert without_seconds(tmp_path / "once") == without_seconds(tmp_path / "cut")
 
 
 def test_a_second_ctrl_c_interrupts_at_once(tmp_path, npz):
-    config = configured({"data": str(npz), "network": "mlp", "batch_size": 64, "epochs": 2})
+    config = configured({"data": str(npz), "network": NETWORK, "batch_size": 64, "epochs": 2})
     data = load_run_data(config)
     config = directory.start(tmp_path, config, data, resume=False)
     with pytest.raises(KeyboardInterrupt):
-        loop.train(tmp_path, config, data, progress=SignalAt(1, signal.SIGINT, times=2))
+        loop.train(tmp_path, config, data, callbacks=[SignalAt(1, signal.SIGINT, times=2)])
 
 
 def test_two_trainings_do_not_share_a_directory(finished, tmp_path, npz):

@@ -18,6 +18,8 @@ from jaxvae.runs.files import read_metrics
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
+NETWORK = "mlp:width=8"
+
 
 def trained(run_dir, flags, seeds=1, *, resume=False):
     models = sweep.resumed(run_dir, flags) if resume else sweep.configured(flags, seeds)
@@ -36,7 +38,7 @@ def trained_alone(run_dir, config):
 def eight(tmp_path_factory, npz):
     """Eight models, two epochs: their directory, configurations and stacked states."""
     run_dir = tmp_path_factory.mktemp("runs") / "eight"
-    flags = {"data": str(npz), "network": "mlp", "epochs": 2, "batch_size": 64, "seed": 5}
+    flags = {"data": str(npz), "network": NETWORK, "epochs": 2, "batch_size": 64, "seed": 5}
     flags |= {"learning_rate": [1e-3, 2e-4], "beta": [0.5, 4.0]}
     return run_dir, *trained(run_dir, flags, seeds=2)
 
@@ -82,8 +84,8 @@ def test_a_model_of_many_is_the_one_trained_alone(eight, tmp_path, i):
 def warmed(tmp_path_factory, npz):
     """Four conditional models, warmed up, three epochs of one step each."""
     run_dir = tmp_path_factory.mktemp("runs") / "warmed"
-    flags = {"data": str(npz), "network": "mlp", "num_classes": 3, "batch_size": 512, "epochs": 3}
-    flags |= {"warmup": "linear", "warmup_steps": 4, "beta": [1.0, 6.0], "binarization": "dynamic"}
+    flags = {"data": str(npz), "network": NETWORK, "num_classes": 3, "batch_size": 512, "epochs": 3}
+    flags |= {"warmup": "linear:steps=4", "beta": [1.0, 6.0], "binarization": "dynamic"}
     return run_dir, *trained(run_dir, flags, seeds=2)
 
 
@@ -125,7 +127,7 @@ def test_labels_that_are_missing_leave_no_directory(tmp_path):
 def test_many_models_start_from_one(eight, tmp_path, npz):
     run_dir, models, _ = eight
     first = str(run_dir / next(iter(models)))
-    flags = {"data": str(npz), "network": "mlp", "batch_size": 512, "epochs": 1}
+    flags = {"data": str(npz), "network": NETWORK, "batch_size": 512, "epochs": 1}
     flags |= {"start_from": first, "learning_rate": [1e-9, 2e-9]}
     _, states = trained(tmp_path / "run", flags)
     for a, b in zip(*map(jax.tree.leaves, (states.params, jaxvae.load(first))), strict=True):
@@ -181,7 +183,7 @@ def test_results_are_over_the_seeds_of_each_combination(eight):
 
 def test_a_sweep_goes_on_bit_for_bit_from_the_last_epoch_that_all_have(tmp_path, npz):
     """As after a kill between two models' checkpoints, and in the first epoch."""
-    flags = {"data": str(npz), "network": "mlp", "batch_size": 64}
+    flags = {"data": str(npz), "network": NETWORK, "batch_size": 64}
     once, parts, scratch = (tmp_path / name for name in ("once", "parts", "scratch"))
     models, _ = trained(once, {**flags, "epochs": 2}, seeds=2)
     trained(parts, {**flags, "epochs": 1}, seeds=2)
@@ -203,13 +205,13 @@ def test_a_sweep_goes_on_bit_for_bit_from_the_last_epoch_that_all_have(tmp_path,
 
 def test_sigterm_saves_every_model_in_mid_epoch(tmp_path, npz, monkeypatch):
     monkeypatch.setattr(sweep, "_IMAGES_PER_DISPATCH", 256)  # two steps of both models
-    flags = {"data": str(npz), "network": "mlp", "batch_size": 64, "epochs": 2}
+    flags = {"data": str(npz), "network": NETWORK, "batch_size": 64, "epochs": 2}
     once, stopped = tmp_path / "once", tmp_path / "stopped"
     models, _ = trained(once, flags, seeds=2)
     data = load_run_data(next(iter(models.values())))
     sweep.start(stopped, models, data, resume=False)
-    with pytest.raises(Preempted, match="saved after step 12; go on with"):
-        sweep.train(stopped, models, data, progress=SignalAt(6))
+    with pytest.raises(Preempted, match="saved after step 12; resume with"):
+        sweep.train(stopped, models, data, callbacks=[SignalAt(6)])
     trained(stopped, {}, resume=True)
     assert without_seconds(stopped) == without_seconds(once)
     for name in models:
@@ -227,7 +229,7 @@ def test_models_are_saved_from_the_host(tmp_path, npz, monkeypatch):
         return write(checkpoints, state, *more)
 
     monkeypatch.setattr(sweep, "write", seen)
-    _, states = trained(tmp_path, {"data": str(npz), "network": "mlp", "epochs": 1}, seeds=2)
+    _, states = trained(tmp_path, {"data": str(npz), "network": NETWORK, "epochs": 1}, seeds=2)
     assert set(written) == {1}
     for i in range(2):
         for a, b in zip(jax.tree.leaves(states), whole(tmp_path / f"seed-{i}"), strict=True):
@@ -264,7 +266,7 @@ def test_more_models_than_the_machine_can_hold_are_refused(tmp_path, npz, monkey
 
 
 def test_a_sweep_goes_on_with_its_own_data_alone(tmp_path, npz):
-    flags = {"data": str(npz), "network": "mlp", "epochs": 1}
+    flags = {"data": str(npz), "network": NETWORK, "epochs": 1}
     trained(tmp_path / "run", flags, seeds=2)
     moved, other = tmp_path / "moved.npz", tmp_path / "other.npz"
     shutil.copy(npz, moved)
