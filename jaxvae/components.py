@@ -50,6 +50,18 @@ class Registry(Generic[C]):
         if not isinstance(value, str):
             if value is None or not all(hasattr(value, name) for name in protocol):
                 raise self._refusal(value, expected)
+            if inspect.isclass(value) and any(_needs_object(value, name) for name in protocol):
+                raise InputError(
+                    f"{self.kind} is the class {value.__name__}: expected an object of it, "
+                    f"{value.__name__}(...)"
+                )
+            try:
+                hash(value)
+            except TypeError:
+                raise InputError(
+                    f"{self.kind} is {' '.join(shown(value).split())}, which has no hash: expected "
+                    "an object that never changes, as of a class with @dataclass(frozen=True)"
+                ) from None
             return value
         name, options = parse_spec(self.kind, value)
         if name not in self.entries:
@@ -67,14 +79,15 @@ class Registry(Generic[C]):
 
         A component of a class that is not registered is named by its dotted path.
         """
-        if named := getattr(component, "spec", None):
+        named = getattr(component, "spec", None)
+        if isinstance(named, str):
             return named
         for name, entry in self.entries.items():
             if component is entry or type(component) is entry:
                 return spec(name, component)
         kind = component if inspect.isclass(component) or inspect.isroutine(component) else None
-        named = kind or type(component)
-        return spec(f"{named.__module__}.{named.__qualname__}", component)
+        kind = kind or type(component)
+        return spec(f"{kind.__module__}.{kind.__qualname__}", component)
 
     def _refusal(self, value: Any, expected: str) -> InputError:
         given = " ".join(shown(value).split())
@@ -146,7 +159,7 @@ def parse_spec(kind: str, text: str) -> tuple[str, dict[str, Any]]:
     """Split `NAME:KEY=VALUE,KEY=VALUE` into the name and its options.
 
     Raises:
-      InputError: something between the commas is no KEY=VALUE.
+      InputError: something between the commas is no KEY=VALUE, or a key is there twice.
     """
     name, _, rest = text.partition(":")
     options = {}
@@ -156,6 +169,8 @@ def parse_spec(kind: str, text: str) -> tuple[str, dict[str, Any]]:
             raise InputError(
                 f"{kind} is {text!r}: expected NAME:KEY=VALUE,KEY=VALUE, not {part!r} in it"
             )
+        if key in options:
+            raise InputError(f"{kind} is {text!r}: expected the option {key!r} once")
         options[key] = _literal(value)
     return name, options
 
@@ -182,33 +197,48 @@ def build(kind: str, name: str, entry: Any, options: Mapping[str, Any]) -> Any:
     Raises:
       InputError: an option that it does not have, or one that it needs is missing.
     """
-    instantiate = inspect.isclass(entry) and not issubclass(entry, tuple)
-    if not instantiate and not options:
+    # The class of a NamedTuple is the component itself; its fields are not options.
+    itself = inspect.isclass(entry) and issubclass(entry, tuple)
+    if not options and (itself or not inspect.isclass(entry)):
         return entry
-    if not callable(entry):
-        raise InputError(f"{kind} {name!r} has no options: expected {name!r} alone")
-    known = option_names(entry)
+    known = option_names(entry) if callable(entry) and not itself else ()
     if unknown := sorted(set(options) - set(known)):
         has = f"expected {either(known, 'among ')}" if known else "it has none"
         raise InputError(f"{kind} {name!r} has no option {unknown[0]!r}: {has}")
+    if missing := [option for option in _required(entry) if option not in options]:
+        raise InputError(
+            f"{kind} {name!r} needs the option {missing[0]!r}: expected {name}:{missing[0]}=VALUE"
+        )
     try:
         return entry(**options)
-    except InputError as error:
-        raise InputError(f"{kind} {name!r}: {error}") from None
-    except TypeError as error:
-        raise InputError(f"{kind} {name!r}: {error}") from None
+    except (TypeError, ValueError) as error:  # an InputError among them
+        reason = " ".join(str(error).split())
+        raise InputError(f"{kind} {name!r}: {reason}") from None
 
 
 def option_names(entry: Any) -> tuple[str, ...]:
     """Return the options that a class or function takes by name."""
-    if dataclasses.is_dataclass(entry):
-        return tuple(field.name for field in dataclasses.fields(entry) if field.init)
+    return tuple(p.name for p in _parameters(entry))
+
+
+def _required(entry: Any) -> tuple[str, ...]:
+    return tuple(p.name for p in _parameters(entry) if p.default is p.empty)
+
+
+def _parameters(entry: Any) -> list[inspect.Parameter]:
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     try:
         parameters = inspect.signature(entry).parameters.values()
     except (TypeError, ValueError):
-        return ()
-    return tuple(p.name for p in parameters if p.kind in kinds)
+        return []
+    return [p for p in parameters if p.kind in kinds]
+
+
+def _needs_object(kind: type, name: str) -> bool:
+    """Whether an attribute of a class is a method, which only its objects can call."""
+    return inspect.isroutine(found := inspect.getattr_static(kind, name)) and not isinstance(
+        found, classmethod | staticmethod
+    )
 
 
 def imported(kind: str, text: str) -> Any:

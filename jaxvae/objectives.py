@@ -612,7 +612,7 @@ def parse_objective(value: Any) -> Any:
     """
     if not isinstance(value, str) and not callable(value):
         raise InputError(f"objective is {shown(value)}: expected a name or a function")
-    return OBJECTIVES.parse(value)
+    return OBJECTIVES.parse(value, protocol=("__call__",))
 
 
 @dataclass(frozen=True)

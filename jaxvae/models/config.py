@@ -87,7 +87,7 @@ class ModelConfig(Config):
             fields["network"] = "conv"
         width = fields.pop("width", None)
         if width is not None:
-            fields["network"] = f"{fields['network']}:width={width}"
+            fields["network"] = f"{fields.get('network', 'conv')}:width={width}"
         for option, (name, key) in {
             "prior_components": ("prior", "components"),
             "flow_steps": ("posterior", "steps"),

@@ -89,14 +89,16 @@ class TrainConfig(Config):
             raise InputError(
                 f"binarization is {shown(self.binarization)}: expected {either(BINARIZATIONS)}"
             )
-        parts = (self.trainable,) if isinstance(self.trainable, str) else tuple(self.trainable)
-        if not set(parts) <= set(PARTS):
-            raise InputError(f"trainable is {shown(parts)}: expected parts among {either(PARTS)}")
+        parts = (self.trainable,) if isinstance(self.trainable, str) else self.trainable
+        if not isinstance(parts, tuple | list) or not all(part in PARTS for part in parts):
+            raise InputError(
+                f"trainable is {shown(self.trainable)}: expected parts among {either(PARTS)}"
+            )
         set_field(self, "trainable", tuple(part for part in PARTS if part in parts))
         set_field(self, "optimizer", parse_optimizer(self.optimizer))
         set_field(self, "schedule", parse_schedule(self.schedule))
         set_field(self, "objective", parse_objective(self.objective))
-        set_field(self, "warmup", WARMUPS.parse(self.warmup))
+        set_field(self, "warmup", WARMUPS.parse(self.warmup, protocol=("__call__",)))
         own_rate = isinstance(self.optimizer, optax.GradientTransformation)
         if own_rate and SCHEDULES.spec(self.schedule) != "constant":
             raise InputError(

@@ -164,7 +164,7 @@ class _OptaxNames(Mapping[str, Any]):
                 yield name
 
     def __len__(self) -> int:
-        return len(list(self))
+        return sum(1 for _ in self)
 
 
 def _named(make: Any, name: str, function: Any) -> Any:
@@ -174,7 +174,7 @@ def _named(make: Any, name: str, function: Any) -> Any:
     known = [n for n in option_names(function) if n != "learning_rate"]
     kind = inspect.Parameter.KEYWORD_ONLY
     component.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [inspect.Parameter(n, kind) for n in known]
+        [inspect.Parameter(n, kind, default=None) for n in known]
     )
     component.__doc__ = function.__doc__
     return component
@@ -246,7 +246,7 @@ def parse_schedule(value: Any) -> Any:
             parsed = parsed()
         _try_out_rate(str(value), parsed)
         return parsed
-    if not callable(value):
+    if hasattr(value, "rate") or not callable(value):
         return SCHEDULES.parse(value, " or an optax schedule, a function of the step", ("rate",))
     return value
 
