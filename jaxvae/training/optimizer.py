@@ -196,7 +196,7 @@ SCHEDULES: Registry[Any] = Registry(
     "schedule",
     _OptaxNames(
         lambda name, function: (
-            name.endswith("_schedule")
+            (name.endswith("_schedule") or name == "exponential_decay")
             and name not in ("sgdr_schedule", "piecewise_interpolate_schedule")
             and name != "scale_by_schedule"
         ),
