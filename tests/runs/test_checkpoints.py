@@ -132,10 +132,10 @@ def test_what_every_part_has_learned_comes_back(tmp_path):
     config = jaxvae.ModelConfig(
         (8, 8, 1),
         3,
-        network="mlp",
+        network="mlp:width=8",
         likelihood="gaussian",
         prior="mixture:components=5",
-        posterior="iaf",
+        posterior="iaf:steps=1",
         num_classes=4,
     )
     train_config = jaxvae.TrainConfig(optimizer="adam", objective="iwae:num_samples=3", ema=0.9)
@@ -190,7 +190,7 @@ def test_modules_of_ones_own_are_handed_over(tmp_path, images):
 
 
 def small_state(**options):
-    config = jaxvae.ModelConfig((8, 8, 1), 2, network="mlp", width=4, **options)
+    config = jaxvae.ModelConfig((8, 8, 1), 2, network="mlp:width=4", **options)
     return jaxvae.create_train_state(jax.random.key(0), config, jaxvae.TrainConfig(batch_size=16))
 
 
@@ -241,8 +241,8 @@ def test_a_state_that_could_not_be_read_again_is_not_saved(tmp_path):
     wider = replace(state.params, encoder=wider.encoder)
     stacked = jax.tree.map(lambda x: jnp.stack([x, x]), state)
     for bad, says in (
-        (replace(state, opt_state=sgd), "optimizer 'rmsprop'"),
-        (replace(state, opt_state=adam), "optimizer 'rmsprop'"),
+        (replace(state, opt_state=sgd), "(optimizer rmsprop)"),
+        (replace(state, opt_state=adam), "(optimizer rmsprop)"),
         (replace(state, params=more), "has .params.prior['logits'] of shape (3,): expected no .pa"),
         (replace(state, params=wider), "of shape (67, 4): expected .params.encoder['dense_1']['ke"),
         (stacked, ""),

@@ -30,11 +30,12 @@ def poisoned(params, keys, images):
 
 
 def test_the_step_the_images_and_the_last_good_checkpoint_are_named(tmp_path, npz):
-    config = configured({"data": str(npz), "network": "mlp", "batch_size": 32, "epochs": 1})
+    flags = {"data": str(npz), "network": "mlp:width=8", "batch_size": 32, "epochs": 1}
+    config = configured({**flags, "objective": poisoned})
     data = load_run_data(config)
     clean = np.minimum(data.train_images, 254)
     config = directory.start(tmp_path, config, data, resume=False)
-    state = loop.train(tmp_path, config, data._replace(train_images=clean), objective=poisoned)
+    state = loop.train(tmp_path, config, data._replace(train_images=clean))
     before = (tmp_path / "metrics.jsonl").read_text()
     # An image of the third batch of the second epoch.
     at_start = replace(state, config=replace(state.config, epochs=2))
@@ -42,7 +43,7 @@ def test_the_step_the_images_and_the_last_good_checkpoint_are_named(tmp_path, np
     clean[batch[5], 0, 0, 0] = 255
     config = replace(config, train=replace(config.train, epochs=2))
     with pytest.raises(TrainingFailed) as failed:
-        loop.train(tmp_path, config, data._replace(train_images=clean), objective=poisoned)
+        loop.train(tmp_path, config, data._replace(train_images=clean))
     told = str(failed.value)
     assert "the loss is NaN or infinite at step 19 (epoch 2, batch 3: training images" in told
     assert ", ".join(map(str, batch[:8])) + ", ...; all in" in told
@@ -54,7 +55,7 @@ def test_the_step_the_images_and_the_last_good_checkpoint_are_named(tmp_path, np
     assert (tmp_path / "metrics.jsonl").read_text() == before
 
 
-MANY = {"network": "mlp", "batch_size": 64, "epochs": 2, "learning_rate": [9e5, 1e-3]}
+MANY = {"network": "mlp:width=8", "batch_size": 64, "epochs": 2, "learning_rate": [9e5, 1e-3]}
 
 
 def swept(run_dir, flags, *, resume=False, **options):
@@ -77,7 +78,7 @@ def test_one_of_many_models_that_diverges_is_left_out_and_the_others_go_on(
     with pytest.warns(Diverged, match=told):
         states = swept(once, flags)
     with pytest.warns(Diverged), pytest.raises(Preempted):
-        swept(stopped, flags, progress=SignalAt(3))
+        swept(stopped, flags, callbacks=[SignalAt(3)])
     again = swept(stopped, {}, resume=True)  # without a word, as it was told
     for a, b in zip(*map(jax.tree.leaves, (states.params, again.params)), strict=True):
         assert len(a) == 1
@@ -125,8 +126,8 @@ def test_whether_numbers_are_finite_is_asked_in_one_program():
     assert len(traced.eqns) == 1
 
 
-def test_parameters_that_are_no_numbers_are_not_saved(model_config, tmp_path):
-    state = jaxvae.create_train_state(jax.random.key(0), model_config, jaxvae.TrainConfig())
+def test_parameters_that_are_no_numbers_are_not_saved(tmp_path):
+    state = _state()
     watch = Watch(tmp_path, 64, 4)
     watch.expect_numbers(state, {"elbo": -3.0})
     bad = replace(state, params=jax.tree.map(lambda x: x * jnp.inf, state.params))
@@ -136,16 +137,14 @@ def test_parameters_that_are_no_numbers_are_not_saved(model_config, tmp_path):
         watch.expect_numbers(state, {"elbo": np.nan, "kl": 1.0})
 
 
-def test_finite_counts_the_steps_before_the_first_bad_one(model_config, images):
-    state = jaxvae.create_train_state(
-        jax.random.key(0), model_config, jaxvae.TrainConfig(batch_size=8)
-    )
+def test_finite_counts_the_steps_before_the_first_bad_one(images):
+    state = _state(batch_size=8, objective=poisoned)
     images = np.minimum(images, 254)
     batches = np.arange(64).reshape(8, 8)
     images[[30, 50], 0, 0, 0] = 255  # of the batches 3 and 6
     for first, last, finite in ((0, 8, 3), (0, 3, 3), (3, 8, 0), (4, 6, 2), (4, 8, 2)):
         copy = jax.tree.map(jnp.copy, state)
-        _, totals = train_steps(copy, images, batches, first, last, objective=poisoned)
+        _, totals = train_steps(copy, images, batches, first, last)
         assert int(totals["finite"]) == finite
 
 
@@ -165,7 +164,7 @@ def test_finite_counts_the_steps_before_the_first_bad_one(model_config, images):
                                         "discretized_logistic"])  # fmt: skip
 def test_extreme_images_train(make, likelihood):
     images = make()
-    config = jaxvae.ModelConfig((8, 8, 1), 2, network="mlp", likelihood=likelihood)
+    config = jaxvae.ModelConfig((8, 8, 1), 2, network="mlp:width=8", likelihood=likelihood)
     train_config = jaxvae.TrainConfig(batch_size=len(images))
     state = jaxvae.create_train_state(jax.random.key(0), config, train_config)
     for _ in range(3):
@@ -174,7 +173,7 @@ def test_extreme_images_train(make, likelihood):
 
 
 def test_a_thousand_latents_train(images):
-    config = jaxvae.ModelConfig((8, 8, 1), 1000, network="mlp")
+    config = jaxvae.ModelConfig((8, 8, 1), 1000, network="mlp:width=8")
     train_config = jaxvae.TrainConfig(batch_size=16, clip_norm=1.0)
     state = jaxvae.create_train_state(jax.random.key(0), config, train_config)
     first = None
@@ -191,6 +190,16 @@ def test_a_run_directory_without_a_checkpoint_says_so(tmp_path):
     assert read_metrics(tmp_path) == []
 
 
-def _state():
-    config = jaxvae.ModelConfig((8, 8, 1), 2, network="mlp")
-    return jaxvae.create_train_state(jax.random.key(0), config, jaxvae.TrainConfig())
+def test_a_training_without_a_run_directory_names_none():
+    watch = Watch(None, 64, 4)
+    with pytest.raises(TrainingFailed, match="after step 0; none is saved; train anew with"):
+        watch.expect_numbers(_state(), {"elbo": np.inf})
+    with pytest.raises(
+        TrainingFailed, match=r"training images [\d, ]+, \.\.\.\); none is saved; tr"
+    ):
+        watch.expect_losses(replace(_state(batch_size=16), step=jnp.int32(1)), 1, 0)
+
+
+def _state(**train):
+    config = jaxvae.ModelConfig((8, 8, 1), 2, network="mlp:width=8")
+    return jaxvae.create_train_state(jax.random.key(0), config, jaxvae.TrainConfig(**train))

@@ -1,11 +1,14 @@
 """What is shown of a training."""
 
 import io
+from dataclasses import replace
 
 import nbformat
 from nbclient import NotebookClient
 from rich.console import Console
 
+from jaxvae.runs.callbacks import Training
+from jaxvae.runs.config import RunConfig
 from jaxvae.runs.progress import Progress
 
 RECORD = {
@@ -17,12 +20,18 @@ RECORD = {
 LINE = "epoch 1/2  ELBO -205.00 train, -190.00 test (log-likelihood -186.50, KL 3.50)  2.0 s, "
 
 
-def shown(**kind):
+# What a bar needs to know of one: two epochs of 1000 images.
+TRAINING = Training(RunConfig(), None, 2, 1000, 0, 0, [], None, None)
+
+
+def shown(training=TRAINING, record=RECORD, **kind):
     file = io.StringIO()
-    with Progress(Console(file=file, width=100, **kind)).training(2, 1000, 0) as training:
-        training.advance(500, elbo=-210.0)
-        training.advance(496, elbo=-201.5)
-        training.finish_epoch(RECORD)
+    progress = Progress(Console(file=file, width=100, **kind))
+    progress.start(training)
+    progress.dispatch(500, {"elbo": -210.0})
+    progress.dispatch(496, {"elbo": -201.5})
+    progress.epoch(record, None)
+    progress.end(None)
     return file.getvalue()
 
 
@@ -31,10 +40,8 @@ def test_without_a_terminal_there_is_one_plain_line_for_each_epoch():
 
 
 def test_the_spread_of_many_models_is_told_beside_their_mean():
-    file = io.StringIO()
-    with Progress(Console(file=file, width=100)).training(2, 1000, 0) as training:
-        training.finish_epoch({**RECORD, "test_sd": {"elbo": 1.25}})
-    assert "ELBO -205.00 train, -190.00 ± 1.25 test (" in file.getvalue()
+    record = {**RECORD, "test_sd": {"elbo": 1.25}}
+    assert "ELBO -205.00 train, -190.00 ± 1.25 test (" in shown(record=record)
 
 
 def test_a_terminal_gets_a_bar_with_time_rate_and_elbo_as_well():
@@ -42,31 +49,38 @@ def test_a_terminal_gets_a_bar_with_time_rate_and_elbo_as_well():
     assert LINE in written
     assert "epoch 2/2" in written
     assert "elapsed" in written
-    assert "to go" in written
+    assert "left" in written
     assert "ELBO -201.5" in written
     assert "images/s" in written
 
 
-CELL = """
-from jaxvae.runs.progress import Progress
-with Progress().training(2, 1000, 0) as training:
-    training.advance(500, elbo=-210.0)
-    training.finish_epoch({record})
+def test_a_resumed_training_starts_its_bar_where_it_was():
+    """Even where the lines of its epochs are lost."""
+    resumed = replace(TRAINING, epochs=4, step=24, done=3)
+    written = shown(resumed, {**RECORD, "epoch": 4}, force_terminal=True)
+    assert "epoch 4/4" in written
+    assert "epoch 1/4" not in written
 
-import jax, jaxvae
+
+CELL = """
+import numpy as np
+import jaxvae
 from jaxvae.figures import manifold
-manifold(jaxvae.init(jax.random.key(0), jaxvae.ModelConfig((8, 8, 1), network="mlp")), n=3)
+images = np.random.default_rng(0).integers(0, 256, (40, 8, 8), np.uint8)
+model = jaxvae.ModelConfig(network="mlp:width=8")
+result = jaxvae.fit(images, model, jaxvae.TrainConfig(batch_size=12, epochs=2))
+manifold(result.params, n=3)
 """
 
 
 def test_a_jupyter_notebook_gets_the_lines_and_shows_figures_as_they_are():
     """In a real kernel, without any magic command and without a warning."""
-    notebook = nbformat.v4.new_notebook(
-        cells=[nbformat.v4.new_code_cell(CELL.format(record=RECORD))]
-    )
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELL)])
     NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
     outputs = notebook.cells[0].outputs
     assert not [output for output in outputs if output.output_type in ("error", "stream")]
-    assert any(LINE in output.get("data", {}).get("text/plain", "") for output in outputs)
+    texts = [output.get("data", {}).get("text/plain", "") for output in outputs]
+    for epoch in ("1/2", "2/2"):
+        assert any(f"epoch {epoch}  ELBO -" in text and "images/s" in text for text in texts)
     assert outputs[-1].output_type == "execute_result"
     assert "image/png" in outputs[-1].data

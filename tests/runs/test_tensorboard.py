@@ -1,45 +1,42 @@
-"""TensorBoard's files and the profiler's hold what the run did; both are read back."""
+"""TensorBoard's files hold what the run did, and are read back."""
 
 import importlib.util
 import io
 import json
 import shutil
 
-import jax
 import numpy as np
 import pytest
-from conftest import refused
+from conftest import SignalAt, refused
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import jaxvae
-from jaxvae.cli.commands import main
+from jaxvae.errors import Preempted
 from jaxvae.runs import directory, loop, tensorboard
 from jaxvae.runs.config import configured, read_config, resumed
 from jaxvae.runs.data import load_run_data
 from jaxvae.runs.files import read_metrics
-from jaxvae.runs.progress import Progress
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+NETWORK = "mlp:width=8"
 
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory, npz):
-    """A run of two epochs that was watched and profiled."""
+    """A run of two epochs, with TensorBoard's files."""
     path = tmp_path_factory.mktemp("runs") / "run"
-    watched(path, {"data": str(npz), "network": "mlp", "batch_size": 64, "epochs": 2})
+    watched(path, {"data": str(npz), "network": NETWORK, "batch_size": 64, "epochs": 2})
     return path
 
 
-def watched(run_dir, flags, *, resume=False, finish=True):
+def watched(run_dir, flags, *, resume=False, more=()):
     config = resumed(run_dir, flags) if resume else configured(flags)
     data = load_run_data(config)
     config = directory.start(run_dir, config, data, resume=resume)
-    with tensorboard.TensorBoard(run_dir, config, data) as board:
-        state = loop.train(run_dir, config, data, watchers=[board])
-        if finish:
-            board.finish(state.params)
+    return loop.train(run_dir, config, data, callbacks=[tensorboard.TensorBoard(), *more])
 
 
 def read(run_dir):
@@ -85,7 +82,7 @@ def test_hyperparameters_are_those_of_the_run(run_dir):
     content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     found = HParamsPluginData.FromString(content).session_start_info.hparams
     assert found["batch_size"].number_value == 64
-    assert found["network"].string_value == "mlp"
+    assert found["network"].string_value == NETWORK
     assert found["data"].string_value == config["data"]
 
 
@@ -114,8 +111,8 @@ def test_a_run_that_goes_on_writes_on_without_doubled_points(run_dir, tmp_path):
 
 def test_steps_that_a_kill_took_back_are_shown_once(run_dir, tmp_path, npz):
     """What TensorBoard was told, and no checkpoint was made of."""
-    flags = {"data": str(npz), "network": "mlp", "batch_size": 64}
-    watched(tmp_path / "short", {**flags, "epochs": 1}, finish=False)
+    flags = {"data": str(npz), "network": NETWORK, "batch_size": 64}
+    watched(tmp_path / "short", {**flags, "epochs": 1})
     copy = shutil.copytree(run_dir, tmp_path / "copy")
     for name in ("checkpoints", "metrics.jsonl"):
         gone = copy / name
@@ -129,7 +126,7 @@ def test_steps_that_a_kill_took_back_are_shown_once(run_dir, tmp_path, npz):
 def test_images_of_any_shape_and_without_labels_are_projected(tmp_path):
     images = np.random.default_rng(0).random((40, 6, 8, 3))
     np.savez(tmp_path / "bare.npz", images=images)
-    flags = {"data": str(tmp_path / "bare.npz"), "network": "mlp", "latent_dim": 3}
+    flags = {"data": str(tmp_path / "bare.npz"), "network": NETWORK, "latent_dim": 3}
     watched(tmp_path / "run", {**flags, "batch_size": 8, "epochs": 1})
     place = tmp_path / "run" / "tensorboard" / "00000" / "latents"
     assert {path.name for path in place.iterdir()} == {"tensors.tsv", "sprite.png"}
@@ -145,28 +142,24 @@ def test_without_tensorboardx_there_is_one_line_and_no_directory(tmp_path, monke
         tensorboard.need_tensorboard()
 
 
-def test_the_profile_is_of_the_second_dispatch(tmp_path, monkeypatch):
-    calls = []
-    monkeypatch.setattr(jax.profiler, "start_trace", lambda *_, **__: calls.append("start"))
-    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
-    progress = tensorboard.Profiled(Progress(), tmp_path)
-    with progress.training(1, 3000, 0) as shown:
-        for _ in range(3):
-            calls.append("dispatched")
-            shown.advance(1000, elbo=-1.0)
-    assert calls == ["dispatched", "start", "dispatched", "stop", "dispatched"]
+def test_steps_of_an_epoch_that_was_interrupted_are_no_start(tmp_path, npz, monkeypatch):
+    """A run that is resumed in its first epoch has been told of its untrained model already."""
+    monkeypatch.setattr("jaxvae.training.pipeline._IMAGES_PER_DISPATCH", 128)  # two steps
+    flags = {"data": str(npz), "network": NETWORK, "batch_size": 64, "epochs": 1}
+    with pytest.raises(Preempted):
+        watched(tmp_path, flags, more=[SignalAt(2)])
+    first = read(tmp_path).Images("manifold")
+    assert not (tmp_path / "tensorboard" / "00000").exists()
+    watched(tmp_path, {}, resume=True)
+    again = read(tmp_path).Images("manifold")
+    assert [image.step for image in again] == [0, 8]
+    assert again[0].encoded_image_string == first[0].encoded_image_string
+    assert (tmp_path / "tensorboard" / "00000" / "latents").exists()
 
 
-def test_train_writes_both_where_asked_to(tmp_path, npz, monkeypatch):
-    monkeypatch.setattr("jaxvae.cli.commands._keep_programs", lambda: None)
-    monkeypatch.setattr("jaxvae.runs.drawing.draw", lambda *_: [])
-    words = ["train", "--data", str(npz), "--network", "mlp", "--epochs", "2", "--batch-size", "64"]
-    path = tmp_path / "run"
-    assert main([*words, "--run-dir", str(path), "--tensorboard", "--profile"]) == 0
-    assert_scalars_are_the_metrics(path)
-    assert (path / "tensorboard" / "projector_config.pbtxt").exists()
-    traces = [file.name.split(".", 1)[1] for file in (path / "profile").rglob("*.*")]
-    assert {"xplane.pb", "trace.json.gz"} <= set(traces)
-    (trace,) = (path / "profile").rglob("*.xplane.pb")
-    planes = [plane.name for plane in jax.profiler.ProfileData.from_file(str(trace)).planes]
-    assert "/host:CPU" in planes
+def test_without_a_run_directory_it_is_refused(npz):
+    config = configured({"data": str(npz), "network": NETWORK})
+    data = load_run_data(config)
+    with refused("TensorBoard's files lie in the run directory: expected a run_dir"):
+        loop.train(None, directory.with_shape(config, data), data,
+                   callbacks=[tensorboard.TensorBoard()])  # fmt: skip
