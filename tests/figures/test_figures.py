@@ -403,7 +403,7 @@ def test_bars_are_the_variances_of_the_posterior_means():
 
 
 def test_bars_of_a_flow_are_of_the_means_of_its_samples():
-    config = jaxvae.ModelConfig((8, 8, 1), 2, network="mlp", posterior="iaf", flow_steps=1)
+    config = jaxvae.ModelConfig((8, 8, 1), 2, network="mlp", posterior="iaf:steps=1")
     model, data, key = jaxvae.init(jax.random.key(0), config), dataset(), jax.random.key(2)
     (axes,) = figures.units(model, data, key=key).axes
     posterior = jaxvae.encode(model, data.test_images)

@@ -100,11 +100,11 @@ def test_raw_keys_are_as_good_as_typed_ones(params, images):
     "options",
     [
         {},
-        {"network": "residual", "width": 2},
-        {"network": "mlp", "width": 4, "prior": "mixture", "prior_components": 3, "num_classes": 3},
-        {"network": "mlp", "width": 4, "prior": "vamp", "prior_components": 3,
+        {"network": "residual:width=2"},
+        {"network": "mlp:width=4", "prior": "mixture:components=3", "num_classes": 3},
+        {"network": "mlp:width=4", "prior": "vamp:components=3",
          "likelihood": "gaussian"},
-        {"network": "mlp", "width": 4, "posterior": "iaf", "flow_steps": 1},
+        {"network": "mlp:width=4", "posterior": "iaf:steps=1"},
     ],
     ids=["notebook", "residual", "mixture", "vamp", "iaf"],
 )  # fmt: skip
@@ -337,8 +337,8 @@ def test_gradients_in_mixed_precision_are_float32_near_float32s(params):
 HALF = {
     "bernoulli": {},
     "continuous_bernoulli": {"prior": "mixture"},
-    "gaussian": {"posterior": "iaf", "flow_steps": 1},
-    "discretized_logistic": {"prior": "vamp", "prior_components": 4},
+    "gaussian": {"posterior": "iaf:steps=1"},
+    "discretized_logistic": {"prior": "vamp:components=4"},
 }
 
 
