@@ -446,7 +446,7 @@ def test_every_likelihood_is_made_of_the_decoders_outputs(name):
         p_x.log_prob(images.astype(np.int32))
 
 
-@pytest.mark.parametrize("name", LIKELIHOODS)
+@pytest.mark.parametrize("name", list(LIKELIHOODS))
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_terms_are_float32_whatever_the_decoder_and_the_images_are(name, dtype):
     likelihood, rng = LIKELIHOODS[name], np.random.default_rng(0)
@@ -503,7 +503,7 @@ DERIVATIVES = {
 }
 
 
-@pytest.mark.parametrize("name", LIKELIHOODS)
+@pytest.mark.parametrize("name", list(LIKELIHOODS))
 def test_values_and_first_and_second_derivatives_are_mpmaths(name):
     """By everything that a pixel's density depends on, in reverse and in forward mode."""
     log_p, *axes = DERIVATIVES[name]
