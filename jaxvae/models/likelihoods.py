@@ -129,7 +129,11 @@ class Bernoulli(_Logits):
         Raises InputError for images of another shape than the logits'.
         """
         x, logits = _flat(_pixels(images, self.logits.shape), self.logits)
-        softplus = jnp.maximum(logits, 0) + jnp.log1p(jnp.exp(-jnp.abs(logits)))
+        # Not `maximum` and `abs`: JAX's derivatives of these at 0, 1/2 and 1, give softplus the
+        # slope 0 there instead of 1/2.
+        positive = logits > 0
+        tail = jnp.log1p(jnp.exp(jnp.where(positive, -logits, logits)))
+        softplus = jnp.where(positive, logits, 0) + tail
         return jnp.sum(x * logits - softplus, axis=-1)
 
     def sample(self, key: jax.Array) -> jax.Array:
@@ -214,7 +218,7 @@ class GaussianPixels(_LocationScale):
     @classmethod
     def from_outputs(cls, outputs: jax.Array, shared: Mapping[str, jax.Array]) -> Self:
         """location = sigmoid(outputs); the log scale is kept above -6, softly."""
-        return cls(jax.nn.sigmoid(outputs), _soft_maximum(shared["log_scale"], -6))
+        return cls(sigmoid(outputs), _soft_maximum(shared["log_scale"], -6))
 
     @property
     def mean(self) -> jax.Array:
@@ -282,20 +286,23 @@ class DiscretizedLogistic(_LocationScale):
 
             sigmoid(a) - sigmoid(b) = sigmoid(a) sigmoid(-b) (1 - e^(b - a))
 
+        where a - b = w = exp(-log_scale) / 255.
+
         Raises InputError for images of another shape than the location's.
         """
         x = _pixels(images, self.location.shape)
         x, location, log_scale = _flat(x, self.location, self.log_scale)
         level = jnp.round(255 * x)
-        # Beyond these float32 overflows.
-        width = jnp.exp(-jnp.clip(log_scale, -80, 80)) / 255
+        # Below, float32 overflows.
+        log_scale = jnp.where(log_scale < -80, -80, log_scale)
+        width = jnp.exp(-log_scale) / 255
         # In levels the ends are exact, so that neighbouring bins meet exactly.
         a = (level + 0.5 - 255 * location) * width
         b = (level - 0.5 - 255 * location) * width
         below_a = jnp.where(level < 255, -jax.nn.softplus(-a), 0)
         above_b = jnp.where(level > 0, -jax.nn.softplus(b), 0)
         ends = (level <= 0) | (level >= 255)
-        between = jnp.where(ends, 0, jnp.log(-jnp.expm1(-width)))
+        between = jnp.where(ends, 0, _log_one_minus_exp(width, -log_scale - math.log(255)))
         return jnp.sum(below_a + above_b + between, axis=-1)
 
     def sample(self, key: jax.Array) -> jax.Array:
@@ -395,9 +402,35 @@ def _log_partition(logits: jax.Array) -> jax.Array:
     near = logits > -1
     # Either branch sees logits of its own only: at others its gradient may be infinite or NaN.
     small, large = jnp.where(near, logits, 0), jnp.where(near, -1, logits)
+    return jnp.where(near, _series(small), jnp.log1p(-jnp.exp(large)) - jnp.log(-large))
+
+
+def _series(logits: jax.Array) -> jax.Array:
+    """Evaluate the series of `_log_partition`."""
     even = [1 / 479001600, -1 / 9676800, 1 / 181440, -1 / 2880, 1 / 24, 0]
-    series = small / 2 + jnp.polyval(jnp.array(even, small.dtype), small**2)
-    return jnp.where(near, series, jnp.log1p(-jnp.exp(large)) - jnp.log(-large))
+    return logits / 2 + jnp.polyval(jnp.array(even, logits.dtype), logits**2)
+
+
+def _log_one_minus_exp(w: jax.Array, log_w: jax.Array) -> jax.Array:
+    """Compute log(1 - e^-w) for w > 0, given log w, which is finite where w rounds to 0.
+
+        log(1 - e^-w) = log w + log((1 - e^-w) / w)
+
+    For small w the derivatives of the left side are differences of numbers like 1 / w^2.
+    """
+    near = w < 1
+    small, large = jnp.where(near, w, 0), jnp.where(near, 1, w)
+    return jnp.where(near, log_w + _series(-small), jnp.log1p(-jnp.exp(-large)))
+
+
+def sigmoid(x: jax.Array) -> jax.Array:
+    """Compute 1 / (1 + e^-x), with derivatives that do not round to 0 at large x.
+
+    JAX's derivative is s (1 - s), which is 0 in float32 from x = 17 on, where s rounds to 1.
+    """
+    positive = x > 0
+    tail = jax.nn.sigmoid(jnp.where(positive, -x, x))
+    return jnp.where(positive, 1 - tail, tail)
 
 
 def _soft_maximum(x: jax.Array, least: float) -> jax.Array:
