@@ -19,7 +19,7 @@ from jax import lax
 
 from jaxvae.config import TrainConfig, whole_number
 from jaxvae.errors import InputError
-from jaxvae.models.likelihoods import Gaussian
+from jaxvae.models.likelihoods import Gaussian, scale_images
 from jaxvae.models.vae import Params, Posterior, decode, encode, expected_images, prior
 from jaxvae.validation import as_key, jit
 
@@ -128,6 +128,9 @@ def sticking_the_landing(
 
     Raises InputError for a posterior that is not Gaussian.
 
+    Not to be differentiated twice: what is left out has a derivative of its own, whose expectation
+    is not 0. For second derivatives take "elbo".
+
     Roeder, Wu and Duvenaud (2017), Sticking the Landing, equation 7.
     """
     posterior, z = _path(params, key, images, labels, num_samples)
@@ -185,11 +188,17 @@ def doubly_reparameterized(
 
     Raises InputError for a posterior that is not Gaussian.
 
+    Derivatives by the images and by beta are reparameterized alike, and have the expectation of
+    the bound's own; those of the terms are of the averages that they are. Not to be differentiated
+    twice: the derivative of the estimator is no estimator of the second derivative. For that take
+    "iwae".
+
     Tucker, Lawson, Gu and Maddison (2019), Doubly Reparameterized Gradient Estimators for Monte
     Carlo Objectives, equation 8.
     """
     posterior, z = _path(params, key, images, labels, num_samples)
-    bound, (log_p_x, log_ratio) = _doubly(params, z, beta, posterior, images, labels)
+    scaled = scale_images(images)  # which may be differentiated by, as uint8 may not
+    bound, (log_p_x, log_ratio) = _doubly(params, z, beta, posterior, scaled, labels)
     return -bound, _terms(log_p_x, log_ratio)
 
 
@@ -260,7 +269,10 @@ def maximum_mean_discrepancy(
         k(z, y) = C / (C + |z - y|^2),    C = 2 latent_dim
 
     At beta 0 a Wasserstein autoencoder, at beta 1 - alpha the InfoVAE. The expectations are
-    over pairs of different images of the batch.
+    over pairs of different images of the batch. Over a prior of K components of weights w_k they
+    are sums, as the choice of a component has no derivative by its weights:
+
+        E[f(y)] = sum_k w_k E[f(y_k)],    y_k ~ component k
 
     Args:
       mmd_weight: lambda, nats.
@@ -273,19 +285,41 @@ def maximum_mean_discrepancy(
     keys = example_keys(key, len(posterior.mean))
     z, log_q = posterior.sample_and_log_prob(keys)
     terms = _elbo_at(params, z, log_q, posterior, images, labels)
-    y = jax.vmap(lambda key: p_z.sample(jax.random.fold_in(key, 1), 1)[0])(keys)
-    all_z, all_y = _gathered((z, y), axis_name)
-    c, batch = 2 * z.shape[1], len(z)
-    itself = jnp.arange(len(all_z)) == (_first(axis_name, batch) + jnp.arange(batch))[:, None]
+    all_z = _gathered(z, axis_name)
+    c, batch, whole = 2 * z.shape[1], len(z), len(all_z)
+    first = _first(axis_name, batch)
+
+    # Draw i of the batch's is of component i mod K. Every component has two draws or more, so
+    # that there are pairs of each with each.
+    components = len(p_z.weights)
+    each = -(-2 * components // whole)
+    own = first * each + jnp.arange(batch * each)
+    everyone = jnp.arange(whole * each)
+    draws = (len(everyone) - 1 - jnp.arange(components)) // components + 1  # of each component
+    draws = draws.astype(z.dtype)
+    weights = (p_z.weights / draws)[everyone % components]
+
+    def draw(key: jax.Array, own: jax.Array) -> jax.Array:
+        keys = jax.vmap(partial(jax.random.fold_in, key))(1 + jnp.arange(each))
+        return jax.vmap(p_z.sample_component)(keys, own % components)
+
+    y = jax.vmap(draw)(keys, own.reshape(batch, each)).reshape(-1, z.shape[1])
+    all_y = _gathered(y, axis_name)
 
     def kernel(a: jax.Array, b: jax.Array) -> jax.Array:
-        return c / (c + jnp.sum((a[:, None] - b) ** 2, axis=-1))
+        # |a - b|^2 by one matrix product: beside C the rounding does not show, and differences of
+        # a thousand draws would take a hundred times as long.
+        products = jnp.matmul(a, b.T, precision=lax.Precision.HIGHEST)
+        return c / (c + jnp.sum(a**2, axis=1)[:, None] + jnp.sum(b**2, axis=1) - 2 * products)
 
-    def over_others(pairs: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(itself, 0, pairs), axis=1) / max(1, len(all_z) - 1)
-
-    across = jnp.mean(kernel(z, all_y), axis=1)
-    squared = over_others(kernel(z, all_z)) + over_others(kernel(y, all_y)) - 2 * across
+    others = jnp.arange(whole) != (first + jnp.arange(batch))[:, None]
+    of_z = jnp.sum(jnp.where(others, kernel(z, all_z), 0), axis=1) / max(1, whole - 1)
+    # Of n draws of a component, n (n - 1) ordered pairs stand for all n^2.
+    alike = own[:, None] % components == everyone % components
+    pairs = jnp.where(alike, (draws / (draws - 1))[own % components][:, None], 1)
+    pairs = jnp.where(own[:, None] == everyone, 0, pairs) * weights[own][:, None] * weights
+    of_y = whole * jnp.sum((pairs * kernel(y, all_y)).reshape(batch, -1), axis=1)
+    squared = of_z + of_y - 2 * (kernel(z, all_y) @ weights)
     return -(terms.log_likelihood - beta * terms.kl) + mmd_weight * squared, terms
 
 
@@ -495,7 +529,7 @@ def _log_p_x(
     return log_p_x.reshape(z.shape[:2])
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def _doubly(
     params: Params,
     z: jax.Array,
@@ -506,35 +540,30 @@ def _doubly(
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """The importance-weighted bound, and what its weights are made of.
 
-    In the gradient with respect to z_i, v_i counts as (1 - beta) v_i + beta v_i^2.
+    In the bound's derivative through z_i, v_i counts as (1 - beta) v_i + beta v_i^2. By the
+    posterior, which is held fixed, there is no derivative.
     """
     log_p_x, log_ratio = _at_samples(params, z, posterior, images, labels)
     return _log_mean_exp(log_p_x - beta * log_ratio), (log_p_x, log_ratio)
 
 
-def _doubly_forward(
-    params: Params,
-    z: jax.Array,
-    beta: jax.Array | float,
-    posterior: Gaussian,
-    images: jax.Array,
-    labels: jax.Array | None,
-) -> Any:
-    def log_weights(params: Params, z: jax.Array) -> Any:
+@_doubly.defjvp
+def _doubly_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+    params, z, beta, posterior, images, labels = primals
+    of_params, of_z, of_beta, _, of_images, _ = tangents
+
+    def log_weights(params: Params, z: jax.Array, beta: Any, images: jax.Array) -> Any:
         log_p_x, log_ratio = _at_samples(params, z, posterior, images, labels)
         return log_p_x - beta * log_ratio, (log_p_x, log_ratio)
 
-    log_w, pull_back, parts = jax.vjp(log_weights, params, z, has_aux=True)
-    return (_log_mean_exp(log_w), parts), (pull_back, jax.nn.softmax(log_w, axis=0), beta)
-
-
-def _doubly_backward(residuals: Any, cotangents: Any) -> Any:
-    pull_back, v, beta = residuals
-    of_params, of_z = pull_back(v * cotangents[0])
-    return of_params, ((1 - beta) + beta * v)[..., None] * of_z, None, None, None, None
-
-
-_doubly.defvjp(_doubly_forward, _doubly_backward)
+    # Of all samples at once, as the weights v depend on all of them. The networks are evaluated
+    # here; both uses of the derivative are linear, and the second is dropped where it is not used.
+    (log_w, parts), derivative = jax.linearize(log_weights, params, z, beta, images)
+    v = jax.nn.softmax(log_w, axis=0)
+    scaled = ((1 - beta) + beta * v)[..., None] * of_z
+    of_log_w, _ = derivative(of_params, scaled, of_beta, of_images)
+    _, of_parts = derivative(of_params, of_z, of_beta, of_images)
+    return (_log_mean_exp(log_w), parts), (jnp.sum(v * of_log_w, axis=0), of_parts)
 
 
 def _kl(params: Params, posterior: Posterior, z: jax.Array, log_q: jax.Array) -> jax.Array:

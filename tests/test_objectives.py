@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from conftest import refused
 from jax.flatten_util import ravel_pytree
-from scipy import special, stats
+from scipy import integrate, special, stats
 
 from jaxvae import ModelConfig, Params, TrainConfig, decode, elbo, encode, init
 from jaxvae.models.likelihoods import LIKELIHOODS, GaussianPixels
@@ -258,6 +258,69 @@ def test_the_encoders_gradient_vanishes_at_the_exact_posterior(pca, quiet, noisy
     assert np.all(np.abs(encoder.mean(0)) < 4 * standard_error(encoder))
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "num_samples"),
+    [(negative_elbo, sticking_the_landing, 1), (importance_weighted, doubly_reparameterized, 5)],
+    ids=["elbo-stl", "iwae-dreg"],
+)
+def test_derivatives_by_images_and_beta_agree_in_mean(pca, one, other, num_samples):
+    params = pca(**WRONG)
+
+    @partial(jax.jit, static_argnames="objective")
+    def derivatives(objective):
+        def loss(images, beta, key):
+            return jnp.sum(objective(params, key, images, beta=beta, num_samples=num_samples)[0])
+
+        keys = jax.random.split(KEY, 10_000)
+        return jax.vmap(jax.grad(loss, (0, 1)), (None, None, 0))(jnp.asarray(X), 0.7, keys)
+
+    for ours, expected in zip(derivatives(other), derivatives(one), strict=True):
+        difference = np.asarray(ours - expected)
+        error = standard_error(difference)
+        assert np.linalg.norm(error) <= 0.1 * np.linalg.norm(np.mean(expected, axis=0))
+        assert np.all(np.abs(difference.mean(0)) <= 4 * error + 1e-12)
+
+
+def test_the_terms_of_dreg_have_the_derivatives_of_stls(params, images):
+    """Both are averages over the same samples."""
+
+    def gradients(objective):
+        @jax.jit
+        @partial(jax.grad, argnums=(0, 1))
+        def gradient(params, images):
+            _, terms = objective(params, KEY, images, num_samples=3)
+            return jnp.sum(terms.log_likelihood) + 0.3 * jnp.sum(terms.kl)
+
+        gradients = gradient(*jax.tree.map(jnp.float64, (params, images)))
+        return jax.tree.map(np.asarray, gradients)
+
+    with jax.enable_x64(True):
+        ours, expected = gradients(doubly_reparameterized), gradients(sticking_the_landing)
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(expected[0].decoder))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12), ours, expected)
+
+
+@pytest.mark.parametrize("name", ["stl", "iwae", "dreg"])
+def test_forward_mode_agrees_with_reverse_mode(params, images, name):
+    with jax.enable_x64(True):
+        params, images = jax.tree.map(jnp.float64, (params, images))
+
+        def outputs(params, images):
+            return OBJECTIVES[name](params, KEY, images, beta=0.5, num_samples=3)
+
+        rng = np.random.default_rng(5)
+        tangents = jax.tree.map(lambda x: rng.normal(size=x.shape), (params, images))
+        _, forward = jax.jit(partial(jax.jvp, outputs))((params, images), tangents)
+        cotangents = jax.tree.map(lambda x: rng.normal(size=x.shape), forward)
+        _, pull_back = jax.vjp(outputs, params, images)
+        backward = pull_back(cotangents)
+        one, other = (
+            sum(np.sum(np.asarray(a) * b) for a, b in zip(*map(jax.tree.leaves, pair), strict=True))
+            for pair in ((forward, cotangents), (backward, tangents))
+        )
+    np.testing.assert_allclose(one, other, rtol=1e-9)
+
+
 def test_dreg_is_iwae_for_the_decoder_and_varies_less_for_the_encoder(pca):
     params = with_mixture(pca(**WRONG))
     iwae = gradients(importance_weighted, params, 1000, num_samples=16)
@@ -490,6 +553,83 @@ def test_mmd_has_the_expectation_of_the_distributions_discrepancy(pca, shift):
     values = np.asarray(squared(jax.random.split(KEY, 2000)))
     assert standard_error(values) < 0.005
     assert abs(values.mean() - 2 * (within - across)) < 4 * standard_error(values)
+
+
+def mean_kernel(mean, other, variance, others_variance):
+    """E[k(z, y)] of two independent Gaussians of two latents, by an integral of one dimension.
+
+    4 / (4 + |z - y|^2) is the integral of 4 e^(-4 t) e^(-t |z - y|^2) over t > 0.
+    """
+    width = variance + others_variance
+
+    def expected(t):
+        factors = np.exp(-t * (mean - other) ** 2 / (1 + 2 * t * width)) / np.sqrt(
+            1 + 2 * t * width
+        )
+        return 4 * np.exp(-4 * t) * np.prod(factors)
+
+    return integrate.quad(expected, 0, np.inf, epsabs=1e-12)[0]
+
+
+def discrepancy(mixture, mean, variance):
+    """MMD^2 of N(mean, variance) and a mixture of Gaussians."""
+    weights, means, variances = special.softmax(mixture[0]), mixture[1], np.exp(mixture[2])
+    count = range(len(weights))
+    of_y = [[mean_kernel(means[k], means[m], variances[k], variances[m]) for m in count]
+            for k in count]  # fmt: skip
+    across = [mean_kernel(mean, means[k], variance, variances[k]) for k in count]
+    of_z = mean_kernel(mean, mean, variance, variance)
+    return of_z + weights @ of_y @ weights - 2 * weights @ across
+
+
+def central_differences(f, x, step=1e-4):
+    def slope(at):
+        moved = step * (np.arange(x.size) == at).reshape(x.shape)
+        return (f(x + moved) - f(x - moved)) / (2 * step)
+
+    return np.reshape([slope(at) for at in range(x.size)], x.shape)
+
+
+@pytest.mark.parametrize("batch", [2, 16])
+def test_mmd_has_the_expected_gradient_of_a_mixtures_weights(pca, batch):
+    """And of its means and variances; with fewer images than components, and with more."""
+    rng = np.random.default_rng(8)
+    fields = "logits", "mean", "log_var"
+    mixture = [*rng.normal(size=(1, 3)), *rng.normal(size=(2, 3, 2))]
+    params = with_mixture(pca(**WRONG))
+    params = replace(params, prior=dict(zip(fields, map(jnp.asarray, mixture), strict=True)))
+
+    @jax.jit
+    @jax.vmap
+    @partial(jax.value_and_grad, argnums=1)
+    def sampled(key, learned):
+        loss, terms = maximum_mean_discrepancy(
+            replace(params, prior=learned),
+            key,
+            jnp.zeros((batch, 2, 3, 1)),
+            beta=0.0,
+            mmd_weight=1.0,
+        )
+        return jnp.mean(loss + terms.log_likelihood)
+
+    keys = jax.random.split(KEY, 4000)
+    values, gradients = sampled(
+        keys, jax.tree.map(lambda x: jnp.tile(x, (4000,) + (1,) * x.ndim), params.prior)
+    )
+    q = encode(params, jnp.zeros((1, 2, 3, 1)))
+    mean, variance = np.asarray(q.mean[0]), np.exp(np.asarray(q.log_var[0]))
+    values = np.asarray(values)
+    exact = discrepancy(mixture, mean, variance)
+    assert abs(values.mean() - exact) < 4 * standard_error(values)
+    for at, name in enumerate(fields):
+        slopes = central_differences(
+            lambda x, at=at: discrepancy([*mixture[:at], x, *mixture[at + 1 :]], mean, variance),
+            mixture[at],
+        )
+        gradient = np.asarray(gradients[name])
+        error = standard_error(gradient)
+        assert np.linalg.norm(error) < 0.1 * np.linalg.norm(slopes)
+        assert np.all(np.abs(gradient.mean(0) - slopes) < 4 * error)
 
 
 # ---- Their gradients, and where they run ----

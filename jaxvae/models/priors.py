@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxvae.models.likelihoods import reparameterize
+from jaxvae.models.likelihoods import reparameterize, sigmoid
 
 LOG_2_PI = math.log(2 * math.pi)
 
@@ -27,6 +27,15 @@ class StandardNormal:
     def sample(self, key: jax.Array, n: int) -> jax.Array:
         """n draws, [n, latent]."""
         return jax.random.normal(key, (n, self.latent_dim))
+
+    @property
+    def weights(self) -> jax.Array:
+        """Return the weights of its components: [1], as it is one."""
+        return jnp.ones(1, jnp.float32)
+
+    def sample_component(self, key: jax.Array, k: jax.Array) -> jax.Array:
+        """Draw from component k: [latent]."""
+        return self.sample(key, 1)[0]
 
 
 class Mixture(NamedTuple):
@@ -66,6 +75,15 @@ class Mixture(NamedTuple):
         k = jax.random.categorical(which_key, self.logits, shape=(n,))
         return reparameterize(key, self.mean[k], self.log_var[k])
 
+    @property
+    def weights(self) -> jax.Array:
+        """Return the weights of its components: [K], of sum 1."""
+        return jax.nn.softmax(self.logits)
+
+    def sample_component(self, key: jax.Array, k: jax.Array) -> jax.Array:
+        """Draw from component k: [latent]."""
+        return reparameterize(key, self.mean[k], self.log_var[k])
+
 
 def init_mixture(key: jax.Array, components: int, latent_dim: int) -> dict[str, jax.Array]:
     """The fields of a `Mixture` of equal parts that is close to N(0, I).
@@ -100,4 +118,4 @@ def pseudo_images(learned: dict[str, jax.Array]) -> jax.Array:
 
     A sigmoid, where Tomczak and Welling (2018) clip: its gradient vanishes nowhere.
     """
-    return jax.nn.sigmoid(learned["pseudo_inputs"])
+    return sigmoid(learned["pseudo_inputs"])

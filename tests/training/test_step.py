@@ -414,7 +414,10 @@ def step_on(devices, state, images, objective=None):
 def test_the_gradient_is_the_whole_batchs_on_any_number_of_devices(images, name, options):
     """Whatever its blocks are. Adam's first moment shows the gradient: m = 0.1 g."""
     with jax.enable_x64(True):
-        state = small_state(objective=name, beta=2.0, optimizer="adam", **options)
+        train_config = jaxvae.TrainConfig(objective=name, beta=2.0, optimizer="adam", **options)
+        # More components than half the images: each image has several draws of the prior.
+        config = replace(SMALL, prior="mixture", prior_components=11) if name == "mmd" else SMALL
+        state = jaxvae.create_train_state(jax.random.key(0), config, train_config)
         state = as_float64(state)
         batch = jnp.asarray(images[:16] / 255)
         key = jax.random.split(jax.random.fold_in(state.key, 0))[0]
