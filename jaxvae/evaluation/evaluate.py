@@ -10,7 +10,13 @@ from jax import lax
 from jaxvae.data import Dataset
 from jaxvae.devices.convolution import in_blocks
 from jaxvae.devices.sharding import own_part
-from jaxvae.evaluation.metrics import active_units, elbo_surgery, latent_probe, reconstruction_error
+from jaxvae.evaluation.metrics import (
+    ACTIVE,
+    elbo_surgery,
+    latent_probe,
+    reconstruction_error,
+    variance_of_means,
+)
 from jaxvae.models.likelihoods import Gaussian
 from jaxvae.models.vae import Params, encode, prior, reconstruct
 from jaxvae.objectives import elbo, example_keys, log_likelihood
@@ -92,7 +98,8 @@ def examine(params: Params, key: jax.Array, data: Dataset) -> dict[str, float]:
         z = posterior.sample(key)
         surgery = elbo_surgery(posterior, z, prior(params).log_prob(z))
         found |= {name: float(part) for name, part in surgery._asdict().items()}
-    found["active_units"] = int(active_units(posterior.mean))
+    variance = variance_of_means(posterior, jax.random.fold_in(key, 1))
+    found["active_units"] = int(jnp.sum(variance > ACTIVE))
     means = reconstruct(params, images, labels)
     found["reconstruction_error"] = float(jnp.mean(reconstruction_error(images, means)))
     if (

@@ -1,6 +1,7 @@
 """What a trained model has made of its latents, and how far its reconstructions are off."""
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -10,7 +11,10 @@ from jax import lax
 
 from jaxvae.devices.convolution import in_blocks
 from jaxvae.errors import InputError
-from jaxvae.models.likelihoods import Gaussian, scale_images
+from jaxvae.models.likelihoods import Gaussian, at_least_float32, scale_images
+from jaxvae.models.vae import Posterior
+
+ACTIVE = 0.01  # variance of the posterior's mean above which a latent counts as active
 
 _BLOCK = 100  # samples at once: [100, N] densities, 4 MB of float32 at N = 10,000
 
@@ -18,16 +22,48 @@ _PROBED = 10_000  # training images that a probe learns from, at most
 
 
 @jax.jit
-def active_units(mean: jax.Array, threshold: float = 0.01) -> jax.Array:
+def active_units(mean: jax.Array, threshold: float = ACTIVE) -> jax.Array:
     """How many latents vary with the image: an integer.
 
         A_u = Var_x(E_q(u|x)[u]) > threshold
 
-    mean: of the posteriors of N images, [N, latent].
+    mean: of the posteriors of N images, [N, latent]. Of a flow's, `mean` is of the Gaussian that
+      it starts from, not of u: `variance_of_means` estimates the variance.
 
     Burda, Grosse and Salakhutdinov (2016), Importance Weighted Autoencoders, section 5.
     """
     return jnp.sum(jnp.var(mean, axis=0) > threshold)
+
+
+@partial(jax.jit, static_argnames="num_samples")
+def variance_of_means(posterior: Posterior, key: jax.Array, num_samples: int = 100) -> jax.Array:
+    """Compute how much the posterior's mean of every latent varies with the image.
+
+        Var_x(E_q(u|x)[u])
+
+    For a Gaussian posterior it is exact. For a flow it is the covariance over the images of two
+    means of independent samples. That is right in expectation, and may be negative; the variance
+    of one mean of S samples would be larger by 1/S of the posterior's own variance.
+
+    Args:
+      posterior: of N images.
+      key: PRNG key of the samples.
+      num_samples: of each posterior, in both means together; the two have half of them each.
+
+    Returns:
+      [latent].
+    """
+    if isinstance(posterior, Gaussian):
+        return jnp.var(posterior.mean, axis=0)
+    half = num_samples // 2
+
+    def add(total: jax.Array, key: jax.Array) -> tuple[jax.Array, None]:
+        return total + posterior.sample(key), None
+
+    nothing = jnp.zeros_like(posterior.mean)
+    keys = jax.random.split(key, (2, half))
+    one, other = (lax.scan(add, nothing, keys[i])[0] / half for i in range(2))
+    return jnp.mean((one - jnp.mean(one, axis=0)) * (other - jnp.mean(other, axis=0)), axis=0)
 
 
 class Surgery(NamedTuple):
@@ -117,7 +153,8 @@ def reconstruction_error(images: jax.Array, means: jax.Array) -> jax.Array:
         raise InputError(
             f"images have shape {images.shape}: expected the reconstructions' {means.shape}"
         )
-    return jnp.mean((scale_images(images) - means) ** 2, axis=(-3, -2, -1))
+    error = at_least_float32(scale_images(images)) - at_least_float32(means)
+    return jnp.mean(error**2, axis=(-3, -2, -1))
 
 
 class LatentProbe(NamedTuple):

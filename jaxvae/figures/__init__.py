@@ -41,7 +41,7 @@ def draw_all(
         "interpolations": partial(interpolations, params, data),
         "latents": partial(latents, params, data),
         "aggregate": partial(aggregate, params, data, key),
-        "units": partial(units, params, data),
+        "units": partial(units, params, data, key=key),
     }
     if params.config.num_classes:
         figures["classes"] = partial(classes, params, key)

@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
 from jaxvae.data import Dataset
-from jaxvae.evaluation.metrics import active_units, log_aggregate
+from jaxvae.errors import InputError
+from jaxvae.evaluation.metrics import ACTIVE, log_aggregate, variance_of_means
 from jaxvae.figures.grid import latent_grid
 from jaxvae.figures.pictures import activity, labels_of
 from jaxvae.figures.style import COLOURS, DARK, LIGHT, STYLE, WARM, Picture
@@ -103,14 +104,29 @@ def training(history: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
-def units(params: Params, data: Dataset, threshold: float = 0.01) -> Figure:
+def units(
+    params: Params, data: Dataset, threshold: float = ACTIVE, *, key: jax.Array | None = None
+) -> Figure:
     """How much every latent's posterior mean varies over the test images, largest first.
 
     Above the threshold a latent counts as active: `jaxvae.evaluation.metrics.active_units`.
+
+    Args:
+      key: PRNG key of the samples that a flow's means are estimated from; others need none.
+
+    Raises:
+      InputError: no key for the posterior of a flow.
     """
-    mean, variance = activity(params, data)
+    if params.config.posterior == "gaussian":
+        _, variance = activity(params, data)
+    elif key is None:
+        raise InputError("key is None: expected a PRNG key, as the posterior is a flow")
+    else:
+        images = jnp.asarray(data.test_images[:_SCATTERED])
+        posterior = encode(params, images, labels_of(params, data, np.arange(len(images))))
+        variance = np.asarray(variance_of_means(posterior, key))
     order = np.argsort(-variance, kind="stable")
-    active = int(active_units(mean, threshold))
+    active = int(np.sum(variance > threshold))
     count = len(variance)
     width = 0.8 * min(1, count / 8)
     with mpl.rc_context(STYLE):
@@ -132,7 +148,7 @@ def units(params: Params, data: Dataset, threshold: float = 0.01) -> Figure:
         axes.set(
             title=f"Active units: {active} of {count} latents vary with the image",
             xlabel="latent, by its variance",
-            ylabel=f"variance of the posterior {_center(params)}",
+            ylabel="variance of the posterior mean",
         )
     return figure
 
