@@ -231,8 +231,9 @@ class GaussianPixels(_LocationScale):
         Raises InputError for images of another shape than the location's.
         """
         x, location = _flat(_pixels(images, self.location.shape), self.location)
-        square = ((x - location) * jnp.exp(-self.log_scale)) ** 2
-        return jnp.sum(-0.5 * (math.log(2 * math.pi) + square) - self.log_scale, axis=-1)
+        log_scale = at_least_float32(self.log_scale)
+        square = ((x - location) * jnp.exp(-log_scale)) ** 2
+        return jnp.sum(-0.5 * (math.log(2 * math.pi) + square) - log_scale, axis=-1)
 
     def sample(self, key: jax.Array) -> jax.Array:
         """Pixels drawn from the distribution, the location's shape: not clipped to [0, 1]."""
@@ -377,18 +378,26 @@ def scale_images(images: jax.Array) -> jax.Array:
 
 def _pixels(images: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Images as floats in [0, 1]. Raises InputError for another shape than the decoder's."""
-    x = scale_images(images)
+    x = at_least_float32(scale_images(images))
     if x.shape != shape:
         raise InputError(f"images have shape {x.shape}: expected the decoder's {shape}")
     return x
 
 
 def _flat(*arrays: jax.Array) -> list[jax.Array]:
-    """Each as [..., height * width * channels].
+    """Each as [..., height * width * channels], for terms in float32 at least.
 
     On a CPU, XLA takes arrays with a last axis of 1 number by number: ten times as long.
     """
-    return [x.reshape(*x.shape[:-3], -1) for x in arrays]
+    return [at_least_float32(x).reshape(*x.shape[:-3], -1) for x in arrays]
+
+
+def at_least_float32(x: jax.Array) -> jax.Array:
+    """Return an array of numbers as float32, or as float64 where it is of that type.
+
+    A sum over the pixels of an image, in bfloat16, would be off by nats.
+    """
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _log_partition(logits: jax.Array) -> jax.Array:

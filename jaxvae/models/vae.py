@@ -11,7 +11,13 @@ from jaxvae.config import ModelConfig, whole_number
 from jaxvae.devices.convolution import block_size, in_blocks
 from jaxvae.errors import InputError
 from jaxvae.models.flows import FlowPosterior, InverseAutoregressiveFlow
-from jaxvae.models.likelihoods import LIKELIHOODS, Gaussian, Likelihood, scale_images
+from jaxvae.models.likelihoods import (
+    LIKELIHOODS,
+    Gaussian,
+    Likelihood,
+    at_least_float32,
+    scale_images,
+)
 from jaxvae.models.networks import NETWORKS
 from jaxvae.models.priors import (
     Mixture,
@@ -134,7 +140,10 @@ def decode(params: Params, z: jax.Array, labels: jax.Array | None = None) -> Lik
         inputs,
         block_size(z.shape[0], params.decoder),
     )
-    return LIKELIHOODS[params.config.likelihood].from_outputs(outputs, params.likelihood)
+    # Networks may compute in bfloat16; distributions do not.
+    return LIKELIHOODS[params.config.likelihood].from_outputs(
+        *jax.tree.map(at_least_float32, (outputs, params.likelihood))
+    )
 
 
 def prior(params: Params) -> Prior:
@@ -151,7 +160,7 @@ def prior(params: Params) -> Prior:
     if config.prior == "standard_normal":
         return StandardNormal(config.latent_dim)
     if config.prior == "mixture":
-        return Mixture(**params.prior)
+        return Mixture(**jax.tree.map(at_least_float32, params.prior))
     mean, log_var = _encoded(params, pseudo_images(params.prior))[:2]
     return Mixture(jnp.zeros(len(mean), mean.dtype), mean, log_var)
 
@@ -199,11 +208,12 @@ def expected_images(params: Params, images: jax.Array) -> jax.Array:
 
 def _encoded(params: Params, *inputs: jax.Array) -> tuple[jax.Array, ...]:
     encoder, _ = modules(params.config)
-    return in_blocks(
+    encoded = in_blocks(
         lambda block: tuple(encoder.apply({"params": params.encoder}, *block)),
         inputs,
         block_size(inputs[0].shape[0], params.encoder),
     )
+    return jax.tree.map(at_least_float32, encoded)
 
 
 def _context(encoded: tuple[jax.Array, ...]) -> jax.Array:

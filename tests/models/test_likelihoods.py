@@ -446,6 +446,21 @@ def test_every_likelihood_is_made_of_the_decoders_outputs(name):
         p_x.log_prob(images.astype(np.int32))
 
 
+@pytest.mark.parametrize("name", LIKELIHOODS)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_terms_are_float32_whatever_the_decoder_and_the_images_are(name, dtype):
+    likelihood, rng = LIKELIHOODS[name], np.random.default_rng(0)
+    outputs = 3 * rng.normal(size=(2, 20, 20, 3 * likelihood.outputs_per_channel))
+    images = jnp.asarray(rng.uniform(size=(2, 20, 20, 3)), dtype)
+    made = likelihood.from_outputs(jnp.asarray(outputs, dtype), likelihood.init(3))
+    half = jax.tree.map(lambda x: jnp.asarray(x, dtype), made)
+    log_prob = half.log_prob(images)
+    assert log_prob.dtype == jnp.float32
+    exact = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), half)
+    expected = exact.log_prob(jnp.asarray(images, jnp.float32))
+    np.testing.assert_array_equal(log_prob, expected)
+
+
 # log p(x) of one pixel by what the decoder gives for it, as functions of mpmath's numbers.
 
 
