@@ -10,14 +10,11 @@ import json
 import os
 import platform
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 from jaxvae.devices.sharding import cores
-from jaxvae.models.config import ModelConfig
 from jaxvae.runs.config import RunConfig, as_flag, read_config
 from jaxvae.runs.files import read_metrics
-from jaxvae.training.config import TrainConfig
 
 COLUMNS = {
     "elbo": ("ELBO", "{:.2f}"),
@@ -33,18 +30,23 @@ COLUMNS = {
 def command(config: RunConfig) -> str:
     """The command line that makes a run, without its directory."""
     words = ["jaxvae train", "--data", Path(config.data).name]
-    own, plain = vars(config), vars(RunConfig())
-    for kind, part in ((ModelConfig, config.model), (TrainConfig, config.train)):
-        own = own | vars(part)
-        plain = plain | {field.name: field.default for field in fields(kind)}
+    own, plain = (
+        {**c.to_dict(), **c.model.to_dict(), **c.train.to_dict()} for c in (config, RunConfig())
+    )
     for name in sorted(
         own.keys()
         - {"data", "data_dir", "manual_dir", "image_shape", "model", "train", "data_seen"}
     ):
-        if own[name] == plain[name]:
+        value = own[name]
+        if value == plain[name]:
             continue
-        value = Path(own[name]).name if name == "start_from" else own[name]
-        words += [as_flag(name), f"{value}"]
+        words.append(as_flag(name))
+        if name == "start_from":
+            words.append(Path(value).name)
+        elif isinstance(value, list):
+            words += value
+        elif value is not True:
+            words.append(str(value))
     return " ".join(words)
 
 

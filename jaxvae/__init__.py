@@ -1,48 +1,24 @@
 """Variational autoencoders in JAX and Flax."""
 
-from jaxvae.data import load_data
-from jaxvae.errors import InputError
-from jaxvae.evaluation.log_likelihood import log_likelihood
-from jaxvae.models.config import ModelConfig
-from jaxvae.models.distributions import Gaussian, reparameterize
-from jaxvae.models.likelihoods import Bernoulli
-from jaxvae.models.vae import Params, decode, encode, init, reconstruct, sample
-from jaxvae.objectives import Elbo, elbo
-from jaxvae.runs.callbacks import Callback
-from jaxvae.runs.checkpoints import load, restore, save
-from jaxvae.runs.fit import FitResult, fit
-from jaxvae.training.config import TrainConfig
-from jaxvae.training.state import TrainState, create_train_state
-from jaxvae.training.step import train_epoch, train_step
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxvae.api import *  # noqa: F403
 
 __version__ = "0.2.0"
 
-# In the order a reader meets them.
-__all__ = [
-    "ModelConfig",
-    "Params",
-    "init",
-    "encode",
-    "Gaussian",
-    "reparameterize",
-    "decode",
-    "Bernoulli",
-    "sample",
-    "reconstruct",
-    "Elbo",
-    "elbo",
-    "log_likelihood",
-    "TrainConfig",
-    "TrainState",
-    "create_train_state",
-    "train_step",
-    "train_epoch",
-    "save",
-    "restore",
-    "load",
-    "load_data",
-    "fit",
-    "FitResult",
-    "Callback",
-    "InputError",
-]
+
+def __getattr__(name: str) -> Any:
+    # JAX is imported with the first name that is used, not before: the command line answers for
+    # what goes wrong in that, such as a Ctrl-C, from where it can.
+    if name == "__all__" or not name.startswith("__"):
+        api = import_module("jaxvae.api")
+        globals().update({public: getattr(api, public) for public in ("__all__", *api.__all__)})
+        if name in globals():  # the name, or a package that is imported now
+            return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__getattr__("__all__")})

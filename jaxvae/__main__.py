@@ -1,7 +1,33 @@
-"""`python -m jaxvae` is `jaxvae`."""
+"""The program: `jaxvae`, or `python -m jaxvae`."""
 
+import os
+import signal
 import sys
+from typing import Any
 
-from jaxvae.cli.commands import main
 
-sys.exit(main())
+def main() -> int:
+    """Run the command line and return its exit code."""
+    # The imports take seconds. A KeyboardInterrupt that is raised in the midst of a library in C++
+    # can crash it, so that until all are there, Ctrl-C ends the process.
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if usual:
+        signal.signal(signal.SIGINT, _end)
+    try:
+        from jaxvae.cli.commands import main as run
+    except ValueError as error:  # JAX's, of an environment variable such as JAX_ENABLE_X64
+        print(f"jaxvae: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if usual:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+    return run()
+
+
+def _end(*_: Any) -> None:
+    os.write(2, b"jaxvae: interrupted\n")
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shlex
 import sys
 import types
 from dataclasses import dataclass, field
@@ -234,9 +235,10 @@ def test_a_dotted_path_in_a_string_is_never_imported(monkeypatch):
     monkeypatch.setattr(sys, "meta_path", [])
     monkeypatch.setattr("importlib.import_module", lambda *_: pytest.fail("imported"))
     for kind, registry in ALL.items():
-        for path in ("mine.Thing", "mine.Thing:scale=2", "os.system", "tests.f.<locals>.<lambda>"):
+        for path in ("mine.Thing", "mine.Thing:scale=2", "os.system", "a.f.<locals>.g:b=1"):
+            typed = f"--{kind} {shlex.quote(path)}"
             with refused(f"{kind} is {path!r}, a component of your own: hand it over as an object "
-                         f"({kind}=...), or on the command line with --{kind} {path}"):  # fmt: skip
+                         f"({kind}=...), or on the command line with {typed}"):  # fmt: skip
                 registry.parse(path)
 
 

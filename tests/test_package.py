@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import jaxvae
 
 ROOT = Path(__file__).parents[1]
@@ -36,6 +38,18 @@ def test_the_contracts_names_are_public():
     for name in contract.split():
         assert name in jaxvae.__all__
         assert getattr(jaxvae, name).__doc__
+
+
+def test_a_name_is_imported_with_its_first_use():
+    before, after, public = in_a_fresh_process(
+        "import json, sys, jaxvae; before = 'jax' in sys.modules; jaxvae.init; "
+        "print(json.dumps([before, 'jax' in sys.modules, dir(jaxvae)]))"
+    )
+    assert not before
+    assert after
+    assert {*jaxvae.__all__, "models", "__version__"} <= set(public)
+    with pytest.raises(AttributeError, match="module 'jaxvae' has no attribute 'encodes'"):
+        jaxvae.encodes  # noqa: B018
 
 
 def test_no_file_may_load_a_pickle():

@@ -40,7 +40,7 @@ def test_pages_and_exports_are_not_written_through_links(tmp_path, monkeypatch):
         (tmp_path / name).symlink_to(tmp_path / "victim")
         (tmp_path / f"{name}.part").symlink_to(tmp_path / "victim")
     write_page(tmp_path / "explorer.html", None, None, "")
-    config = jaxvae.ModelConfig((4, 3, 1), 2, network="mlp", width=4)
+    config = jaxvae.ModelConfig((4, 3, 1), 2, network="mlp:width=4")
     export(jaxvae.init(jax.random.key(0), config), tmp_path, ["safetensors"])
     assert not (tmp_path / "victim").exists()
     assert not any((tmp_path / name).is_symlink() for name in names)

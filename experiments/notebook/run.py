@@ -11,42 +11,49 @@ depends on the reading.
 import argparse
 import json
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from jaxvae import Elbo, Params, decode, encode
+from jaxvae import Params, decode, encode
 from jaxvae.evaluation.evaluate import evaluate, mean_log_likelihood
+from jaxvae.objectives import Elbo
 from jaxvae.runs import checkpoints, directory, loop
 from jaxvae.runs.config import configured, resumed, run_keys
 from jaxvae.runs.data import load_run_data
 from jaxvae.runs.progress import Progress
 
 
-def objective(params, keys, images, *, loss, sampling):
-    """The loss of each image, and the ELBO's terms with z sampled as it says.
+@dataclass(frozen=True)
+class Reading:
+    """An objective: the loss of each image, and the ELBO's terms with z sampled as it says.
 
-    loss "elbo": -log p(x|z) + KL, in nats.
-    loss "notebook": the cross-entropy averaged over the pixels, plus 5e-4 times the negative
-      mean over the latents of 1 + log_var - mean^2 - exp(log_var). Times the number of pixels
-      that is -log p(x|z) + beta KL, with beta = 2 * 784 * 5e-4 / latent_dim = 0.392.
-    sampling "log_var": z = mean + exp(log_var / 2) eps.
-    sampling "notebook": z = mean + exp(log_var) eps.
+    Attributes:
+      loss: "elbo": -log p(x|z) + KL, in nats; "notebook": the cross-entropy averaged over the
+        pixels, plus 5e-4 times the negative mean over the latents of
+        1 + log_var - mean^2 - exp(log_var). Times the number of pixels that is
+        -log p(x|z) + beta KL, with beta = 2 * 784 * 5e-4 / latent_dim = 0.392.
+      sampling: "log_var": z = mean + exp(log_var / 2) eps; "notebook": z = mean + exp(log_var) eps.
     """
-    posterior = encode(params, images)
-    mean, log_var = posterior.mean, posterior.log_var
-    scale = jnp.exp(log_var if sampling == "notebook" else log_var / 2)
-    z = mean + scale * jax.vmap(partial(jax.random.normal, shape=mean.shape[1:]))(keys)
-    log_likelihood, kl = decode(params, z).log_prob(images), posterior.kl()
-    terms = Elbo(log_likelihood - kl, log_likelihood, kl)
-    if loss == "elbo":
-        return -terms.value, terms
-    cross_entropy = -log_likelihood / math.prod(images.shape[1:])
-    negative_mean = -jnp.mean(1 + log_var - mean**2 - jnp.exp(log_var), axis=1)
-    return cross_entropy + 5e-4 * negative_mean, terms
+
+    loss: str
+    sampling: str
+
+    def __call__(self, params, keys, images):
+        posterior = encode(params, images)
+        mean, log_var = posterior.mean, posterior.log_var
+        scale = jnp.exp(log_var if self.sampling == "notebook" else log_var / 2)
+        z = mean + scale * jax.vmap(partial(jax.random.normal, shape=mean.shape[1:]))(keys)
+        log_likelihood, kl = decode(params, z).log_prob(images), posterior.kl()
+        terms = Elbo(log_likelihood - kl, log_likelihood, kl)
+        if self.loss == "elbo":
+            return -terms.value, terms
+        cross_entropy = -log_likelihood / math.prod(images.shape[1:])
+        negative_mean = -jnp.mean(1 + log_var - mean**2 - jnp.exp(log_var), axis=1)
+        return cross_entropy + 5e-4 * negative_mean, terms
 
 
 def reading_log_sigma(params: Params) -> Params:
@@ -68,12 +75,12 @@ def main():
     options = vars(parser.parse_args())
     run_dir, resume = options.pop("run_dir"), options.pop("resume")
     choices = {name: options.pop(name) for name in ("loss", "sampling")}
+    options["objective"] = Reading(**choices)
 
     config = resumed(run_dir, options) if resume else configured(options)
     data = load_run_data(config)
     config = directory.start(run_dir, config, data, resume=resume)
-    ours = partial(objective, **choices)
-    loop.train(run_dir, config, data, objective=ours, progress=Progress())
+    loop.train(run_dir, config, data, callbacks=[Progress()])
     params = checkpoints.load(run_dir)
     images = jax.device_put(data.test_images)
     _, key = run_keys(config)

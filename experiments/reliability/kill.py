@@ -55,7 +55,7 @@ def phase(run_dir: Path, before: int) -> str:
     steps = steps_of(run_dir)
     if "figures/" in left:
         return "drawing"
-    if "metrics.jsonl" in left or "config.json" in left:
+    if left.startswith(".jaxvae-") or " .jaxvae-" in left:  # not in a folder
         return "writing metrics or configuration"
     if "checkpoints/" in left or lines > (steps[-1] // STEPS if steps else 0):
         return "writing a checkpoint"

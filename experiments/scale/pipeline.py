@@ -88,7 +88,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     images = pictures()
-    steps = {network: step_rate(network) for network in ("mlp", "notebook", "residual", "spatial")}
+    steps = {network: step_rate(network) for network in ("mlp", "conv", "residual", "spatial")}
     fastest = max(steps.values())
     reads = {}
     for kind, encode in (("npy", as_npy), ("png", as_png)):

@@ -71,11 +71,11 @@ def measure_step(batch: int, devices: int) -> float:
     return float(np.median(seconds[2:]))
 
 
-def told(devices: int, divide: bool) -> dict[str, Any]:
+def told(devices: int, fsdp: bool) -> dict[str, Any]:
     """What the devices tell each other in a step, on simulated devices of this machine."""
     code = (
         "import jax, json, jaxvae; from programs import *; print(json.dumps(collectives("
-        f"compiled(jax.devices('cpu'), 'step', 16, jaxvae.ModelConfig(), {divide}))))"
+        f"compiled(jax.devices('cpu'), 'step', 16, jaxvae.ModelConfig(), {fsdp}))))"
     )
     flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     done = subprocess.run(
@@ -125,13 +125,13 @@ def main() -> None:
         made["batch"]: made["seconds"]
         for made in tpu
         if (made["topology"], made["network"], made["program"], made["dtype"])
-        == ("v5e:2x2", "notebook", "step", "bfloat16")
+        == ("v5e:2x2", "conv", "step", "bfloat16")
     }
     collectives = {
-        "everywhere": {n: told(n, False) for n in (2, 8)},
-        "divided": {n: told(n, True) for n in (2, 8)},
+        "replicated": {n: told(n, False) for n in (2, 8)},
+        "fsdp": {n: told(n, True) for n in (2, 8)},
     }
-    sent = collectives["everywhere"][8]["all-reduce"][1]
+    sent = collectives["replicated"][8]["all-reduce"][1]
     curves = {}
     for (name, link), seconds in zip(LINKS.items(), (core, chip), strict=True):
         curves[name] = {

@@ -1,7 +1,7 @@
 """What the TPU compiler makes of the training step, without a TPU.
 
     python experiments/scale/tpu.py OUT.json     compile everything, some five minutes
-    python experiments/scale/tpu.py TOPOLOGY PROGRAM BATCH DTYPE [NETWORK WIDTH]
+    python experiments/scale/tpu.py TOPOLOGY PROGRAM BATCH DTYPE [NETWORK]
 
 The package libtpu (pip install libtpu) compiles for a topology on an ordinary machine. Its programs
 hold the compiler's own estimate of the cycles that each operation takes.
@@ -37,12 +37,10 @@ def topology(name: str) -> Any:
     return topologies.get_topology_desc(name, "tpu")
 
 
-def measured(
-    name: str, program: str, batch: int, dtype: str, network: str, width: int | None
-) -> dict[str, Any]:
+def measured(name: str, program: str, batch: int, dtype: str, network: str) -> dict[str, Any]:
     began = time.perf_counter()
     devices = topology(name).devices
-    model = jaxvae.ModelConfig(compute_dtype=dtype, network=network, width=width)
+    model = jaxvae.ModelConfig(compute_dtype=dtype, network=network)
     done = compiled(devices, program, batch, model)
     memory, cost = done.memory_analysis(), done.cost_analysis()
     kind = devices[0].device_kind
@@ -52,7 +50,6 @@ def measured(
         "topology": name,
         "chip": kind,
         "network": network,
-        "width": width,
         "program": program,
         "batch": batch,
         "dtype": dtype,
@@ -73,8 +70,8 @@ def measured(
 def main() -> None:
     if len(sys.argv) > 2:
         name, program, batch, dtype, *model = sys.argv[1:]
-        network, width = (model[0], int(model[1])) if model else ("notebook", None)
-        print(json.dumps(measured(name, program, int(batch), dtype, network, width)))
+        network = model[0] if model else "conv"
+        print(json.dumps(measured(name, program, int(batch), dtype, network)))
         return
     (out,) = sys.argv[1:]
     wanted = [
@@ -83,7 +80,10 @@ def main() -> None:
             for b in (16, 32, 64, 100, *(2**i for i in range(7, 13)))
         ),
         *(("v5e:2x2", "step", b, "float32") for b in (128, 512)),
-        *(("v5e:2x2", "step", 128, "bfloat16", "residual", width) for width in (16, 32, 64)),
+        *(
+            ("v5e:2x2", "step", 128, "bfloat16", f"residual:width={width}")
+            for width in (16, 32, 64)
+        ),
         ("v5e:16x16", "step", 512, "bfloat16"),
         ("v4:2x2x1", "step", 512, "bfloat16"),
         ("v6e:2x2", "step", 512, "bfloat16"),

@@ -12,7 +12,8 @@ def unread() -> Iterator[None]:
     """Go on where nobody reads standard output or standard error any more, as behind `| head`.
 
     What would be written then is dropped. So are messages for standard error that cannot be
-    written for another reason, such as a full disk; of standard output, that is an error.
+    written for another reason, such as a full disk; of standard output, that is an error. What
+    the encoding of a stream does not have is escaped.
     """
     with ExitStack() as stack:
         if sys.stdout is not None:  # it is None where the file is closed
@@ -33,6 +34,9 @@ class _Unread:
     def write(self, text: str) -> int:
         try:
             self._stream.write(text)
+        except UnicodeEncodeError:  # of a path that is not UTF-8, say
+            encoding = self._stream.encoding
+            self.write(text.encode(encoding, "backslashreplace").decode(encoding))
         except self._dropped as error:
             self._give_up(error)
         return len(text)

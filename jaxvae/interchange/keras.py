@@ -276,9 +276,9 @@ def _from_file(path: Path) -> tuple[list[_Layer], list[_Config]]:
         raise
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: expected a file of Keras") from None
-    except (IsADirectoryError, PermissionError) as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
     except _DAMAGES as error:
+        if isinstance(error, OSError) and error.filename:  # it was not even opened
+            raise InputError(f"{path} cannot be read: {error.strerror}") from None
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path} is damaged: {reason or type(error).__name__}") from None
 

@@ -167,8 +167,9 @@ class GaussianPixels(_LocationScale):
         """
         x = _pixels(images, self.location.shape, bounded=False)
         x, location = _flat(x, self.location)
-        square = ((x - location) * jnp.exp(-self.log_scale)) ** 2
-        return jnp.sum(-0.5 * (math.log(2 * math.pi) + square) - self.log_scale, axis=-1)
+        log_scale = at_least_float32(self.log_scale)
+        square = ((x - location) * jnp.exp(-log_scale)) ** 2
+        return jnp.sum(-0.5 * (math.log(2 * math.pi) + square) - log_scale, axis=-1)
 
     def sample(self, key: jax.Array) -> jax.Array:
         """Pixels drawn from the distribution, the location's shape: not clipped to [0, 1]."""

@@ -7,7 +7,6 @@ from typing import Any
 
 from jaxvae.data import Dataset
 from jaxvae.errors import InputError
-from jaxvae.figures.animation import keep_frame
 from jaxvae.models.vae import Params
 from jaxvae.runs.config import RunConfig
 
@@ -120,4 +119,6 @@ class AnimationFrames(Callback):
 
     def epoch(self, record: dict[str, Any], params: Params) -> None:
         """Keep the frame of an epoch, if it is one to keep."""
+        from jaxvae.figures.animation import keep_frame  # matplotlib, only where it is drawn
+
         keep_frame(self._run_dir, record, params)

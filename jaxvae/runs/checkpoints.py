@@ -259,7 +259,14 @@ def open_checkpoints(run_dir: str | Path) -> Iterator[ocp.CheckpointManager]:
                 shutil.rmtree(folder / str(step))  # a kill came while it was being deleted
             elif fault:
                 _put_aside(folder / str(step))
-    with ocp.CheckpointManager(_literal(folder), options=options) as manager:
+    try:
+        manager = ocp.CheckpointManager(_literal(folder), options=options)
+    except OSError:
+        raise
+    except Exception as error:  # of any kind, as the files may hold anything
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{folder} cannot be opened: {reason}; start anew elsewhere") from error
+    with manager:
         yield manager
 
 
@@ -512,6 +519,11 @@ def _seal(folder: Path) -> None:
 def _fault(folder: Path) -> str | None:
     """What is wrong with the files of a checkpoint, if anything."""
     try:
+        for name in ("_CHECKPOINT_METADATA", "metrics/metrics"):  # which Orbax reads of all
+            if (folder / name).is_file() and not isinstance(
+                json.loads(read_bytes(folder / name)), dict
+            ):
+                return f"{name} is not an object of named fields"
         sealed = None
         if os.path.lexists(folder / _SEAL):
             sealed = json.loads(read_bytes(folder / _SEAL))

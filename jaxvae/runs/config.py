@@ -14,7 +14,8 @@ from jaxvae.errors import InputError
 from jaxvae.models.config import ModelConfig
 from jaxvae.runs.files import read_json, unmarked
 from jaxvae.training.config import TrainConfig
-from jaxvae.validation import shown, whole_number
+from jaxvae.training.optimizer import ELEMENTWISE
+from jaxvae.validation import either, shown, whole_number
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ class RunConfig(Config):
       seed: of every random number of the run.
       start_from: the run directory whose last parameters to start from.
       fsdp: every device keeps its part of the parameters and of the optimizer's state instead of
-        all of them, for models too large for one.
+        all of them, for models too large for one; with optimizers that treat every number on its
+        own, such as rmsprop, adam and adamw.
       workers: processes that read images on disk; 0: threads of the training process.
       model: the architecture.
       train: how it is trained.
@@ -87,6 +89,12 @@ class RunConfig(Config):
             raise InputError(f"data_seen is {shown(self.data_seen)}: expected a list of data sets")
         seen = [x if isinstance(x, DataRecord) else DataRecord.from_dict(x) for x in self.data_seen]
         object.__setattr__(self, "data_seen", tuple(seen))
+        if self.fsdp and getattr(self.train.optimizer, "name", None) not in ELEMENTWISE:
+            raise InputError(
+                f"optimizer is {self.train.specs()['optimizer']!r}, which may need whole arrays, "
+                "but with fsdp each device updates its part of them: expected "
+                f"{either(ELEMENTWISE)}"
+            )
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any], **own: Any) -> Self:

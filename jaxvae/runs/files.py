@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from jaxvae.errors import ComponentNeeded, Damaged, InputError, TrainingFailed
 from jaxvae.storage import (
@@ -206,7 +206,7 @@ def _are_numbers(metrics: Any) -> bool:
     )
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Return whether a value from a file is a finite number that a float can hold."""
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
 

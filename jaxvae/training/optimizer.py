@@ -24,9 +24,12 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 # These treat every number on its own, so that a device can update its part of the parameters.
 ELEMENTWISE = (
     "adabelief", "adadelta", "adagrad", "adam", "adamax", "adamaxw", "adamw", "adan", "amsgrad",
-    "lion", "optimistic_adam", "optimistic_adam_v2", "optimistic_gradient_descent", "radam",
+    "lion", "optimistic_adam_v2", "optimistic_gradient_descent", "radam",
     "rmsprop", "rprop", "sgd", "sign_sgd", "signum", "yogi",
 )  # fmt: skip
+
+# The options of optax's schedules that are learning rates.
+_VALUES = {"init_value", "peak_value", "end_value", "value"}
 
 
 class _Named:
@@ -89,7 +92,13 @@ class OptaxSchedule(_Named):
             p.name for p in inspect.signature(function).parameters.values() if p.default is p.empty
         }
         options = {n: value for n, value in follows.items() if n in needed} | dict(self.options)
-        return function(**options)(step)
+        if top in dict(self.options):
+            return function(**options)(step)
+        # optax decides by the values in Python, which it cannot where the rate is traced. Every
+        # schedule is proportional to them, so that they can be multiples of the rate.
+        for n in _VALUES & set(options):
+            options[n] = options[n] / learning_rate
+        return learning_rate * function(**options | {top: 1.0})(step)
 
 
 class Schedule(Protocol):
@@ -186,7 +195,8 @@ OPTIMIZERS: Registry[Any] = Registry(
         lambda name, function: (
             name[:1] != "_"
             and not name.startswith("scale_by")
-            and name not in ("lbfgs", "noisy_sgd")  # which need the loss, or a key of their own
+            # which need the loss, need a key of their own, or are deprecated
+            and name not in ("lbfgs", "noisy_sgd", "optimistic_adam")
             and _takes_learning_rate(function)
         ),
         Optimizer,
@@ -196,7 +206,7 @@ SCHEDULES: Registry[Any] = Registry(
     "schedule",
     _OptaxNames(
         lambda name, function: (
-            name.endswith("_schedule")
+            (name.endswith("_schedule") or name == "exponential_decay")
             and name not in ("sgdr_schedule", "piecewise_interpolate_schedule")
             and name != "scale_by_schedule"
         ),

@@ -78,7 +78,7 @@ def train_step(
     own = not hasattr(chosen, "across_batch")  # a function, which takes no beta
     if own and beta is not None:
         raise InputError(
-            f"beta is {beta}, but the objective is a function of your own, which beta does not "
+            "beta was given, but the objective is a function of your own, which beta does not "
             "reach: leave it out, and weight the KL in the function"
         )
     whole, num_samples = (False, 1) if own else (chosen.across_batch, chosen.num_samples)

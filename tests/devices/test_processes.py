@@ -262,6 +262,50 @@ def test_a_launcher_of_several_processes_is_known_by_what_it_says(monkeypatch, v
     assert processes._launcher() == launcher
 
 
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        (
+            {"SLURM_STEP_NODELIST": "n1", "SLURM_STEP_NUM_TASKS": "two"},
+            "SLURM_STEP_NUM_TASKS is 'two': expected a whole number",
+        ),
+        (
+            {"SLURM_STEP_NODELIST": "n1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "7",
+             "SLURM_NTASKS": "2", "SLURM_PROCID": "", "SLURM_LOCALID": "0"},
+            "SLURM_PROCID is '': expected a whole number",
+        ),
+        (
+            {"SLURM_STEP_NODELIST": "n1", "SLURM_STEP_NUM_TASKS": "2"},
+            "SLURM_JOB_ID is not set: expected a whole number",
+        ),
+        ({"OMPI_COMM_WORLD_SIZE": "4.5"}, "OMPI_COMM_WORLD_SIZE is '4.5': expected a whole"),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_RANK is not set: expected a whole"),
+        (
+            {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "4"},
+            "OMPI_COMM_WORLD_RANK is 4: expected a number from 0 to 3",
+        ),
+    ],
+)  # fmt: skip
+def test_what_a_launcher_says_wrongly_is_refused(monkeypatch, variables, says):
+    for name in list(os.environ):
+        if name.startswith(("SLURM", "OMPI", "KUBERNETES", "JOB_COMPLETION")):
+            monkeypatch.delenv(name)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with refused(says):
+        processes.join()
+
+
+def test_where_all_is_given_the_launcher_is_not_asked(monkeypatch):
+    given = []
+    monkeypatch.setattr(
+        jax.distributed, "initialize", lambda *all_of_it, **_: given.append(all_of_it)
+    )
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "x")
+    processes.join("localhost:1234", 2, 1)
+    assert given == [("localhost:1234", 2, 1)]
+
+
 @pytest.mark.parametrize(("chips", "told"), [([], True), ([Path("/dev/accel0")], False)])
 def test_libtpu_is_kept_from_looking_only_where_there_is_no_tpu(monkeypatch, chips, told):
     for name in processes._NO_TPU:

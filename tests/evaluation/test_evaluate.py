@@ -94,3 +94,17 @@ def test_a_flow_has_no_density_to_take_the_kl_apart(images):
     params = jaxvae.init(jax.random.key(0), config)
     found = evaluate.examine(params, jax.random.key(1), dataset(images, None))
     assert set(found) == {"active_units", "reconstruction_error"}
+
+
+def test_a_flow_that_makes_the_latents_constant_leaves_no_active_units(images):
+    config = jaxvae.ModelConfig((8, 8, 1), 2, network="mlp", posterior="iaf:steps=1")
+    params = jaxvae.init(jax.random.key(0), config)
+    data = dataset(images, None)
+    head = params.encoder["mean"]
+    params.encoder["mean"] = head | {"kernel": 30 * head["kernel"]}
+    assert np.all(np.var(jaxvae.encode(params, data.test_images).mean, axis=0) > 0.01)
+    assert evaluate.examine(params, jax.random.key(1), data)["active_units"] == 2
+    # sigma = sigmoid(-40): z is m, which is 0.
+    outputs = params.posterior["step_1"]["outputs"]
+    outputs["bias"] = outputs["bias"].at[2:].set(-42)
+    assert evaluate.examine(params, jax.random.key(1), data)["active_units"] == 0

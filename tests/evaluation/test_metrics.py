@@ -1,7 +1,9 @@
 """Measures against closed forms, numerical integration, and float64 loops over all pairs."""
 
 import math
+from dataclasses import replace
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,8 +18,10 @@ from jaxvae.evaluation.metrics import (
     latent_probe,
     log_aggregate,
     reconstruction_error,
+    variance_of_means,
 )
 from jaxvae.models.distributions import Gaussian
+from jaxvae.models.flows import FlowPosterior
 
 
 def posteriors(n, latent, log_var, seed=0, spread=1.0):
@@ -72,6 +76,48 @@ def test_a_unit_is_active_above_the_threshold():
 def test_a_units_variance_far_from_zero():
     mean = 1000 + jnp.array([-1.0, 1.0])[:, None] * jnp.array([0.05, 0.2])
     assert active_units(mean) == 1
+
+
+def flow_posterior(moved, scaled, n=300):
+    """Of two latents: z_2 = scaled * z_1 + (1 - scaled) * moved * x_j, from a base that varies."""
+
+    class Flow(nn.Module):
+        def __call__(self, z, context):
+            return scaled * z + (1 - scaled) * jnp.float32(moved) * context, jnp.zeros(len(z))
+
+    rng = np.random.default_rng(0)
+    base, context = (jnp.asarray(rng.normal(size=(n, 2)), "f") for _ in range(2))
+    return FlowPosterior(base, jnp.zeros((n, 2)), context, {}, Flow())
+
+
+@pytest.mark.parametrize("key", [0, 1, 2])
+def test_a_flows_units_are_active_where_its_own_mean_varies(key):
+    """Not where that of the Gaussian does which it starts from."""
+    posterior = flow_posterior(moved=[0, 3], scaled=0.0)
+    variance = variance_of_means(posterior, jax.random.key(key))
+    np.testing.assert_allclose(variance[0], 0, atol=1e-7)
+    np.testing.assert_allclose(variance[1], 9 * np.var(posterior.context[:, 1]), rtol=1e-5)
+    # A latent of variance 1, whatever the image: 100 samples make means of variance 0.01.
+    still = replace(posterior, mean=jnp.zeros((300, 2)))
+    spread = replace(still, flow=flow_posterior(moved=[0, 0], scaled=1.0).flow)
+    assert np.all(np.abs(variance_of_means(spread, jax.random.key(key))) < 0.006)
+
+
+def test_a_flows_variance_of_means_is_right_in_expectation():
+    posterior = flow_posterior(moved=[0, 0.5], scaled=0.5, n=50)
+    keys = jax.random.split(jax.random.key(0), 400)
+    estimates = jax.vmap(lambda key: variance_of_means(posterior, key, 4))(keys)
+    mean = 0.5 * posterior.mean + 0.5 * jnp.float32([0, 0.5]) * posterior.context
+    error = np.std(estimates, axis=0) / math.sqrt(400)
+    # Of two means of N: the covariance's expectation is exact, as they are independent.
+    assert np.all(np.abs(np.mean(estimates, axis=0) - np.var(mean, axis=0)) < 4 * error)
+    assert np.all(error < 0.05 * np.var(mean, axis=0))
+
+
+def test_a_gaussians_variance_of_means_is_exact():
+    posterior, *_ = posteriors(70, 3, -1)
+    variance = variance_of_means(posterior, jax.random.key(0))
+    np.testing.assert_allclose(variance, np.var(np.float64(posterior.mean), axis=0), rtol=1e-5)
 
 
 # At -10 a standard deviation is 0.007: among means of spread 1, squares are of the order 1e6.

@@ -1,5 +1,6 @@
 """A film of the manifold, kept frame by frame while a model trains."""
 
+import os
 import shutil
 import struct
 import zlib
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import at_once
 from PIL import EpsImagePlugin, Image, PngImagePlugin
 
 import jaxvae
@@ -160,3 +162,23 @@ def test_a_run_without_frames_has_no_film(tmp_path):
     assert animation.draw_film(tmp_path) == []
     animation.keep_frame(tmp_path, {"epoch": 1}, params())
     assert animation.draw_film(tmp_path) == []
+
+
+def test_pictures_that_are_no_frames_are_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(animation, "_FRAMES", 2)
+    folder = tmp_path / "manifolds"
+    folder.mkdir()
+    others = ["1.png", "00001.png", "sketch.png"]
+    for name in others:
+        (folder / name).write_text("of somebody")
+    for epoch in range(3):
+        animation.keep_frame(tmp_path, {"epoch": epoch}, params())
+    assert {path.name for path in folder.iterdir()} == {"0000.png", "0002.png", *others}
+
+
+def test_a_pipe_among_the_frames_is_passed_over(run_dir):
+    os.mkfifo(run_dir / "manifolds" / "0004.png")
+    with at_once():
+        (path,) = animation.draw_film(run_dir)
+    with Image.open(path) as gif:
+        assert gif.n_frames == 4

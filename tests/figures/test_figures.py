@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import refused
 from PIL import Image
 
 import jaxvae
 from jaxvae import figures
 from jaxvae.data import Dataset
 from jaxvae.errors import NotDrawn
-from jaxvae.evaluation.metrics import active_units
+from jaxvae.evaluation.metrics import active_units, variance_of_means
 from jaxvae.figures import charts, grid, pictures
 from jaxvae.models.distributions import Gaussian
 
@@ -399,6 +400,19 @@ def test_bars_are_the_variances_of_the_posterior_means():
     assert len({bar.get_facecolor() for bar in axes.patches[:active]}) == 1
     assert axes.patches[0].get_facecolor() != axes.patches[-1].get_facecolor()
     assert axes.get_xticklabels()[0].get_text() == f"z{np.argmax(variance) + 1}"
+
+
+def test_bars_of_a_flow_are_of_the_means_of_its_samples():
+    config = jaxvae.ModelConfig((8, 8, 1), 2, network="mlp", posterior="iaf:steps=1")
+    model, data, key = jaxvae.init(jax.random.key(0), config), dataset(), jax.random.key(2)
+    (axes,) = figures.units(model, data, key=key).axes
+    posterior = jaxvae.encode(model, data.test_images)
+    variance = np.asarray(variance_of_means(posterior, key))
+    heights = [bar.get_height() for bar in axes.patches]
+    np.testing.assert_allclose(heights, np.sort(variance)[::-1], rtol=1e-4)
+    assert f"{np.sum(variance > 0.01)} of 2 latents" in axes.get_title(loc="left")
+    with refused("key is None", "expected a PRNG key", "a flow"):
+        figures.units(model, data)
 
 
 def test_the_aggregate_posterior_is_a_histogram_of_its_draws_beside_the_prior():

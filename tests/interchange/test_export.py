@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import OwnDecoder, OwnEncoder, refused
+from conftest import OwnDecoder, OwnEncoder, at_once, refused
 
 import jaxvae
 from jaxvae.interchange.export import FORMATS, export, load_safetensors
@@ -279,8 +279,9 @@ def test_damaged_safetensors_are_refused(tmp_path, small, how, says):
 
 
 def test_safetensors_that_are_not_there_are_refused(tmp_path):
-    for path in (tmp_path / "none.safetensors", tmp_path):
-        with refused(str(path)):
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    for path in (tmp_path / "none.safetensors", tmp_path, tmp_path / "pipe.safetensors"):
+        with at_once(), refused(str(path)):
             load_safetensors(path)
 
 

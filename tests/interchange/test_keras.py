@@ -1,6 +1,7 @@
 """The notebook's model as Keras saves it, read here, beside Keras itself."""
 
 import io
+import os
 import shutil
 import sys
 import zipfile
@@ -9,7 +10,7 @@ import h5py
 import jax
 import numpy as np
 import pytest
-from conftest import refused
+from conftest import at_once, refused
 
 import jaxvae
 from jaxvae.cli.commands import main
@@ -379,6 +380,9 @@ def test_files_that_are_not_there_or_not_of_keras_are_refused(tmp_path):
     (tmp_path / "text.h5").write_text("weights")
     with refused("text.h5 is not a file of Keras: expected .keras, .weights.h5 or .h5"):
         load_keras(tmp_path / "text.h5")
+    os.mkfifo(tmp_path / "pipe.h5")
+    with at_once(), refused("pipe.h5 cannot be read: not a regular file"):
+        load_keras(tmp_path / "pipe.h5")
 
 
 @pytest.mark.parametrize("file", ["flat.keras", "flat.h5"])

@@ -2,9 +2,11 @@
 
 import itertools
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+import mpmath as mp
 import numpy as np
 import pytest
 from conftest import refused
@@ -442,6 +444,123 @@ def test_every_likelihood_is_made_of_the_decoders_outputs(name):
         p_x.log_prob(images[..., :1])
     with refused("int32", "expected uint8, or floats between 0 and 1"):
         p_x.log_prob(images.astype(np.int32))
+
+
+@pytest.mark.parametrize("name", list(LIKELIHOODS))
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_terms_are_float32_whatever_the_decoder_and_the_images_are(name, dtype):
+    likelihood, rng = LIKELIHOODS[name], np.random.default_rng(0)
+    outputs = 3 * rng.normal(size=(2, 20, 20, 3 * likelihood.outputs_per_channel))
+    images = jnp.asarray(rng.uniform(size=(2, 20, 20, 3)), dtype)
+    made = likelihood.from_outputs(jnp.asarray(outputs, dtype), likelihood.init(3))
+    half = jax.tree.map(lambda x: jnp.asarray(x, dtype), made)
+    log_prob = half.log_prob(images)
+    assert log_prob.dtype == jnp.float32
+    exact = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), half)
+    expected = exact.log_prob(jnp.asarray(images, jnp.float32))
+    np.testing.assert_array_equal(log_prob, expected)
+
+
+# log p(x) of one pixel by what the decoder gives for it, as functions of mpmath's numbers.
+
+
+def bernoulli_log_p(x, logit):
+    return x * logit - mp.log(1 + mp.exp(logit))
+
+
+def continuous_bernoulli_log_p(x, logit):
+    return x * logit - (mp.log(mp.expm1(logit) / logit) if logit else 0)
+
+
+def gaussian_log_p(x, output, log_scale):
+    scale = mp.exp(-6) + mp.exp(log_scale)
+    error = (x - 1 / (1 + mp.exp(-output))) / scale
+    return -mp.log(2 * mp.pi) / 2 - mp.log(scale) - error**2 / 2
+
+
+def discretized_logistic_log_p(x, output, log_scale):
+    scale = (mp.exp(-7) + mp.exp(log_scale - 2)) / 2
+    a, b = ((x + side / mp.mpf(510) - (1 + output) / 2) / scale for side in (1, -1))
+    below_a = 0 if x == 1 else -mp.log(1 + mp.exp(-a))
+    above_b = 0 if x == 0 else -mp.log(1 + mp.exp(b))
+    return below_a + above_b + (mp.log(-mp.expm1(b - a)) if 0 < x < 1 else 0)
+
+
+# At 0, at kinks of the implementation and beside them, and far out.
+KINKS = [0, -0.0, 1e-30, -1e-30, 1e-6, 1, -1, 0.999, -1.001, 5, -5]
+FAR = [17, -17, 50, -50, 88, -88, 100, -100, 1e4, -1e4]
+END_OF_A_BIN = 2 * 77.5 / 255 - 1
+# 82.693147 is where the discretized logistic's log scale is 80.
+DERIVATIVES = {
+    "bernoulli": (bernoulli_log_p, KINKS + FAR, []),
+    "continuous_bernoulli": (continuous_bernoulli_log_p, KINKS + FAR, []),
+    "gaussian": (gaussian_log_p, [0, 1e-30, -1, 5, 17, -17, 100, -100], [-1, -6, -20, 20]),
+    "discretized_logistic": (
+        discretized_logistic_log_p,
+        [0, 1, END_OF_A_BIN, -20],
+        [0, -5, -20, 60, 82.693147, 100],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(LIKELIHOODS))
+def test_values_and_first_and_second_derivatives_are_mpmaths(name):
+    """By everything that a pixel's density depends on, in reverse and in forward mode."""
+    log_p, *axes = DERIVATIVES[name]
+    levels, *at = zip(*itertools.product([0, 77, 255], *filter(None, axes)), strict=True)
+    at = [jnp.float32(a) for a in at]
+
+    def log_prob(level, *at):
+        likelihood, shared = LIKELIHOODS[name], {}
+        if name == "gaussian":
+            *at, shared["log_scale"] = at
+        p_x = likelihood.from_outputs(jnp.stack(at).reshape(1, 1, 1, -1), shared)
+        return p_x.log_prob(level.reshape(1, 1, 1, 1))[0]
+
+    by = tuple(range(1, 1 + len(at)))
+    first = jax.grad(log_prob, by)
+    functions = log_prob, first, jax.jacrev(first, by), jax.jacfwd(first, by)
+    value, first, *seconds = (jax.jit(jax.vmap(f))(np.uint8(levels), *at) for f in functions)
+    pairs = list(itertools.combinations_with_replacement(range(len(at)), 2))
+    ours = [np.stack([value, *first, *(h[i][j] for i, j in pairs)], 1) for h in seconds]
+    orders = [(), *((i,) for i in range(len(at))), *pairs]
+    with mp.workdps(60):
+        expected = np.array(
+            [
+                [
+                    mp.diff(
+                        partial(log_p, mp.mpf(level) / 255),
+                        tuple(float(a) for a in point),
+                        tuple(order.count(i) for i in range(len(at))),
+                    )
+                    for order in orders
+                ]
+                for level, *point in zip(levels, *at, strict=True)
+            ],
+            float,
+        )
+    # Where terms of this size cancel, float32 leaves so much.
+    rounding = 5e-6 * np.abs(expected).max(axis=1, keepdims=True)
+    for derivatives in ours:
+        off = np.abs(derivatives - expected) - 2e-5 * np.abs(expected) - rounding
+        worst = np.unravel_index(np.argmax(np.nan_to_num(off, nan=np.inf)), off.shape)[0]
+        assert np.all(off <= 1e-6), (
+            levels[worst], [float(a[worst]) for a in at], derivatives[worst], expected[worst]
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("output", [17, 30, 80])
+def test_a_gaussian_pixel_comes_back_from_white_as_from_black(output):
+    """The slope of a location that float32 rounds to 1 is as of one near 0."""
+
+    def log_prob(output, x):
+        p_x = GaussianPixels.from_outputs(output.reshape(1, 1, 1, 1), GaussianPixels.init(1))
+        return p_x.log_prob(as_pixels([x]))[0]
+
+    white = jax.grad(log_prob)(jnp.float32(output), 0)
+    black = jax.grad(log_prob)(jnp.float32(-output), 1)
+    assert white < 0
+    np.testing.assert_allclose(white, -black, rtol=1e-5)
 
 
 def test_binarized_pixels_are_white_with_the_grey_levels_probability(monkeypatch):

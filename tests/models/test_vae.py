@@ -100,11 +100,11 @@ def test_raw_keys_are_as_good_as_typed_ones(params, images):
     "options",
     [
         {},
-        {"network": "residual", "width": 2},
-        {"network": "mlp", "width": 4, "prior": "mixture", "prior_components": 3, "num_classes": 3},
-        {"network": "mlp", "width": 4, "prior": "vamp", "prior_components": 3,
+        {"network": "residual:width=2"},
+        {"network": "mlp:width=4", "prior": "mixture:components=3", "num_classes": 3},
+        {"network": "mlp:width=4", "prior": "vamp:components=3",
          "likelihood": "gaussian"},
-        {"network": "mlp", "width": 4, "posterior": "iaf", "flow_steps": 1},
+        {"network": "mlp:width=4", "posterior": "iaf:steps=1"},
     ],
     ids=["notebook", "residual", "mixture", "vamp", "iaf"],
 )  # fmt: skip
@@ -332,6 +332,44 @@ def test_gradients_in_mixed_precision_are_float32_near_float32s(params):
     for a, b in zip(jax.tree.leaves(exact), jax.tree.leaves(near), strict=True):
         assert b.dtype == jnp.float32
         assert 0 < np.linalg.norm(b - a) < 0.1 * np.linalg.norm(a)
+
+
+HALF = {
+    "bernoulli": {},
+    "continuous_bernoulli": {"prior": "mixture"},
+    "gaussian": {"posterior": "iaf:steps=1"},
+    "discretized_logistic": {"prior": "vamp:components=4"},
+}
+
+
+@pytest.mark.parametrize("likelihood", HALF)
+def test_of_bfloat16_parameters_and_images_the_terms_are_float32(likelihood, images):
+    """And those of the same numbers as float32, where no network comes between."""
+    config = ModelConfig((6, 5, 2), 2, network="mlp", likelihood=likelihood, **HALF[likelihood])
+    params = jaxvae.init(KEY, config)
+    params = jax.tree.map(lambda x: jnp.asarray(x + 0.1, jnp.bfloat16), params)
+    batch = jnp.asarray(images / np.float32(255), jnp.bfloat16)
+    everything = (
+        jaxvae.elbo(params, KEY, batch),
+        jaxvae.log_likelihood(params, KEY, batch, 5),
+        jaxvae.reconstruct(params, batch),
+        jaxvae.sample(params, KEY, 2),
+    )
+    for x in jax.tree.leaves(everything):
+        assert x.dtype == jnp.float32
+    float32 = partial(jax.tree.map, lambda x: jnp.asarray(x, jnp.float32))
+    posterior = jaxvae.encode(params, batch)
+    keys = jax.random.split(KEY, len(batch))
+    z, log_q = posterior.sample_and_log_prob(keys)
+    for x, y in zip((z, log_q), float32(posterior).sample_and_log_prob(keys), strict=True):
+        assert x.dtype == jnp.float32
+        close(x, y)
+    p_z = prior(params)
+    close(p_z.log_prob(z), float32(p_z).log_prob(z))
+    # The decoder's float32 inputs make it compute in float32.
+    log_p_x = jaxvae.decode(params, z).log_prob(batch)
+    expected = jaxvae.decode(float32(params), z).log_prob(float32(batch))
+    np.testing.assert_allclose(log_p_x, expected, rtol=1e-5, atol=1e-3)
 
 
 OWN = ModelConfig((6, 5, 2), 2, network=(OwnEncoder(2), OwnDecoder((6, 5, 2))))

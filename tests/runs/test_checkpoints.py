@@ -1,6 +1,7 @@
 """Checkpoints: what is saved comes back, and the latest and the best are kept."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 
@@ -10,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import OwnDecoder, OwnEncoder, refused
+from conftest import OwnDecoder, OwnEncoder, at_once, refused
 
 import jaxvae
-from jaxvae.errors import Damaged
+from jaxvae.errors import Damaged, TrainingFailed
 from jaxvae.runs import checkpoints
-from jaxvae.runs.checkpoints import newest_whole, open_checkpoints, steps_of, write
+from jaxvae.runs.checkpoints import newest_whole, open_checkpoints, steps_of, told, write
 from jaxvae.training.step import optimizer
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -403,3 +404,140 @@ def test_a_directory_that_cannot_be_written_is_refused(tmp_path, state):
     (tmp_path / "file").write_text("")
     with refused("file cannot be written: Not a directory"):
         jaxvae.save(tmp_path / "file", state)
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A state that is quick to write."""
+    config = jaxvae.ModelConfig((4, 3, 1), 2, network="mlp", width=4)
+    return jaxvae.create_train_state(jax.random.key(0), config, jaxvae.TrainConfig())
+
+
+@pytest.fixture(scope="module")
+def saved(small, tmp_path_factory):
+    """The directory of a run with checkpoints of its steps 1 and 2."""
+    run_dir = tmp_path_factory.mktemp("run")
+    with open_checkpoints(run_dir) as checkpoints:
+        for step in (1, 2):
+            write(checkpoints, replace(small, step=jnp.int32(step)), {"elbo": -1.0 * step})
+    return run_dir
+
+
+@pytest.mark.parametrize("name", ["lr[0.1]", "a*b?", "x[!y]", "[[]"])
+def test_a_path_is_no_pattern(saved, small, tmp_path, name):
+    """In a new directory, and in one that was copied there and is written to again."""
+    jaxvae.save(tmp_path / "new" / name, small)
+    assert_states_equal(jaxvae.restore(tmp_path / "new" / name), small)
+    copy = shutil.copytree(saved, tmp_path / "copy" / name)
+    third = replace(small, step=jnp.int32(3))
+    with open_checkpoints(copy) as checkpoints:
+        write(checkpoints, third, {"elbo": -3.0})
+    assert steps_of(copy) == [1, 2, 3]
+    for step in (1, 2, 3):
+        assert_states_equal(jaxvae.restore(copy, step), replace(small, step=jnp.int32(step)))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda state: (state / "manifest.ocdbt").unlink(), r".+"),
+        (lambda state: None, "other numbers"),
+    ],
+    ids=["cannot be read", "differs"],
+)
+def test_what_is_not_read_back_as_it_was_written_is_not_sealed(
+    saved, small, tmp_path, monkeypatch, spoil, says
+):
+    import orbax.checkpoint as ocp
+
+    copy = shutil.copytree(saved, tmp_path / "copy")
+    wait, to_tree = ocp.CheckpointManager.wait_until_finished, checkpoints._to_tree
+
+    def spoiled(self):
+        wait(self)
+        for state in (copy / "checkpoints").glob("3/state"):
+            spoil(state)
+        other = replace(small, step=jnp.int32(4))
+        monkeypatch.setattr(checkpoints, "_to_tree", lambda _: to_tree(other))
+
+    monkeypatch.setattr(ocp.CheckpointManager, "wait_until_finished", spoiled)
+    says = f"step 3 is not read back as it was written .{says}"
+    with open_checkpoints(copy) as manager, pytest.raises(TrainingFailed, match=says):
+        write(manager, replace(small, step=jnp.int32(3)), {"elbo": -1.0})
+    monkeypatch.undo()
+    assert (copy / "checkpoints" / "3.damaged").is_dir()
+    assert int(jaxvae.restore(copy).step) == 2
+
+
+def unseal(run_dir, step):
+    (run_dir / "checkpoints" / str(step) / "sha256.json").unlink()
+
+
+ODD = [
+    "{", "", "7", "[]", "{}", "[" * 100_000, '{"model": 3, "train": {}}', '{"model": {}}',
+    '{"model": {}, "train": {}, "begun": 7}', '{"model": {}, "train": {}, "begun": [{}]}',
+    '{"model": {}, "train": {}, "begun": [{"elbo": "x"}, 0]}', '{"jaxvae": 3}',
+    '{"model": {}, "train": {}, "begun": [[], 0]}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("odd", ODD, ids=range(len(ODD)))
+def test_odd_metadata_of_an_unsealed_checkpoint_are_damage(saved, tmp_path, odd):
+    copy = shutil.copytree(saved, tmp_path / "copy")
+    unseal(copy, 2)
+    assert int(jaxvae.restore(copy).step) == 2
+    (copy / "checkpoints" / "2" / "config" / "metadata").write_text(odd)
+    with pytest.warns(Damaged, match=r"of step 2 is damaged .*; that of step 1 takes its place"):
+        assert int(jaxvae.restore(copy).step) == 1
+    with refused("metadata is damaged ("):
+        told(copy, 2)
+    checkpoints._seal(copy / "checkpoints" / "2")  # by a stranger
+    with refused("metadata is damaged ("):
+        jaxvae.restore(copy)
+
+
+FILES = ["state/_METADATA", "state/manifest.ocdbt", "state/_sharding", "_CHECKPOINT_METADATA",
+         "metrics/metrics"]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::jaxvae.errors.Damaged")
+@pytest.mark.parametrize("content", ["{", "[]", "{}", "7", '{"tree_metadata": {"a": 1}}'])
+@pytest.mark.parametrize("name", FILES)
+def test_odd_files_of_an_unsealed_checkpoint_end_in_a_line(saved, small, tmp_path, name, content):
+    copy = shutil.copytree(saved, tmp_path / "copy")
+    unseal(copy, 2)
+    (copy / "checkpoints" / "2" / name).write_text(content)
+    for network in (None, (OwnEncoder(2), OwnDecoder((4, 3, 1)))):
+        try:
+            jaxvae.load(copy, network=network)
+        except jaxvae.InputError as error:
+            assert "\n" not in str(error)  # noqa: PT017
+    try:
+        with open_checkpoints(copy) as checkpoints:
+            write(checkpoints, replace(small, step=jnp.int32(3)), {"elbo": -1.0})
+    except (jaxvae.InputError, TrainingFailed) as error:
+        assert "\n" not in str(error)  # noqa: PT017
+    else:
+        assert int(jaxvae.restore(copy).step) == 3
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+def test_a_pipe_among_the_files_of_a_checkpoint_is_damage(saved, tmp_path, sealed):
+    for name in files_of(saved, 2):
+        copy = shutil.copytree(saved, tmp_path / "copy")
+        if not sealed:
+            unseal(copy, 2)
+        (copy / name).unlink(missing_ok=True)
+        os.mkfifo(copy / name)
+        with at_once(), pytest.warns(Damaged, match="of step 2 is damaged .*; that of step 1"):
+            assert newest_whole(copy) == 1
+        shutil.rmtree(copy)
+
+
+def test_files_that_are_links_are_read(saved, small, tmp_path):
+    """As in a cache that keeps files by their sums."""
+    copy = shutil.copytree(saved, tmp_path / "copy")
+    for name in files_of(saved, 2):
+        (copy / name).unlink()
+        (copy / name).symlink_to(saved / name)
+    assert_states_equal(jaxvae.restore(copy), replace(small, step=jnp.int32(2)))

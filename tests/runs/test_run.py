@@ -650,7 +650,8 @@ def test_a_run_whose_lines_are_lost_is_drawn(finished, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["figures", "manifolds", "checkpoints", "checkpoints/16", "tensorboard"]
+    "name",
+    ["figures", "manifolds", "checkpoints", "checkpoints/16", "tensorboard", "tensorboard/00000"],
 )
 def test_nothing_is_written_outside_of_a_run_directory(finished, tmp_path, name):
     """Where a folder of a stranger's run leads elsewhere, it is refused before anything is done."""
@@ -662,6 +663,7 @@ def test_nothing_is_written_outside_of_a_run_directory(finished, tmp_path, name)
     (outside / "5.orbax-checkpoint-tmp").mkdir()
     (outside / "0001.png").write_text("of somebody else")
     shutil.rmtree(run_dir / name, ignore_errors=True)
+    (run_dir / name).parent.mkdir(exist_ok=True)
     (run_dir / name).symlink_to(outside)
     before = {path: path.read_bytes() if path.is_file() else None for path in outside.rglob("*")}
     state = finished[1]
@@ -672,7 +674,7 @@ def test_nothing_is_written_outside_of_a_run_directory(finished, tmp_path, name)
             draw(run_dir, state.params)
         elif name == "manifolds":
             keep_frame(run_dir, {"epoch": 1}, state.params)
-        elif name == "tensorboard":
+        elif name.startswith("tensorboard"):
             loop.train(run_dir, config, data, callbacks=[TensorBoard()])
         else:
             with open_checkpoints(run_dir) as checkpoints:

@@ -1,5 +1,6 @@
 """Many models at once: each is the model trained alone, in a run directory like any other."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -330,3 +331,49 @@ def test_a_damaged_sweep_is_refused(tmp_path):
     (tmp_path / "sweep.json").write_text('{"seed-0": {"seed": "x"}}')
     with pytest.raises(jaxvae.InputError, match=r"sweep\.json is damaged: seed is 'x'"):
         sweep.resumed(tmp_path, {})
+
+
+def test_a_sweep_of_no_models_is_refused(tmp_path):
+    (tmp_path / "sweep.json").write_text("{}")
+    with refused("sweep.json is damaged: it holds no models"):
+        sweep.resumed(tmp_path, {})
+
+
+@pytest.mark.parametrize(
+    "name", ["../../x", "a/b", "/tmp/x", "..", ".", "", "a\0b", ".lock", "a\\b"]
+)
+def test_a_models_name_does_not_leave_the_directory(tmp_path, name):
+    (tmp_path / "sweep.json").write_text(json.dumps({"seed-0": {}, name: {"seed": 1}}))
+    with refused("sweep.json is damaged: a model has the name "):
+        sweep.resumed(tmp_path, {})
+
+
+def test_models_of_other_kinds_are_no_sweep(tmp_path):
+    models = {"seed-0": {}, "seed-1": {"seed": 1, "model": {"latent_dim": 3}}}
+    (tmp_path / "sweep.json").write_text(json.dumps(models))
+    with refused("sweep.json is damaged: its models differ in more than seed, learning_rate and"):
+        sweep.resumed(tmp_path, {})
+
+
+def test_a_models_directory_that_is_a_link_is_refused(eight, tmp_path):
+    run_dir, models, _ = eight
+    name, outside = list(models)[1], tmp_path / "outside"
+    run_dir = shutil.copytree(run_dir, tmp_path / "run")
+    (run_dir / name).rename(outside)
+    (run_dir / name).symlink_to(outside)
+    before = {path: path.stat().st_mtime_ns for path in outside.rglob("*")}
+    with refused(f"{name} is a symbolic link, and jaxvae writes only into the directory itself"):
+        trained(run_dir, {"epochs": 3}, resume=True)
+    assert {path: path.stat().st_mtime_ns for path in outside.rglob("*")} == before
+
+
+def test_results_are_told_of_lost_metrics(eight, tmp_path):
+    run_dir, models, _ = eight
+    run_dir = shutil.copytree(run_dir, tmp_path / "run")
+    (run_dir / "metrics.jsonl").unlink()
+    assert list(sweep.results(run_dir, models)) == list(sweep.results(eight[0], models))
+    for name in list(models)[:3]:
+        (run_dir / name / "metrics.jsonl").unlink()
+    first, second, *_ = sweep.results(run_dir, models)
+    assert first == "learning rate 0.001, beta 0.5: test ELBO unknown, as metrics.jsonl is lost"
+    assert "over" not in second

@@ -1,0 +1,94 @@
+"""Run directories of odd names: what is suggested for them works, or they are refused."""
+
+import os
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import refused
+
+from jaxvae.cli.commands import _COMMANDS, _tell_next, main
+from jaxvae.cli.parser import make_parser
+from jaxvae.models.priors import PRIORS
+from jaxvae.runs.files import as_argument, cannot_write
+from jaxvae.runs.loop import stopped
+
+pytestmark = pytest.mark.usefixtures("compile_quickly", "keep_no_programs")
+NAME = "-it's $HOME [0.1]"
+
+
+@pytest.fixture(scope="module")
+def keep_no_programs():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jaxvae.cli.commands._keep_programs", lambda: None)
+        yield
+
+
+@pytest.fixture
+def train(npz):
+    return ["train", "--data", str(npz), "--network", "mlp:width=8", "--epochs", "1"]
+
+
+def test_what_a_training_says_to_try_next_works_in_a_shell(capsys):
+    _tell_next(Path(NAME), "", [Path("a.png")])
+    told = [line.split("  ")[1] for line in capsys.readouterr().err.splitlines()[1:]]
+    for line, command in zip(told, ["explore", "evaluate", "sample", "train"], strict=True):
+        program, *arguments = shlex.split(line.replace("epochs N", "epochs 2"))
+        assert (program, arguments[0]) == ("jaxvae", command)
+        options = make_parser(_COMMANDS).parse_args(arguments)
+        run = options.run_dir if command == "train" else options.run
+        assert Path(run) == Path(NAME)
+
+
+def test_an_interrupted_training_says_how_to_go_on_in_a_shell(train, tmp_path, capsys, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jaxvae.runs.loop.train", interrupt)
+    path = tmp_path / NAME
+    assert main([*train, "--run-dir", str(path)]) == 1
+    for told in (capsys.readouterr().err, stopped(path, 3), cannot_write(path, "No space left")):
+        command = told.splitlines()[-1].partition(" with: ")[2]
+        assert shlex.split(command) == ["jaxvae", "train", "--resume", "--run-dir", str(path)]
+
+
+@pytest.mark.parametrize(("path", "argument"), [("runs/1", "runs/1"), ("a b", "'a b'"),
+                                                ("-x", "./-x"), ("-$x", "'./-$x'")])  # fmt: skip
+def test_a_path_is_quoted_and_no_flag(path, argument):
+    assert as_argument(Path(path)) == argument
+
+
+def test_a_component_that_a_file_names_is_quoted():
+    with refused("on the command line with --prior 'my.Prior:x=$(reboot)'"):
+        PRIORS.parse("my.Prior:x=$(reboot)")
+
+
+def test_a_path_that_is_not_utf_8_is_refused_for_runs_alone(train, tmp_path, capsys, monkeypatch):
+    """Data and output may have any name."""
+    monkeypatch.setattr("jaxvae.runs.drawing.draw", lambda *_: [])
+    odd = tmp_path / os.fsdecode(b"caf\xe9")
+    try:
+        odd.mkdir()
+    except OSError:
+        pytest.skip("this file system has no such names")
+    shutil.copy(train[2], odd / "data.npz")
+    train[2] = str(odd / "data.npz")
+    assert main([*train, "--run-dir", str(tmp_path / "run")]) == 0
+    sample = ["sample", str(tmp_path / "run"), "--n", "1", "--out", str(odd / "a.png")]
+    assert main(sample) == 0
+    shutil.copytree(tmp_path / "run", odd / "moved")
+    monkeypatch.chdir(odd)
+    capsys.readouterr()
+    for arguments in (
+        [*train, "--run-dir", str(odd / "x")],
+        [*train, "--run-dir", "x"],
+        [*train, "--run-dir", "x", "--seeds", "2"],
+        ["sample", "moved", "--n", "1", "--out", "a.png"],
+    ):
+        assert main(arguments) == 2
+        told = capsys.readouterr()
+        assert "caf\\udce9" in told.err
+        assert "is not a path in UTF-8, as that of a run has to be: rename" in told.err
+        assert told.err.count("\n") == 1
+    assert not (odd / "x").exists()
