@@ -253,9 +253,11 @@ def imported(kind: str, text: str) -> Any:
     """
     path, options = parse_spec(kind, text)
     module_name, _, attribute = path.rpartition(".")
+    if not is_dotted_path(path):
+        raise InputError(f"{kind} is {text!r}: expected a dotted path, such as package.module.Name")
     try:
         entry = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError) as error:
         raise InputError(f"{kind} is {text!r}, which cannot be imported: {error}") from None
     return build(kind, path, entry, options)
 

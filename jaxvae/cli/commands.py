@@ -180,6 +180,7 @@ def _drop_oldest(folder: Path, limit: int) -> None:
 def _train(options: argparse.Namespace) -> None:
     from jaxvae.devices import processes
     from jaxvae.runs import sweep, tensorboard
+    from jaxvae.runs.callbacks import expect_callbacks
     from jaxvae.runs.config import RunConfig, read_config_file, resumed
     from jaxvae.runs.data import load_run_data
     from jaxvae.runs.profiling import Profiler
@@ -221,7 +222,8 @@ def _train(options: argparse.Namespace) -> None:
         callbacks.append(Profiler())
     if options.tensorboard:
         callbacks.append(tensorboard.TensorBoard())
-    callbacks += [imported("callback", path) for path in options.callbacks or ()]
+    own = [imported("callback", path) for path in options.callbacks or ()]
+    callbacks += expect_callbacks(own)
     start = {"resume": options.resume, "new_data": options.new_data}
     try:
         if len(models) > 1:

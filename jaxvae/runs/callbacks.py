@@ -1,6 +1,7 @@
 """What may follow a training: the `Callback` protocol, and early stopping."""
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,9 @@ from jaxvae.data import Dataset
 from jaxvae.errors import InputError
 from jaxvae.models.vae import Params
 from jaxvae.runs.config import RunConfig
+from jaxvae.validation import shown
+
+_METHODS = ("start", "dispatch", "epoch", "end")
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,22 @@ class Callback:
         Args:
           params: the last parameters; None where an error or a signal ended the training.
         """
+
+
+def expect_callbacks(callbacks: Iterable[Any]) -> list[Callback]:
+    """Return callbacks as a list.
+
+    Raises:
+      InputError: one has not the methods of a `Callback`.
+    """
+    callbacks = list(callbacks)
+    for one in callbacks:
+        if inspect.isclass(one) or not all(callable(getattr(one, n, None)) for n in _METHODS):
+            raise InputError(
+                f"callback is {shown(one)}: expected an object with the methods "
+                f"{', '.join(_METHODS)}, as of `jaxvae.Callback`"
+            )
+    return callbacks
 
 
 @dataclass

@@ -11,7 +11,7 @@ from jaxvae.data import Dataset, as_dataset
 from jaxvae.models.config import ModelConfig
 from jaxvae.models.vae import Params
 from jaxvae.runs import directory, loop
-from jaxvae.runs.callbacks import Callback
+from jaxvae.runs.callbacks import Callback, expect_callbacks
 from jaxvae.runs.config import RunConfig, components, configured, read_config, updated
 from jaxvae.runs.data import IN_PYTHON, load_run_data, with_binarization
 from jaxvae.runs.files import read_metrics
@@ -73,6 +73,7 @@ def fit(
     model, train = model or ModelConfig(), train or TrainConfig()
     expect_config("model", model, ModelConfig)
     expect_config("train", train, TrainConfig)
+    callbacks = expect_callbacks(callbacks)
     config = RunConfig(data=IN_PYTHON, seed=seed, model=model, train=train)
     if isinstance(data, str):
         config = configured({"data": data}, config)

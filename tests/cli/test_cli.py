@@ -19,13 +19,15 @@ from PIL import Image
 
 import jaxvae
 from jaxvae.cli.commands import _COMMANDS, _called, _drop_oldest, main
-from jaxvae.cli.parser import FLAGS, SHELLS, make_parser
+from jaxvae.cli.parser import SHELLS, config_fields, make_parser
 from jaxvae.interchange.export import load_safetensors
-from jaxvae.models.config import CHOICES
-from jaxvae.runs.config import RunConfig, read_config
+from jaxvae.runs.config import RunConfig, as_flag, read_config
 from jaxvae.runs.files import read_metrics
 
 pytestmark = pytest.mark.usefixtures("compile_quickly", "keep_no_programs")
+
+NETWORK = "mlp:width=8"
+FLAGS = [as_flag(name) for name in config_fields()]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,7 @@ def keep_no_programs():
 def run_dir(keep_no_programs, tmp_path_factory, npz):
     path = tmp_path_factory.mktemp("runs") / "run"
     train = ["train", "--data", str(npz), "--run-dir", str(path), "--epochs", "2"]
-    train += ["--network", "mlp"]
+    train += ["--network", NETWORK]
     assert main([*train, "--latent-dim", "3", "--learning-rate", "0.0005"]) == 0
     return path
 
@@ -55,19 +57,19 @@ def conditional(keep_no_programs, tmp_path_factory, npz):
         "epochs": 1,
         "network": "mlp:width=20",
         "likelihood": "discretized_logistic",
-        "prior": "mixture",
-        "prior-components": 5,
-        "posterior": "iaf",
-        "flow-steps": 1,
+        "prior": "mixture:components=5",
+        "posterior": "iaf:steps=1",
         "num-classes": 3,
-        "objective": "iwae",
-        "num-samples": 2,
-        "warmup": "linear",
-        "warmup-steps": 10,
-        "optimizer": "adam",
-        "epsilon": 1e-4,
-        "schedule": "cosine",
+        "objective": "iwae:num_samples=2",
+        "warmup": "linear:steps=10",
+        "optimizer": "adamw:eps=1e-4,weight_decay=1e-3",
+        "schedule": "warmup_cosine_decay_schedule:warmup_steps=2",
         "learning-rate": 3e-4,
+        "ema": 0.9,
+        "clip-norm": 100,
+        "skip-norm": 1e6,
+        "accumulate": 2,
+        "patience": 3,
     }
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     assert main(["train", *words]) == 0
@@ -87,28 +89,53 @@ def test_every_choice_has_a_flag(conditional):
     )
     assert config.train == jaxvae.TrainConfig(
         epochs=1,
-        objective="iwae",
-        num_samples=2,
-        warmup="linear",
-        warmup_steps=10,
-        optimizer="adam",
-        epsilon=1e-4,
-        schedule="cosine",
+        objective="iwae:num_samples=2",
+        warmup="linear:steps=10",
+        optimizer="adamw:eps=1e-4,weight_decay=1e-3",
+        schedule="warmup_cosine_decay_schedule:warmup_steps=2",
         learning_rate=3e-4,
+        ema=0.9,
+        clip_norm=100,
+        skip_norm=1e6,
+        accumulate=2,
+        patience=3,
     )
+    recorded = json.loads((conditional / "config.json").read_text())["train"]
+    assert recorded["optimizer"] == "adamw:eps=0.0001,weight_decay=0.001"
+    assert recorded["schedule"] == "warmup_cosine_decay_schedule:warmup_steps=2"
     kinds = (RunConfig, jaxvae.ModelConfig, jaxvae.TrainConfig)
     of_a_run = {field.name for kind in kinds for field in fields(kind)}
     of_a_run -= {"model", "train", "image_shape", "data_seen"}
-    assert {flag.strip("-").replace("-", "_") for flag in FLAGS} == of_a_run
+    assert set(config_fields()) == of_a_run
 
 
-def test_the_help_names_every_choice(capsys):
+def test_the_help_of_a_flag_is_the_docstring_of_its_field_and_names_the_components(capsys):
     with pytest.raises(SystemExit):
         main(["train", "--help"])
-    told = capsys.readouterr().out
-    for kind in CHOICES.values():
-        for names in kind.values():
-            assert all(name in told for name in names)
+    told = " ".join(capsys.readouterr().out.split())
+    for config in (RunConfig, jaxvae.ModelConfig, jaxvae.TrainConfig):
+        docs = " ".join(config.__doc__.split())
+        for field in fields(config):
+            if field.name not in config_fields():
+                continue
+            _, _, says = docs.partition(f"{field.name}: ")
+            assert says[:20] in told
+            assert f"{as_flag(field.name)} " in told
+    for registry in filter(None, config_fields().values()):
+        names = list(registry)
+        listed = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        assert f": {listed}" in told
+
+
+def test_flags_that_are_gone_are_refused_in_one_line(capsys):
+    """Their values are options of the components now."""
+    for flag in ("--width 8", "--prior-components 5", "--flow-steps 1", "--num-samples 2",
+                 "--free-bits 1", "--mmd-weight 1", "--warmup-steps 4", "--epsilon 1",
+                 "--divide"):  # fmt: skip
+        assert main(["train", *flag.split()]) == 2
+        told = capsys.readouterr().err
+        assert told.startswith("jaxvae: unrecognized arguments: ")
+        assert told.count("\n") == 1
 
 
 def test_a_run_of_many_choices_is_evaluated_sampled_and_drawn(conditional, tmp_path, capsys):
@@ -126,7 +153,17 @@ def test_a_run_of_many_choices_is_evaluated_sampled_and_drawn(conditional, tmp_p
 
 
 def test_a_run_starts_from_another(run_dir, npz, tmp_path):
-    train = ["train", "--data", str(npz), "--network", "mlp", "--latent-dim", "3", "--epochs", "1"]
+    train = [
+        "train",
+        "--data",
+        str(npz),
+        "--network",
+        NETWORK,
+        "--latent-dim",
+        "3",
+        "--epochs",
+        "1",
+    ]
     path = tmp_path / "next"
     assert main([*train, "--start-from", str(run_dir), "--run-dir", str(path)]) == 0
     assert read_config(path).start_from == str(run_dir)
@@ -215,7 +252,7 @@ def test_train_goes_on_with_moved_data_and_with_new_data_on_request(run_dir, npz
 
 def test_a_diverged_model_of_many_is_told_and_the_others_are_drawn(npz, tmp_path, capsys):
     run = tmp_path / "run"
-    train = ["train", "--data", str(npz), "--run-dir", str(run), "--network", "mlp"]
+    train = ["train", "--data", str(npz), "--run-dir", str(run), "--network", NETWORK]
     assert main([*train, "--epochs", "1", "--learning-rate", "9e5", "1e-3"]) == 0
     bad, good = "learning-rate-900000.0_seed-0", "learning-rate-0.001_seed-0"
     told = capsys.readouterr().err
@@ -229,7 +266,7 @@ def test_a_diverged_model_of_many_is_told_and_the_others_are_drawn(npz, tmp_path
 def test_train_makes_a_run_directory_and_tells_each_epoch_in_a_line(npz, tmp_path, capsys):
     """Where there is no terminal."""
     run_dir = tmp_path / "run"
-    train = ["train", "--data", str(npz), "--run-dir", str(run_dir), "--network", "mlp"]
+    train = ["train", "--data", str(npz), "--run-dir", str(run_dir), "--network", NETWORK]
     assert main([*train, "--latent-dim", "3", "--epochs", "2"]) == 0
     assert {path.name for path in run_dir.iterdir()} == {
         ".lock",
@@ -254,7 +291,7 @@ def test_train_makes_a_run_directory_and_tells_each_epoch_in_a_line(npz, tmp_pat
 
 def test_what_a_training_says_to_try_next_works(npz, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    train = ["train", "--data", str(npz), "--run-dir", "run", "--network", "mlp", "--epochs", "1"]
+    train = ["train", "--data", str(npz), "--run-dir", "run", "--network", NETWORK, "--epochs", "1"]
     assert main(train) == 0
     told = [line.split("  ")[1] for line in capsys.readouterr().err.splitlines()[3:]]
     assert [line.split()[1] for line in told] == ["explore", "evaluate", "sample", "train"]
@@ -285,7 +322,7 @@ def test_train_resume_of_a_finished_run_changes_nothing(run_dir):
 def many(keep_no_programs, tmp_path_factory, npz):
     path = tmp_path_factory.mktemp("runs") / "many"
     train = ["train", "--data", str(npz), "--run-dir", str(path), "--epochs", "1"]
-    train += ["--network", "mlp", "--seeds", "2", "--beta", "0.5", "--learning-rate", "1e-3"]
+    train += ["--network", NETWORK, "--seeds", "2", "--beta", "0.5", "--learning-rate", "1e-3"]
     assert main(train) == 0
     return path
 
@@ -398,7 +435,8 @@ def test_every_command_but_the_plainest_has_examples_which_it_takes(capsys):
 def test_a_script_for_the_shell_completes_commands_flags_and_names(shell, capsys):
     assert main(["completion", shell]) == 0
     script = capsys.readouterr().out
-    for word in ("explore", "clip-norm", "discretized_logistic", "residual", "safetensors"):
+    for word in ("explore", "clip-norm", "discretized_logistic", "residual", "safetensors",
+                 "adamw", "warmup_cosine_decay_schedule", "cyclical", "bfloat16"):  # fmt: skip
         assert word in script
 
 
@@ -413,6 +451,8 @@ def test_bash_completes(tmp_path, capsys):
         "jaxvae ex": "export explore",
         "jaxvae train --cl": "--clip-norm",
         "jaxvae train --objective d": "dreg",
+        "jaxvae train --optimizer adamw": "adamw",
+        "jaxvae train --compute-dtype b": "bfloat16",
     }.items():
         words = line.split()
         ask = f"source {script}; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; "
@@ -465,7 +505,7 @@ def counted(arguments, **environment):
 
 
 def test_a_second_start_compiles_nothing(npz, tmp_path):
-    train = ["train", "--data", npz, "--network", "mlp", "--epochs", "1", "--run-dir"]
+    train = ["train", "--data", npz, "--network", NETWORK, "--epochs", "1", "--run-dir"]
     cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
     code, _, compiled, _ = counted([*train, tmp_path / "first"], **cache)
     assert code == 0
@@ -555,7 +595,7 @@ WRONG = {
     "negative seed": ("train --seed -1", "seed is -1: expected at least 0"),
     "large batch": ("train --data {npz} --batch-size 1000", "batch_size is 1000: expected at most"),
     "unknown data set": ("train --data tfds:no_such_set", "no data set 'no_such_set'"),
-    "unknown network": ("train --network cnn", "network is 'cnn': expected 'notebook', 'mlp', "),
+    "unknown network": ("train --network cnn", "network is 'cnn': expected 'conv', 'mlp', "),
     "a network of one's own": ("train --network own", "hand its modules over"),
     "unknown likelihood": ("train --likelihood poisson", "likelihood is 'poisson': expected 'bern"),
     "unknown prior": ("train --prior flow", "prior is 'flow': expected 'standard_normal', 'mix"),
@@ -563,10 +603,32 @@ WRONG = {
     "unknown objective": ("train --objective elob", "objective is 'elob': expected 'elbo', 'stl'"),
     "unknown warm-up": ("train --warmup cosine", "warmup is 'cosine': expected 'none', 'linear'"),
     "unknown schedule": ("train --schedule step", "schedule is 'step': expected 'constant', 'cos"),
-    "unknown optimizer": ("train --optimizer sgd", "optimizer is 'sgd': expected 'rmsprop' or"),
+    "unknown optimizer": ("train --optimizer sdg", "optimizer is 'sdg': expected 'adabelief', "),
+    "unknown option": (
+        "train --optimizer adamw:decay=1",
+        "optimizer 'adamw' has no option 'decay': expected among 'b1', 'b2', 'eps', ",
+    ),
+    "what optax refuses": (
+        "train --optimizer adamw:eps=big",
+        "optimizer is 'adamw:eps=big', which optax refuses: ",
+    ),
+    "option without a value": (
+        "train --prior mixture:components",
+        "expected NAME:KEY=VALUE,KEY=VALUE, not 'components' in it",
+    ),
+    "option twice": (
+        "train --prior mixture:components=3,components=4",
+        "expected the option 'components' once",
+    ),
     "unknown binarization": ("train --binarization all", "binarization is 'all': expected 'none'"),
-    "no components": ("train --prior-components 0", "prior_components is 0: expected at least 1"),
-    "no flow": ("train --flow-steps 0", "flow_steps is 0: expected at least 1"),
+    "no components": (
+        "train --prior mixture:components=0",
+        "prior 'mixture': components is 0: expected at least 1",
+    ),
+    "no flow": (
+        "train --posterior iaf:steps=0",
+        "posterior 'iaf': steps is 0: expected at least 1",
+    ),
     "vamp with classes": ("train --prior vamp --num-classes 9", "pseudo-inputs have no classes"),
     "too few classes": (
         "train --data {npz} --num-classes 2 --run-dir {tmp}/x",
@@ -576,18 +638,35 @@ WRONG = {
         "train --data {bare} --num-classes 2 --batch-size 3 --run-dir {tmp}/x",
         "has no train labels: expected classes from 0 to 1",
     ),
-    "warm-up without steps": ("train --warmup linear", "warmup_steps is 0: expected at least 1"),
-    "several samples": (
-        "train --objective mmd --num-samples 2",
-        "num_samples is 2: expected 1 with the objective 'mmd'",
+    "warm-up without steps": (
+        "train --warmup linear",
+        "warmup 'linear' needs the option 'steps': expected linear:steps=VALUE",
     ),
-    "free bits": ("train --objective iwae --free-bits 1", "free_bits is 1.0: expected 0 with the"),
+    "several samples": (
+        "train --objective mmd:num_samples=2",
+        "objective 'mmd' has no option 'num_samples': expected among 'weight'",
+    ),
+    "free bits": (
+        "train --objective iwae:free_bits=1",
+        "objective 'iwae' has no option 'free_bits': expected among 'num_samples'",
+    ),
+    "a part that is none": (
+        "train --trainable head",
+        "trainable is ['head']: expected parts among",
+    ),
+    "an average of all": ("train --ema 1", "ema is 1.0: expected a number of at least 0, below 1"),
+    "a schedule of an optimizer": (
+        "train --schedule polynomial_schedule:power=two",
+        "schedule is 'polynomial_schedule:power=two', which optax refuses: ",
+    ),
     "free bits of a mixture": (
-        "train --data {npz} --network mlp --prior mixture --free-bits 1 --run-dir {tmp}/x",
+        "train --data {npz} --network mlp:width=8 --prior mixture --objective elbo:free_bits=1 "
+        "--run-dir {tmp}/x",
         "free_bits needs the KL of every latent: expected the posterior 'gaussian' and the prior",
     ),
     "path of a flow": (
-        "train --data {npz} --network mlp --posterior iaf --objective stl --run-dir {tmp}/x",
+        "train --data {npz} --network mlp:width=8 --posterior iaf --objective stl "
+        "--run-dir {tmp}/x",
         "with a flow train by 'elbo', 'iwae' or 'mmd'",
     ),
     "start from nothing": (
@@ -699,7 +778,7 @@ def test_command_lines_of_every_wrong_kind_end_in_one_line_and_code_2(capsys, tm
 
 
 def test_a_model_too_large_for_the_machine_is_refused(npz, tmp_path, capsys):
-    train = ["train", "--data", str(npz), "--run-dir", str(tmp_path / "x"), "--network", "mlp"]
+    train = ["train", "--data", str(npz), "--run-dir", str(tmp_path / "x"), "--network", NETWORK]
     assert main([*train, "--latent-dim", "100000000"]) == 2
     told = capsys.readouterr().err
     assert told.startswith("jaxvae: the model needs ")

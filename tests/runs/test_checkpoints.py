@@ -409,7 +409,7 @@ def test_a_directory_that_cannot_be_written_is_refused(tmp_path, state):
 @pytest.fixture(scope="module")
 def small():
     """A state that is quick to write."""
-    config = jaxvae.ModelConfig((4, 3, 1), 2, network="mlp", width=4)
+    config = jaxvae.ModelConfig((4, 3, 1), 2, network="mlp:width=4")
     return jaxvae.create_train_state(jax.random.key(0), config, jaxvae.TrainConfig())
 
 
