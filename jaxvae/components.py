@@ -146,7 +146,9 @@ class Config:
         made = cls(**{**fields, **own})
         for name in own:
             if (now := made.to_dict()[name]) != (was := fields.get(name, now)):
-                raise InputError(f"{name} is {now}, but the recorded one is {was}: hand that over")
+                raise ComponentNeeded(
+                    f"{name} is {now}, but the recorded one is {was}: hand that over"
+                )
         return made
 
     @classmethod
