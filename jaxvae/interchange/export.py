@@ -15,6 +15,7 @@ What lies in each file, and how another program reads it, is in docs/export.md.
 import importlib.util
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxvae.errors import InputError
+from jaxvae.errors import ComponentNeeded, InputError
 from jaxvae.models.config import ModelConfig
 from jaxvae.models.flows import FlowPosterior
 from jaxvae.models.vae import Params, decode, encode, init, prior
@@ -96,8 +97,12 @@ def load_safetensors(path: str | Path, network: Any = None, **own: Any) -> Param
     try:
         own |= {} if network is None else {"network": network}
         config = ModelConfig.from_dict(json.loads(about[_CONFIG]), **own)
-    except (json.JSONDecodeError, TypeError) as error:
+    except ComponentNeeded as error:
+        raise ComponentNeeded(f"{path}: {error}") from None
+    except (RecursionError, TypeError, ValueError) as error:
         raise InputError(f"{path} is damaged: {error}") from None
+    # As version 0.1 called it.
+    arrays = {re.sub(r"^flow\.", "posterior.", name): x for name, x in arrays.items()}
     like = jax.eval_shape(init, jax.random.key(0), config)
     expected, found = _shapes(_named(like)), _shapes(arrays)
     if expected != found:

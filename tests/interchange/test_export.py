@@ -209,13 +209,32 @@ def test_safetensors_come_back_as_the_model(model):
     assert jax.tree.all(jax.tree.map(np.array_equal, back, params))
 
 
+def test_safetensors_of_version_0_1_are_read(tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    config = jaxvae.ModelConfig(
+        (4, 4, 1), 2, network="mlp:width=3", prior="mixture:components=4", posterior="iaf:steps=1"
+    )
+    params = jaxvae.init(jax.random.key(0), config)
+    path = tmp_path / "model.safetensors"
+    export(params, tmp_path, ["safetensors"])
+    arrays = {re.sub(r"^posterior\.", "flow.", n): x for n, x in load_file(path).items()}
+    assert "flow.step_1.dense.kernel" in arrays
+    before = config.to_dict() | {"network": "mlp", "width": 3, "prior": "mixture"}
+    before |= {"prior_components": 4, "posterior": "iaf", "flow_steps": 1}
+    save_file(arrays, path, {"jaxvae.ModelConfig": json.dumps(before)})
+    back = load_safetensors(path)
+    assert jax.tree.structure(back) == jax.tree.structure(params)
+    assert jax.tree.all(jax.tree.map(np.array_equal, back, params))
+
+
 def test_modules_of_ones_own_are_exported(tmp_path):
     config = jaxvae.ModelConfig((8, 8, 1), 2, network=(OwnEncoder(2), OwnDecoder((8, 8, 1))))
     params = jaxvae.init(jax.random.key(0), config)
     export(params, tmp_path, ["safetensors"])
     back = load_safetensors(tmp_path / "model.safetensors", network=config.network)
     assert jax.tree.all(jax.tree.map(np.array_equal, back, params))
-    with refused("hand its modules over"):
+    with refused(str(tmp_path), "hand its modules over"):
         load_safetensors(tmp_path / "model.safetensors")
     with refused("the encoder asks for the size of a batch", "expected x.shape[0], not len(x)"):
         export(params, tmp_path / "x", ["stablehlo"])
@@ -245,6 +264,8 @@ def damaged(path, small, how):
         save_file(arrays, path, {"jaxvae.ModelConfig": "default"})
     elif how == "config of numbers":
         save_file(arrays, path, {"jaxvae.ModelConfig": "3"})
+    elif how == "deep config":
+        save_file(arrays, path, {"jaxvae.ModelConfig": "[" * 100_000})
     elif how == "wrong config":
         save_file(arrays, path, {"jaxvae.ModelConfig": json.dumps(config | {"latent_dim": 0})})
     elif how == "another config":
@@ -266,7 +287,8 @@ def damaged(path, small, how):
         ("no config", "does not say which model it is: expected a file of `jaxvae export`"),
         ("config of words", "is damaged: Expecting value"),
         ("config of numbers", "is damaged: "),
-        ("wrong config", "latent_dim is 0: expected at least 1"),
+        ("deep config", "is damaged: "),
+        ("wrong config", "is damaged: latent_dim is 0: expected at least 1"),
         ("another config", "'decoder.dense_1.kernel' of shape (2, 3) and type float32: expected "),
         ("one too few", "no 'encoder.mean.bias': expected 'encoder.mean.bias' of shape (2,)"),
         ("one too many", r"'a\nb' of shape (3,) and type float64: expected no 'a\nb'"),

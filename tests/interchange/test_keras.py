@@ -17,7 +17,7 @@ from jaxvae.cli.commands import main
 from jaxvae.interchange.keras import load_keras
 from jaxvae.runs import directory
 from jaxvae.runs.config import configured, read_config
-from jaxvae.runs.data import load_run_data
+from jaxvae.runs.data import describe, load_run_data
 from jaxvae.runs.keras import import_keras
 
 pytestmark = [
@@ -267,7 +267,8 @@ def test_the_command_makes_a_run_to_sample_and_to_start_from(notebook, npz, tmp_
     assert "does not tell" not in told
     assert main(["sample", str(old), "--n", "4", "--out", str(tmp_path / "a.png")]) == 0
     config = configured({"data": str(npz), "latent_dim": 3, "start_from": str(old)})
-    config = directory.fitted(tmp_path / "new", config, load_run_data(config), resume=False)
+    data = load_run_data(config)
+    config = directory.fitted(tmp_path / "new", config, data, describe(data), resume=False)
     begun = directory.first_state(jax.random.key(0), config)
     saved = load_keras(folder / "nested.keras")
     assert jax.tree.all(jax.tree.map(np.array_equal, begun.params, saved))
