@@ -317,5 +317,7 @@ def _is_outlier(curves: dict[str, list[float]]) -> bool:
     RMSprop's first steps can throw it off by orders of magnitude, which would flatten the rest.
     """
     kept = [*curves["test"], *curves["train"][1:]]
+    if len(curves["train"]) == 1:  # there is nothing to flatten
+        return False
     reach = max(kept) - min(kept)
     return not min(kept) - reach <= curves["train"][0] <= max(kept) + reach

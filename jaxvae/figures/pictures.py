@@ -30,10 +30,10 @@ def manifold(params: Params, n: int = 15) -> Figure:
     figure, axes = mosaic(images, len(down), title)
     height, width, _ = params.config.image_shape
     shown = np.linspace(0, n - 1, 5).round().astype(int)
-    axes.set_xticks((shown + 0.5) * width, [f"{right[i]:.2f}" for i in shown])
+    axes.set_xticks((shown + 0.5) * width, [_coordinate(right[i]) for i in shown])
     axes.set_xlabel("z1 (quantiles 0.05 to 0.95 of the prior)")
     if latent_dim > 1:
-        axes.set_yticks((shown + 0.5) * height, [f"{down[i]:.2f}" for i in shown])
+        axes.set_yticks((shown + 0.5) * height, [_coordinate(down[i]) for i in shown])
         axes.set_ylabel("z2")
     return figure
 
@@ -175,6 +175,10 @@ def labels_of(params: Params, data: Dataset, chosen: np.ndarray) -> jax.Array | 
     if not params.config.num_classes or data.test_labels is None:
         return None
     return jnp.asarray(data.test_labels[chosen], jnp.int32)
+
+
+def _coordinate(x: float) -> str:
+    return f"{x:.2f}" if abs(x) < 1e4 else f"{x:.1e}"  # of a prior that diverges
 
 
 def _name_rows(axes: Axes, params: Params, names: Sequence[str]) -> None:

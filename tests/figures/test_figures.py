@@ -151,6 +151,12 @@ def test_a_first_epoch_thrown_off_is_named_instead_of_drawn():
     assert log_likelihood.get_xlabel() == "epoch"
 
 
+def test_a_run_of_one_epoch_has_nothing_off_the_scale():
+    for axes in figures.training(records([-3.0])).axes:
+        assert [len(line.get_xdata()) for line in axes.get_lines()] == [1, 1]
+        assert axes.get_xlabel() == "epoch"
+
+
 def records(elbos):
     return [
         {
@@ -226,7 +232,7 @@ def test_what_is_measured_is_drawn_of_collapsed_and_of_diverging_models(tmp_path
     for number, figure in enumerate(
         (
             figures.latents(model, data),
-            figures.units(model, data),
+            figures.units(model, data, key=key),
             figures.aggregate(model, data, key),
         )
     ):
@@ -282,6 +288,13 @@ def test_collapsed_posteriors_are_a_spot_in_the_plane_and_those_infinite_are_cou
     assert 0 < lost < 40
     bars = figure.axes[0].patches
     assert sum(bar.get_height() * bar.get_width() for bar in bars) == pytest.approx(1)
+
+
+def test_the_coordinates_of_a_prior_that_diverges_are_short():
+    figure = figures.manifold(odd(1e37, prior="vamp:components=2"), 3)
+    (axes,) = figure.axes
+    ticks = [*axes.get_xticklabels(), *axes.get_yticklabels()]
+    assert {len(tick.get_text()) for tick in ticks} == {len("1.0e+37")}
 
 
 def test_pixels_that_are_no_numbers_are_black():
