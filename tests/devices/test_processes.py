@@ -181,7 +181,7 @@ def test_whatever_happens_to_a_process_the_run_goes_on_as_if_it_had_not(tmp_path
     together = Together(2, run_dir, *words)
     together.hit(1, signal.SIGTERM, after_epoch=1)
     assert together.ended(60) == [75, 75], together.said()
-    assert together.said().count("go on with: jaxvae train --resume --run-dir") == 2
+    assert together.said().count("resume with: jaxvae train --resume --run-dir") == 2
     stopped_at = int(jaxvae.restore(run_dir).step)
     assert stopped_at > 256
 
@@ -219,7 +219,7 @@ def test_sigterm_saves_in_mid_epoch_and_loses_nothing(tmp_path, data, advance):
         config = directory.start(run_dir, configured(flags), images, resume=False)
         if name == "stopped":
             with pytest.raises(Preempted, match=f"saved after step {2 * advance}"):
-                loop.train(run_dir, config, images, progress=SignalAt(advance))
+                loop.train(run_dir, config, images, callbacks=[SignalAt(advance)])
             assert signal.getsignal(signal.SIGTERM) is handler
             assert int(jaxvae.restore(run_dir).step) == 2 * advance
         ends.append(loop.train(run_dir, config, images))

@@ -135,7 +135,7 @@ def on_one_device(compile_quickly):
 def test_twenty_steps_are_the_same_run_on_any_number_of_devices(
     train, devices, on_one_device, compile_quickly
 ):
-    """In float32, as it is used; `tests/test_training.py` looks more closely, in float64."""
+    """In float32, as it is used; `tests/training/test_step.py` looks more closely, in float64."""
     state = train(devices)
     assert int(state.step) == int(on_one_device.step) == STEPS
     one, several = (ravel_pytree(s.params)[0] for s in (on_one_device, state))
