@@ -247,7 +247,7 @@ def _safetensors(params: Params) -> dict[str, bytes]:
     _require("safetensors")
     from safetensors.numpy import save
 
-    arrays = {name: np.ascontiguousarray(x) for name, x in _named(params).items()}
+    arrays = {name: np.asarray(x, order="C") for name, x in _named(params).items()}
     about = {_CONFIG: json.dumps(params.config.to_dict())}
     return {"model.safetensors": save(arrays, about)}
 
