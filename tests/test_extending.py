@@ -356,11 +356,11 @@ def test_the_command_line_takes_dotted_paths_and_a_file_never_does(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "epoch 1 was counted" in done.stdout
     recorded = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert recorded["model"]["prior"] == "mine.Laplace:scale=2.0"
+    assert recorded["model"]["prior"] == "mine.Laplace:scale=2"
     assert recorded["data"] == "mine.squares"
     without = jaxvae_command("sample", "run", "--n", "4", "--out", "a.png")
     assert without.returncode == 2
-    assert "mine.Laplace:scale=2.0" in without.stderr
+    assert "mine.Laplace:scale=2" in without.stderr
     assert "--prior" in without.stderr
     assert without.stderr.count("\n") == 1
     given = jaxvae_command("sample", "run", "--n", "4", "--out", "a.png", *prior)

@@ -449,7 +449,7 @@ def test_every_likelihood_is_made_of_the_decoders_outputs(name):
 @pytest.mark.parametrize("name", list(LIKELIHOODS))
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_terms_are_float32_whatever_the_decoder_and_the_images_are(name, dtype):
-    likelihood, rng = LIKELIHOODS[name], np.random.default_rng(0)
+    likelihood, rng = LIKELIHOODS.entries[name], np.random.default_rng(0)
     outputs = 3 * rng.normal(size=(2, 20, 20, 3 * likelihood.outputs_per_channel))
     images = jnp.asarray(rng.uniform(size=(2, 20, 20, 3)), dtype)
     made = likelihood.from_outputs(jnp.asarray(outputs, dtype), likelihood.init(3))
@@ -511,7 +511,7 @@ def test_values_and_first_and_second_derivatives_are_mpmaths(name):
     at = [jnp.float32(a) for a in at]
 
     def log_prob(level, *at):
-        likelihood, shared = LIKELIHOODS[name], {}
+        likelihood, shared = LIKELIHOODS.entries[name], {}
         if name == "gaussian":
             *at, shared["log_scale"] = at
         p_x = likelihood.from_outputs(jnp.stack(at).reshape(1, 1, 1, -1), shared)
