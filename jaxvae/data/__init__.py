@@ -88,9 +88,16 @@ def as_dataset(data: Any, name: str = "the data") -> Dataset:
       InputError: they are not images.
     """
     if not isinstance(data, Dataset):
+        if isinstance(data, tuple) and len(data) != 2:
+            raise InputError(
+                f"{name}: a tuple of {len(data)} parts: expected images, or a pair of training and "
+                "test images; with labels, a jaxvae.data.Dataset"
+            )
         parts = data if isinstance(data, tuple | list) and len(data) == 2 else (data,)
         try:
             images = [as_images(np.asarray(part), name) for part in parts]
+        except InputError:
+            raise
         except (TypeError, ValueError) as error:
             raise InputError(f"{name} cannot be read as an array: {error}") from None
         data = split_every_tenth(images[0], None)

@@ -77,7 +77,7 @@ def fit(
     config = RunConfig(data=IN_PYTHON, seed=seed, model=model, train=train)
     if isinstance(data, str):
         config = configured({"data": data}, config)
-    found = load_run_data(config) if isinstance(data, str) else as_dataset(data)
+    found = load_run_data(config, config.data) if isinstance(data, str) else as_dataset(data)
     if not isinstance(data, str):
         found = with_binarization(found, config)
     folder = None if run_dir is None else Path(run_dir)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -144,7 +144,7 @@ def run_epochs(trained: Trained, callbacks: Iterable[Callback] = ()) -> TrainSta
             # resumed run takes back, and never one too few.
             about = {"epoch": epoch, "step": step}
             record = trained.record(about, train, test, round(time.perf_counter() - began, 3))
-            with on_disk(trained.run_dir) if trained.run_dir else nullcontext():
+            with _writing(trained.run_dir):
                 verdicts = [follower.epoch(record, params) for follower in followers]
             trained.save(state, test, ({}, 0.0))
             if not all_agree(not any(verdicts)):
@@ -169,9 +169,14 @@ def _following(
     with ExitStack() as stack:
         is_over = False
         for follower in followers:
-            is_over |= bool(follower.start(training))
+            with _writing(training.run_dir):
+                is_over |= bool(follower.start(training))
             stack.callback(_end, follower, last)
         yield is_over, last.append
+
+
+def _writing(run_dir: Path | None) -> AbstractContextManager[None]:
+    return on_disk(run_dir) if run_dir else nullcontext()
 
 
 def _end(follower: Callback, last: list[Params]) -> None:
