@@ -424,7 +424,7 @@ def test_bars_of_a_flow_are_of_the_means_of_its_samples():
     heights = [bar.get_height() for bar in axes.patches]
     np.testing.assert_allclose(heights, np.sort(variance)[::-1], rtol=1e-4)
     assert f"{np.sum(variance > 0.01)} of 2 latents" in axes.get_title(loc="left")
-    with refused("key is None", "expected a PRNG key", "a flow"):
+    with refused("key is None", "expected a PRNG key", "not Gaussian"):
         figures.units(model, data)
 
 

@@ -56,7 +56,7 @@ def test_nothing_calls_what_executes_text():
         if name in calls:
             calls[name].add(str(path.relative_to(PACKAGE)))
     assert calls == {
-        "import_module": {"components.py"},
+        "import_module": {"__init__.py", "components.py"},
         "imported": {"cli/commands.py", "runs/data.py"},
     }
     with_shell = [path for path, node in nodes(ast.keyword) if node.arg == "shell"]
