@@ -186,7 +186,7 @@ def _seen(
             return config.data_seen
         found, before = f"{found}: {how}", last.train_images // config.train.batch_size
     elif history := read_metrics(run_dir):
-        before = history[0].get("step")
+        before = history[0]["step"] // history[0]["epoch"]  # the first lines may be lost
     remedy = "name the former data set with --data"
     if before in (None, batches):
         if new_data or not config.data_seen:

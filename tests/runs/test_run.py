@@ -505,6 +505,18 @@ def test_a_run_without_a_record_of_its_data_goes_on_and_gets_one(finished, tmp_p
     assert json.loads((run_dir / "config.json").read_text())["data_seen"] == seen
 
 
+def test_a_run_without_a_record_of_its_data_is_known_by_any_of_its_lines(finished, tmp_path, npz):
+    run_dir = shutil.copytree(finished[0], tmp_path / "run")
+    config = replace(read_config(run_dir), data_seen=())
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run_dir / "metrics.jsonl").write_text(lines[1])
+    data = load_run_data(config)
+    assert directory.start(run_dir, config, data, resume=True).data_seen
+    data = data._replace(train_images=data.train_images[:256], train_labels=data.train_labels[:256])
+    with refused("4 batches per epoch instead of 8"):
+        directory.start(run_dir, config, data, resume=True)
+
+
 def test_a_digest_is_of_all_images_in_memory_and_of_some_on_disk():
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (1000, 4, 4, 1), np.uint8)
