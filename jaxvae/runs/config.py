@@ -12,7 +12,7 @@ import jax
 from jaxvae.components import Config, is_dotted_path
 from jaxvae.errors import InputError
 from jaxvae.models.config import ModelConfig
-from jaxvae.runs.files import read_json, unmarked
+from jaxvae.runs.files import NewerVersion, read_json, unmarked
 from jaxvae.training.config import TrainConfig
 from jaxvae.training.optimizer import ELEMENTWISE
 from jaxvae.validation import either, shown, whole_number
@@ -235,9 +235,9 @@ def read_config_file(path: Path, flags: Collection[str] = ()) -> RunConfig:
     except (ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path} is not TOML, nor .json and JSON: {reason}") from None
-    content = unmarked(content, path)
-    content.pop("data_seen", None)  # of the run that wrote it
     try:
+        content = unmarked(content, path)
+        content.pop("data_seen", None)  # of the run that wrote it
         parts: dict[str, Any] = {}
         for name, kind in (("model", ModelConfig), ("train", TrainConfig)):
             table = content.pop(name, {})
@@ -252,6 +252,8 @@ def read_config_file(path: Path, flags: Collection[str] = ()) -> RunConfig:
                 )
             parts[name] = _without(table, flags)
         return _with_flags(RunConfig.from_dict(parts), _without(top, flags))
+    except NewerVersion:  # which names the file
+        raise
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 
