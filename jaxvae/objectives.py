@@ -395,7 +395,7 @@ class DoublyReparameterized:
         z, _ = samples(posterior, example_keys(key, len(posterior.mean)), self.num_samples)
         images = scale_images(images)  # which may be differentiated by, as uint8 may not
         bound, (log_p_x, log_ratio) = _doubly(
-            params, z, beta, lax.stop_gradient(posterior), images, labels
+            params, z, beta, lax.stop_gradient(posterior), images, native(labels)
         )
         log_likelihood, kl = jnp.mean(log_p_x, axis=0), jnp.mean(log_ratio, axis=0)
         return -bound, Elbo(log_likelihood - kl, log_likelihood, kl)
