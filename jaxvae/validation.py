@@ -40,8 +40,9 @@ def jit(*, wait: bool = True, **options: Any) -> Callable[[Callable[..., R]], Ca
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> R:
             # Once it has seen an array, `jax.jit` takes one of the other byte order for the same.
-            args = tuple(native(x) for x in args)
-            kwargs = {name: native(x) for name, x in kwargs.items()}
+            if any(map(_is_swapped, (*args, *kwargs.values()))):
+                args = tuple(map(native, args))
+                kwargs = {name: native(x) for name, x in kwargs.items()}
             for name, place in places.items():
                 x = args[place] if place < len(args) else kwargs.get(name)
                 if x is None:
@@ -67,9 +68,11 @@ def jit(*, wait: bool = True, **options: Any) -> Callable[[Callable[..., R]], Ca
 
 def native(x: Any) -> Any:
     """Return a NumPy array of the other byte order in this machine's own; all else as it is."""
-    if isinstance(x, np.ndarray) and not x.dtype.isnative:
-        return x.astype(x.dtype.newbyteorder("="))
-    return x
+    return x.astype(x.dtype.newbyteorder("=")) if _is_swapped(x) else x
+
+
+def _is_swapped(x: Any) -> bool:
+    return isinstance(x, np.ndarray) and not x.dtype.isnative
 
 
 def expect_unit_interval(images: Any, *, wait: bool = True) -> None:

@@ -639,6 +639,21 @@ def test_mmd_has_the_expected_gradient_of_a_mixtures_weights(pca, batch):
         assert np.all(np.abs(gradient.mean(0) - slopes) < 4 * error)
 
 
+def test_mmd_of_many_components_makes_no_array_of_all_differences():
+    """Which for two draws of each of 500 components of 40 latents would be 160 MB."""
+    network = MlpEncoder(40, width=8), MlpDecoder((6, 5, 2), width=8)
+    config = ModelConfig((6, 5, 2), 40, network=network, prior="mixture:components=500")
+    images = jnp.zeros((10, 6, 5, 2))
+
+    @jax.jit
+    @jax.grad
+    def gradient(params):
+        return jnp.sum(maximum_mean_discrepancy(params, KEY, images)[0])
+
+    program = gradient.lower(init(KEY, config)).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 120e6
+
+
 # ---- Their gradients, and where they run ----
 
 

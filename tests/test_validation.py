@@ -365,8 +365,9 @@ def test_arrays_of_the_other_byte_order_are_read_right(params, conditional, stat
         (lambda images: evaluate(params, KEY, images), GREY),
         (lambda images: jaxvae.Bernoulli(jnp.ones(GREY.shape)).log_prob(images), GREY),
         (lambda images: likelihoods.binarize(KEY, images), GREY),
-        (lambda images: OBJECTIVES["elbo"](params, KEY, images)[0], GREY),
-        (lambda images: OBJECTIVES["dreg"](params, KEY, images)[0], GREY),
+        (lambda images: OBJECTIVES.parse("elbo")(params, KEY, images)[0], GREY),
+        (lambda images: OBJECTIVES.parse("dreg")(params, KEY, images)[0], GREY),
+        (lambda x: OBJECTIVES.parse("dreg")(conditional, KEY, GREY, x)[0], labels),
     ]  # fmt: skip
     for f, x in calls:
         for _ in range(2):

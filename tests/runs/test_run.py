@@ -101,9 +101,7 @@ def test_config_json_holds_what_the_run_was_told(finished, npz):
     }
 
 
-def test_a_network_of_ones_own_is_trained_resumed_measured_drawn_and_loaded(
-    tmp_path, npz, monkeypatch
-):
+def test_a_network_of_ones_own_is_trained_resumed_and_measured(tmp_path, npz, monkeypatch):
     network = OwnEncoder(2), OwnDecoder((8, 8, 1))
     flags = {"data": str(npz), "batch_size": 128, "epochs": 1, "network": network}
     run_dir = tmp_path / "mine"
