@@ -119,7 +119,7 @@ def test_the_help_of_a_flag_is_the_docstring_of_its_field_and_names_the_componen
             if field.name not in config_fields():
                 continue
             _, _, says = docs.partition(f"{field.name}: ")
-            assert says[:20] in told
+            assert re.split("[.:;,(]", says)[0] in told
             assert f"{as_flag(field.name)} " in told
     for registry in filter(None, config_fields().values()):
         names = list(registry)
@@ -424,7 +424,7 @@ def test_every_command_but_the_plainest_has_examples_which_it_takes(capsys):
         with pytest.raises(SystemExit):
             main(arguments)
         _, examples = capsys.readouterr().out.split("\nexamples:\n")
-        for line in examples.strip().splitlines():
+        for line in re.sub(r"\\\n +", "", examples).strip().splitlines():
             words = re.split(r"   +| > ", line.strip())[0].split()
             assert words.pop(0) == "jaxvae"
             if words != ["COMMAND", "--help"]:
