@@ -349,7 +349,7 @@ def test_a_schedule_is_an_optax_object_or_one_of_ones_own(images):
         ({"accumulate": 0}, "accumulate is 0: expected at least 1"),
         ({"clip_norm": -1}, "clip_norm is -1: expected a number of at least 0"),
         ({"skip_norm": float("nan")}, "skip_norm is nan: expected a number of at least 0"),
-        ({"trainable": "head"}, "trainable is ('head',): expected parts among 'encoder', "),
+        ({"trainable": "head"}, "trainable is 'head': expected parts among 'encoder', "),
         ({"trainable": ("decoder", "head")}, "expected parts among 'encoder', 'decoder', "),
     ],
 )
