@@ -200,7 +200,7 @@ def make_parser(
     sample.add_argument("--seed", type=int, metavar="N", help="default: the run's")
     figures = command("figures", "draw the figures of a run again")
     figures.add_argument("--format", choices=["png", "svg", "pdf"], default="png",
-                         help="default png; the film is a GIF in any case")  # fmt: skip
+                         help="default png; the animation is a GIF in any case")  # fmt: skip
     export = command("export", "write a run's model for other programs")
     export.add_argument("--to", nargs="+", required=True, metavar="FORMAT",
                         help="stablehlo, onnx or safetensors, or several of them")  # fmt: skip

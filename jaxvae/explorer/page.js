@@ -122,13 +122,13 @@ function changed() {
     waiting = false;
     paint($("image"), decode(z, label));
     drawPointer();
-    tell();
+    showPosition();
     frames++;
   });
 }
 
 const signed = (number) => number.toFixed(2).replace("-", "\u2212");
-function tell() {
+function showPosition() {
   const [x, y] = here();
   const said = [[basis.name(across), signed(x)]];
   if (dims > 1) said.push([basis.name(up), signed(y)]);

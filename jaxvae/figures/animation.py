@@ -1,10 +1,10 @@
-"""A film of the manifold: a frame for every epoch, kept while a model trains.
+"""An animation of the manifold: a frame for every epoch, kept while a model trains.
 
     manifolds/0000.png, ...  the decoded plane of latents before training, after epoch 1, ...
 
 A frame is written before its epoch's checkpoint, so that what a kill cuts off, the resumed run
 writes again. A frame that is missing all the same, or damaged, or of another shape than most, is
-missing in the film.
+missing in the animation.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from jaxvae.storage import own_folder, write_whole
 
 _FRAMES = 64  # kept at most; half of them are let go when they would become more
 _SIDE = 480  # pixels of a frame, about
-_SECONDS = 8.0  # a film takes, at most
+_SECONDS = 8.0  # an animation takes, at most
 _STRIP = 26  # pixels above a frame, for what it says
 
 
@@ -43,7 +43,7 @@ def keep_frame(run_dir: Path, record: dict[str, Any], params: Params) -> None:
             path.unlink(missing_ok=True)
 
 
-def draw_film(run_dir: Path) -> list[Path]:
+def draw_animation(run_dir: Path) -> list[Path]:
     """Make figures/manifold.gif of a run's frames; returns its path, or none of fewer than two."""
     found = _frames(run_dir)
     pictures: dict[int, np.ndarray] = {}

@@ -1,4 +1,4 @@
-"""Images side by side: mosaics as arrays and as plain PNG files."""
+"""Images side by side: grids as arrays and as plain PNG files."""
 
 import math
 from functools import partial

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from jaxvae.data import Dataset
 from jaxvae.figures.grid import latent_grid, plane
-from jaxvae.figures.style import mosaic
+from jaxvae.figures.style import image_grid
 from jaxvae.models.distributions import UnitGaussian
 from jaxvae.models.likelihoods import scale_images
 from jaxvae.models.vae import Params, decode, encode, prior, reconstruct, sample
@@ -27,7 +27,7 @@ def manifold(params: Params, n: int = 15) -> Figure:
     title += " of class 0" if params.config.num_classes else ""
     if latent_dim > 2:
         title += f" (z3 to z{latent_dim} at 0)" if latent_dim > 3 else " (z3 at 0)"
-    figure, axes = mosaic(images, len(down), title)
+    figure, axes = image_grid(images, len(down), title)
     height, width, _ = params.config.image_shape
     shown = np.linspace(0, n - 1, 5).round().astype(int)
     axes.set_xticks((shown + 0.5) * width, [_coordinate(right[i]) for i in shown])
@@ -44,7 +44,7 @@ def reconstructions(params: Params, data: Dataset, n: int = 10) -> Figure:
     originals = jnp.asarray(data.test_images[chosen])
     decoded = reconstruct(params, originals, labels_of(params, data, chosen))
     pairs = jnp.concatenate([scale_images(originals), decoded])
-    figure, axes = mosaic(pairs, 2, "Test images and their reconstructions")
+    figure, axes = image_grid(pairs, 2, "Test images and their reconstructions")
     _name_rows(axes, params, ["image", "reconstruction"])
     return figure
 
@@ -52,7 +52,8 @@ def reconstructions(params: Params, data: Dataset, n: int = 10) -> Figure:
 def samples(params: Params, key: jax.Array, rows: int = 10) -> Figure:
     """Decoder means of rows * rows draws from the prior."""
     images = sample(params, key, rows * rows)
-    return mosaic(images, rows, f"{rows * rows} samples: decoder means of draws from the prior")[0]
+    title = f"{rows * rows} samples: decoder means of draws from the prior"
+    return image_grid(images, rows, title)[0]
 
 
 def classes(params: Params, key: jax.Array, columns: int = 10) -> Figure:
@@ -64,7 +65,7 @@ def classes(params: Params, key: jax.Array, columns: int = 10) -> Figure:
     z = jnp.tile(prior(params).sample(key, columns), (rows, 1))
     images = decode(params, z, jnp.repeat(jnp.arange(rows), columns)).mean
     title = "Samples by class: decoder means, the same draw down each column"
-    figure, axes = mosaic(images, rows, title)
+    figure, axes = image_grid(images, rows, title)
     _name_rows(axes, params, [f"class {label}" for label in range(rows)])
     return figure
 
@@ -83,7 +84,7 @@ def traversals(params: Params, data: Dataset, columns: int = 11) -> Figure:
     z = z.reshape(-1, params.config.latent_dim)
     labels = labels_of(params, data, np.zeros(len(z), int))
     title = "Traversals: one latent at a time, the others as of a test image"
-    figure, axes = mosaic(decode(params, z, labels).mean, len(shown), title)
+    figure, axes = image_grid(decode(params, z, labels).mean, len(shown), title)
     width = params.config.image_shape[1]
     ticks = np.linspace(0, columns - 1, 3).round().astype(int)
     quantiles = np.linspace(0.01, 0.99, columns)
@@ -145,13 +146,13 @@ def interpolations(params: Params, data: Dataset, pairs: int = 4, columns: int =
     t = jnp.linspace(0, 1, columns - 2)
     rows, names = [], []
     for i in range(0, ends.size, 2):
-        told = None if labels is None else jnp.full(len(t), labels[i])
+        row_labels = None if labels is None else jnp.full(len(t), labels[i])
         for name, way in ways.items():
-            between = decode(params, way(center[i], center[i + 1], t), told).mean
+            between = decode(params, way(center[i], center[i + 1], t), row_labels).mean
             rows.append(jnp.concatenate([images[i : i + 1], between, images[i + 1 : i + 2]]))
             names.append(name)
     title = "From one test image to another, by way of their latents"
-    figure, axes = mosaic(jnp.concatenate(rows), len(rows), title)
+    figure, axes = image_grid(jnp.concatenate(rows), len(rows), title)
     width = params.config.image_shape[1]
     axes.set_xticks(np.array([0.5, columns / 2, columns - 0.5]) * width,
                     ["image", "decoder means", "image"])  # fmt: skip

@@ -72,7 +72,7 @@ def or_warned(path: Path) -> Iterator[None]:
         warnings.warn(message, NotDrawn, stacklevel=3)
 
 
-def mosaic(images: jax.Array, rows: int, title: str) -> tuple[Figure, Axes]:
+def image_grid(images: jax.Array, rows: int, title: str) -> tuple[Figure, Axes]:
     """A figure of tiled images, each pixel drawn as a whole number of dots."""
     picture = pixels(tile(images, rows))
     height, width = picture.shape[:2]

@@ -108,7 +108,8 @@ def load_safetensors(path: str | Path, network: Any = None, **own: Any) -> Param
     if expected != found:
         name = min(set(expected.items()) ^ set(found.items()))[0]
         raise InputError(
-            f"{path} has {_told(found, name)}: expected {_told(expected, name)}, as of its model"
+            f"{path} has {_shape_text(found, name)}: expected {_shape_text(expected, name)}, "
+            "as of its model"
         )
     leaves = [jnp.asarray(arrays[name]) for name in _named(like)]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
@@ -169,7 +170,7 @@ def _stablehlo(params: Params) -> dict[str, bytes]:
     files = {}
     for name, function in _functions(params).items():
         inputs = _of_batch(batch, function)
-        with _told_of_len(name):
+        with _explain_len(name):
             exported = jax_export.export(jax.jit(function.call), platforms=PLATFORMS)(*inputs)
         files[f"{name}.stablehlo"] = bytes(exported.serialize())
     return files
@@ -190,7 +191,7 @@ def _onnx(params: Params) -> dict[str, bytes]:
     for name in ("encoder", "decoder"):
         function = functions[name]
         try:
-            with _told_of_len(name), _quiet("onnx_ir", "jax2onnx"):
+            with _explain_len(name), _quiet("onnx_ir", "jax2onnx"):
                 from jax2onnx import to_onnx
 
                 model = to_onnx(
@@ -269,7 +270,7 @@ def _shapes(arrays: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], str]]:
     return {name: (tuple(x.shape), str(x.dtype)) for name, x in arrays.items()}
 
 
-def _told(shapes: dict[str, tuple[tuple[int, ...], str]], name: str) -> str:
+def _shape_text(shapes: dict[str, tuple[tuple[int, ...], str]], name: str) -> str:
     if name not in shapes:
         return f"no {name!r}"
     shape, dtype = shapes[name]
@@ -282,7 +283,7 @@ def _require(package: str) -> None:
 
 
 @contextmanager
-def _told_of_len(name: str) -> Iterator[None]:
+def _explain_len(name: str) -> Iterator[None]:
     """An InputError where modules of one's own ask for the size of the batch as a number."""
     try:
         yield

@@ -115,11 +115,12 @@ def _read(path: str | Path, decoder: str | Path | None) -> tuple[Params, str]:
         {name: weights[role] for name, role in _DECODER.items()},
         ModelConfig((2 * rows, 2 * columns, channels), latent_dim),
     )
-    told = ", ".join(f"{layer.name} as {role}" for role, layer in roles.items())
+    assigned = ", ".join(f"{layer.name} as {role}" for role, layer in roles.items())
     if not all(checked):
-        told += "; strides and activations, which the file does not tell, as the notebook's"
+        assigned += "; strides and activations, which the file does not tell, as the notebook's"
     return params, (
-        f"{where}: images of {2 * rows} x {2 * columns} x {channels}, {latent_dim} latents; {told}"
+        f"{where}: images of {2 * rows} x {2 * columns} x {channels}, {latent_dim} latents; "
+        f"{assigned}"
     )
 
 
@@ -239,11 +240,11 @@ def _grid(where: str, places: int, configs: list[_Config]) -> tuple[int, int]:
     side = math.isqrt(places)
     rows, columns = min(grids, default=(side, side))
     if len(grids) > 1 or rows * columns != places:
-        told = " and ".join(f"{2 * down:g} x {2 * right:g}" for down, right in sorted(grids))
+        sizes = " and ".join(f"{2 * down:g} x {2 * right:g}" for down, right in sorted(grids))
         raise InputError(
             f"{where} has {64 * places} units between encoder and decoder, "
-            f"and images of {told or 'an unknown shape'}: expected "
-            + ("64 for every 2 x 2 pixels" if told else "a square, or a file that tells the shape")
+            f"and images of {sizes or 'an unknown shape'}: expected "
+            + ("64 for every 2 x 2 pixels" if sizes else "a square, or a file that tells the shape")
         )
     return int(rows), int(columns)
 
@@ -270,8 +271,8 @@ def _from_file(path: Path) -> tuple[list[_Layer], list[_Config]]:
                     f"{path} is not a file of Keras: expected .keras, .weights.h5 or .h5"
                 )
             with h5py.File(weights, "r") as h5:
-                told = config if config is not None else h5.attrs.get("model_config", "null")
-                return _layers(path, h5), list(_configs(json.loads(told)))
+                content = config if config is not None else h5.attrs.get("model_config", "null")
+                return _layers(path, h5), list(_configs(json.loads(content)))
     except InputError:
         raise
     except FileNotFoundError:

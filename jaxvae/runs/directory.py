@@ -3,7 +3,7 @@
     config.json      what it was told
     metrics.jsonl    a line per epoch: epoch, step, train and test metrics, seconds
     checkpoints/     the last two epochs and the best one
-    manifolds/       frames of the film among them, an epoch each
+    manifolds/       frames of the animation among them, an epoch each
     figures/         what `jaxvae figures` draws
     evaluation.json  what `jaxvae evaluate` measured last
     tensorboard/     and profile/, where they were asked for: `jaxvae.runs.tensorboard`

@@ -25,7 +25,7 @@ def draw(
     """
     # matplotlib takes as long to import as JAX, so only what draws pays for it.
     from jaxvae.figures import draw_all
-    from jaxvae.figures.animation import draw_film
+    from jaxvae.figures.animation import draw_animation
     from jaxvae.figures.style import or_warned
 
     _, key = run_keys(config)
@@ -36,7 +36,7 @@ def draw(
             history = read_metrics(run_dir)
         paths = draw_all(folder, params, data, history, key, kind)
         with or_warned(folder / "manifold.gif"):
-            paths += draw_film(run_dir)
+            paths += draw_animation(run_dir)
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error.strerror or error}") from None
     return paths

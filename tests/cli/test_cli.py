@@ -586,7 +586,7 @@ WRONG = {
     ),
     "more seeds": ("train --resume --run-dir {many} --seeds 3", "--seeds was settled when"),
     "evaluate many": ("evaluate {many}", "holds many models: name the run directory of one"),
-    "figures as a film": ("figures {run} --format mp4", "invalid choice: 'mp4'"),
+    "figures as an animation": ("figures {run} --format mp4", "invalid choice: 'mp4'"),
     "tensorboard of many": (
         "train --data {npz} --seeds 2 --tensorboard --run-dir {tmp}/x",
         "--tensorboard shows the training of one model, not of many",

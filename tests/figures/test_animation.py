@@ -1,4 +1,4 @@
-"""A film of the manifold, kept frame by frame while a model trains."""
+"""An animation of the manifold, kept frame by frame while a model trains."""
 
 import os
 import shutil
@@ -75,8 +75,8 @@ def run_dir(tmp_path, frames):
     return shutil.copytree(frames, tmp_path / "run")
 
 
-def test_the_film_shows_frame_after_frame_below_its_epoch(run_dir):
-    assert animation.draw_film(run_dir) == [run_dir / "figures" / "manifold.gif"]
+def test_the_animation_shows_frame_after_frame_below_its_epoch(run_dir):
+    assert animation.draw_animation(run_dir) == [run_dir / "figures" / "manifold.gif"]
     with Image.open(run_dir / "figures" / "manifold.gif") as gif:
         assert gif.n_frames == 4
         for epoch in range(4):
@@ -88,13 +88,13 @@ def test_the_film_shows_frame_after_frame_below_its_epoch(run_dir):
             assert np.mean(picture[:-120] == 255) > 0.5
 
 
-def test_frames_that_are_missing_or_cut_off_are_missing_in_the_film(run_dir):
+def test_frames_that_are_missing_or_cut_off_are_missing_in_the_animation(run_dir):
     folder = run_dir / "manifolds"
     (folder / "0001.png").unlink()
     whole = (folder / "0002.png").read_bytes()
     (folder / "0002.png").write_bytes(whole[: len(whole) // 2])
     (folder / "0004.png").write_bytes(b"")
-    (path,) = animation.draw_film(run_dir)
+    (path,) = animation.draw_animation(run_dir)
     with Image.open(path) as gif:
         assert gif.n_frames == 2
 
@@ -137,31 +137,31 @@ ODD = {
 
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("case", ODD)
-def test_a_damaged_huge_or_odd_frame_is_missing_in_the_film(run_dir, monkeypatch, case, first):
+def test_a_damaged_huge_or_odd_frame_is_missing_in_the_animation(run_dir, monkeypatch, case, first):
     drawn = []
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **kwargs: drawn.append(1))
     ODD[case](run_dir / "manifolds" / ("0000.png" if first else "0003.png"))
-    (path,) = animation.draw_film(run_dir)
+    (path,) = animation.draw_animation(run_dir)
     with Image.open(path) as gif:
         assert (gif.n_frames, gif.size) == (3, (120, 120 + 26))
     assert not drawn
 
 
-def test_a_film_is_of_the_frames_that_a_run_keeps(tmp_path):
+def test_an_animation_is_of_the_frames_that_a_run_keeps(tmp_path):
     """However many a stranger's folder holds."""
     (tmp_path / "manifolds").mkdir()
     for epoch in range(301):
         picture = np.full((4, 4), epoch % 256, np.uint8)
         Image.fromarray(picture).save(tmp_path / "manifolds" / f"{epoch:04}.png")
-    (path,) = animation.draw_film(tmp_path)
+    (path,) = animation.draw_animation(tmp_path)
     with Image.open(path) as gif:
         assert gif.n_frames == 38  # every eighth
 
 
-def test_a_run_without_frames_has_no_film(tmp_path):
-    assert animation.draw_film(tmp_path) == []
+def test_a_run_without_frames_has_no_animation(tmp_path):
+    assert animation.draw_animation(tmp_path) == []
     animation.keep_frame(tmp_path, {"epoch": 1}, params())
-    assert animation.draw_film(tmp_path) == []
+    assert animation.draw_animation(tmp_path) == []
 
 
 def test_pictures_that_are_no_frames_are_left_alone(tmp_path, monkeypatch):
@@ -179,6 +179,6 @@ def test_pictures_that_are_no_frames_are_left_alone(tmp_path, monkeypatch):
 def test_a_pipe_among_the_frames_is_passed_over(run_dir):
     os.mkfifo(run_dir / "manifolds" / "0004.png")
     with at_once():
-        (path,) = animation.draw_film(run_dir)
+        (path,) = animation.draw_animation(run_dir)
     with Image.open(path) as gif:
         assert gif.n_frames == 4

@@ -50,9 +50,9 @@ def test_a_killed_training_gives_its_directory_back(tmp_path, other):
 
 
 def test_what_a_killed_training_left_half_written_is_taken_away(tmp_path):
-    """And nothing else: downloads and films are written under such names, too."""
+    """And nothing else: downloads and animations are written under such names, too."""
     others = [
-        "film.mp4.part", "metrics.jsonl.part", "figures/samples.png.part", "checkpoints/x.part",
+        "digits.mp4.part", "metrics.jsonl.part", "figures/samples.png.part", "checkpoints/x.part",
         "checkpoints/8/sha256.json.part", "downloads/deep/data.tar.part", ".jaxvae-1.part",
     ]  # fmt: skip
     part = ".jaxvae-0123456789abcdef.part"
