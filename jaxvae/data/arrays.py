@@ -1,7 +1,7 @@
-"""Arrays of numbers from files that may be anything: IDX, .npy and .npz.
+"""Numeric arrays from untrusted IDX, .npy and .npz files.
 
-What a file says of itself is checked before memory is taken for it, nothing is unpickled, and
-what an archive holds is never written anywhere.
+Sizes in a header are checked before memory is allocated, nothing is unpickled, and archives are
+never extracted to disk.
 """
 
 import io
@@ -23,9 +23,18 @@ _MOST_HEADER = 10_000  # bytes, NumPy's own limit
 
 @contextmanager
 def reading(name: object) -> Iterator[None]:
-    """Whatever goes wrong in decoding `name` ends as InputError, in one line.
+    """Convert every exception of a decoder to an InputError of one line.
 
-    To be wrapped around decoders alone, as they raise nearly anything.
+    Use it around decoders only: they raise nearly any exception.
+
+    Args:
+      name: what is decoded, as the message names it.
+
+    Yields:
+      Nothing.
+
+    Raises:
+      InputError: the decoder failed.
     """
     try:
         yield
@@ -37,21 +46,39 @@ def reading(name: object) -> Iterator[None]:
 
 
 def read_idx(file: BinaryIO) -> np.ndarray:
-    """An IDX file of bytes: two zeros, the type (8: bytes), the rank, the sides, the data.
+    """Read an IDX file of bytes: two zeros, the type (8: bytes), the rank, the sides, the data.
 
-    Raises ValueError, or what a file that decompresses does.
+    Args:
+      file: open at its start; it may decompress while it is read.
+
+    Returns:
+      The array, uint8.
+
+    Raises:
+      ValueError: the file is damaged or not an IDX file of bytes.
     """
     magic = file.read(4)
     if len(magic) < 4 or magic[:3] != b"\0\0\x08" or not 1 <= magic[3] <= 4:
         raise ValueError("not an IDX file of bytes: expected .npz, .npy, or IDX as MNIST's")
     sides = file.read(4 * magic[3])
     if len(sides) < 4 * magic[3]:
-        raise ValueError("its header is cut off")
+        raise ValueError("its header is truncated")
     return _rest(file, struct.unpack(f">{magic[3]}I", sides), np.dtype(np.uint8))
 
 
 def read_npy(file: BinaryIO) -> np.ndarray:
-    """An .npy file of numbers or booleans. Raises ValueError, or what NumPy and the file do."""
+    """Read an .npy file of numbers or booleans.
+
+    Args:
+      file: open at its start.
+
+    Returns:
+      The array, of the file's shape and type.
+
+    Raises:
+      ValueError: the file is damaged, or holds something other than numbers. NumPy's parser of
+        headers raises other exceptions too.
+    """
     start = file.read(8)
     if start[:6] != b"\x93NUMPY" or start[6:] not in (b"\1\0", b"\2\0"):
         raise ValueError("not a NumPy file of version 1 or 2")
@@ -68,9 +95,18 @@ def read_npy(file: BinaryIO) -> np.ndarray:
 
 
 def read_npz(file: BinaryIO, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Those of the named arrays that an .npz file holds; of others it may hold anything.
+    """Read the named arrays of an .npz file, and ignore its other members.
 
-    Raises ValueError, or what zipfile and NumPy do.
+    Args:
+      file: open at its start.
+      names: names of the arrays.
+
+    Returns:
+      The arrays that the file holds, by name.
+
+    Raises:
+      ValueError: the file holds none of the arrays, one of them twice, or compressed by another
+        method than NumPy's. zipfile raises other exceptions too.
     """
     arrays = {}
     with zipfile.ZipFile(file) as archive:
@@ -80,9 +116,9 @@ def read_npz(file: BinaryIO, names: tuple[str, ...]) -> dict[str, np.ndarray]:
             if held.count(name) > 1:
                 raise ValueError(f"it holds {name} more than once")
             member = members[held.index(name)]
-            # As numpy.savez and numpy.savez_compressed write; others expand without bound.
+            # The methods of numpy.savez and savez_compressed; others have no bound on expansion.
             if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise ValueError(f"{name} is compressed in another way than by NumPy")
+                raise ValueError(f"{name} is compressed by another method than NumPy's")
             with reading(f"its {name}"), archive.open(member) as array:
                 arrays[name] = read_npy(array)  # type: ignore[arg-type]
     if not arrays:
@@ -94,23 +130,27 @@ def read_npz(file: BinaryIO, names: tuple[str, ...]) -> dict[str, np.ndarray]:
 
 
 def expect_memory(size: int) -> None:
-    """Raises ValueError if so many bytes are more than this machine's memory."""
-    there = memory()
-    if there is not None and size > there:
+    """Check that `size` bytes fit into this machine's memory.
+
+    Raises:
+      ValueError: they do not.
+    """
+    available = memory()
+    if available is not None and size > available:
         raise ValueError(
-            f"it would take {size:,} bytes: expected at most this machine's memory, {there:,}"
+            f"it would take {size:,} bytes: expected at most this machine's memory, {available:,}"
         )
 
 
 def _rest(
     file: BinaryIO, shape: tuple[int, ...], dtype: np.dtype, order: Literal["C", "F"] = "C"
 ) -> np.ndarray:
-    """What follows in a file, which is to be exactly the numbers of an array of this shape."""
+    """Read the rest of a file, which must be exactly the numbers of an array of this shape."""
     if min(shape, default=0) < 0:
         raise ValueError(f"its shape is {shape}")
     size = math.prod(shape) * dtype.itemsize
     expect_memory(size)
-    data = np.empty(size, np.uint8)  # memory is taken page by page, as it is written to
+    data = np.empty(size, np.uint8)  # allocated page by page, when written
     view, done = data.data, 0
     while done < size and (count := file.readinto(view[done : done + _CHUNK])):  # type: ignore[attr-defined]
         done += count

@@ -1,4 +1,4 @@
-"""What every source of images gives."""
+"""The Dataset type, and the checks that every source of images shares."""
 
 from typing import NamedTuple, Protocol
 
@@ -8,21 +8,30 @@ from jaxvae.errors import InputError
 
 
 class Images(Protocol):
-    """Images that can be had by their numbers: an array, or what reads them from disk."""
+    """Images [N, H, W, C] read by index: an array, or an object that reads them from disk."""
 
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """(N, height, width, channels)."""
+
     @property
-    def dtype(self) -> np.dtype: ...
+    def dtype(self) -> np.dtype:
+        """Type of the pixels: uint8 or float32."""
+
     def __len__(self) -> int: ...
     def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray: ...
 
 
 class Dataset(NamedTuple):
-    """Images to learn from and images held out, as they were stored.
+    """Training and test images with their labels.
 
-    Images are uint8 [N, H, W, C] and labels int64 [N], or None where there are no labels.
-    Training images too many for memory are read from disk as they are asked for.
+    Training images that do not fit into memory are read from disk when they are indexed.
+
+    Attributes:
+      train_images: uint8, or float32 in [0, 1]: [N, H, W, C].
+      train_labels: int64 [N], or None without labels.
+      test_images: as `train_images`, an array.
+      test_labels: as `train_labels`.
     """
 
     train_images: Images
@@ -32,14 +41,14 @@ class Dataset(NamedTuple):
 
 
 def split_every_tenth(images: np.ndarray, labels: np.ndarray | None) -> Dataset:
-    """Holds out the first image and every tenth after it.
+    """Split off the first image and every tenth after it as test images.
 
     Args:
-        images: uint8 [N, H, W, C].
-        labels: int64 [N] or None.
+      images: [N, H, W, C].
+      labels: int64 [N], or None.
 
     Returns:
-        A Dataset of N - ceil(N / 10) training images and ceil(N / 10) test images, in order.
+      A Dataset of N - ceil(N / 10) training images and ceil(N / 10) test images, in order.
     """
     held_out = np.arange(len(images)) % 10 == 0
     if labels is None:
@@ -48,13 +57,24 @@ def split_every_tenth(images: np.ndarray, labels: np.ndarray | None) -> Dataset:
 
 
 def as_images(array: np.ndarray, name: object) -> np.ndarray:
-    """An array as [N, H, W, C], or InputError."""
+    """Reshape an array to [N, H, W, C].
+
+    Args:
+      array: [N, H, W] or [N, H, W, C].
+      name: name of the data in error messages.
+
+    Returns:
+      The images, [N, H, W, C].
+
+    Raises:
+      InputError: the array is empty, has another shape, or has its channels first.
+    """
     if array.ndim not in (3, 4):
         raise InputError(
             f"{name} holds images of shape {array.shape}: expected (images, height, width) or "
             "(images, height, width, channels)"
         )
-    if not array.size:  # before anything is made for each of its rows, which may be many
+    if not array.size:  # checked first, as an empty array may have any number of rows
         raise InputError(f"{name} holds no images, but an array of shape {array.shape}")
     if array.ndim == 4:
         expect_channels_last(array.shape[1:], name)
@@ -62,7 +82,15 @@ def as_images(array: np.ndarray, name: object) -> np.ndarray:
 
 
 def expect_channels_last(shape: tuple[int, ...], name: object) -> None:
-    """Raise InputError if an image of this shape begins with what look like its channels."""
+    """Check that the first axis of an image's shape does not look like its channels.
+
+    Args:
+      shape: shape of an image, of three axes.
+      name: name of the data in error messages.
+
+    Raises:
+      InputError: the channels seem to come first.
+    """
     if shape[0] in (1, 3, 4) and min(shape[1:]) > 4:
         raise InputError(
             f"{name} holds images of shape {shape}, whose channels seem to come first: expected "
@@ -71,16 +99,37 @@ def expect_channels_last(shape: tuple[int, ...], name: object) -> None:
 
 
 def expect_labels(images: Images, labels: np.ndarray | None, subject: str, split: str = "") -> None:
-    """Raise InputError unless there is a label for each image, or none at all."""
+    """Check that there is a label for each image, or none at all.
+
+    Args:
+      images: [N, H, W, C].
+      labels: [N], or None.
+      subject: start of the error message, such as "data.npz has".
+      split: name of the split and a space, or nothing.
+
+    Raises:
+      InputError: there are more or fewer labels than images.
+    """
     if labels is not None and len(labels) != len(images):
         raise InputError(
             f"{subject} {len(images)} {split}images and {len(labels)} labels: "
-            "expected a label for each"
+            "expected one label for each image"
         )
 
 
 def as_labels(array: np.ndarray, name: object) -> np.ndarray:
-    """An array as int64 [N], or InputError."""
+    """Convert an array of labels to int64.
+
+    Args:
+      array: whole numbers of any type, [N].
+      name: name of the data in error messages.
+
+    Returns:
+      The labels, int64 [N].
+
+    Raises:
+      InputError: the array has another shape or type, or a label larger than 2**63 - 1.
+    """
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
         raise InputError(
             f"{name} holds labels of shape {array.shape} and type {array.dtype}: "

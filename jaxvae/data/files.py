@@ -1,4 +1,4 @@
-"""Images from files: IDX, NumPy arrays, and folders of pictures."""
+"""Images from files: IDX, NumPy arrays, ArrayRecord files and folders of pictures."""
 
 import gzip
 import re
@@ -17,37 +17,40 @@ from jaxvae.errors import InputError
 _KERAS = ("x_train", "y_train", "x_test", "y_test")
 _SPLITS = {"train": ("train",), "test": ("t10k", "test")}
 _IDX = re.compile(r"idx[134](-ubyte|(\.gz)?$)")
-# Folders of pictures that are splits, small and capital letters alike; the first held-out one
-# that is there is taken.
+# Names of folders that hold a split, in any case. The first one that exists is used.
 _TRAIN = ("train", "training")
 _HELD_OUT = ("test", "testing", "val", "valid", "validation")
 _ENDS = frozenset[str]().union(*FORMATS.values())
 
 
 def load_path(path: Path, changes: set[str]) -> Dataset:
-    """The images of a file or folder.
+    """Load the images of a file or folder.
 
     - an .npz file: `x_train`, `x_test` (and `y_train`, `y_test`), or `images` (and `labels`);
     - an .npy file or one IDX file: images;
     - a folder of IDX files with MNIST's names, gzipped or not;
     - a folder of ArrayRecord files, train*.array_record* and test*.array_record*, whose records
       are PNG, JPEG or .npy files, with the labels in train_labels.npy and test_labels.npy: the
-      training images stay on disk until they are needed;
-    - a folder of pictures, all of one size: `train/` and `test/` (else `val/`) where there are
-      such folders, in small or capital letters; where pictures lie in folders of their own, these
-      are the classes, numbered in the order of their names, over both splits together. What is
-      hidden, with a name that begins with a dot, is passed over. Pictures become uint8 as
-      `read_picture` says.
+      training images are read from disk when they are needed;
+    - a folder of pictures of one size. Subfolders `train/` and `test/` (else `val/`), in any case,
+      are the splits. Subfolders of these are the classes, numbered in the order of their names
+      over both splits. Names that begin with a dot are skipped. `read_picture` converts the
+      pictures to uint8.
 
-    Every tenth image is held out where the source itself does not split.
+    Every tenth image becomes a test image where the source has no split of its own.
 
-    changes: takes up what was done to pictures, as of `read_picture`.
+    Untrusted files are parsed safely: nothing is unpickled, extracted or executed, and memory is
+    allocated only for data that the file holds.
 
-    Any of them may come from a stranger: nothing is unpickled, unpacked or executed, and memory is
-    taken only for what is there.
+    Args:
+      path: the file or folder.
+      changes: set to which conversions of pictures are added, as of `read_picture`.
+
+    Returns:
+      The images, and the labels where there are any.
 
     Raises:
-      InputError: the path is missing, or is not what it says it is; a picture has more than 2^24
+      InputError: the path does not exist or has another format; a picture has more than 2^24
         pixels; an array is larger than this machine's memory.
     """
     if not path.exists():
@@ -66,7 +69,7 @@ def load_path(path: Path, changes: set[str]) -> Dataset:
 
 def _load_numpy(path: Path) -> Dataset:
     with reading(path), path.open("rb") as file:
-        if file.read(2) != b"PK":  # as a zip file begins
+        if file.read(2) != b"PK":  # the first bytes of a zip file
             file.seek(0)
             arrays = {"images": read_npy(file)}
         else:
@@ -162,10 +165,10 @@ def _load_pictures(folder: Path, changes: set[str]) -> Dataset:
 
 
 def _split(folder: Path, names: tuple[str, ...]) -> Path | None:
-    """The folder in a folder that is called by the first of the names that is there."""
-    there = [path for path in folder.iterdir() if path.is_dir()]
+    """Find the subfolder with the first of the names that exists, in any case."""
+    subfolders = [path for path in folder.iterdir() if path.is_dir()]
     for name in names:
-        found = sorted(path for path in there if path.name.lower() == name)
+        found = sorted(path for path in subfolders if path.name.lower() == name)
         if len(found) > 1:
             raise InputError(
                 f"{folder} holds {found[0].name} and {found[1].name}: expected one of them"
@@ -176,9 +179,9 @@ def _split(folder: Path, names: tuple[str, ...]) -> Path | None:
 
 
 def _read_pictures(folder: Path, changes: set[str]) -> tuple[np.ndarray, list[Path]]:
-    """The pictures under a folder, in order of their paths, and the class of each.
+    """Read the pictures under a folder, in the order of their paths, and the class of each.
 
-    Their classes are the folders they lie in below this one; none if all lie in this one.
+    The class of a picture is its subfolder; without subfolders there are no classes.
     """
     files = [file for file in _files(folder, "**/*") if file.suffix.lower() in _ENDS]
     if not files:
@@ -201,7 +204,7 @@ def _read_pictures(folder: Path, changes: set[str]) -> tuple[np.ndarray, list[Pa
 
 
 def _numbered(classes: list[Path], names: list[Path]) -> np.ndarray | None:
-    """The number of each picture's class among the names; None where nothing tells classes."""
+    """Number each picture's class by its place among the names; None without classes."""
     if not classes or len(names) < 2:
         return None
     index = {name: i for i, name in enumerate(names)}
@@ -209,7 +212,7 @@ def _numbered(classes: list[Path], names: list[Path]) -> np.ndarray | None:
 
 
 def _files(folder: Path, pattern: str) -> list[Path]:
-    """In order, those that are files, and not hidden: of a pipe, reading might never end."""
+    """List the regular files that are not hidden, sorted. Reading from a pipe might never end."""
     paths = [path for path in folder.glob(pattern) if path.is_file()]
     return sorted(
         path

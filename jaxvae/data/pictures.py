@@ -1,4 +1,4 @@
-"""Pictures from files that may be anything: PNG, JPEG, ..."""
+"""Pictures from untrusted files: PNG, JPEG, ..."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,8 +9,8 @@ import numpy as np
 if TYPE_CHECKING:
     from PIL import Image
 
-# What Pillow may take a file for, and the ends of names by which a folder's pictures are known.
-# Of its other formats, one has a program of the system draw the picture.
+# The formats that Pillow may decode, and the suffixes that mark the pictures in a folder. Other
+# formats are not safe: for EPS, Pillow starts Ghostscript.
 FORMATS = {
     "PNG": (".png",),
     "JPEG": (".jpg", ".jpeg"),
@@ -20,22 +20,30 @@ FORMATS = {
     "TIFF": (".tif", ".tiff"),
 }
 
-# What is done to pictures beyond taking their pixels: the user is told of it.
+# Conversions of pictures that the user is warned about.
 SCALED_INTEGERS = "scaled from 16 bits to 8"
 SCALED_FLOATS = "scaled from floats to 8 bits"
 COMPOSED = "composed on white, as they are transparent"
 ROTATED = "rotated, as their EXIF orientation says"
 
 _MOST_PIXELS = 2**24
-_MOST_SCANS = 100  # of a progressive JPEG, each of which takes as long as the whole picture
+_MOST_SCANS = 100  # in a progressive JPEG; each takes as long to decode as the whole picture
 _ORIENTATION, _BITS, _PHOTOMETRIC = 274, 258, 262  # tags of EXIF and TIFF
 
 
 @contextmanager
 def open_picture(file: BinaryIO) -> Iterator["Image.Image"]:
-    """Open a picture of one of FORMATS, of a size that is soon decoded.
+    """Open a picture of one of FORMATS, within limits on the time to decode it.
 
-    Raises OSError, ValueError, or whatever else Pillow does.
+    Args:
+      file: the picture's bytes.
+
+    Yields:
+      The picture.
+
+    Raises:
+      OSError: the file cannot be read or is damaged. Pillow raises other exceptions too.
+      ValueError: the file has another format, or more than 2^24 pixels or 100 scans.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -50,22 +58,26 @@ def open_picture(file: BinaryIO) -> Iterator["Image.Image"]:
         if picture.format in ("JPEG", "MPO"):
             file.seek(0)
             if (scans := file.read().count(b"\xff\xda")) > _MOST_SCANS:
-                raise ValueError(f"it comes in {scans:,} scans: expected at most {_MOST_SCANS}")
+                raise ValueError(f"it has {scans:,} scans: expected at most {_MOST_SCANS}")
         yield picture
 
 
 def read_picture(file: BinaryIO, changes: set[str] | None = None) -> np.ndarray:
     """Read a picture, or the first of several: uint8 [height, width, 1 or 3].
 
-    Integers of 16 bits and floats from 0 to 1 are scaled to 8 bits, what is transparent is
-    composed on white, and the picture is rotated as its EXIF orientation says.
+    Integers of 16 bits and floats from 0 to 1 are scaled to 8 bits, a transparent picture is
+    composed on white, and the picture is rotated according to its EXIF orientation.
 
     Args:
-      file: The picture's bytes.
-      changes: A set that takes up what was done of it: SCALED_INTEGERS, COMPOSED, ...
+      file: the picture's bytes.
+      changes: set to which the conversions are added: SCALED_INTEGERS, COMPOSED, ...
+
+    Returns:
+      The pixels, uint8 [height, width, 1 or 3].
 
     Raises:
-      OSError, ValueError, or whatever else Pillow's decoders do.
+      OSError: the file cannot be read or is damaged. Pillow raises other exceptions too.
+      ValueError: the file has another format, is too large, or has pixels of another type.
     """
     from PIL import Image
 
@@ -83,7 +95,7 @@ def read_picture(file: BinaryIO, changes: set[str] | None = None) -> np.ndarray:
         tags = {tag: getattr(picture, "tag_v2", {}).get(tag) for tag in (_BITS, _PHOTOMETRIC)}
         if _orientation(picture) in turns:
             changes.add(ROTATED)
-        picture.load()  # which rotates a TIFF, and forgets its orientation
+        picture.load()  # rotates a TIFF and removes its orientation
         turn = turns.get(_orientation(picture))
         upright = picture if turn is None else picture.transpose(turn)
         if upright.mode[0] in "IF":
@@ -96,16 +108,16 @@ def read_picture(file: BinaryIO, changes: set[str] | None = None) -> np.ndarray:
 
 
 def _orientation(picture: "Image.Image") -> int:
-    """The number by which EXIF tells how to turn a picture; 1, not at all, if it tells none."""
+    """Return a picture's EXIF orientation, by default 1: no rotation."""
     try:
         orientation = picture.getexif().get(_ORIENTATION)
-    except Exception:  # of damaged metadata, in which Pillow finds nearly any error
+    except Exception:  # Pillow raises nearly any exception on damaged metadata
         return 1
     return orientation if isinstance(orientation, int) else 1
 
 
 def _composed(picture: "Image.Image", changes: set[str]) -> np.ndarray:
-    """Compose a picture of 8 bits with transparency on white."""
+    """Compose a transparent picture of 8 bits on white."""
     from PIL import Image
 
     grey = picture.mode in ("1", "L", "LA", "La")
@@ -117,13 +129,16 @@ def _composed(picture: "Image.Image", changes: set[str]) -> np.ndarray:
 
 
 def _scaled(picture: "Image.Image", tags: dict[int, Any], changes: set[str]) -> np.ndarray:
-    """Scale a grey picture of more than 8 bits to 8.
+    """Scale a grey picture of more than 8 bits to 8 bits.
 
-    tags: what a TIFF says of its number of bits, and 0 as _PHOTOMETRIC if its white is 0.
+    Args:
+      picture: of mode F, I or I;16.
+      tags: the TIFF tags _BITS and _PHOTOMETRIC; the latter is 0 if white is stored as 0.
+      changes: set to which the conversions are added.
     """
     image = np.asarray(picture)
     if picture.mode == "F":
-        if not (image.min() >= 0 and image.max() <= 1):  # nor with NaN
+        if not (image.min() >= 0 and image.max() <= 1):  # also true of NaN
             raise ValueError(
                 f"its pixels are floats from {image.min():g} to {image.max():g}: "
                 "expected 0 to 1; scale them first"
@@ -139,7 +154,7 @@ def _scaled(picture: "Image.Image", tags: dict[int, Any], changes: set[str]) -> 
             "from 0 to 1; scale them first"
         )
     scaled = np.rint(image * (255 / levels)).astype(np.uint8)
-    if tags[_PHOTOMETRIC] == 0:  # which Pillow passes over in these modes
+    if tags[_PHOTOMETRIC] == 0:  # Pillow ignores it in these modes
         scaled = 255 - scaled
     if (key := picture.info.get("transparency")) is not None:
         changes.add(COMPOSED)

@@ -1,4 +1,4 @@
-"""Images too many for memory, read from disk as they are asked for."""
+"""Images that do not fit into memory, read from disk when they are indexed."""
 
 import io
 from collections.abc import Callable, Sequence
@@ -15,9 +15,13 @@ from jaxvae.errors import InputError
 
 
 class Records:
-    """The images of a file or data set, [N, height, width, channels], as an array has them.
+    """Images on disk, uint8 [N, height, width, channels], indexed as an array.
 
-    Only what reads them travels to other processes, not the open files.
+    Pickling leaves out the open files; the copy opens them again.
+
+    Attributes:
+      dtype: uint8.
+      shape: (N, height, width, channels).
     """
 
     dtype = np.dtype(np.uint8)
@@ -25,8 +29,15 @@ class Records:
     def __init__(
         self, name: str, source: Callable[[], Any], decode: Callable[[Any], np.ndarray]
     ) -> None:
-        """name: of the data, for messages; source: opens what has `__len__` and `__getitems__`;
-        decode: takes one of its items to an image; whatever it raises becomes an InputError.
+        """Open the source and read its first image.
+
+        Args:
+          name: name of the data in error messages.
+          source: opens the records, an object with `__len__` and `__getitems__`.
+          decode: converts a record to an image. Its exceptions become an InputError.
+
+        Raises:
+          InputError: there are no images, or the first one cannot be read.
         """
         self._name, self._source, self._decode = name, source, decode
         self._opened: Any = None
@@ -49,7 +60,7 @@ class Records:
             if image.shape != self.shape[1:]:
                 raise InputError(
                     f"image {row} of {self._name} has shape {image.shape}: expected "
-                    f"{self.shape[1:]}, as the first one; resize them first"
+                    f"{self.shape[1:]}, that of the first image; resize them first"
                 )
             images[i] = image
         return images
@@ -67,7 +78,7 @@ class Records:
         with reading(self._name):
             items = self._open().__getitems__(rows)
             if len(items) != len(rows):
-                raise ValueError(f"it gave {len(items)} of {len(rows)} records")
+                raise ValueError(f"it returned {len(items)} of {len(rows)} records")
         return items
 
     def _image(self, item: Any, row: int) -> np.ndarray:
@@ -84,9 +95,17 @@ class Records:
 
 
 def array_records(files: Sequence[Path], changes: set[str] | None = None) -> Records:
-    """The images of ArrayRecord files, whose records are PNG, JPEG or .npy files as bytes.
+    """Open ArrayRecord files, whose records are the bytes of PNG, JPEG or .npy files.
 
-    changes: as of `read_picture`, from the first image on.
+    Args:
+      files: paths of the files.
+      changes: set to which conversions of pictures are added, as of `read_picture`.
+
+    Returns:
+      The images, in the order of the sorted paths.
+
+    Raises:
+      InputError: there are no images, or the first one cannot be read.
     """
     names = [str(file) for file in sorted(files)]
     return Records(names[0], partial(_opened, names), partial(_from_bytes, changes=changes))

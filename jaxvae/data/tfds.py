@@ -1,6 +1,6 @@
-"""Image data sets of TensorFlow Datasets, by name, read without TensorFlow.
+"""Image data sets of TensorFlow Datasets (TFDS), by name, read without TensorFlow.
 
-A data set is prepared once, by a child process, since only that needs TensorFlow.
+A child process prepares a data set once, as only preparing needs TensorFlow.
 """
 
 import contextlib
@@ -42,9 +42,9 @@ from jaxvae.storage import regular, write_whole
 
 _NAME = re.compile(r"[a-zA-Z]\w*(/[\w.-]+)?(:\d+\.\d+\.\d+)?")
 _PORTS = {"http": 80, "https": 443, "ftp": 21}
-_IN_MEMORY = 2**30  # bytes of training images; more stay on disk until they are needed
-_PATIENCE = 10.0  # seconds for a server to answer
-_EXPLAINED = 3  # exit code of a child whose last line says what was wrong
+_IN_MEMORY = 2**30  # bytes of training images; larger data sets stay on disk
+_TIMEOUT = 10.0  # seconds for a server to answer
+_EXPLAINED = 3  # exit code of a child whose last line of output is the reason
 _FEATURES = "tensorflow_datasets.core.features."  # the package of TFDS's own features
 _ONLY_OWN: ContextVar[bool] = ContextVar("only_own", default=False)
 
@@ -54,20 +54,21 @@ PathLike = str | os.PathLike[str]
 def load(
     name: str, *, data_dir: PathLike | None = None, manual_dir: PathLike | None = None
 ) -> Dataset:
-    """Loads an image data set of TensorFlow Datasets, preparing it the first time.
+    """Load an image data set of TensorFlow Datasets, and prepare it the first time.
 
     The test images are the split "test", else "validation", else every tenth of "train".
 
     Args:
-        name: A TFDS name, with or without config and version: "mnist", "cifar10:3.0.2".
-        data_dir: Folder of prepared data sets; None is TFDS's own, ~/tensorflow_datasets.
-        manual_dir: Folder of files fetched by hand, used in place of downloads.
+      name: a TFDS name, with or without config and version: "mnist", "cifar10:3.0.2".
+      data_dir: folder of prepared data sets; None is TFDS's own, ~/tensorflow_datasets.
+      manual_dir: folder of manually downloaded files, used in place of downloads.
 
     Returns:
-        Images uint8 [N, H, W, C] and labels int64 [N], or None where there are none.
+      Images uint8 [N, H, W, C] and labels int64 [N], or None without labels.
 
     Raises:
-        InputError: The data set cannot be had, or is not one of uint8 images of one size.
+      InputError: the data set cannot be prepared or read, or does not hold uint8 images of one
+        size.
     """
     with _quiet(), _own_features():
         builder = _builder(name, data_dir)
@@ -85,7 +86,7 @@ def load(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    import tensorflow_datasets  # noqa: F401  # absl must make its own logger before we get it
+    import tensorflow_datasets  # noqa: F401  # absl must create its logger first
 
     logger = logging.getLogger("absl")
     level = logger.level
@@ -98,9 +99,9 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _own_features() -> Iterator[None]:
-    """Refuse data sets whose features.json names other features than TFDS's own.
+    """Refuse data sets whose features.json names features of other packages than TFDS.
 
-    TFDS imports whatever module such a file names.
+    TFDS imports any module that this file names.
     """
     _guard_features()
     token = _ONLY_OWN.set(True)
@@ -112,13 +113,13 @@ def _own_features() -> Iterator[None]:
 
 @functools.cache
 def _guard_features() -> None:
-    """Have TFDS ask before it imports a class; what others do with TFDS stays as it is."""
+    """Patch TFDS to check a class before importing it, within `_own_features` only."""
     from tensorflow_datasets.core.features import FeatureConnector
 
     find = FeatureConnector.cls_from_name
 
     def guarded(name: str) -> Any:
-        # Those that are registered are imported already.
+        # Registered features are already imported.
         own = name.startswith(_FEATURES) and name in FeatureConnector._registered_features
         if _ONLY_OWN.get() and not own:
             raise InputError(
@@ -157,7 +158,7 @@ def _prepare(builder: Any, name: str, manual_dir: PathLike | None) -> None:
     root = builder.data_dir_root
     manual = None if manual_dir is None else Path(manual_dir).expanduser()
     if manual is not None and not manual.is_dir():
-        raise InputError(f"manual_dir must be a folder of files fetched by hand, got {manual}")
+        raise InputError(f"manual_dir is {manual}: expected a folder of manually downloaded files")
     if Path(builder.data_dir).exists():
         raise InputError(f"{builder.data_dir} is not a prepared data set: remove it to prepare it")
     if importlib.util.find_spec("tensorflow") is None:
@@ -174,28 +175,28 @@ def _prepare(builder: Any, name: str, manual_dir: PathLike | None) -> None:
         files = ", ".join(list(missing.values())[:4]) + (", ..." if len(missing) > 4 else "")
         raise InputError(
             f"{name} is not prepared in {root} and cannot be downloaded, no answer from {hosts}:"
-            f" connect to the network, or fetch {files} by hand and give their folder as"
+            f" connect to the network, or download {files} manually and give their folder as"
             " manual_dir (--manual-dir)"
         )
     print(f"preparing {name} (once) ...", file=sys.stderr, flush=True)
-    # With a GPU in sight, TensorFlow would take the memory that JAX needs.
+    # TensorFlow would otherwise allocate the GPU memory that JAX needs.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
     child = subprocess.run(
         [sys.executable, "-m", "jaxvae.data.tfds", name, str(root), str(manual or "")],
         env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    # Another process may have prepared it meanwhile, which fails our child and helps us.
+    # The child also fails if another process prepared the data set meanwhile.
     if not builder.is_prepared():
         said = child.stdout if child.returncode == _EXPLAINED else child.stderr
         reason = [f"exit code {child.returncode}", *said.strip().splitlines()][-1]
         raise InputError(
             f"cannot prepare {name} in {root}: {reason} (correct that and run again, or give"
-            " a folder of files fetched by hand as manual_dir, --manual-dir)"
+            " a folder of manually downloaded files as manual_dir, --manual-dir)"
         )
 
 
 def _missing_files(builder: Any, manual: Path | None) -> dict[str, str]:
-    """Gives the URL and file name of what would be downloaded."""
+    """Return the file name of each download that is not on disk, by URL."""
     from tensorflow_datasets.core.download import resource
 
     missing = {}
@@ -210,12 +211,12 @@ def _missing_files(builder: Any, manual: Path | None) -> dict[str, str]:
     return missing
 
 
-def _any_host_answers(urls: Iterable[str], patience: float = _PATIENCE) -> bool:
+def _any_host_answers(urls: Iterable[str], timeout: float = _TIMEOUT) -> bool:
     answers: queue.SimpleQueue[bool] = queue.SimpleQueue()
 
     def connect(host: str, port: int) -> None:
         try:
-            socket.create_connection((host, port), patience).close()
+            socket.create_connection((host, port), timeout).close()
             answers.put(True)
         except OSError:
             answers.put(False)
@@ -223,9 +224,9 @@ def _any_host_answers(urls: Iterable[str], patience: float = _PATIENCE) -> bool:
     parts = [urlsplit(url) for url in urls]
     addresses = {(part.hostname or "", part.port or _PORTS[part.scheme]) for part in parts}
     for address in addresses:
-        # A daemon, as a look-up of the name has no time limit and must not hold the exit.
+        # A daemon thread: name resolution has no timeout and must not delay the exit.
         threading.Thread(target=connect, args=address, daemon=True).start()
-    end = time.monotonic() + patience
+    end = time.monotonic() + timeout
     try:
         return any(answers.get(timeout=max(0, end - time.monotonic())) for _ in addresses)
     except queue.Empty:
@@ -263,9 +264,9 @@ def _decode(builder: Any, name: str) -> Dataset:
 
 
 class _Examples:
-    """The images and labels of a split, by number; its other features are not decoded.
+    """The images and labels of a split, by index; other features are not decoded.
 
-    Pictures are decoded by TFDS once `open_picture` has accepted them.
+    TFDS decodes the pictures that `open_picture` accepts.
     """
 
     def __init__(self, builder: Any, split: str) -> None:
@@ -307,7 +308,7 @@ def _source(folder: str, split: str) -> _Examples:
 
 
 def _read_labels(builder: Any, source: Callable[[], Any]) -> np.ndarray | None:
-    """The labels of images that stay on disk, kept beside them once read."""
+    """Read the labels of images that stay on disk, and cache them in a file."""
     if not _has_labels(builder):
         return None
     cache = Path(builder.data_dir) / "jaxvae-labels.npy"
@@ -340,7 +341,7 @@ def _read_split(
         if record["image"].shape != shape:
             raise InputError(
                 f"{name} has images of different sizes, {shape} and {record['image'].shape}:"
-                " expected one size; choose another data set or resize them into files of your own"
+                " expected one size; choose another data set or resize them and save them as files"
             )
         images[index] = record["image"]
         if labels is not None:
@@ -370,7 +371,7 @@ def _write_cache(path: Path, dataset: Dataset) -> None:
 
 
 def _replace(path: Path, write: Callable[[Any], None]) -> None:
-    # A folder that cannot be written only means decoding again next time.
+    # Without a cache, the images are decoded again next time.
     with contextlib.suppress(OSError):
         write_whole(path, write)
 
@@ -387,20 +388,20 @@ def _prepare_in_child(name: str, root: str, manual_dir: str) -> None:
         import tensorflow_datasets as tfds
         from tensorflow_datasets.core.download import downloader
 
-        # TFDS would wait for ever for a silent server, and try a dead one for minutes.
-        socket.setdefaulttimeout(_PATIENCE)
-        limited = functools.partialmethod(requests.Session.request, timeout=_PATIENCE)
+        # TFDS has no timeout, and retries for minutes.
+        socket.setdefaulttimeout(_TIMEOUT)
+        limited = functools.partialmethod(requests.Session.request, timeout=_TIMEOUT)
         requests.Session.request = limited  # type: ignore[method-assign]
         downloader.MAX_RETRIES = 0
         config = tfds.download.DownloadConfig(manual_dir=manual_dir or None, try_download_gcs=False)
         with _own_features():
             builder = tfds.builder(name, data_dir=root, try_gcs=False)
         builder.download_and_prepare(download_config=config, file_format="array_record")
-    except Exception as error:  # the parent raises it again
+    except Exception as error:  # the parent raises an InputError with this line
         print(_one_line(error))
         code = _EXPLAINED
     sys.stdout.flush()
-    os._exit(code)  # at once, whatever downloads are still waiting in threads
+    os._exit(code)  # without waiting for downloads in other threads
 
 
 if __name__ == "__main__":

@@ -351,7 +351,7 @@ WRONG = {
     ),
     "empty file": (lambda d: write(d / "x", b""), "not an IDX file of bytes"),
     "cut IDX": (lambda d: write(d / "x", idx(PIXELS)[:-1]), "is damaged: expected 600 bytes"),
-    "cut header": (lambda d: write(d / "x", idx(PIXELS)[:9]), "its header is cut off"),
+    "cut header": (lambda d: write(d / "x", idx(PIXELS)[:9]), "its header is truncated"),
     "long IDX": (lambda d: write(d / "x", idx(PIXELS) + b"1"), "is damaged: expected 600 bytes"),
     "IDX of no size": (lambda d: write(d / "x", HUGE), "at most this machine's memory"),
     "not gzip": (lambda d: write(d / "x.gz", b"hello"), "cannot be read: Not a gzipped file"),
@@ -375,11 +375,11 @@ WRONG = {
     ),
     "few labels": (
         lambda d: save(d / "x.npz", images=PIXELS, labels=LABELS[:3]),
-        "x.npz has 20 images and 3 labels: expected a label for each",
+        "x.npz has 20 images and 3 labels: expected one label for each image",
     ),
     "many labels": (
         lambda d: save(d / "x.npz", images=PIXELS[:10], labels=LABELS),
-        "x.npz has 10 images and 20 labels: expected a label for each",
+        "x.npz has 10 images and 20 labels: expected one label for each image",
     ),
     "channels first": (
         lambda d: save(d / "x.npz", images=np.zeros((10, 3, 8, 9), np.uint8)),

@@ -168,11 +168,11 @@ HOSTILE = {
     # Archives.
     "encrypted": (in_a_file("x.npz", marked_as_encrypted(npz(images=IMAGES))), "encrypted"),
     "of compression 99": (
-        in_a_file("x.npz", of_unknown_compression(npz(images=IMAGES))), "another way than by NumPy"
+        in_a_file("x.npz", of_unknown_compression(npz(images=IMAGES))), "by another method than"
     ),
     "of bzip2": (
         in_a_file("x.npz", archive(("images.npy", IMAGES_NPY), compression=zipfile.ZIP_BZIP2)),
-        "images is compressed in another way than by NumPy",
+        "images is compressed by another method than NumPy's",
     ),
     "two of one name": (
         in_a_file("x.npz", archive(("images.npy", IMAGES_NPY), ("images", IMAGES_NPY))),

@@ -102,7 +102,7 @@ def test_an_image_of_another_size_is_refused_when_it_comes(folder):
     write(folder / "train-00001-of-00002.array_record", [as_npy(np.zeros((5, 5, 3), np.uint8))])
     (folder / "train_labels.npy").unlink()
     records = load_dataset(str(folder)).train_images
-    with refused("image 6 of", "has shape (5, 5, 3): expected (5, 4, 3), as the first one"):
+    with refused("image 6 of", "has shape (5, 5, 3): expected (5, 4, 3), that of the first"):
         records[:]
 
 
@@ -150,7 +150,7 @@ def test_a_file_that_gives_too_few_records_is_refused(images):
             return [images[row] for row in rows if row < 2]
 
     records = Records("x", Source, lambda image: image)
-    with refused("x cannot be read: it gave 2 of 3 records"):
+    with refused("x cannot be read: it returned 2 of 3 records"):
         records[:]
 
 

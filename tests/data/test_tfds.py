@@ -264,7 +264,7 @@ class TestADataSetNotYetPrepared:
 
     def test_must_have_its_files_in_a_folder(self, tmp_path):
         said = complaint("mnist", data_dir=tmp_path, manual_dir=tmp_path / "none")
-        assert "must be a folder" in said
+        assert "expected a folder of manually downloaded files" in said
 
     def test_is_not_what_another_program_left_half_made(self, tmp_path):
         (tmp_path / "mnist/3.0.1").mkdir(parents=True)
@@ -333,7 +333,7 @@ class TestTheLookForAServer:
 
         monkeypatch.setattr(socket, "create_connection", hang)
         start = time.monotonic()
-        assert not tfds_source._any_host_answers(["http://a/", "https://b/"], patience=0.1)
+        assert not tfds_source._any_host_answers(["http://a/", "https://b/"], timeout=0.1)
         assert time.monotonic() - start < 1
 
 
