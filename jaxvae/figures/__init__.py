@@ -1,4 +1,4 @@
-"""What a run drew: finished figures of a trained model, as matplotlib Figures."""
+"""Figures of a trained model, drawn with matplotlib."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -31,10 +31,23 @@ def draw_all(
     key: jax.Array,
     kind: str = "png",
 ) -> list[Path]:
-    """Draw every figure of a run into a folder, as files of one of FORMATS; returns their paths.
+    """Draw every figure of a run into a folder.
 
-    A figure that fails is left out, and a warning of the category NotDrawn has the reason. Raises
-    OSError if the folder cannot be written.
+    A figure that fails is skipped with a warning of the category `jaxvae.errors.NotDrawn`.
+
+    Args:
+      folder: created if it does not exist.
+      params: the trained model.
+      data: the data set; the figures show its test images.
+      history: lines of metrics.jsonl. Without any, the curves of training are not drawn.
+      key: PRNG key of the samples.
+      kind: the file format, one of FORMATS.
+
+    Returns:
+      The paths of the figures.
+
+    Raises:
+      OSError: the folder cannot be written.
     """
     figures = {
         "manifold_15": partial(manifold, params, 15),

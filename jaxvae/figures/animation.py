@@ -1,10 +1,10 @@
-"""An animation of the manifold: a frame for every epoch, kept while a model trains.
+"""Animation of the decoded latent plane over the epochs of training.
 
-    manifolds/0000.png, ...  the decoded plane of latents before training, after epoch 1, ...
+    manifolds/0000.png, ...  frames: before training, after epoch 1, ...
 
-A frame is written before its epoch's checkpoint, so that what a kill cuts off, the resumed run
-writes again. A frame that is missing all the same, or damaged, or of another shape than most, is
-missing in the animation.
+A frame is written before its epoch's checkpoint, so a resumed run writes again the frames that a
+crash interrupted. The animation skips frames that are missing, damaged or of another shape than
+most.
 """
 
 import contextlib
@@ -22,14 +22,20 @@ from jaxvae.figures.grid import pixels, plane, tile
 from jaxvae.models.vae import Params
 from jaxvae.storage import own_folder, write_whole
 
-_FRAMES = 64  # kept at most; half of them are let go when they would become more
-_SIDE = 480  # pixels of a frame, about
-_SECONDS = 8.0  # an animation takes, at most
-_STRIP = 26  # pixels above a frame, for what it says
+_FRAMES = 64  # at most; every second frame is deleted when there would be more
+_SIDE = 480  # approximate side of a frame, in pixels
+_SECONDS = 8.0  # duration of the animation, at most
+_STRIP = 26  # height of a frame's title, in pixels
 
 
 def keep_frame(run_dir: Path, record: dict[str, Any], params: Params) -> None:
-    """Write the frame of an epoch, if it is one to keep; `record` has its number."""
+    """Write the frame of an epoch, and delete frames if there are too many.
+
+    Args:
+      run_dir: the run directory.
+      record: the epoch's line of metrics.jsonl, with its number as "epoch".
+      params: the model after that epoch.
+    """
     epoch = record["epoch"]
     if not is_kept(epoch):
         return
@@ -44,14 +50,21 @@ def keep_frame(run_dir: Path, record: dict[str, Any], params: Params) -> None:
 
 
 def draw_animation(run_dir: Path) -> list[Path]:
-    """Make figures/manifold.gif of a run's frames; returns its path, or none of fewer than two."""
+    """Combine a run's frames into figures/manifold.gif.
+
+    Args:
+      run_dir: the run directory.
+
+    Returns:
+      The path of the animation in a list, which is empty if there are fewer than two frames.
+    """
     found = _frames(run_dir)
     pictures: dict[int, np.ndarray] = {}
     for path, epoch in found:
-        if epoch % _stride(found[-1][1]):  # of others a run keeps none, and so at most _FRAMES
+        if epoch % _stride(found[-1][1]):  # not written by this run; limits them to _FRAMES
             continue
         with contextlib.suppress(InputError), reading(path), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, of what it then reads or refuses
+            warnings.simplefilter("ignore")  # Pillow warns about files, then reads or refuses them
             with path.open("rb") as file:
                 pictures[epoch] = read_picture(file)
     shapes = [picture.shape for picture in pictures.values()]
@@ -74,12 +87,12 @@ def draw_animation(run_dir: Path) -> list[Path]:
 
 
 def is_kept(epoch: int) -> bool:
-    """Whether there is a frame of an epoch, at the time when it is over."""
+    """Return whether a frame is written at the end of this epoch."""
     return epoch % _stride(epoch) == 0
 
 
 def _stride(epoch: int) -> int:
-    """Every how many epochs there is a frame: a function of the epoch alone, for resumed runs."""
+    """Return the number of epochs between frames. It depends on the epoch only: runs resume."""
     stride = 1
     while epoch >= _FRAMES * stride:
         stride *= 2
@@ -94,7 +107,7 @@ def _frames(run_dir: Path) -> list[tuple[Path, int]]:
 
 
 def _titled(picture: Image.Image, epoch: int) -> Image.Image:
-    import matplotlib  # the typeface of the other figures
+    import matplotlib  # for the font of the other figures
 
     font = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
     white = "white" if picture.mode == "L" else (255, 255, 255)

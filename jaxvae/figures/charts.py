@@ -1,4 +1,4 @@
-"""What was measured: figures with axes and numbers."""
+"""Charts: latents, training curves, active units, aggregate posterior."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,18 +23,25 @@ from jaxvae.models.protocols import Posterior, Prior
 from jaxvae.models.vae import Params, encode, prior
 
 _SPLITS = {"train": LIGHT, "test": DARK}
-_SCATTERED = 10_000  # points beyond this only hide each other
-_PANELS = 8  # latents of which the aggregate posterior is drawn
-_MASSES = (0.9, 0.5)  # of the contours
-_STEPS, _CELLS = 300, 120  # of the grids on which a curve and contours are drawn, along an axis
+_SCATTERED = 10_000  # points, at most; more would only hide each other
+_PANELS = 8  # latents in the figure of the aggregate posterior, at most
+_MASSES = (0.9, 0.5)  # probability within each contour
+_STEPS, _CELLS = 300, 120  # grid cells along an axis, for a curve and for contours
 
 
 def latents(params: Params, data: Dataset) -> Figure:
-    """The posterior of every test image, coloured by class.
+    """Draw the posterior of each test image, coloured by class.
 
-    The first two posterior means; with one latent, its posterior mean and standard deviation. Of a
-    flow, where it takes the mean, and the standard deviation before it. A class's number stands at
-    its median.
+    The axes are the first two posterior means, or with one latent its posterior mean and standard
+    deviation. A flow shows the posterior's center, and the standard deviation before the flow. The
+    label of a class is written at the median of its points.
+
+    Args:
+      params: the model.
+      data: its test images are encoded.
+
+    Returns:
+      The figure.
     """
     images = jnp.asarray(data.test_images[:_SCATTERED])
     posterior = encode(params, images, labels_of(params, data, np.arange(len(images))))
@@ -65,7 +72,7 @@ def latents(params: Params, data: Dataset) -> Figure:
             return figure
         classes, index = np.unique(labels, return_inverse=True)
         colours = np.array(COLOURS)[index % len(COLOURS)]
-        # In the order of the data, so that no class lies on top of the others.
+        # In the order of the data: drawn by class, the last class would cover the others.
         size = 6 if len(points) > 2000 else 14
         axes.scatter(
             points[:, 0], points[:, 1], s=size, alpha=0.6, c=colours, linewidths=0, rasterized=True
@@ -85,7 +92,14 @@ def latents(params: Params, data: Dataset) -> Figure:
 
 
 def training(history: Sequence[dict[str, Any]]) -> Figure:
-    """The ELBO and its two terms after each epoch; `history` holds the lines of metrics.jsonl."""
+    """Draw the ELBO and its two terms after each epoch.
+
+    Args:
+      history: lines of metrics.jsonl.
+
+    Returns:
+      The figure.
+    """
     epochs = [record["epoch"] for record in history]
     panels = {
         "elbo": "ELBO",
@@ -113,22 +127,22 @@ def training(history: Sequence[dict[str, Any]]) -> Figure:
 def units(
     params: Params, data: Dataset, threshold: float = ACTIVE, *, key: jax.Array | None = None
 ) -> Figure:
-    """Draw how much every latent's posterior mean varies over the test images, largest first.
+    """Draw the variance of each latent's posterior mean over the test images, largest first.
 
-    Above the threshold a latent counts as active: `jaxvae.evaluation.metrics.active_units`.
+    A latent is active if the variance is above the threshold, as in
+    `jaxvae.evaluation.metrics.active_units`.
 
     Args:
       params: the model.
       data: its test images are encoded.
       threshold: variance above which a latent is active.
-      key: PRNG key of the samples that the means of a posterior other than Gaussian are estimated
-        from.
+      key: PRNG key of the samples from which the means of a non-Gaussian posterior are estimated.
 
     Returns:
       The figure.
 
     Raises:
-      InputError: no key, where one is needed.
+      InputError: `key` is None and the posterior is not Gaussian.
     """
     if isinstance(params.config.posterior, DiagonalGaussian):
         _, variance = activity(params, data)
@@ -161,19 +175,30 @@ def units(
         axes.grid(visible=False, axis="x")
         axes.set(
             title=f"Active units: {active} of {count} latents vary with the image",
-            xlabel=f"latent, by its variance{_unseen(np.isfinite(variance))}",
+            xlabel=f"latent, in decreasing order of variance{_unseen(np.isfinite(variance))}",
             ylabel="variance of the posterior mean",
         )
     return figure
 
 
 def aggregate(params: Params, data: Dataset, key: jax.Array) -> Figure:
-    """The aggregate posterior q(z) = 1/N sum_n q(z|x_n) of the test images, and the prior p(z).
+    """Draw the aggregate posterior of the test images and the prior.
 
-    A histogram of one draw of every image's posterior for each latent, of more than eight those
-    whose means vary most, with the prior's density. Two latents also together: regions that hold
-    half and nine tenths of either; of a flow, whose density is not known at a given point, the
-    draws themselves. Draws that are NaN or infinite are left out, and counted in the title.
+        q(z) = 1/N sum_n q(z|x_n)
+
+    Each latent has a histogram of one sample per image, with the density of the prior. With more
+    than eight latents, those are shown whose posterior means vary most. A model of two latents has
+    another panel with the regions that hold 50% and 90% of q(z) and of p(z); a flow, whose density
+    cannot be evaluated at a given point, shows the samples instead. Samples that are NaN or
+    infinite are not drawn; the title has their number.
+
+    Args:
+      params: the model.
+      data: its test images are encoded.
+      key: PRNG key of the samples.
+
+    Returns:
+      The figure.
     """
     images = jnp.asarray(data.test_images[:_SCATTERED])
     posterior = encode(params, images, labels_of(params, data, np.arange(len(images))))
@@ -192,7 +217,7 @@ def aggregate(params: Params, data: Dataset, key: jax.Array) -> Figure:
         for axes, latent in zip(grid, shown, strict=False):
             reach = _reach(p_z, latent, z[:, latent])
             if len(z):
-                how: dict[str, Any] = {"density": True, "color": LIGHT, "label": "q(z), drawn"}
+                how: dict[str, Any] = {"density": True, "color": LIGHT, "label": "q(z), samples"}
                 axes.hist(z[:, latent], 40, range=reach, **how)
             if hasattr(p_z, "marginal"):
                 x, low, step = np.linspace(*reach, _STEPS + 1), reach[:1], np.diff(reach) / _STEPS
@@ -200,7 +225,7 @@ def aggregate(params: Params, data: Dataset, key: jax.Array) -> Figure:
                 axes.plot(x, density / step, color=WARM, label="p(z)")
             else:
                 drawn = np.asarray(p_z.sample(key, 10_000)[:, latent])
-                style = {"histtype": "step", "color": WARM, "label": "p(z), drawn"}
+                style = {"histtype": "step", "color": WARM, "label": "p(z), samples"}
                 axes.hist(drawn, 40, range=reach, density=True, **style)
             axes.set(xlabel=f"z{latent + 1}", xlim=reach)
         for axes in grid[::columns]:
@@ -225,7 +250,7 @@ def aggregate(params: Params, data: Dataset, key: jax.Array) -> Figure:
 
 
 def _contours(axes: Axes, p_z: Prior, posterior: Gaussian | None, z: np.ndarray) -> None:
-    """Draw the regions of draws `z` and of the prior; `posterior` is None where it is a flow's."""
+    """Draw contours of q(z), or samples `z` if `posterior` is None, and contours of p(z)."""
     low, high = np.transpose([_reach(p_z, latent, z[:, latent]) for latent in (0, 1)])
     x, y = np.linspace(low, high, _CELLS + 1).T
     cell, points = (high - low) / _CELLS, _points(2, _CELLS)
@@ -238,25 +263,25 @@ def _contours(axes: Axes, p_z: Prior, posterior: Gaussian | None, z: np.ndarray)
         axes.contourf(x, y, density, levels, colors=[LIGHT, DARK], alpha=0.75)
     density = _prior_density(p_z, low, cell, points).reshape(len(y), len(x))
     levels = [level_of(density, mass) for mass in _MASSES]
-    if levels[0] < levels[1]:  # not where the density is NaN or 0
+    if levels[0] < levels[1]:  # false if the density is NaN or 0
         axes.contour(x, y, density, levels, colors=WARM, linewidths=1.2)
-    axes.set(xlabel="z1", ylabel="z2", title="regions of 50% and 90%")
+    axes.set(xlabel="z1", ylabel="z2", title="50% and 90% regions")
 
 
 def _on_grid(gaussians: Gaussian, low: np.ndarray, cell: np.ndarray) -> Gaussian:
-    """Return Gaussians in units of a grid's cells, none of them narrower than a cell.
+    """Convert Gaussians to units of a grid's cells, and widen the narrow ones to a cell.
 
         mean' = (mean - low) / cell,    variance' = max(variance / cell^2, 1)
 
-    A narrower one could lie between the points of the grid, where its density is 0.
+    The density of a narrower one could be 0 at all points of the grid.
     """
-    mean = np.clip((np.float64(gaussians.mean) - low) / cell, -1e9, 1e9)  # as float32 takes them
+    mean = np.clip((np.float64(gaussians.mean) - low) / cell, -1e9, 1e9)  # within float32
     log_var = np.maximum(np.float64(gaussians.log_var) - 2 * np.log(cell), 0)
     return Gaussian(jnp.asarray(mean, jnp.float32), jnp.asarray(log_var, jnp.float32))
 
 
 def _prior_density(p_z: Prior, low: Any, cell: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Compute the prior's density per cell at points of a grid that starts at `low`."""
+    """Compute the prior's density per cell at points of a grid whose first point is `low`."""
     if isinstance(p_z, UnitGaussian):
         standard = jnp.zeros((1, len(cell)))
         p_z = GaussianMixture(jnp.zeros(1), standard, standard)
@@ -267,13 +292,21 @@ def _prior_density(p_z: Prior, low: Any, cell: np.ndarray, points: np.ndarray) -
 
 
 def _points(axes: int, cells: int) -> np.ndarray:
-    """Return the points of a grid of so many cells along each axis, in cells: [points, axes]."""
+    """Return the points of a grid with `cells` cells along each axis, in cells: [points, axes]."""
     lines = np.meshgrid(*[np.arange(cells + 1, dtype=np.float32)] * axes)
     return np.stack(lines, axis=-1).reshape(-1, axes)
 
 
 def level_of(density: np.ndarray, mass: float) -> float:
-    """The density above which so much of the mass lies; `density` is of equal cells."""
+    """Find the level above which a region of the given probability lies.
+
+    Args:
+      density: density on cells of equal size, of any shape.
+      mass: the probability, from 0 to 1.
+
+    Returns:
+      The level.
+    """
     falling = np.sort(density, axis=None)[::-1]
     held = np.cumsum(falling, dtype=np.float64)
     return float(falling[np.searchsorted(held, mass * held[-1])])
@@ -281,7 +314,7 @@ def level_of(density: np.ndarray, mass: float) -> float:
 
 @jax.jit
 def _draws(posterior: Posterior, key: jax.Array) -> jax.Array:
-    """One of every image's posterior, [N, latent]."""
+    """Draw one sample of each image's posterior: [N, latent]."""
     keys = jax.random.split(key, len(posterior.mean))
     return posterior.sample_and_log_prob(keys)[0]
 
@@ -292,17 +325,17 @@ def _density(p_z: Prior, z: jax.Array) -> jax.Array:
 
 
 def _reach(p_z: Prior, latent: int, z: np.ndarray) -> tuple[float, float]:
-    """What of a latent's axis is worth drawing: of prior and draws, all but 1 in 1,000."""
+    """Return the range of a latent's axis: it holds 99.9% of the prior and of the samples."""
     low, _, high = np.asarray(latent_grid(p_z, int(latent), 3, tail=0.0005), np.float64)
     ends = np.array([low, high, *(np.quantile(z, [0.0005, 0.9995]) if len(z) else ())])
     ends = ends[np.isfinite(ends)]
     left, right = (ends.min(), ends.max()) if len(ends) else (-1.0, 1.0)
-    margin = (right - left) / 20 or 1.0  # where all is in one point
+    margin = (right - left) / 20 or 1.0  # all samples are equal
     return left - margin, right + margin
 
 
 def _unseen(seen: np.ndarray) -> str:
-    """Return what to say of those that cannot be drawn, where there are any."""
+    """Return a note with the number of points that are NaN or infinite, or ""."""
     lost = len(seen) - int(np.sum(seen))
     return f" ({lost:,} NaN or infinite)" if lost else ""
 
@@ -312,12 +345,12 @@ def _center(params: Params) -> str:
 
 
 def _is_outlier(curves: dict[str, list[float]]) -> bool:
-    """Whether the first epoch's training mean is far from all else.
+    """Return whether the first epoch's training mean is far from all other values.
 
-    RMSprop's first steps can throw it off by orders of magnitude, which would flatten the rest.
+    RMSprop's first steps can change it by orders of magnitude, which would flatten the curves.
     """
     kept = [*curves["test"], *curves["train"][1:]]
-    if len(curves["train"]) == 1:  # there is nothing to flatten
+    if len(curves["train"]) == 1:  # no other epoch to flatten
         return False
     reach = max(kept) - min(kept)
     return not min(kept) - reach <= curves["train"][0] <= max(kept) + reach

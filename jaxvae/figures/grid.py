@@ -1,4 +1,4 @@
-"""Images side by side: grids as arrays and as plain PNG files."""
+"""Grids of images, as arrays and PNG files, and grids of latents."""
 
 import math
 from functools import partial
@@ -17,16 +17,30 @@ from jaxvae.storage import write_whole
 
 
 def tile(images: jax.Array | np.ndarray, rows: int) -> np.ndarray:
-    """Images [rows * columns, H, W, C] side by side: [rows * H, columns * W, C]."""
+    """Arrange images in a grid.
+
+    Args:
+      images: [rows * columns, H, W, C], row by row.
+      rows: number of rows.
+
+    Returns:
+      One image, [rows * H, columns * W, C].
+    """
     n, height, width, channels = images.shape
     grid = np.asarray(images).reshape(rows, n // rows, height, width, channels)
     return grid.swapaxes(1, 2).reshape(rows * height, n // rows * width, channels)
 
 
 def pixels(image: np.ndarray) -> np.ndarray:
-    """uint8 grey [H, W] or colour [H, W, 3]; of other numbers of channels, their mean.
+    """Convert an image to 8 bits.
 
-    A pixel that is NaN, as a diverging decoder may give, is black.
+    NaN, as from a decoder that diverged, becomes black.
+
+    Args:
+      image: float in [0, 1], [H, W, C].
+
+    Returns:
+      uint8: [H, W, 3] for three channels, otherwise the mean over the channels, [H, W].
     """
     if image.shape[2] != 3:
         image = image.mean(axis=2)
@@ -34,9 +48,14 @@ def pixels(image: np.ndarray) -> np.ndarray:
 
 
 def save_images(images: jax.Array, path: Path) -> None:
-    """Write images [n, H, W, C] side by side, nearly square, as a PNG without any frame.
+    """Write images as a nearly square grid in a PNG file.
 
-    Raises InputError if the file cannot be written.
+    Args:
+      images: float in [0, 1], [n, H, W, C].
+      path: path of the file.
+
+    Raises:
+      InputError: the file cannot be written.
     """
     n = len(images)
     columns = math.ceil(math.sqrt(n))
@@ -51,15 +70,25 @@ def save_images(images: jax.Array, path: Path) -> None:
 
 @partial(jax.jit, static_argnames="n")
 def latent_grid(p_z: Prior, latent: int, n: int, tail: float = 0.05) -> jax.Array:
-    """n coordinates of a latent's axis: the prior's quantiles from `tail` to 1 - `tail`.
+    """Compute quantiles of a latent under the prior, at n equal steps from `tail` to 1 - `tail`.
 
-    Equal steps of probability of that latent alone, so that the grid is denser where the prior is.
+    They are quantiles of the marginal distribution. For a prior that is neither N(0, I) nor a
+    mixture of Gaussians they are estimated from 10,000 samples.
+
+    Args:
+      p_z: the prior.
+      latent: index of the latent.
+      n: number of quantiles.
+      tail: probability below the first quantile and above the last.
+
+    Returns:
+      The quantiles in increasing order, [n].
     """
     quantiles = jnp.linspace(tail, 1 - tail, n)
     if isinstance(p_z, UnitGaussian):
         return jax.scipy.special.ndtri(quantiles)
     if not isinstance(p_z, GaussianMixture):
-        # Quantiles of draws: of a fixed key, so that the axis is the same every time.
+        # A fixed key, so that the axis is the same in every figure.
         return jnp.quantile(p_z.sample(jax.random.key(0), 10_000)[:, latent], quantiles)
     mean, scale = p_z.mean[:, latent], jnp.exp(p_z.log_var[:, latent] / 2)
     x = jnp.linspace(jnp.min(mean - 4 * scale), jnp.max(mean + 4 * scale), 10_001)
@@ -68,13 +97,17 @@ def latent_grid(p_z: Prior, latent: int, n: int, tail: float = 0.05) -> jax.Arra
 
 
 def plane(params: Params, n: int) -> tuple[jax.Array, np.ndarray, np.ndarray]:
-    """The decoder's mean on an n by n grid of the first two latents, any others at 0.
+    """Decode an n by n grid of the first two latents, with the others at 0.
 
-    The first latent grows to the right and the second upwards; a model of one latent gets one
-    row. A conditional model shows its class 0.
+    The first latent increases to the right and the second upwards. A model with one latent has one
+    row. A conditional model decodes class 0.
+
+    Args:
+      params: the model.
+      n: number of columns, and of rows.
 
     Returns:
-      The images [rows * n, H, W, C], the coordinates to the right [n], and those down [rows].
+      The decoder's means [rows * n, H, W, C]; z1 of each column [n]; z2 of each row [rows].
     """
     p_z = prior(params)
     latent_dim = params.config.latent_dim

@@ -1,4 +1,4 @@
-"""What the decoder paints: figures that are images side by side."""
+"""Figures that are grids of images: samples, reconstructions, traversals, interpolations."""
 
 from collections.abc import Sequence
 
@@ -15,12 +15,20 @@ from jaxvae.models.distributions import UnitGaussian
 from jaxvae.models.likelihoods import scale_images
 from jaxvae.models.vae import Params, decode, encode, prior, reconstruct, sample
 
-_ROWS = 10  # more classes or latents than these get no row
-_MEASURED = 10_000  # test images that say which latents vary
+_ROWS = 10  # classes or latents drawn, at most
+_MEASURED = 10_000  # test images over which the variance of latents is computed, at most
 
 
 def manifold(params: Params, n: int = 15) -> Figure:
-    """The decoder's mean on an n by n grid of the first two latents, as of `figures.grid.plane`."""
+    """Draw the decoder's mean on an n by n grid of the first two latents.
+
+    Args:
+      params: the model.
+      n: number of columns, and of rows; the grid is that of `figures.grid.plane`.
+
+    Returns:
+      The figure.
+    """
     images, right, down = plane(params, n)
     latent_dim = params.config.latent_dim
     title = f"Decoder means over the latent {'plane' if latent_dim > 1 else 'line'}"
@@ -39,7 +47,16 @@ def manifold(params: Params, n: int = 15) -> Figure:
 
 
 def reconstructions(params: Params, data: Dataset, n: int = 10) -> Figure:
-    """Test images above their reconstructions, one of each class where there are classes."""
+    """Draw test images above their reconstructions.
+
+    Args:
+      params: the model.
+      data: its test images are reconstructed.
+      n: number of images; with labels there is one of each class, for at most n classes.
+
+    Returns:
+      The figure.
+    """
     chosen = _one_of_each(data.test_labels, len(data.test_images), n)
     originals = jnp.asarray(data.test_images[chosen])
     decoded = reconstruct(params, originals, labels_of(params, data, chosen))
@@ -50,31 +67,57 @@ def reconstructions(params: Params, data: Dataset, n: int = 10) -> Figure:
 
 
 def samples(params: Params, key: jax.Array, rows: int = 10) -> Figure:
-    """Decoder means of rows * rows draws from the prior."""
+    """Draw the decoder's means of samples from the prior.
+
+    Args:
+      params: the model.
+      key: PRNG key of the samples.
+      rows: number of rows, and of columns.
+
+    Returns:
+      The figure.
+    """
     images = sample(params, key, rows * rows)
-    title = f"{rows * rows} samples: decoder means of draws from the prior"
+    title = f"{rows * rows} samples from the prior (decoder means)"
     return image_grid(images, rows, title)[0]
 
 
 def classes(params: Params, key: jax.Array, columns: int = 10) -> Figure:
-    """Decoder means of a conditional model: a row for every class, a column for every draw.
+    """Draw the decoder's means of a conditional model: a row per class, a column per sample.
 
-    All rows share their draws, so that what differs down a column is the class alone.
+    All rows have the same samples from the prior, so only the class differs within a column.
+
+    Args:
+      params: the model.
+      key: PRNG key of the samples.
+      columns: number of samples.
+
+    Returns:
+      The figure, of at most ten classes.
     """
     rows = min(params.config.num_classes, _ROWS)
     z = jnp.tile(prior(params).sample(key, columns), (rows, 1))
     images = decode(params, z, jnp.repeat(jnp.arange(rows), columns)).mean
-    title = "Samples by class: decoder means, the same draw down each column"
+    title = "Samples by class (decoder means); each column is one latent sample"
     figure, axes = image_grid(images, rows, title)
     _name_rows(axes, params, [f"class {label}" for label in range(rows)])
     return figure
 
 
 def traversals(params: Params, data: Dataset, columns: int = 11) -> Figure:
-    """One latent after the other changed, the rest as in the posterior of the first test image.
+    """Draw latent traversals: in each row one latent changes and the others stay fixed.
 
-    A row for each of the ten latents whose posterior means vary most over the test images, the
-    first of them at the top; along it the latent takes the prior's quantiles from 0.01 to 0.99.
+    The fixed latents are the posterior mean of the first test image. Rows are the ten latents whose
+    posterior means have the largest variance over the test images, in decreasing order. Along a
+    row the latent takes the quantiles 0.01 to 0.99 of its prior.
+
+    Args:
+      params: the model.
+      data: its test images are encoded.
+      columns: number of images in a row.
+
+    Returns:
+      The figure.
     """
     p_z, (mean, variance) = prior(params), activity(params, data)
     shown = np.argsort(-variance, kind="stable")[:_ROWS]
@@ -83,7 +126,7 @@ def traversals(params: Params, data: Dataset, columns: int = 11) -> Figure:
         z[row, :, latent] = latent_grid(p_z, latent, columns, tail=0.01)
     z = z.reshape(-1, params.config.latent_dim)
     labels = labels_of(params, data, np.zeros(len(z), int))
-    title = "Traversals: one latent at a time, the others as of a test image"
+    title = "Latent traversals: one latent varies, the others are those of a test image"
     figure, axes = image_grid(decode(params, z, labels).mean, len(shown), title)
     width = params.config.image_shape[1]
     ticks = np.linspace(0, columns - 1, 3).round().astype(int)
@@ -96,45 +139,66 @@ def traversals(params: Params, data: Dataset, columns: int = 11) -> Figure:
 
 @jax.jit
 def slerp(start: jax.Array, end: jax.Array, t: jax.Array) -> jax.Array:
-    """Points on the way from one vector to another that turns at a steady rate.
+    """Interpolate between two vectors on the sphere, at constant angular speed.
 
         slerp(p, q; t) = sin((1 - t) w) / sin(w) p + sin(t w) / sin(w) q
         cos(w)         = <p, q> / (|p| |q|)
 
-    Of two vectors of one length the way is the arc between them. Draws of N(0, I) of many latents
-    lie near a sphere, which the straight way leaves. Where the angle says no way, as of vectors
-    that point the same way or opposite ways or are 0, it is the straight one.
+    w is the angle between them. Samples of N(0, I) in high dimensions lie near a sphere, which
+    linear interpolation leaves. Vectors that are parallel, opposite or 0 are interpolated linearly.
 
     Args:
-      start, end: p and q, [latent].
-      t: from 0, which is p, to 1, which is q: [steps].
-    Returns:
-      [steps, latent].
+      start: p, [latent].
+      end: q, [latent].
+      t: from 0, which gives p, to 1, which gives q: [steps].
 
-    Shoemake (1985), Animating rotation with quaternion curves; White (2016), Sampling Generative
-    Networks, section 2.
+    Returns:
+      The interpolated vectors, [steps, latent].
+
+    References:
+      Shoemake (1985), Animating rotation with quaternion curves.
+      White (2016), Sampling Generative Networks, section 2.
     """
     t = t[:, None]
     lengths = jnp.linalg.norm(start) * jnp.linalg.norm(end)
     cosine = jnp.vdot(start, end) / jnp.where(lengths > 0, lengths, 1)
     angle = jnp.arccos(jnp.clip(cosine, -1, 1))
     turns = (jnp.sin(angle) > 1e-3) & (lengths > 0)
-    angle = jnp.where(turns, angle, jnp.pi / 2)  # any other, as it is not taken
+    angle = jnp.where(turns, angle, jnp.pi / 2)  # any angle: the result is not used
     round_ = (jnp.sin((1 - t) * angle) * start + jnp.sin(t * angle) * end) / jnp.sin(angle)
     return jnp.where(turns, round_, lerp(start, end, t[:, 0]))
 
 
 @jax.jit
 def lerp(start: jax.Array, end: jax.Array, t: jax.Array) -> jax.Array:
-    """Points on the straight way: (1 - t) start + t end, [steps, latent]; as of `slerp`."""
+    """Interpolate linearly: (1 - t) start + t end.
+
+    Args:
+      start: [latent].
+      end: [latent].
+      t: [steps].
+
+    Returns:
+      The interpolated vectors, [steps, latent].
+    """
     return (1 - t[:, None]) * start + t[:, None] * end
 
 
 def interpolations(params: Params, data: Dataset, pairs: int = 4, columns: int = 11) -> Figure:
-    """From one test image to another, by way of their latents; the images are at both ends.
+    """Draw interpolations between the latents of two test images, which are at both ends.
 
-    Straight, and where the prior is N(0, I) below that on the sphere (`slerp`). The two are of
-    different classes; of a conditional model they are of the same one, which it is told.
+    Each pair has a row of linear interpolation, and if the prior is N(0, I) in two or more
+    dimensions a row of spherical interpolation (`slerp`). The images of a pair are of different
+    classes, but for a conditional model of the same class.
+
+    Args:
+      params: the model.
+      data: its test images are encoded.
+      pairs: number of pairs.
+      columns: number of images in a row.
+
+    Returns:
+      The figure.
     """
     ways = {"straight": lerp}
     if isinstance(prior(params), UnitGaussian) and params.config.latent_dim > 1:
@@ -151,7 +215,7 @@ def interpolations(params: Params, data: Dataset, pairs: int = 4, columns: int =
             between = decode(params, way(center[i], center[i + 1], t), row_labels).mean
             rows.append(jnp.concatenate([images[i : i + 1], between, images[i + 1 : i + 2]]))
             names.append(name)
-    title = "From one test image to another, by way of their latents"
+    title = "Interpolations between the latents of two test images"
     figure, axes = image_grid(jnp.concatenate(rows), len(rows), title)
     width = params.config.image_shape[1]
     axes.set_xticks(np.array([0.5, columns / 2, columns - 0.5]) * width,
@@ -161,25 +225,40 @@ def interpolations(params: Params, data: Dataset, pairs: int = 4, columns: int =
 
 
 def activity(params: Params, data: Dataset) -> tuple[jax.Array, np.ndarray]:
-    """The posterior means of the test images, [N, latent], and their variances, [latent].
+    """Compute the posterior means of the test images and their variances.
 
-    A variance is NaN where a mean is NaN or infinite.
+    Args:
+      params: the model.
+      data: its test images are encoded, at most 10,000.
+
+    Returns:
+      The means [N, latent], or the centers of posteriors without a mean; their variances [latent],
+      NaN for latents with a mean that is NaN or infinite.
     """
     images = jnp.asarray(data.test_images[:_MEASURED])
     mean = encode(params, images, labels_of(params, data, np.arange(len(images)))).center
     with np.errstate(invalid="ignore"):
-        return mean, np.var(np.float64(mean), axis=0)  # the squares of large ones overflow float32
+        return mean, np.var(np.float64(mean), axis=0)  # large squares overflow float32
 
 
 def labels_of(params: Params, data: Dataset, chosen: np.ndarray) -> jax.Array | None:
-    """The classes of some test images, where the model is conditional."""
+    """Return the labels of some test images, as a conditional model takes them.
+
+    Args:
+      params: the model.
+      data: the data set.
+      chosen: indices of the test images, [N].
+
+    Returns:
+      The labels, int32 [N]; None if the model is unconditional or there are no labels.
+    """
     if not params.config.num_classes or data.test_labels is None:
         return None
     return jnp.asarray(data.test_labels[chosen], jnp.int32)
 
 
 def _coordinate(x: float) -> str:
-    return f"{x:.2f}" if abs(x) < 1e4 else f"{x:.1e}"  # of a prior that diverges
+    return f"{x:.2f}" if abs(x) < 1e4 else f"{x:.1e}"  # large if the prior diverged
 
 
 def _name_rows(axes: Axes, params: Params, names: Sequence[str]) -> None:
@@ -187,7 +266,7 @@ def _name_rows(axes: Axes, params: Params, names: Sequence[str]) -> None:
 
 
 def _one_of_each(labels: np.ndarray | None, images: int, n: int) -> np.ndarray:
-    """Indices of up to n test images: the first of each class, or the first ones."""
+    """Return indices of up to n test images: the first of each class, if there are labels."""
     if labels is None:
         return np.arange(min(n, images))
     _, first = np.unique(labels, return_index=True)
@@ -195,12 +274,12 @@ def _one_of_each(labels: np.ndarray | None, images: int, n: int) -> np.ndarray:
 
 
 def _pairs(labels: np.ndarray | None, images: int, n: int, same: bool) -> np.ndarray:
-    """Indices of up to n pairs of test images, [pairs, 2], of the same or of different classes."""
+    """Choose up to n pairs of test images of the same or of different classes: [pairs, 2]."""
     if same and labels is not None:
         of_each = [np.flatnonzero(labels == label)[[0, -1]] for label in np.unique(labels)]
         return np.stack(of_each[:n])
     chosen = _one_of_each(labels, images, 2 * n)
-    if len(chosen) < 2:  # of one class
+    if len(chosen) < 2:  # there is one class only
         chosen = np.arange(min(2 * n, images))
     if len(chosen) < 2:
         chosen = np.zeros(2, int)

@@ -1,4 +1,4 @@
-"""What all figures have in common."""
+"""Style and file formats of all figures."""
 
 import warnings
 from collections.abc import Iterator
@@ -28,18 +28,18 @@ STYLE = {
     "axes.axisbelow": True,
     "legend.frameon": False,
 }
-# Paul Tol's "muted" scheme and black: ten classes that colour-blind readers can tell apart.
+# Paul Tol's "muted" scheme and black: ten colours that colour-blind readers can distinguish.
 COLOURS = ["#332288", "#88CCEE", "#44AA99", "#117733", "#999933"]
 COLOURS += ["#DDCC77", "#CC6677", "#882255", "#AA4499", "#000000"]
 DARK, LIGHT, WARM = COLOURS[0], COLOURS[1], COLOURS[6]
 _DPI = 150
-# Of vector formats: letters as letters, and the same bytes whenever it is drawn.
+# For vector formats: text stays text, and the bytes do not depend on the date.
 _FILES = {"pdf.fonttype": 42, "svg.hashsalt": "jaxvae"}
 _UNDATED = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
 
 
 class Picture(Figure):
-    """A figure that Jupyter shows without being told to by `%matplotlib inline`."""
+    """A figure that Jupyter displays without `%matplotlib inline`."""
 
     def _repr_png_(self) -> bytes:
         with BytesIO() as file:
@@ -48,7 +48,7 @@ class Picture(Figure):
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure; the format follows from the path's suffix."""
+    """Write a figure in the format of the path's suffix."""
     about = _UNDATED.get(path.suffix)
     how: dict[str, Any] = {"dpi": _DPI, "bbox_inches": "tight", "pad_inches": 0.15}
     how |= {"format": path.suffix[1:], "metadata": about}
@@ -58,9 +58,16 @@ def save(figure: Figure, path: Path) -> None:
 
 @contextmanager
 def or_warned(path: Path) -> Iterator[None]:
-    """Warn of a figure that fails, with a NotDrawn, so that the others are drawn.
+    """Convert an exception to a NotDrawn warning, so that the other figures are drawn.
 
-    Raises OSError if it cannot be written, as then the others cannot be either.
+    Args:
+      path: path of the figure.
+
+    Yields:
+      Nothing.
+
+    Raises:
+      OSError: the figure cannot be written; the others could not be written either.
     """
     try:
         yield
@@ -73,7 +80,16 @@ def or_warned(path: Path) -> Iterator[None]:
 
 
 def image_grid(images: jax.Array, rows: int, title: str) -> tuple[Figure, Axes]:
-    """A figure of tiled images, each pixel drawn as a whole number of dots."""
+    """Draw a grid of images, with a whole number of dots for each pixel.
+
+    Args:
+      images: float in [0, 1], [rows * columns, H, W, C].
+      rows: number of rows.
+      title: title of the figure.
+
+    Returns:
+      The figure and its axes, in which a pixel of the images has length 1.
+    """
     picture = pixels(tile(images, rows))
     height, width = picture.shape[:2]
     scale = max(1, round(900 / max(height, width)))

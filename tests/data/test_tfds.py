@@ -280,7 +280,7 @@ class TestADataSetNotYetPrepared:
         monkeypatch.setattr(socket, "create_connection", refuse)
         said = complaint("mnist", data_dir=tmp_path, manual_dir=tmp_path)
         assert "cannot be downloaded, no answer from" in said
-        assert "fetch t10k-images-idx3-ubyte.gz" in said
+        assert "download t10k-images-idx3-ubyte.gz" in said
         assert "train-images-idx3-ubyte.gz" not in said
         assert capfd.readouterr() == ("", "")
 
