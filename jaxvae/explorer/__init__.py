@@ -1,4 +1,4 @@
-"""A page in which the decoder runs: the latent plane under a finger, its image beside it."""
+"""Interactive latent-space explorer: an HTML page that runs the decoder."""
 
 import base64
 import html
@@ -22,17 +22,26 @@ from jaxvae.figures.style import COLOURS
 from jaxvae.models.vae import Params, decode, encode
 from jaxvae.storage import write_whole
 
-_BYTES = 5_000_000  # of a page
-_IMAGES = 10_000  # beyond this, points only hide each other
-_COMPONENTS = 16
-_LARGE = 1024  # numbers of a constant that may be kept in half the bytes
+_BYTES = 5_000_000  # size of a page, at most
+_IMAGES = 10_000  # test images, at most; more points would only hide each other
+_COMPONENTS = 16  # principal components, at most
+_LARGE = 1024  # size from which a constant may be stored in float16
 _HALF_A_LEVEL = 0.5 / 255
 
 
 def write(path: Path, params: Params, data: Dataset, title: str) -> None:
-    """Write the page of a model and its test images. Raises InputError as `page`, and if it cannot.
+    """Write the page of a model and its test images to a file.
 
-    A kill leaves the old file or the new one.
+    The file is replaced atomically.
+
+    Args:
+      path: path of the file.
+      params: the model.
+      data: its test images are shown.
+      title: heading of the page.
+
+    Raises:
+      InputError: the decoder cannot be translated, or the file cannot be written.
     """
     text = page(params, data, title)
     try:
@@ -42,13 +51,22 @@ def write(path: Path, params: Params, data: Dataset, title: str) -> None:
 
 
 def page(params: Params, data: Dataset, title: str) -> str:
-    """One HTML file that needs nothing else: the decoder, and the test images with their latents.
+    """Return an HTML page with the decoder and the test images and their latents.
 
-    It stays below 5 MB, where the decoder itself does: large weights are stored in float16 where
-    that moves no pixel of the test images by half a grey level, and then fewer images shown.
+    The page loads no other files. To keep it below 5 MB, large weights are stored in float16 if
+    this changes no pixel of the test images by half a grey level or more, and then fewer images
+    are shown. A larger decoder makes a larger page.
+
+    Args:
+      params: the model.
+      data: its test images are shown.
+      title: heading of the page.
+
+    Returns:
+      The text of the page.
 
     Raises:
-      InputError: a network of one's own with operations that `program` cannot translate.
+      InputError: the decoder has an operation that `program` cannot translate.
     """
     program = decoder_program(params)
     count = min(len(data.test_images), _IMAGES)
@@ -68,7 +86,7 @@ def page(params: Params, data: Dataset, title: str) -> str:
 def _content(
     params: Params, program: Program, data: Dataset, count: int, half: bool
 ) -> dict[str, Any]:
-    """What the page's script is given."""
+    """Collect the data of the page's script."""
     config = params.config
     images = np.asarray(data.test_images[:count])
     labels = None if data.test_labels is None else np.asarray(data.test_labels[:count])
@@ -92,7 +110,14 @@ def _content(
 
 
 def title_of(params: Params) -> str:
-    """A model in a few words."""
+    """Describe a model in a few words.
+
+    Args:
+      params: the model.
+
+    Returns:
+      Its network, its number of latents, its likelihood and its number of classes.
+    """
     config = params.config
     names = {name: text.partition(":")[0] for name, text in config.specs().items()}
     words = [f"{names['network']} network", f"{config.latent_dim} latents", names["likelihood"]]
@@ -101,14 +126,14 @@ def title_of(params: Params) -> str:
 
 
 def _classes(params: Params, labels: np.ndarray | None) -> jax.Array | None:
-    """The labels as the functions of a conditional model take them."""
+    """Return the labels as int32, or None if the model is unconditional."""
     if not params.config.num_classes or labels is None:
         return None
     return jnp.asarray(labels, jnp.int32)
 
 
 def _components(latents: np.ndarray) -> np.ndarray:
-    """The principal components of the latents, at most 16, as unit vectors: the widest first."""
+    """Compute at most 16 principal components, as unit vectors by decreasing variance."""
     if latents.shape[1] < 3:
         return np.zeros((0, latents.shape[1]), np.float32)
     centred = latents - latents.mean(axis=0)
@@ -116,7 +141,7 @@ def _components(latents: np.ndarray) -> np.ndarray:
 
 
 def _half_is_enough(params: Params, data: Dataset, count: int = 500) -> bool:
-    """Whether large weights in float16 leave every pixel of test images within half a level."""
+    """Return whether float16 weights change every pixel by less than half a grey level."""
     labels = None if data.test_labels is None else data.test_labels[:count]
     classes = _classes(params, labels)
     z = encode(params, jnp.asarray(data.test_images[:count]), classes).center
@@ -129,7 +154,7 @@ def _half_is_enough(params: Params, data: Dataset, count: int = 500) -> bool:
 
 
 def _packed(constants: list[np.ndarray], half: bool) -> list[list[Any]]:
-    """For every constant, its bits and its numbers."""
+    """Encode each constant as its number of bits and its values in base64."""
     bits = [16 if half and len(x) >= _LARGE else 32 for x in constants]
     return [[n, _base64(x.astype(f"<f{n // 8}"))] for n, x in zip(bits, constants, strict=True)]
 
@@ -139,7 +164,7 @@ def _base64(numbers: np.ndarray) -> str:
 
 
 def _sheet(images: np.ndarray, columns: int) -> str:
-    """The images side by side, as the address of a PNG."""
+    """Encode a grid of images as the data URL of a PNG file."""
     rows = math.ceil(len(images) / columns)
     empty = np.zeros((rows * columns - len(images), *images.shape[1:]), images.dtype)
     file = io.BytesIO()
@@ -149,7 +174,7 @@ def _sheet(images: np.ndarray, columns: int) -> str:
 
 
 def _filled(title: str, content: dict[str, Any]) -> str:
-    """The page's template with its style, its scripts and its data."""
+    """Fill the page's template with its style, its scripts and its data."""
     folder = resources.files(__package__)
     parts = {
         "title": html.escape(title),

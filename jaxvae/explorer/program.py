@@ -1,16 +1,16 @@
-"""A decoder as a list of a few kinds of operations, for a page's script to carry out.
+"""Translation of a decoder to a list of simple operations, which `runtime.js` executes.
 
-JAX traces the function, and its equations are translated into these (`runtime.js` runs them):
+JAX traces the decoder, and each equation is translated to operations of these kinds:
 
-    view     out[i] = x[offset + sum_d i_d stride_d]: transposing, slicing, broadcasting, ...
-    place    parts written at such places of a buffer: concatenating, padding
-    map      a function of every element
-    reduce   over the last axis
+    view     out[i] = x[offset + sum_d i_d stride_d]: transpose, slice, broadcast, ...
+    place    writes arrays at such strided positions of a buffer: concatenate, pad
+    map      an elementwise function
+    reduce   a reduction over the last axis
     dot      a batch of matrix products
     conv     a two-dimensional convolution, channels last
 
-Every array is a register: a flat buffer of float32, also for whole numbers and truths. Its shape
-is known here and not there, so reshaping costs nothing.
+Every array is a register: a flat float32 buffer, also for integers and booleans. Only this module
+knows its shape, so a reshape needs no operation.
 """
 
 import math
@@ -27,12 +27,15 @@ from jaxvae.models.vae import Params, decode
 
 
 class Program(NamedTuple):
-    """What `runtime.js` needs: registers are numbers, the first ones the constants.
+    """A program for `runtime.js`. Registers are numbered, the constants first.
 
-    constants: of the first registers, flat float32 arrays.
-    sizes: of every register, how many numbers it holds.
-    inputs, output: registers.
-    operations: in the order to carry them out; each names its kind, `in` and `out` registers.
+    Attributes:
+      constants: values of the first registers, flat float32 arrays.
+      sizes: number of elements of each register.
+      inputs: registers of the inputs.
+      output: register of the output.
+      operations: in the order of execution; each has its "kind", its "in" and "out" registers and
+        its parameters.
     """
 
     constants: list[np.ndarray]
@@ -48,9 +51,16 @@ class _Array(NamedTuple):
 
 
 def decoder_program(params: Params) -> Program:
-    """The decoder's mean of one image: of latents [1, latent], and a class [1] where it has any.
+    """Translate the decoder's mean of one image.
 
-    Raises InputError if a decoder of one's own does what has no translation.
+    Args:
+      params: the model.
+
+    Returns:
+      A program whose inputs are latents [1, latent] and, for a conditional model, a class [1].
+
+    Raises:
+      InputError: the decoder has an operation that cannot be translated.
     """
 
     def mean(z: jax.Array, *labels: jax.Array) -> jax.Array:
@@ -59,14 +69,24 @@ def decoder_program(params: Params) -> Program:
     inputs = [jax.ShapeDtypeStruct((1, params.config.latent_dim), jnp.float32)]
     if params.config.num_classes:
         inputs.append(jax.ShapeDtypeStruct((1,), jnp.int32))
-    # As for an accelerator, where a convolution is one operation and not many.
+    # Traced for an accelerator, where a convolution is a single operation.
     with jax.default_device("tpu"):
         traced = jax.make_jaxpr(mean)(*inputs)
     return translate(traced)
 
 
 def translate(traced: Any) -> Program:
-    """The program of a traced function of one result. Raises InputError as `decoder_program`."""
+    """Translate a traced function with one result.
+
+    Args:
+      traced: what `jax.make_jaxpr` returned.
+
+    Returns:
+      The program.
+
+    Raises:
+      InputError: the function has an operation that cannot be translated.
+    """
     work = _Translation()
     inputs = [work.new(tuple(v.aval.shape)) for v in traced.jaxpr.invars]
     (output,) = work.inline(traced.jaxpr, traced.consts, inputs)
@@ -117,7 +137,7 @@ class _Translation:
         return self.view(x, [x.shape[a] for a in axes], [strides[a] for a in axes])
 
     def broadcast(self, x: _Array, shape: Sequence[int]) -> _Array:
-        """As NumPy would: axes of 1 repeated, missing ones put in front."""
+        """Broadcast as NumPy does: prepend missing axes and repeat those of size 1."""
         strides = [0] * (len(shape) - len(x.shape)) + _strides(x.shape)
         sides = [1] * (len(shape) - len(x.shape)) + list(x.shape)
         kept = [0 if side == 1 else s for side, s in zip(sides, strides, strict=True)]
@@ -137,7 +157,7 @@ class _Translation:
     def place(
         self, fill: _Array, parts: Sequence[_Array], wheres: Sequence[Any], shape: Sequence[int]
     ) -> _Array:
-        """A buffer of `fill`, with each part written from its offset on with its strides."""
+        """Fill a buffer with `fill`, then write each part at its offset with its strides."""
         laid = [
             {"shape": _ints(x.shape), "strides": _ints(strides), "offset": int(offset)}
             for x, (offset, strides) in zip(parts, wheres, strict=True)
@@ -182,17 +202,17 @@ class _Translation:
         inner = getattr(called, "jaxpr", called)
         if inner is None or len(inner.invars) != len(given):
             raise InputError(
-                f"the decoder has the operation {name!r}, which the page cannot carry out: "
-                "expected those that jaxvae/explorer/program.py lists"
+                f"the decoder has the operation {name!r}, which the explorer does not support: "
+                "expected those listed in jaxvae/explorer/program.py"
             )
         return self.inline(inner, getattr(called, "consts", ()), given)
 
     def scan(self, equation: Any, given: list[_Array]) -> list[_Array]:
-        """A loop of known length, written out."""
+        """Unroll a loop of known length."""
         how, body = equation.params, equation.params["jaxpr"]
         jaxpr, consts = getattr(body, "jaxpr", body), getattr(body, "consts", ())
-        # Of an array that goes through the loop, each turn sees a row: its shape tells it from what
-        # every turn sees whole. JAX's versions say it in different parameters.
+        # Each iteration gets one row of a scanned array, so its rank differs from a constant's.
+        # The parameters with this information differ between versions of JAX.
         rows = sum(len(x.shape) > v.aval.ndim for x, v in zip(given, jaxpr.invars, strict=True))
         stacked = sum(
             outer.aval.ndim > inner.aval.ndim
@@ -218,7 +238,7 @@ class _Translation:
         return [*carry, *whole]
 
     def finished(self, inputs: list[int], output: int) -> Program:
-        """What the output needs, with the constants numbered first."""
+        """Keep what the output depends on, and number the constants first."""
         needed, kept = {output}, []
         for operation in reversed(self.operations):
             if operation["out"] in needed:
@@ -269,8 +289,8 @@ def _divide(work: _Translation, equation: Any, x: _Array, y: _Array) -> _Array:
 
 def _whole_numbers(equation: Any) -> _Array:
     raise InputError(
-        f"the decoder has the operation {equation.primitive.name!r} of whole numbers, which the "
-        "page cannot carry out: expected it of floats alone"
+        f"the decoder has the operation {equation.primitive.name!r} on integers, which the "
+        "explorer does not support: expected floats"
     )
 
 
@@ -284,7 +304,7 @@ def _convert(work: _Translation, equation: Any, x: _Array) -> _Array:
         return work.map("ne", x, work.constant(0.0))
     if jnp.issubdtype(new, jnp.integer):
         return work.map("trunc", x)
-    if new in (jnp.float32, jnp.bfloat16):  # the latter is rounded to as every result
+    if new in (jnp.float32, jnp.bfloat16):  # results in bfloat16 are rounded in `equation`
         return x
     raise InputError(
         f"the decoder has numbers of type {jnp.dtype(new).name}: expected float32 or bfloat16"
@@ -292,7 +312,7 @@ def _convert(work: _Translation, equation: Any, x: _Array) -> _Array:
 
 
 def _polynomial(work: _Translation, equation: Any, x: _Array, *terms: _Array) -> _Array:
-    """By Horner's rule; JAX gives the constant term first."""
+    """Evaluate a polynomial by Horner's rule; JAX gives the constant term first."""
     *rest, total = terms
     for term in reversed(rest):
         total = work.map("add", work.map("mul", total, x), term)
@@ -350,7 +370,7 @@ def _pad(work: _Translation, equation: Any, x: _Array, fill: _Array) -> _Array:
         x.shape, shape, _strides(shape), equation.params["padding_config"], strict=True
     ):
         step = between + 1
-        # Of a negative padding: what is cropped.
+        # Negative padding crops.
         first.append(min(n, max(0, -(low // step))))
         last.append(max(first[-1], min(n, -(-(side - low) // step))))
         offset += (low + first[-1] * step) * stride
@@ -398,8 +418,9 @@ def _conv(work: _Translation, equation: Any, x: _Array, kernel: _Array) -> _Arra
     how = equation.params
     if len(x.shape) != 4 or how["batch_group_count"] != 1:
         raise InputError(
-            f"the decoder convolves over {len(x.shape) - 2} axes, or in groups of the batch: "
-            "the page can over 2, and in groups of channels"
+            f"the decoder has a convolution over {len(x.shape) - 2} axes with "
+            f"batch_group_count={how['batch_group_count']}, which the explorer does not support: "
+            "expected 2 axes and batch_group_count=1"
         )
     numbers = how["dimension_numbers"]
     n, c, *sides = numbers.lhs_spec
@@ -424,7 +445,7 @@ def _conv(work: _Translation, equation: Any, x: _Array, kernel: _Array) -> _Arra
     return work.transpose(result, [int(a) for a in np.argsort((n, *sides, c))])
 
 
-# What only moves numbers about, and so needs no rounding.
+# Operations that only move values, so their results need no rounding.
 _MOVES = ("reshape", "squeeze", "expand_dims", "transpose", "slice", "split", "rev", "pad",
           "concatenate", "broadcast_in_dim", "copy", "optimization_barrier")  # fmt: skip
 

@@ -15,15 +15,14 @@ from jaxvae.data import Dataset
 from jaxvae.errors import InputError
 from jaxvae.evaluation.metrics import ACTIVE, log_aggregate, variance_of_means
 from jaxvae.figures.grid import latent_grid
-from jaxvae.figures.pictures import activity, labels_of
+from jaxvae.figures.pictures import activity, encode_test_images
 from jaxvae.figures.style import COLOURS, DARK, LIGHT, STYLE, WARM, Picture
 from jaxvae.models.distributions import Gaussian, GaussianMixture, UnitGaussian
 from jaxvae.models.posteriors import DiagonalGaussian
 from jaxvae.models.protocols import Posterior, Prior
-from jaxvae.models.vae import Params, encode, prior
+from jaxvae.models.vae import Params, prior
 
 _SPLITS = {"train": LIGHT, "test": DARK}
-_SCATTERED = 10_000  # points, at most; more would only hide each other
 _PANELS = 8  # latents in the figure of the aggregate posterior, at most
 _MASSES = (0.9, 0.5)  # probability within each contour
 _STEPS, _CELLS = 300, 120  # grid cells along an axis, for a curve and for contours
@@ -43,8 +42,7 @@ def latents(params: Params, data: Dataset) -> Figure:
     Returns:
       The figure.
     """
-    images = jnp.asarray(data.test_images[:_SCATTERED])
-    posterior = encode(params, images, labels_of(params, data, np.arange(len(images))))
+    posterior = encode_test_images(params, data)
     x, y = posterior.center[:, 0], jnp.exp(posterior.log_var[:, 0] / 2)
     mean = _center(params)
     names = (f"posterior {mean} of z1", "posterior standard deviation of z1")
@@ -149,9 +147,7 @@ def units(
     elif key is None:
         raise InputError("key is None: expected a PRNG key, as the posterior is not Gaussian")
     else:
-        images = jnp.asarray(data.test_images[:_SCATTERED])
-        posterior = encode(params, images, labels_of(params, data, np.arange(len(images))))
-        variance = np.asarray(variance_of_means(posterior, key))
+        variance = np.asarray(variance_of_means(encode_test_images(params, data), key))
     order = np.argsort(-variance, kind="stable")
     active = int(np.sum(variance > threshold))
     count = len(variance)
@@ -200,8 +196,7 @@ def aggregate(params: Params, data: Dataset, key: jax.Array) -> Figure:
     Returns:
       The figure.
     """
-    images = jnp.asarray(data.test_images[:_SCATTERED])
-    posterior = encode(params, images, labels_of(params, data, np.arange(len(images))))
+    posterior = encode_test_images(params, data)
     z = np.asarray(_draws(posterior, key), np.float64)
     seen = np.all(np.isfinite(z), axis=1)
     z = z[seen]
@@ -241,7 +236,7 @@ def aggregate(params: Params, data: Dataset, key: jax.Array) -> Figure:
         for axes in grid[panels:]:
             axes.remove()
         figure.suptitle(
-            f"Aggregate posterior of {len(images):,} test images{_unseen(seen)}, and the prior",
+            f"Aggregate posterior of {len(seen):,} test images{_unseen(seen)}, and the prior",
             x=0.01,
             ha="left",
             size=STYLE["axes.titlesize"],

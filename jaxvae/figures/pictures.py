@@ -13,10 +13,11 @@ from jaxvae.figures.grid import latent_grid, plane
 from jaxvae.figures.style import image_grid
 from jaxvae.models.distributions import UnitGaussian
 from jaxvae.models.likelihoods import scale_images
+from jaxvae.models.protocols import Posterior
 from jaxvae.models.vae import Params, decode, encode, prior, reconstruct, sample
 
 _ROWS = 10  # classes or latents drawn, at most
-_MEASURED = 10_000  # test images over which the variance of latents is computed, at most
+_ENCODED = 10_000  # test images, at most; more points would only hide each other
 
 
 def manifold(params: Params, n: int = 15) -> Figure:
@@ -224,6 +225,20 @@ def interpolations(params: Params, data: Dataset, pairs: int = 4, columns: int =
     return figure
 
 
+def encode_test_images(params: Params, data: Dataset) -> Posterior:
+    """Encode the test images.
+
+    Args:
+      params: the model.
+      data: its test images are encoded, at most 10,000.
+
+    Returns:
+      Their posteriors, of batch size N.
+    """
+    images = jnp.asarray(data.test_images[:_ENCODED])
+    return encode(params, images, labels_of(params, data, np.arange(len(images))))
+
+
 def activity(params: Params, data: Dataset) -> tuple[jax.Array, np.ndarray]:
     """Compute the posterior means of the test images and their variances.
 
@@ -235,8 +250,7 @@ def activity(params: Params, data: Dataset) -> tuple[jax.Array, np.ndarray]:
       The means [N, latent], or the centers of posteriors without a mean; their variances [latent],
       NaN for latents with a mean that is NaN or infinite.
     """
-    images = jnp.asarray(data.test_images[:_MEASURED])
-    mean = encode(params, images, labels_of(params, data, np.arange(len(images)))).center
+    mean = encode_test_images(params, data).center
     with np.errstate(invalid="ignore"):
         return mean, np.var(np.float64(mean), axis=0)  # large squares overflow float32
 

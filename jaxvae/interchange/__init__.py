@@ -1,1 +1,1 @@
-"""Models written for, and read from, other programs."""
+"""Export to, and import from, the formats of other programs."""

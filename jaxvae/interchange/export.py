@@ -1,15 +1,15 @@
-"""Models in the formats of other programs: StableHLO, ONNX and safetensors.
+"""Export of models to StableHLO, ONNX and safetensors.
 
     encoder   images [b, height, width, channels], float32 in [0, 1]
               -> mean, log_var [b, latent]; with a flow also the center [b, latent]
     decoder   latents [b, latent], float32 -> mean [b, height, width, channels], float32 in [0, 1]
-    sampler   keys [b, 2], any 64 random bits for every image, uint32
-              -> mean of the decoder at a draw from the prior, as of the decoder
+    sampler   keys [b, 2], 64 random bits for each image, uint32
+              -> the decoder's mean at a sample from the prior, [b, height, width, channels]
 
-b is of any size, from 1. Conditional models take labels [b], int32, as a last argument. The
-parameters are in the functions.
+The batch size b is at least 1. Conditional models take labels [b], int32, as the last argument.
+The parameters are constants of the functions.
 
-What lies in each file, and how another program reads it, is in docs/export.md.
+docs/export.md describes the contents of each file and how other programs read it.
 """
 
 import importlib.util
@@ -35,21 +35,27 @@ from jaxvae.storage import regular, write_whole
 FORMATS = ("stablehlo", "onnx", "safetensors")
 PLATFORMS = ("cpu", "cuda", "tpu")
 
-_CONFIG = "jaxvae.ModelConfig"  # the name, in the file's metadata, of what `load_safetensors` reads
+_CONFIG = "jaxvae.ModelConfig"  # key of the model's configuration in a safetensors file
 
 
 def export(params: Params, folder: str | Path, formats: Sequence[str] = FORMATS) -> list[Path]:
-    """Write a model into a folder, which is made, in one format or several.
+    """Write a model to a folder in one or several formats.
 
     stablehlo: encoder.stablehlo, decoder.stablehlo and sampler.stablehlo; onnx: encoder.onnx and
-    decoder.onnx; safetensors: model.safetensors. Files of an earlier export are replaced, once
-    everything asked for is at hand.
+    decoder.onnx; safetensors: model.safetensors. Files of an earlier export are replaced after
+    all formats have been converted.
+
+    Args:
+      params: the model.
+      folder: created if it does not exist.
+      formats: any of FORMATS.
 
     Returns:
-      The paths written.
+      The paths of the files.
+
     Raises:
-      InputError: another format; a package that a format needs is missing, or cannot write this
-        model; the folder cannot be written.
+      InputError: the format is unknown; its package is missing or cannot convert this model; the
+        folder cannot be written.
     """
     contents: dict[str, bytes] = {}
     for name in formats:
@@ -67,21 +73,26 @@ def export(params: Params, folder: str | Path, formats: Sequence[str] = FORMATS)
 
 
 def load_safetensors(path: str | Path, network: Any = None, **own: Any) -> Params:
-    """The model in a file that `export` has written.
+    """Load a model from a safetensors file that `export` has written.
 
     Args:
-      network: the modules (encoder, decoder), where the model was given some of its own.
-      own: other components of the user's own that the model was made with, by field.
+      path: path of the file.
+      network: the modules (encoder, decoder), if the model has a network of the user's own.
+      **own: other components of the user's own, by their field of ModelConfig.
+
+    Returns:
+      The model.
+
     Raises:
-      InputError: the file is not there, is damaged, or holds other parameters than those of the
-        model that it says it is.
+      InputError: the file does not exist or is damaged, or its parameters do not match its
+        configuration.
     """
     _require("safetensors")
     from safetensors import SafetensorError, safe_open
 
     try:
         with open(path, "rb", opener=regular):
-            pass  # safe_open would wait for a pipe
+            pass  # safe_open would block on a pipe
         with safe_open(path, framework="numpy") as file:
             about = file.metadata() or {}
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -91,8 +102,7 @@ def load_safetensors(path: str | Path, network: Any = None, **own: Any) -> Param
         raise InputError(f"{path} is damaged: {error}") from None
     if _CONFIG not in about:
         raise InputError(
-            f"{path} does not say which model it is: expected a file of `jaxvae export`, "
-            f"with {_CONFIG} in its metadata"
+            f"{path} has no {_CONFIG} in its metadata: expected a file written by `jaxvae export`"
         )
     try:
         own |= {} if network is None else {"network": network}
@@ -101,7 +111,7 @@ def load_safetensors(path: str | Path, network: Any = None, **own: Any) -> Param
         raise ComponentNeeded(f"{path}: {error}") from None
     except (RecursionError, TypeError, ValueError) as error:
         raise InputError(f"{path} is damaged: {error}") from None
-    # As version 0.1 called it.
+    # The name in version 0.1.
     arrays = {re.sub(r"^flow\.", "posterior.", name): x for name, x in arrays.items()}
     like = jax.eval_shape(init, jax.random.key(0), config)
     expected, found = _shapes(_named(like)), _shapes(arrays)
@@ -109,14 +119,14 @@ def load_safetensors(path: str | Path, network: Any = None, **own: Any) -> Param
         name = min(set(expected.items()) ^ set(found.items()))[0]
         raise InputError(
             f"{path} has {_shape_text(found, name)}: expected {_shape_text(expected, name)}, "
-            "as of its model"
+            "as its configuration says"
         )
     leaves = [jnp.asarray(arrays[name]) for name in _named(like)]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
 class _Function(NamedTuple):
-    """What is exported: a function of parameters, and what its arrays are called."""
+    """A function to export, with the names of its inputs and outputs."""
 
     call: Callable[..., Any]
     inputs: Mapping[str, jax.ShapeDtypeStruct]  # of one row of the batch
@@ -131,7 +141,7 @@ def _functions(params: Params) -> dict[str, _Function]:
     keys = {"keys": shape((2,), jnp.uint32)}
     labels = {"labels": shape((), jnp.int32)} if config.num_classes else {}
 
-    # Each has only the parameters it needs, as all that it has are written.
+    # Only the parameters that each function needs, as all of them are exported.
     encoder_params = replace(params, decoder={}, likelihood={}, prior={})
     decoder_params = replace(params, encoder={}, prior={}, posterior={})
 
@@ -144,7 +154,7 @@ def _functions(params: Params) -> dict[str, _Function]:
         return decode(decoder_params, z, *labels).mean
 
     def sampler(keys: jax.Array, *labels: jax.Array) -> jax.Array:
-        # By keys, as an array of a size that is not known yet cannot be asked for by its size.
+        # A key per image: `prior.sample` cannot take a symbolic batch size.
         own = jax.random.wrap_key_data(keys, impl="threefry2x32")
         z = jax.vmap(lambda key: prior(params).sample(key, 1)[0])(own)
         return decoder(z, *labels)
@@ -179,13 +189,13 @@ def _stablehlo(params: Params) -> dict[str, bytes]:
 def _onnx(params: Params) -> dict[str, bytes]:
     if importlib.util.find_spec("jax2onnx") is None and jax.__version_info__ >= (0, 12):
         raise InputError(
-            f"ONNX is written by jax2onnx, which does not know JAX {jax.__version__} yet: expected "
-            "JAX 0.10 or 0.11, or the format stablehlo"
+            f"jax2onnx, which writes ONNX, does not support JAX {jax.__version__}: expected JAX "
+            "0.10 or 0.11, or the format stablehlo"
         )
     _require("jax2onnx")
     _require("onnxruntime")
     files = {}
-    # In float32 alone: what mixed precision computes in bfloat16, few programs read.
+    # In float32 only: few programs read bfloat16.
     config = replace(params.config, compute_dtype="float32")
     functions = _functions(replace(params, config=config))
     for name in ("encoder", "decoder"):
@@ -205,24 +215,24 @@ def _onnx(params: Params) -> dict[str, bytes]:
             problem = _difference(function, content, config)
         except InputError:
             raise
-        except Exception as error:  # of another's code, which knows some programs and JAXs
+        except Exception as error:  # jax2onnx supports some models and versions of JAX only
             problem = " ".join(str(error).split())[:200] or type(error).__name__
         if problem:
             from importlib.metadata import version
 
             raise InputError(
                 f"jax2onnx {version('jax2onnx')} cannot write this {name} with JAX "
-                f"{jax.__version__}: {problem}; expected JAX 0.10 or 0.11 and a model it knows, or "
-                "the format stablehlo, which takes every model"
+                f"{jax.__version__}: {problem}; expected JAX 0.10 or 0.11 and a model it supports, "
+                "or the format stablehlo, which supports every model"
             )
         files[f"{name}.onnx"] = content
     return files
 
 
 def _difference(function: _Function, content: bytes, config: ModelConfig) -> str:
-    """What ONNX Runtime computes otherwise; nothing, where it computes the same.
+    """Compare with ONNX Runtime: describe the first output that differs, or return "".
 
-    jax2onnx knows Flax's layers by name, and passes over options of theirs that it does not know.
+    jax2onnx converts Flax's layers by name, and ignores options that it does not support.
     """
     import onnxruntime
 
@@ -235,7 +245,7 @@ def _difference(function: _Function, content: bytes, config: ModelConfig) -> str
     given = {name: draw[name]((3, *x.shape)) for name, x in function.inputs.items()}
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     theirs = session.run(None, given)
-    with jax.default_matmul_precision("highest"):  # of accelerators, as of ONNX Runtime's CPU
+    with jax.default_matmul_precision("highest"):  # the precision of ONNX Runtime on a CPU
         ours = jax.tree.leaves(function.call(*given.values()))
     for name, a, b in zip(function.outputs, ours, theirs, strict=True):
         off = np.abs(a - b).max()
@@ -261,7 +271,7 @@ _WRITERS: dict[str, Callable[[Params], dict[str, bytes]]] = {
 
 
 def _named(params: Params) -> dict[str, Any]:
-    """Every array by its place, as in encoder.conv_1.kernel."""
+    """Return the arrays by their paths, such as encoder.conv_1.kernel."""
     leaves, _ = jax.tree.flatten_with_path(params)
     return {jax.tree_util.keystr(k, simple=True, separator="."): x for k, x in leaves}
 
@@ -284,21 +294,21 @@ def _require(package: str) -> None:
 
 @contextmanager
 def _explain_len(name: str) -> Iterator[None]:
-    """An InputError where modules of one's own ask for the size of the batch as a number."""
+    """Convert the TypeError of `len(x)` on a symbolic batch size to an InputError."""
     try:
         yield
     except TypeError as error:
         if "_DimExpr" not in str(error):
             raise
         raise InputError(
-            f"the {name} asks for the size of a batch, which may be any in an export: "
-            "expected x.shape[0], not len(x), in modules of your own"
+            f"the {name} calls len(x), but an export has a symbolic batch size: expected "
+            "x.shape[0] in modules of your own"
         ) from None
 
 
 @contextmanager
 def _quiet(*names: str) -> Iterator[None]:
-    """Keeps the loggers of packages from warnings that are no news to the user."""
+    """Silence the warnings of the named loggers."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

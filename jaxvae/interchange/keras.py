@@ -1,15 +1,15 @@
-"""The notebook's model as Keras has saved it, read without Keras.
+"""Import of the notebook's model from files of Keras, without Keras.
 
     .keras        a zip archive of config.json and model.weights.h5
     .weights.h5   weights alone
     .h5           a whole model, or weights alone, in the format of Keras 2
 
-The encoder and the decoder may be one model, nested models, or two files. Layers are told apart by
-the shapes of their weights; the two heads by their names, or else by the order in which they were
-made. Where the file has the model's configuration, strides and activations are checked as well.
+The encoder and the decoder may be one model, nested models, or two files. Layers are identified by
+the shapes of their weights; the two heads by their names, or else by their order of creation. If
+the file has the model's configuration, strides and activations are checked too.
 
-Files may come from anyone: nothing in them is run or deserialized, they are read in memory and
-within limits, and links to other files are refused.
+Untrusted files are parsed safely: nothing is executed or unpickled, sizes are limited, and links
+to other files are refused.
 """
 
 import io
@@ -31,7 +31,7 @@ from jaxvae.models.config import ModelConfig
 from jaxvae.models.vae import Params
 from jaxvae.storage import regular
 
-_BYTES = 2**30  # of weights, at most: 550,629 parameters take two million
+_BYTES = 2**30  # of weights, at most; the notebook's model has 2.2 million
 _CONFIG_BYTES = 2**24
 _GROUPS = 10_000
 _DEPTH = 16
@@ -59,23 +59,38 @@ _EXPECTED = (
 
 
 def load_keras(path: str | Path, decoder: str | Path | None = None) -> Params:
-    """The notebook's model, with weights that Keras has saved.
+    """Load the notebook's model with weights that Keras has saved.
 
-    The shape of the images is that of the model's configuration; a file of weights alone is taken
-    to be of square images.
+    The model's configuration has the shape of the images. For a file that has only weights, the
+    images are assumed to be square.
 
     Args:
       path: a .keras, .weights.h5 or .h5 file.
-      decoder: the same, where the decoder is in a file of its own.
+      decoder: the same, if the decoder is in another file.
+
+    Returns:
+      The model.
+
     Raises:
-      InputError: a file is not there, is damaged or larger than 1 GiB, or holds another model;
+      InputError: a file does not exist, is damaged or larger than 1 GiB, or holds another model;
         h5py is missing.
     """
     return load_keras_layers(path, decoder)[0]
 
 
 def load_keras_layers(path: str | Path, decoder: str | Path | None = None) -> tuple[Params, str]:
-    """Return what `load_keras` does, and a line that says which layer was taken for what."""
+    """Load a model as `load_keras` does, and describe the assignment of its layers.
+
+    Args:
+      path: as of `load_keras`.
+      decoder: as of `load_keras`.
+
+    Returns:
+      The model, and a line with the role of each layer.
+
+    Raises:
+      InputError: as of `load_keras`.
+    """
     return _read(path, decoder)
 
 
@@ -89,14 +104,14 @@ class _Layer(NamedTuple):
 
 
 class _Config(NamedTuple):
-    """A layer as the model's configuration has it."""
+    """A layer in the model's configuration."""
 
     kind: str
     fields: dict[str, Any]
 
 
 def _read(path: str | Path, decoder: str | Path | None) -> tuple[Params, str]:
-    """The model, and a line that tells which layer was taken for what."""
+    """Load the model and describe the role of each layer."""
     paths = [Path(path)] if decoder is None else [Path(path), Path(decoder)]
     layers: list[_Layer] = []
     configs: list[_Config] = []
@@ -117,7 +132,7 @@ def _read(path: str | Path, decoder: str | Path | None) -> tuple[Params, str]:
     )
     assigned = ", ".join(f"{layer.name} as {role}" for role, layer in roles.items())
     if not all(checked):
-        assigned += "; strides and activations, which the file does not tell, as the notebook's"
+        assigned += "; strides and activations are not in the file: assumed to be the notebook's"
     return params, (
         f"{where}: images of {2 * rows} x {2 * columns} x {channels}, {latent_dim} latents; "
         f"{assigned}"
@@ -127,17 +142,17 @@ def _read(path: str | Path, decoder: str | Path | None) -> tuple[Params, str]:
 def _weights(layer: _Layer, role: str) -> dict[str, jax.Array]:
     kernel = layer.kernel
     if role == "conv_transpose":
-        # Keras's is [height, width, out, in] and adds the filter as it lies to the output, where
-        # `jax.lax.conv_transpose` takes [height, width, in, out] and reads it backwards.
+        # Keras has [height, width, out, in]. `jax.lax.conv_transpose` takes [height, width, in,
+        # out] and flips the kernel.
         kernel = kernel[::-1, ::-1].swapaxes(2, 3)
     return {"bias": jnp.asarray(layer.bias), "kernel": jnp.asarray(kernel)}
 
 
 def _roles(where: str, layers: list[_Layer]) -> dict[str, _Layer]:
-    """Which layer is which; of equal shapes, the first in the file is the first of the model."""
+    """Assign each layer its role; layers of equal shape are in the model's order."""
 
     def shaped(*shape: int | None, bias: int | None = None) -> list[_Layer]:
-        """Layers whose kernels have this shape, None being any, and so many biases."""
+        """Return the layers with this kernel shape, where None is any size, and bias size."""
         return [
             layer
             for layer in layers
@@ -177,7 +192,7 @@ def _roles(where: str, layers: list[_Layer]) -> dict[str, _Layer]:
 
 
 def _heads(both: list[_Layer]) -> list[_Layer]:
-    """The heads, mean first: as their names say, or else in the order in which they were made."""
+    """Order the two heads, mean first, by their names or else by their order of creation."""
     first, second = (layer.name.lower() for layer in both)
 
     def variance(name: str) -> bool:
@@ -191,7 +206,7 @@ def _heads(both: list[_Layer]) -> list[_Layer]:
 
 
 def _check_settings(where: str, role: str, layer: _Layer, configs: list[_Config]) -> bool:
-    """Whether the configuration has this layer; InputError where it does with other settings."""
+    """Return whether the configuration has this layer; InputError if its settings differ."""
     kinds = [config for config in configs if _may_be(config, role, layer)]
     named = [config for config in kinds if config.fields["name"] == layer.name]
     wrong = [
@@ -200,7 +215,7 @@ def _check_settings(where: str, role: str, layer: _Layer, configs: list[_Config]
         for name, expected in _SETTINGS[role].items()
         if not _is(config.fields.get(name, expected), expected)
     ]
-    # One of several may be the layer.
+    # An error only if every candidate differs.
     if wrong and len({id(config) for config, *_ in wrong}) == len(named or kinds):
         config, name, expected = wrong[0]
         raise InputError(
@@ -211,7 +226,7 @@ def _check_settings(where: str, role: str, layer: _Layer, configs: list[_Config]
 
 
 def _may_be(config: _Config, role: str, layer: _Layer) -> bool:
-    """Whether a configuration is of a layer of this kind and size."""
+    """Return whether a configuration has the kind and size of this layer."""
     kind = "Dense" if layer.kernel.ndim == 2 else "Conv2D"
     kind = "Conv2DTranspose" if role == "conv_transpose" else kind
     units = config.fields.get("units" if kind == "Dense" else "filters")
@@ -219,7 +234,7 @@ def _may_be(config: _Config, role: str, layer: _Layer) -> bool:
 
 
 def _is(value: Any, expected: Any) -> bool:
-    if isinstance(value, dict):  # an activation may be an object of its own
+    if isinstance(value, dict):  # an activation may be an object
         value = value.get("config")
     if isinstance(expected, tuple):
         return value in (list(expected), expected[0] if len({*expected}) == 1 else None)
@@ -227,7 +242,7 @@ def _is(value: Any, expected: Any) -> bool:
 
 
 def _grid(where: str, places: int, configs: list[_Config]) -> tuple[int, int]:
-    """Rows and columns between encoder and decoder: half the images'."""
+    """Return the rows and columns between encoder and decoder: half those of the images."""
     grids = set()
     for config in configs:
         shapes = [config.fields.get(name) for name in ("batch_shape", "batch_input_shape")]
@@ -244,7 +259,7 @@ def _grid(where: str, places: int, configs: list[_Config]) -> tuple[int, int]:
         raise InputError(
             f"{where} has {64 * places} units between encoder and decoder, "
             f"and images of {sizes or 'an unknown shape'}: expected "
-            + ("64 for every 2 x 2 pixels" if sizes else "a square, or a file that tells the shape")
+            + ("64 for every 2 x 2 pixels" if sizes else "a square, or a file with the shape")
         )
     return int(rows), int(columns)
 
@@ -254,7 +269,7 @@ def _whole(shape: Any) -> bool:
 
 
 def _from_file(path: Path) -> tuple[list[_Layer], list[_Config]]:
-    """The layers of a file that have weights, in its order, and the configurations of all."""
+    """Read the layers that have weights, in the file's order, and all configurations."""
     try:
         import h5py
     except ImportError:
@@ -267,24 +282,22 @@ def _from_file(path: Path) -> tuple[list[_Layer], list[_Config]]:
             if begin[:4] == b"PK\3\4":
                 config, weights = _unpacked(path, file)
             elif begin != b"\x89HDF\r\n\x1a\n":
-                raise InputError(
-                    f"{path} is not a file of Keras: expected .keras, .weights.h5 or .h5"
-                )
+                raise InputError(f"{path} is not a Keras file: expected .keras, .weights.h5 or .h5")
             with h5py.File(weights, "r") as h5:
                 content = config if config is not None else h5.attrs.get("model_config", "null")
                 return _layers(path, h5), list(_configs(json.loads(content)))
     except InputError:
         raise
     except FileNotFoundError:
-        raise InputError(f"{path} does not exist: expected a file of Keras") from None
+        raise InputError(f"{path} does not exist: expected a Keras file") from None
     except _DAMAGES as error:
-        if isinstance(error, OSError) and error.filename:  # it was not even opened
+        if isinstance(error, OSError) and error.filename:  # it cannot be opened
             raise InputError(f"{path} cannot be read: {error.strerror}") from None
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path} is damaged: {reason or type(error).__name__}") from None
 
 
-# What h5py, zipfile and json raise of a file that is not what it says it is.
+# What h5py, zipfile and json raise on a damaged file.
 _DAMAGES = (
     OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, EOFError,
     OverflowError, NotImplementedError, zipfile.BadZipFile, zlib.error,
@@ -292,13 +305,13 @@ _DAMAGES = (
 
 
 def _unpacked(path: Path, file: Any) -> tuple[bytes, Any]:
-    """config.json and the weights in an archive."""
+    """Read config.json and the weights from an archive."""
 
     def member(name: str, limit: int) -> bytes:
         if name not in archive.namelist():
-            raise InputError(f"{path} has no {name} in it: expected a .keras file")
+            raise InputError(f"{path} has no {name}: expected a .keras file")
         with archive.open(name) as stream:
-            content = stream.read(limit + 1)  # not what it says its size is
+            content = stream.read(limit + 1)  # the size in the archive may be wrong
         if len(content) > limit:
             raise InputError(f"{path} has a {name} of more than {limit:,} bytes: expected fewer")
         return content
@@ -309,7 +322,7 @@ def _unpacked(path: Path, file: Any) -> tuple[bytes, Any]:
 
 
 def _layers(path: Path, h5: Any) -> list[_Layer]:
-    """Every group of arrays, but for the optimizer's, as a layer."""
+    """Read every group of arrays, except the optimizer's, as a layer."""
     layers = []
     left = _BYTES
     for name, arrays in _groups(path, h5, "", 0, [_GROUPS]):
@@ -318,7 +331,7 @@ def _layers(path: Path, h5: Any) -> list[_Layer]:
         if left < 0:
             raise InputError(f"{path} has weights of more than {_BYTES:,} bytes: expected fewer")
         if any(array.external or array.is_virtual for array in arrays):
-            raise InputError(f"{path} has weights in other files: expected them all in one")
+            raise InputError(f"{path} has weights in other files: expected all weights in one file")
         kernel, *others = sorted(arrays, key=lambda array: -array.ndim)
         if kernel.ndim < 2 or len(others) != 1 or others[0].ndim != 1:
             shapes = ", ".join(str(array.shape) for array in arrays)
@@ -335,12 +348,12 @@ def _layers(path: Path, h5: Any) -> list[_Layer]:
 def _groups(
     path: Path, group: Any, name: str, depth: int, left: list[int]
 ) -> Iterator[tuple[str, list[Any]]]:
-    """The names of layers and their arrays, in the order of the model's layers."""
+    """Yield the names of layers and their arrays, in the model's order."""
     import h5py
 
     left[0] -= 1
     if left[0] < 0 or depth > _DEPTH:
-        raise InputError(f"{path} has too many groups in groups: expected a file of Keras")
+        raise InputError(f"{path} has too many nested groups: expected a Keras file")
     arrays = []
     for child in _in_order(group):
         if child in ("optimizer", "optimizer_weights"):
@@ -349,7 +362,7 @@ def _groups(
             raise InputError(f"{path} has a link at {child!r}: expected the weights themselves")
         node = group[child]
         if isinstance(node, h5py.Group):
-            # Keras 3 keeps a layer's arrays in a group "vars" that knows the layer's name.
+            # Keras 3 stores a layer's arrays in a group "vars" with the layer's name.
             own = str(node.attrs.get("name", name) if child == "vars" else child)
             own = own if own.isprintable() else repr(own)
             yield from _groups(path, node, own[:100], depth + 1, left)
@@ -360,9 +373,9 @@ def _groups(
 
 
 def _in_order(group: Any) -> list[str]:
-    """What is in a group, in the order of the model's layers.
+    """List the members of a group in the model's order.
 
-    Keras 2 lists it; Keras 3 numbers the layers of a kind: conv2d, conv2d_1, ..., conv2d_10.
+    Keras 2 stores the order; Keras 3 numbers layers of a kind: conv2d, conv2d_1, ..., conv2d_10.
     """
     listed = [
         (name.decode() if isinstance(name, bytes) else str(name)).split("/")[0]
@@ -374,14 +387,14 @@ def _in_order(group: Any) -> list[str]:
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """For sorting numbers in names by their size."""
+    """Return a sort key that compares numbers in names by value."""
     return [
         (int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)
     ]
 
 
 def _configs(config: Any) -> Iterator[_Config]:
-    """The layers in a model's configuration, at any depth."""
+    """Yield the layers in a model's configuration, at any depth."""
     if isinstance(config, dict):
         fields = config.get("config")
         if isinstance(fields, dict) and isinstance(fields.get("name"), str):
