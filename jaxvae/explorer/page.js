@@ -7,7 +7,7 @@ const [height, width, channels] = data.shape;
 function bytes(text) {
   return Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0)).buffer;
 }
-function unpacked([bits, text]) {
+function unpack([bits, text]) {
   const buffer = bytes(text);
   return bits === 32 ? new Float32Array(buffer) : Float32Array.from(new Uint16Array(buffer), fromHalf);
 }
@@ -18,17 +18,17 @@ function fromHalf(bits) {
   return sign * (1 + fraction / 1024) * 2 ** (exponent - 15);
 }
 
-const run = compile(data.program, data.constants.map(unpacked));
-const latents = new Float32Array(bytes(data.points)); // of every test image in turn
+const run = compile(data.program, data.constants.map(unpack));
+const latents = new Float32Array(bytes(data.points)); // of the test images, one after the other
 const dims = data.latents;
-const z = new Float32Array(dims); // where we are
+const z = new Float32Array(dims); // the current point
 let label = 0;
 
-function decode(at, ofClass) {
-  return data.classes ? run(at, [ofClass]) : run(at);
+function decode(at, ofLabel) {
+  return data.classes ? run(at, [ofLabel]) : run(at);
 }
 
-// ---- Coordinates: the latents themselves, or their principal components.
+// ---- Coordinates: latents or principal components.
 
 const middle = new Float32Array(dims);
 for (let i = 0; i < latents.length; i++) middle[i % dims] += latents[i] / data.count;
@@ -56,25 +56,25 @@ const BASES = [
 ];
 let basis = BASES[0];
 let across = 0;
-let up = 1; // with one latent, there is no second axis
+let up = 1; // unused with one latent
 
-const kinds = data.labels ? [...new Set(data.labels)].sort((a, b) => a - b) : [];
+const classLabels = data.labels ? [...new Set(data.labels)].sort((a, b) => a - b) : [];
 const plane = { x: new Float32Array(data.count), y: new Float32Array(data.count), box: null, medians: [] };
 
-function lay() {
+function project() {
   for (let i = 0; i < data.count; i++) {
     plane.x[i] = basis.get(latents, across, i * dims);
-    // One latent alone: the points are spread out by the golden ratio, so as not to hide each other.
+    // With one latent, multiples of the golden ratio spread the points vertically.
     plane.y[i] = dims > 1 ? basis.get(latents, up, i * dims) : ((i * 0.6180339887) % 1) * 2 - 1;
   }
-  plane.box = [...reach(plane.x), ...reach(plane.y)];
-  plane.medians = kinds.map((kind) => {
-    const of = [...data.labels.keys()].filter((i) => data.labels[i] === kind);
+  plane.box = [...paddedRange(plane.x), ...paddedRange(plane.y)];
+  plane.medians = classLabels.map((classLabel) => {
+    const of = [...data.labels.keys()].filter((i) => data.labels[i] === classLabel);
     return [plane.x, plane.y].map(
       (numbers) => of.map((i) => numbers[i]).sort((a, b) => a - b)[of.length >> 1]);
   });
 }
-function reach(numbers) {
+function paddedRange(numbers) {
   let low = -2, high = 2;
   for (const number of numbers) {
     low = Math.min(low, number);
@@ -83,12 +83,12 @@ function reach(numbers) {
   const edge = 0.05 * (high - low);
   return [low - edge, high + edge];
 }
-const here = () => [basis.get(z, across), dims > 1 ? basis.get(z, up) : 0];
-function goTo(x, y) {
+const position = () => [basis.get(z, across), dims > 1 ? basis.get(z, up) : 0];
+function moveTo(x, y) {
   const [left, right, bottom, top] = plane.box;
   basis.set(z, across, Math.min(Math.max(x, left), right));
   if (dims > 1) basis.set(z, up, Math.min(Math.max(y, bottom), top));
-  changed();
+  redraw();
 }
 
 // ---- The decoded image.
@@ -113,28 +113,28 @@ function pixels(numbers) {
   return image;
 }
 
-let waiting = false;
+let scheduled = false;
 let frames = 0;
-function changed() {
-  if (waiting) return;
-  waiting = true;
+function redraw() {
+  if (scheduled) return;
+  scheduled = true;
   requestAnimationFrame(() => {
-    waiting = false;
+    scheduled = false;
     paint($("image"), decode(z, label));
     drawPointer();
-    showPosition();
+    showReadout();
     frames++;
   });
 }
 
 const signed = (number) => number.toFixed(2).replace("-", "\u2212");
-function showPosition() {
-  const [x, y] = here();
-  const said = [[basis.name(across), signed(x)]];
-  if (dims > 1) said.push([basis.name(up), signed(y)]);
-  if (data.classes) said.push(["class", label]);
-  else if (data.labels) said.push(["nearest class", data.labels[nearest(x, y).index]]);
-  $("readout").replaceChildren(...said.map(([name, value]) => {
+function showReadout() {
+  const [x, y] = position();
+  const items = [[basis.name(across), signed(x)]];
+  if (dims > 1) items.push([basis.name(up), signed(y)]);
+  if (data.classes) items.push(["class", label]);
+  else if (data.labels) items.push(["nearest class", data.labels[nearest(x, y).index]]);
+  $("readout").replaceChildren(...items.map(([name, value]) => {
     const item = document.createElement("b"), faint = document.createElement("span");
     faint.textContent = `${name} `;
     item.append(faint, String(value));
@@ -145,190 +145,190 @@ function showPosition() {
 
 // ---- The plane.
 
-let size = 0; // of the plane's sides, in CSS pixels
-let tall = 0;
+let planeWidth = 0; // in CSS pixels
+let planeHeight = 0;
 const toScreen = (x, y) => {
   const [left, right, bottom, top] = plane.box;
-  return [((x - left) / (right - left)) * size, ((top - y) / (top - bottom)) * tall];
+  return [((x - left) / (right - left)) * planeWidth, ((top - y) / (top - bottom)) * planeHeight];
 };
 const fromScreen = (px, py) => {
   const [left, right, bottom, top] = plane.box;
-  return [left + (px / size) * (right - left), top - (py / tall) * (top - bottom)];
+  return [left + (px / planeWidth) * (right - left), top - (py / planeHeight) * (top - bottom)];
 };
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
-const kindOf = new Map(kinds.map((kind, i) => [kind, i]));
-const colourOf = (kind) => data.colours[(kindOf.get(kind) ?? 0) % data.colours.length];
-let alone = null; // the class shown alone
+const classIndex = new Map(classLabels.map((classLabel, i) => [classLabel, i]));
+const colourOf = (classLabel) => data.colours[(classIndex.get(classLabel) ?? 0) % data.colours.length];
+let isolated = null; // the only class shown, or null
 
-function prepared(canvas) {
+function clearedContext(canvas) {
   const scale = window.devicePixelRatio || 1;
-  const w = Math.round(size * scale), h = Math.round(tall * scale);
+  const w = Math.round(planeWidth * scale), h = Math.round(planeHeight * scale);
   if (canvas.width !== w || canvas.height !== h) Object.assign(canvas, { width: w, height: h });
-  const pen = canvas.getContext("2d");
-  pen.setTransform(scale, 0, 0, scale, 0, 0);
-  pen.clearRect(0, 0, size, tall);
-  return pen;
+  const context = canvas.getContext("2d");
+  context.setTransform(scale, 0, 0, scale, 0, 0);
+  context.clearRect(0, 0, planeWidth, planeHeight);
+  return context;
 }
 
 function drawPoints() {
-  if (!size) return;
-  const pen = prepared($("points"));
+  if (!planeWidth) return;
+  const context = clearedContext($("points"));
   const [left, right, bottom, top] = plane.box;
-  const behind = $("tiles").checked;
-  if (behind) {
-    pen.fillStyle = "#000000";
-    pen.fillRect(0, 0, size, tall);
-    pen.globalAlpha = 0.65; // the points are in front
-    pen.drawImage(sheet, 0, 0, size, tall);
-    pen.globalAlpha = 1;
+  const tiled = $("tiles").checked;
+  if (tiled) {
+    context.fillStyle = "#000000";
+    context.fillRect(0, 0, planeWidth, planeHeight);
+    context.globalAlpha = 0.65; // keeps the points visible
+    context.drawImage(sheet, 0, 0, planeWidth, planeHeight);
+    context.globalAlpha = 1;
   }
   const write = (text, x, y) => {
-    if (behind) {
-      pen.strokeStyle = "#000000";
-      pen.lineWidth = 4;
-      pen.lineJoin = "round";
-      pen.strokeText(text, x, y);
+    if (tiled) {
+      context.strokeStyle = "#000000";
+      context.lineWidth = 4;
+      context.lineJoin = "round";
+      context.strokeText(text, x, y);
     }
-    pen.fillText(text, x, y);
+    context.fillText(text, x, y);
   };
-  pen.font = "12px system-ui, sans-serif";
-  const faint = behind ? "#ffffff" : colour("--faint");
+  context.font = "12px system-ui, sans-serif";
+  const faint = tiled ? "#ffffff" : colour("--faint");
   for (const [low, high, axis] of [[left, right, 0], [bottom, top, 1]]) {
     if (axis === 1 && dims === 1) continue;
     const step = high - low > 16 ? 4 : high - low > 8 ? 2 : 1;
     for (let at = Math.ceil(low / step) * step; at <= high; at += step) {
       const [px, py] = toScreen(axis ? left : at, axis ? at : bottom);
-      if (!behind) {
-        pen.strokeStyle = colour("--line");
-        pen.lineWidth = 1;
-        pen.globalAlpha = at === 0 ? 1 : 0.45;
-        pen.beginPath();
-        pen.moveTo(axis ? 0 : px, axis ? py : 0);
-        pen.lineTo(axis ? size : px, axis ? py : tall);
-        pen.stroke();
-        pen.globalAlpha = 1;
+      if (!tiled) {
+        context.strokeStyle = colour("--line");
+        context.lineWidth = 1;
+        context.globalAlpha = at === 0 ? 1 : 0.45;
+        context.beginPath();
+        context.moveTo(axis ? 0 : px, axis ? py : 0);
+        context.lineTo(axis ? planeWidth : px, axis ? py : planeHeight);
+        context.stroke();
+        context.globalAlpha = 1;
       }
-      pen.fillStyle = faint;
-      pen.textAlign = axis ? "left" : "center";
+      context.fillStyle = faint;
+      context.textAlign = axis ? "left" : "center";
       const text = String(at).replace("-", "\u2212");
-      if (axis ? py > 24 && py < tall - 24 : px > 30 && px < size - 40)
-        write(text, axis ? 6 : px, axis ? py + 4 : tall - 6);
+      if (axis ? py > 24 && py < planeHeight - 24 : px > 30 && px < planeWidth - 40)
+        write(text, axis ? 6 : px, axis ? py + 4 : planeHeight - 6);
     }
   }
-  pen.font = "600 13px system-ui, sans-serif";
-  pen.textAlign = "right";
-  pen.fillStyle = faint;
-  write(`${basis.name(across)} \u2192`, size - 8, tall - 7);
-  pen.textAlign = "left";
+  context.font = "600 13px system-ui, sans-serif";
+  context.textAlign = "right";
+  context.fillStyle = faint;
+  write(`${basis.name(across)} \u2192`, planeWidth - 8, planeHeight - 7);
+  context.textAlign = "left";
   if (dims > 1) write(`\u2191 ${basis.name(up)}`, 6, 18);
 
   const radius = data.count > 3000 ? 2 : data.count > 800 ? 2.75 : 3.75;
-  pen.strokeStyle = behind ? "rgba(255, 255, 255, 0.8)" : colour("--edge");
-  pen.lineWidth = 0.75;
+  context.strokeStyle = tiled ? "rgba(255, 255, 255, 0.8)" : colour("--edge");
+  context.lineWidth = 0.75;
   for (let i = 0; i < data.count; i++) {
-    const kind = data.labels ? data.labels[i] : null;
-    const shown = alone === null || kind === alone;
+    const classLabel = data.labels ? data.labels[i] : null;
+    const shown = isolated === null || classLabel === isolated;
     const [px, py] = toScreen(plane.x[i], plane.y[i]);
-    pen.globalAlpha = shown ? 0.8 : 0.08;
-    pen.fillStyle = colourOf(kind);
-    pen.beginPath();
-    pen.arc(px, py, radius, 0, 2 * Math.PI);
-    pen.fill();
-    pen.stroke();
+    context.globalAlpha = shown ? 0.8 : 0.08;
+    context.fillStyle = colourOf(classLabel);
+    context.beginPath();
+    context.arc(px, py, radius, 0, 2 * Math.PI);
+    context.fill();
+    context.stroke();
   }
-  pen.globalAlpha = 1;
-  if (!data.classes && kinds.length <= 2 * data.colours.length) nameClasses(pen);
+  context.globalAlpha = 1;
+  if (!data.classes && classLabels.length <= 2 * data.colours.length) labelClasses(context);
 }
 
-// A class's number at its median, so that it need not be told by its colour alone.
-function nameClasses(pen) {
-  pen.font = "700 17px system-ui, sans-serif";
-  pen.textAlign = "center";
-  pen.textBaseline = "middle";
-  pen.lineJoin = "round";
-  for (const [i, kind] of kinds.entries()) {
-    if (alone !== null && kind !== alone) continue;
+// Labels the classes at their medians, for readers who cannot distinguish the colours.
+function labelClasses(context) {
+  context.font = "700 17px system-ui, sans-serif";
+  context.textAlign = "center";
+  context.textBaseline = "middle";
+  context.lineJoin = "round";
+  for (const [i, classLabel] of classLabels.entries()) {
+    if (isolated !== null && classLabel !== isolated) continue;
     const [px, py] = toScreen(...plane.medians[i]);
-    pen.lineWidth = 5;
-    pen.strokeStyle = "#ffffff";
-    pen.strokeText(kind, px, py);
-    pen.fillStyle = colourOf(kind);
-    pen.fillText(kind, px, py);
+    context.lineWidth = 5;
+    context.strokeStyle = "#ffffff";
+    context.strokeText(classLabel, px, py);
+    context.fillStyle = colourOf(classLabel);
+    context.fillText(classLabel, px, py);
   }
-  pen.textBaseline = "alphabetic";
+  context.textBaseline = "alphabetic";
 }
 
-let path = []; // stops, in the plane's coordinates
-let chosen = null; // the test image looked at
+let path = []; // points of the path, in the plane's coordinates
+let chosen = null; // index of the selected test image
 
 function drawPointer() {
-  if (!size) return;
-  const pen = prepared($("pointer"));
+  if (!planeWidth) return;
+  const context = clearedContext($("pointer"));
   if (path.length) {
     const trace = () => {
-      pen.beginPath();
-      for (const stop of path) pen.lineTo(...toScreen(...stop));
+      context.beginPath();
+      for (const stop of path) context.lineTo(...toScreen(...stop));
     };
-    pen.lineJoin = pen.lineCap = "round";
-    for (const [wide, ink] of [[6, colour("--card")], [3, colour("--ink")]]) {
-      pen.lineWidth = wide;
-      pen.strokeStyle = pen.fillStyle = ink;
+    context.lineJoin = context.lineCap = "round";
+    for (const [lineWidth, strokeColour] of [[6, colour("--card")], [3, colour("--ink")]]) {
+      context.lineWidth = lineWidth;
+      context.strokeStyle = context.fillStyle = strokeColour;
       trace();
-      pen.stroke();
+      context.stroke();
       for (const stop of [path[0], path[path.length - 1]]) {
-        pen.beginPath();
-        pen.arc(...toScreen(...stop), wide, 0, 2 * Math.PI);
-        pen.fill();
+        context.beginPath();
+        context.arc(...toScreen(...stop), lineWidth, 0, 2 * Math.PI);
+        context.fill();
       }
     }
   }
-  const ring = (x, y, r, wide, ink) => {
-    pen.beginPath();
-    pen.arc(...toScreen(x, y), r, 0, 2 * Math.PI);
-    pen.lineWidth = wide;
-    pen.strokeStyle = ink;
-    pen.stroke();
+  const ring = (x, y, r, lineWidth, strokeColour) => {
+    context.beginPath();
+    context.arc(...toScreen(x, y), r, 0, 2 * Math.PI);
+    context.lineWidth = lineWidth;
+    context.strokeStyle = strokeColour;
+    context.stroke();
   };
   if (chosen !== null) {
     ring(plane.x[chosen], plane.y[chosen], 7, 4, colour("--card"));
     ring(plane.x[chosen], plane.y[chosen], 7, 2, colour("--ink"));
   }
-  const [x, y] = here();
+  const [x, y] = position();
   ring(x, y, 12, 5, "#ffffff");
   ring(x, y, 12, 2.5, "#000000");
 }
 
-// ---- Decoded pictures behind the points, a few at a time, so that the page stays quick.
+// ---- Decoded images behind the points, a few at a time so that the page stays responsive.
 
 const SIDE = 18;
 const sheet = document.createElement("canvas");
 let version = 0;
 let tiling = false;
-function tileBehind() {
-  const mine = ++version;
+function drawTiles() {
+  const current = ++version;
   tiling = $("tiles").checked;
   if (!tiling) return drawPoints();
   if (sheet.width !== SIDE * width || sheet.height !== SIDE * height)
     Object.assign(sheet, { width: SIDE * width, height: SIDE * height });
-  const pen = sheet.getContext("2d");
+  const context = sheet.getContext("2d");
   const [left, right, bottom, top] = plane.box;
   const at = z.slice();
-  const ofClass = label;
+  const ofLabel = label;
   let next = 0;
-  const some = () => {
-    if (mine !== version) return;
+  const drawSome = () => {
+    if (current !== version) return;
     for (const began = performance.now(); next < SIDE * SIDE && performance.now() - began < 10; next++) {
       const column = next % SIDE, row = Math.floor(next / SIDE);
       basis.set(at, across, left + ((column + 0.5) / SIDE) * (right - left));
       if (dims > 1) basis.set(at, up, top - ((row + 0.5) / SIDE) * (top - bottom));
-      pen.putImageData(pixels(decode(at, ofClass)), column * width, row * height);
+      context.putImageData(pixels(decode(at, ofLabel)), column * width, row * height);
     }
     drawPoints();
     tiling = next < SIDE * SIDE;
-    if (tiling) setTimeout(some, 10);
+    if (tiling) setTimeout(drawSome, 10);
   };
-  setTimeout(some, 60);
+  setTimeout(drawSome, 60);
 }
 
 // ---- A test image and its reconstruction.
@@ -337,7 +337,7 @@ function nearest(x, y) {
   const [px, py] = toScreen(x, y);
   let index = 0, least = Infinity;
   for (let i = 0; i < data.count; i++) {
-    if (alone !== null && data.labels[i] !== alone) continue;
+    if (isolated !== null && data.labels[i] !== isolated) continue;
     const [qx, qy] = toScreen(plane.x[i], plane.y[i]);
     const square = (px - qx) ** 2 + (py - qy) ** 2;
     if (square < least) [least, index] = [square, i];
@@ -363,22 +363,22 @@ function choose(index) {
       canvas.getContext("2d").drawImage(
         testImages, column * width, row * height, width, height, 0, 0, width, height);
   });
-  if (basis.size > 2) tileBehind();
-  changed();
+  if (basis.size > 2) drawTiles();
+  redraw();
 }
 
 // ---- Paths.
 
-let drawing = false; // whether a drag draws one
-let playing = 0; // the animation frame asked for
+let drawingPath = false; // whether dragging draws a path
+let playing = 0; // id of the requested animation frame, or 0
 function setPath(stops) {
   path = stops;
   $("play").disabled = path.length < 2;
   $("clear").disabled = path.length < 1;
-  changed();
+  redraw();
 }
 function setDrawing(on) {
-  drawing = on;
+  drawingPath = on;
   $("draw").setAttribute("aria-pressed", String(on));
 }
 function stop() {
@@ -394,27 +394,27 @@ function play() {
     const [a, b] = toScreen(...path[i - 1]), [c, d] = toScreen(...path[i]);
     lengths.push(lengths[i - 1] + Math.hypot(c - a, d - b));
   }
-  const whole = lengths[lengths.length - 1];
-  const lasts = Math.min(12000, Math.max(2000, (6000 * whole) / size));
+  const total = lengths[lengths.length - 1];
+  const duration = Math.min(12000, Math.max(2000, (6000 * total) / planeWidth));
   const began = performance.now();
   $("play").textContent = "Stop";
   const frame = (now) => {
-    const gone = Math.min(1, Math.max(0, (now - began) / lasts)) * whole;
+    const travelled = Math.min(1, Math.max(0, (now - began) / duration)) * total;
     let i = 1;
-    while (i < path.length - 1 && lengths[i] < gone) i++;
-    const share = (gone - lengths[i - 1]) / (lengths[i] - lengths[i - 1] || 1);
+    while (i < path.length - 1 && lengths[i] < travelled) i++;
+    const share = (travelled - lengths[i - 1]) / (lengths[i] - lengths[i - 1] || 1);
     const [a, b] = path[i - 1], [c, d] = path[i];
-    goTo(a + share * (c - a), b + share * (d - b));
-    if (gone < whole) playing = requestAnimationFrame(frame);
+    moveTo(a + share * (c - a), b + share * (d - b));
+    if (travelled < total) playing = requestAnimationFrame(frame);
     else stop();
   };
   playing = requestAnimationFrame(frame);
 }
 
-// ---- The pointer: a finger, a pen or the mouse.
+// ---- Pointer events: mouse, touch and stylus.
 
 let pressed = null;
-const place = (event) => {
+const eventPoint = (event) => {
   const frame = $("plane").getBoundingClientRect();
   return fromScreen(event.clientX - frame.left - 1, event.clientY - frame.top - 1);
 };
@@ -423,22 +423,22 @@ $("plane").addEventListener("pointerdown", (event) => {
   stop();
   pressed = { x: event.clientX, y: event.clientY, moved: false };
   $("plane").setPointerCapture(event.pointerId);
-  if (drawing) setPath([place(event)]);
-  goTo(...place(event));
+  if (drawingPath) setPath([eventPoint(event)]);
+  moveTo(...eventPoint(event));
 });
 $("plane").addEventListener("pointermove", (event) => {
   if (playing) return;
   $("readout").setAttribute("aria-live", "off");
   if (pressed && Math.hypot(event.clientX - pressed.x, event.clientY - pressed.y) > 5)
     pressed.moved = true;
-  if (pressed && drawing) setPath([...path, place(event)]);
-  goTo(...place(event));
+  if (pressed && drawingPath) setPath([...path, eventPoint(event)]);
+  moveTo(...eventPoint(event));
 });
 $("plane").addEventListener("pointerup", (event) => {
   if (!pressed) return;
   const { moved } = pressed;
   pressed = null;
-  if (drawing) {
+  if (drawingPath) {
     if (path.length > 1 && moved) {
       setDrawing(false);
       play();
@@ -448,76 +448,76 @@ $("plane").addEventListener("pointerup", (event) => {
     return;
   }
   if (moved) return;
-  const found = nearest(...place(event));
+  const found = nearest(...eventPoint(event));
   if (found.distance < (event.pointerType === "mouse" ? 12 : 24)) choose(found.index);
 });
 $("plane").addEventListener("pointercancel", () => { pressed = null; });
 
 $("plane").addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
-  const [x, y] = here();
+  const [x, y] = position();
   const [left, right, bottom, top] = plane.box;
   const share = event.shiftKey ? 0.05 : 0.01;
-  const across_ = share * (right - left), up_ = share * (top - bottom);
-  const acts = {
-    ArrowLeft: () => goTo(x - across_, y),
-    ArrowRight: () => goTo(x + across_, y),
-    ArrowUp: () => goTo(x, y + up_),
-    ArrowDown: () => goTo(x, y - up_),
+  const stepX = share * (right - left), stepY = share * (top - bottom);
+  const actions = {
+    ArrowLeft: () => moveTo(x - stepX, y),
+    ArrowRight: () => moveTo(x + stepX, y),
+    ArrowUp: () => moveTo(x, y + stepY),
+    ArrowDown: () => moveTo(x, y - stepY),
     Enter: () => choose(nearest(x, y).index),
     p: () => setPath([...path, [x, y]]),
     " ": play,
     Escape: stop,
   };
-  const act = acts[event.key.length === 1 ? event.key.toLowerCase() : event.key];
-  if (!act) return;
+  const action = actions[event.key.length === 1 ? event.key.toLowerCase() : event.key];
+  if (!action) return;
   event.preventDefault();
   if (event.key.startsWith("Arrow")) stop();
-  $("readout").setAttribute("aria-live", "polite"); // to who cannot see where the keys have led
-  act();
+  $("readout").setAttribute("aria-live", "polite"); // for screen readers
+  action();
 });
 
 // ---- Controls.
 
-$("draw").addEventListener("click", () => { stop(); setDrawing(!drawing); });
+$("draw").addEventListener("click", () => { stop(); setDrawing(!drawingPath); });
 $("play").addEventListener("click", play);
 $("clear").addEventListener("click", () => { stop(); setPath([]); });
-$("tiles").addEventListener("change", tileBehind);
+$("tiles").addEventListener("change", drawTiles);
 $("smooth").addEventListener("change", () => {
   document.body.classList.toggle("smooth", $("smooth").checked);
 });
 
-kinds.forEach((kind) => {
+classLabels.forEach((classLabel) => {
   const button = document.createElement("button"), dot = document.createElement("i");
-  dot.style.background = colourOf(kind);
-  button.append(dot, String(kind));
+  dot.style.background = colourOf(classLabel);
+  button.append(dot, String(classLabel));
   button.setAttribute("aria-pressed", "false");
   button.addEventListener("click", () => {
-    alone = alone === kind ? null : kind;
+    isolated = isolated === classLabel ? null : classLabel;
     [...$("legend").children].forEach((one, i) =>
-      one.setAttribute("aria-pressed", String(kinds[i] === alone)));
-    $("legend").classList.toggle("one", alone !== null);
+      one.setAttribute("aria-pressed", String(classLabels[i] === isolated)));
+    $("legend").classList.toggle("one", isolated !== null);
     drawPoints();
-    changed();
+    redraw();
   });
   $("legend").append(button);
 });
 
 const classButtons = [];
-for (let kind = 0; kind < data.classes; kind++) {
+for (let classLabel = 0; classLabel < data.classes; classLabel++) {
   const one = document.createElement("label"), input = document.createElement("input");
   const text = document.createElement("span");
-  Object.assign(input, { type: "radio", name: "class", value: kind, checked: kind === 0 });
-  text.textContent = kind;
+  Object.assign(input, { type: "radio", name: "class", value: classLabel, checked: classLabel === 0 });
+  text.textContent = classLabel;
   one.append(input, text);
-  input.addEventListener("change", () => { pickClass(kind); tileBehind(); changed(); });
+  input.addEventListener("change", () => { pickClass(classLabel); drawTiles(); redraw(); });
   classButtons.push(input);
   $("classes").append(one);
 }
 $("classes").hidden = !data.classes;
-function pickClass(kind) {
-  label = kind;
-  classButtons[kind].checked = true;
+function pickClass(classLabel) {
+  label = classLabel;
+  classButtons[classLabel].checked = true;
 }
 
 let sliders = [];
@@ -533,8 +533,8 @@ function makeSliders() {
     input.addEventListener("input", () => {
       stop();
       basis.set(z, k, Number(input.value));
-      tileBehind();
-      changed();
+      drawTiles();
+      redraw();
     });
     line.append(name, input, value);
     $("sliders").append(line);
@@ -548,24 +548,24 @@ function makeSliders() {
     });
   }
   $("rest").hidden = !sliders.length;
-  $("others").textContent = `The other ${basis === BASES[0] ? "latents" : "components"}`;
+  $("others").textContent = `Other ${basis === BASES[0] ? "latents" : "components"}`;
 }
 $("reset").addEventListener("click", () => {
   for (let k = 0; k < basis.size; k++) if (k !== across && k !== up) basis.set(z, k, 0);
-  tileBehind();
-  changed();
+  drawTiles();
+  redraw();
 });
 
-function layAgain() {
+function updateProjection() {
   stop();
   setPath([]);
-  lay();
+  project();
   makeSliders();
   drawPoints();
-  tileBehind();
-  changed();
+  drawTiles();
+  redraw();
 }
-function nameAxes() {
+function fillAxisMenus() {
   for (const [id, at] of [["across", across], ["up", up]]) {
     $(id).replaceChildren();
     for (let k = 0; k < basis.size; k++) $(id).add(new Option(basis.name(k), k, false, k === at));
@@ -575,33 +575,33 @@ $("axes").hidden = dims < 3;
 $("basis").addEventListener("change", () => {
   basis = BASES[$("basis").value];
   [across, up] = [0, 1];
-  nameAxes();
-  layAgain();
+  fillAxisMenus();
+  updateProjection();
 });
 for (const id of ["across", "up"])
   $(id).addEventListener("change", () => {
     const [first, second] = [Number($("across").value), Number($("up").value)];
-    // The same axis twice is the two exchanged.
+    // Selecting the axis of the other menu swaps the two.
     [across, up] = first === second ? [up, across] : [first, second];
-    nameAxes();
-    layAgain();
+    fillAxisMenus();
+    updateProjection();
   });
 
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { drawPoints(); changed(); });
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { drawPoints(); redraw(); });
 new ResizeObserver(() => {
-  size = $("plane").clientWidth;
-  tall = $("plane").clientHeight;
+  planeWidth = $("plane").clientWidth;
+  planeHeight = $("plane").clientHeight;
   drawPoints();
-  changed();
+  redraw();
 }).observe($("plane"));
 
 $("model").textContent = `${data.title}; ${data.count.toLocaleString("en")} test images`;
-nameAxes();
-layAgain();
+fillAxisMenus();
+updateProjection();
 
-// For tests and measurements.
+// For tests and benchmarks.
 window.explorer = {
-  decode: (at, ofClass = 0) => Array.from(decode(Float32Array.from(at), ofClass)),
+  decode: (at, ofLabel = 0) => Array.from(decode(Float32Array.from(at), ofLabel)),
   state: () => ({
     z: Array.from(z), label, chosen, stops: path.length, playing: Boolean(playing), tiling, frames,
     points: Array.from(plane.x, (x, i) => toScreen(x, plane.y[i])),

@@ -1,7 +1,7 @@
-// Carries out a decoder's program, as program.py writes it: registers are flat Float32Arrays.
+// Executes a decoder's program, written by program.py. Registers are flat Float32Arrays.
 "use strict";
 
-// The program as a function of its inputs' numbers. What it returns is overwritten by the next call.
+// Returns the program as a function of its inputs. The next call overwrites its result.
 function compile(program, constants) {
   const values = program.sizes.map((size, i) => constants[i] || new Float32Array(size));
   const known = program.sizes.map((_, i) => i < constants.length);
@@ -9,7 +9,7 @@ function compile(program, constants) {
   for (const operation of program.operations) {
     const given = operation.in.map((register) => values[register]);
     const step = KINDS[operation.kind](operation, given, values[operation.out]);
-    // What depends on constants alone is done once.
+    // Operations on constants only are executed once, here.
     if (operation.in.every((register) => known[register])) {
       step();
       known[operation.out] = true;
@@ -26,14 +26,14 @@ function compile(program, constants) {
 
 const KINDS = {
   view(operation, [x], out) {
-    const from = places(operation);
+    const from = positions(operation);
     return () => {
       for (let i = 0; i < from.length; i++) out[i] = x[from[i]];
     };
   },
 
   place(operation, [fill, ...parts], out) {
-    const to = operation.parts.map(places);
+    const to = operation.parts.map(positions);
     return () => {
       out.fill(fill[0]);
       parts.forEach((part, p) => {
@@ -45,7 +45,7 @@ const KINDS = {
 
   map(operation, [a, b, c], out) {
     const n = out.length;
-    // A loop of its own for what networks do most: the engine makes each one fast.
+    // Separate loops for the most frequent functions, which the engine optimises best.
     switch (operation.f) {
       case "add": return () => { for (let i = 0; i < n; i++) out[i] = a[i] + b[i]; };
       case "mul": return () => { for (let i = 0; i < n; i++) out[i] = a[i] * b[i]; };
@@ -72,30 +72,30 @@ const KINDS = {
 
   dot(operation, [x, y], out) {
     const { batch, m, k, n } = operation;
-    const met = gathering(k, n);
+    const product = sparseProduct(k, n);
     return () => {
       out.fill(0);
       for (let row = 0; row < batch * m; row++) {
-        const count = met.gather(x, row * k);
-        met.add(out, row * n, y, Math.floor(row / m) * k * n, count, n);
+        const count = product.gather(x, row * k);
+        product.add(out, row * n, y, Math.floor(row / m) * k * n, count, n);
       }
     };
   },
 
-  // Every input pixel adds its share to the output pixels it reaches: zeros, of which relus and
-  // transposed convolutions make many, cost nothing.
+  // Each input pixel is added to the output pixels that it contributes to. Zeros, which relus and
+  // transposed convolutions produce, are skipped.
   conv(operation, [x, kernel], out) {
     const { stride, low, spread, reach, groups } = operation;
     const [images, height, width, channels] = operation.x;
     const [tapRows, tapColumns, fanIn, fanOut] = operation.kernel;
     const [rows, columns] = operation.result;
-    const each = fanOut / groups;
-    const met = gathering(fanIn, fanOut);
-    const down = meetings(height, tapRows, rows, 0);
-    const right = meetings(width, tapColumns, columns, 1);
+    const groupOut = fanOut / groups;
+    const product = sparseProduct(fanIn, fanOut);
+    const down = contributions(height, tapRows, rows, 0);
+    const right = contributions(width, tapColumns, columns, 1);
 
-    // For every input position, [tap, output position] in turn.
-    function meetings(side, taps, steps, axis) {
+    // For each input position: tap, output position, tap, output position, ...
+    function contributions(side, taps, steps, axis) {
       return Array.from({ length: side }, (_, at) => {
         const found = [];
         for (let tap = 0; tap < taps; tap++) {
@@ -114,24 +114,24 @@ const KINDS = {
           for (let w = 0; w < width; w++)
             for (let group = 0; group < groups; group++) {
               const pixel = ((image * height + h) * width + w) * channels + group * fanIn;
-              const count = met.gather(x, pixel);
+              const count = product.gather(x, pixel);
               if (!count) continue;
               const vertical = down[h], horizontal = right[w];
               for (let v = 0; v < vertical.length; v += 2)
                 for (let u = 0; u < horizontal.length; u += 2) {
                   const row = image * rows + vertical[v + 1];
-                  const to = (row * columns + horizontal[u + 1]) * fanOut + group * each;
+                  const to = (row * columns + horizontal[u + 1]) * fanOut + group * groupOut;
                   const tap = vertical[v] * tapColumns + horizontal[u];
-                  met.add(out, to, kernel, tap * fanIn * fanOut + group * each, count, each);
+                  product.add(out, to, kernel, tap * fanIn * fanOut + group * groupOut, count, groupOut);
                 }
             }
     };
   },
 };
 
-// Vector times matrix, without the vector's zeros: `gather` finds the others, `add` adds to `out`
-// what these make of a matrix whose rows lie `apart`.
-function gathering(length, apart) {
+// Vector-matrix products that skip zeros: `gather` collects the vector's other elements, `add` adds
+// their product with the matrix to `out`. Rows of the matrix are `apart` elements apart.
+function sparseProduct(length, apart) {
   const numbers = new Float64Array(length);
   const starts = new Int32Array(length);
   return {
@@ -171,8 +171,8 @@ function gathering(length, apart) {
   };
 }
 
-// Where the elements of an array of this shape lie in a buffer, in row-major order.
-function places({ shape, strides, offset }) {
+// Returns the buffer positions of a strided array's elements, in row-major order.
+function positions({ shape, strides, offset }) {
   let found = [offset];
   shape.forEach((side, axis) => {
     const next = new Int32Array(found.length * side);
@@ -230,7 +230,7 @@ const FUNCTIONS = {
     return (2 / Math.sqrt(Math.PI)) * Math.exp(-x * x) * sum;
   },
   erfc: (x) => 1 - FUNCTIONS.erf(x),
-  // The nearest number of eight significant bits; of two, the even one.
+  // Rounds to eight significant bits, ties to even.
   bfloat16(a) {
     if (!Number.isFinite(a)) return a;
     ROUNDED.setFloat32(0, a);
