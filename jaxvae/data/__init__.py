@@ -82,9 +82,9 @@ def load_dataset(
     """Load a data set as `load_data` does, as a Dataset of images and labels.
 
     Args:
-      name: as of `load_data`.
-      data_dir: as of `load_data`.
-      manual_dir: as of `load_data`.
+      name: as in `load_data`.
+      data_dir: as in `load_data`.
+      manual_dir: as in `load_data`.
 
     Returns:
       The data set.

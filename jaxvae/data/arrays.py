@@ -28,7 +28,7 @@ def reading(name: object) -> Iterator[None]:
     Use it around decoders only: they raise nearly any exception.
 
     Args:
-      name: what is decoded, as the message names it.
+      name: name of the decoded data in error messages.
 
     Yields:
       Nothing.

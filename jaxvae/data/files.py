@@ -44,7 +44,7 @@ def load_path(path: Path, changes: set[str]) -> Dataset:
 
     Args:
       path: the file or folder.
-      changes: set to which conversions of pictures are added, as of `read_picture`.
+      changes: set to which conversions of pictures are added, as in `read_picture`.
 
     Returns:
       The images, and the labels where there are any.

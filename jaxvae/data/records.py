@@ -99,7 +99,7 @@ def array_records(files: Sequence[Path], changes: set[str] | None = None) -> Rec
 
     Args:
       files: paths of the files.
-      changes: set to which conversions of pictures are added, as of `read_picture`.
+      changes: set to which conversions of pictures are added, as in `read_picture`.
 
     Returns:
       The images, in the order of the sorted paths.

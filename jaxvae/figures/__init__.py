@@ -17,7 +17,7 @@ from jaxvae.figures.pictures import (
     samples,
     traversals,
 )
-from jaxvae.figures.style import or_warned, save
+from jaxvae.figures.style import save, warn_on_failure
 from jaxvae.models.vae import Params
 
 FORMATS = ("png", "svg", "pdf")
@@ -68,7 +68,7 @@ def draw_all(
     paths = []
     for name, draw in figures.items():
         path = folder / f"{name}.{kind}"
-        with or_warned(path):
+        with warn_on_failure(path):
             save(draw(), path)
             paths.append(path)
     return paths

@@ -270,7 +270,7 @@ def _on_grid(gaussians: Gaussian, low: np.ndarray, cell: np.ndarray) -> Gaussian
 
     The density of a narrower one could be 0 at all points of the grid.
     """
-    mean = np.clip((np.float64(gaussians.mean) - low) / cell, -1e9, 1e9)  # within float32
+    mean = np.clip((np.float64(gaussians.mean) - low) / cell, -1e9, 1e9)  # fits in float32
     log_var = np.maximum(np.float64(gaussians.log_var) - 2 * np.log(cell), 0)
     return Gaussian(jnp.asarray(mean, jnp.float32), jnp.asarray(log_var, jnp.float32))
 

@@ -25,7 +25,7 @@ def manifold(params: Params, n: int = 15) -> Figure:
 
     Args:
       params: the model.
-      n: number of columns, and of rows; the grid is that of `figures.grid.plane`.
+      n: number of columns, and of rows; the grid is computed by `figures.grid.plane`.
 
     Returns:
       The figure.

@@ -57,7 +57,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 @contextmanager
-def or_warned(path: Path) -> Iterator[None]:
+def warn_on_failure(path: Path) -> Iterator[None]:
     """Convert an exception to a NotDrawn warning, so that the other figures are drawn.
 
     Args:

@@ -82,14 +82,14 @@ def load_keras_layers(path: str | Path, decoder: str | Path | None = None) -> tu
     """Load a model as `load_keras` does, and describe the assignment of its layers.
 
     Args:
-      path: as of `load_keras`.
-      decoder: as of `load_keras`.
+      path: as in `load_keras`.
+      decoder: as in `load_keras`.
 
     Returns:
       The model, and a line with the role of each layer.
 
     Raises:
-      InputError: as of `load_keras`.
+      InputError: as in `load_keras`.
     """
     return _read(path, decoder)
 
@@ -142,8 +142,8 @@ def _read(path: str | Path, decoder: str | Path | None) -> tuple[Params, str]:
 def _weights(layer: _Layer, role: str) -> dict[str, jax.Array]:
     kernel = layer.kernel
     if role == "conv_transpose":
-        # Keras has [height, width, out, in]. `jax.lax.conv_transpose` takes [height, width, in,
-        # out] and flips the kernel.
+        # Keras has [height, width, out, in] and adds the kernel to the output as it is stored;
+        # `jax.lax.conv_transpose` takes [height, width, in, out] and flips it.
         kernel = kernel[::-1, ::-1].swapaxes(2, 3)
     return {"bias": jnp.asarray(layer.bias), "kernel": jnp.asarray(kernel)}
 

@@ -26,16 +26,16 @@ def draw(
     # matplotlib takes as long to import as JAX, so only what draws pays for it.
     from jaxvae.figures import draw_all
     from jaxvae.figures.animation import draw_animation
-    from jaxvae.figures.style import or_warned
+    from jaxvae.figures.style import warn_on_failure
 
     _, key = run_keys(config)
     folder = run_dir / "figures"
     try:
         folder, history = own_folder(run_dir, "figures"), list[dict[str, Any]]()
-        with or_warned(folder / f"training.{kind}"):
+        with warn_on_failure(folder / f"training.{kind}"):
             history = read_metrics(run_dir)
         paths = draw_all(folder, params, data, history, key, kind)
-        with or_warned(folder / "manifold.gif"):
+        with warn_on_failure(folder / "manifold.gif"):
             paths += draw_animation(run_dir)
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error.strerror or error}") from None
