@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("compile_quickly")
 DOCS = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)
 ONNX = find_spec("jax2onnx") is not None and jax.__version_info__ < (0, 12)
-needs_onnx = pytest.mark.skipif(not ONNX, reason="jax2onnx does not know JAX 0.12")
+needs_onnx = pytest.mark.skipif(not ONNX, reason="jax2onnx does not support JAX 0.12")
 
 MODELS = {
     "notebook": jaxvae.ModelConfig(),
@@ -367,6 +367,6 @@ def test_the_documentations_snippets_run(index, holds, documented):
     assert len(SNIPPETS) == 5
     snippet = SNIPPETS[index]
     if "onnxruntime" in snippet and not ONNX:
-        pytest.skip("jax2onnx does not know JAX 0.12")
+        pytest.skip("jax2onnx does not support JAX 0.12")
     alone = "" if "import jaxvae" in snippet else "import sys; sys.modules['jaxvae'] = None\n"
     in_a_process(f"{alone}{snippet}\nassert {holds}", cwd=documented)
