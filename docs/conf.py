@@ -1,4 +1,4 @@
-"""How Sphinx makes the site of README, docs, experiments and docstrings: make docs."""
+"""Sphinx configuration: the site of README, docs, experiments and docstrings (`make docs`)."""
 
 import re
 import shutil
@@ -19,7 +19,7 @@ extensions = [
     "sphinx.ext.viewcode",
 ]
 
-# The whole repository is the source, so that links lead from one file to another as they do there.
+# The source is the whole repository, so that relative links between files work on the site too.
 root_doc = "README"
 include_patterns = [
     "README.md",
@@ -34,11 +34,11 @@ exclude_patterns = [".*", "build", "runs"]
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
-nb_execution_mode = "off"  # the notebooks hold their outputs
-highlight_language = "none"  # where none is named: commands and equations
+nb_execution_mode = "off"  # the notebooks contain their outputs
+highlight_language = "none"  # the default: commands and equations
 
 default_role = "code"
-napoleon_use_ivar = True  # what "Attributes" lists, autodoc documents too
+napoleon_use_ivar = True  # autodoc also documents what "Attributes" lists
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
@@ -90,7 +90,7 @@ experiments/speed/results/*
 
 
 def adapt(app, name, source):
-    """README is the start page and leads to all others; tables have a title; folders are none."""
+    """Add the contents to README, titles to result tables, and remove links to folders."""
     if "/results/" in name:
         source[0] = f"# Speed: {Path(name).name.replace('_', ' ')}\n\n{source[0]}"
     source[0] = re.sub(r"\[([^]]*)\]\(results\)", r"\1", source[0])
@@ -99,19 +99,19 @@ def adapt(app, name, source):
 
 
 def as_restructured_text(app, what, name, obj, options, lines):
-    """Docstrings are plain text: blocks indented by four are equations; *, | mean themselves."""
-    if lines and lines[0].startswith("Alias for field number"):  # says Python, of a NamedTuple
+    """Convert plain-text docstrings: blocks indented by four are equations; escape * and |."""
+    if lines and lines[0].startswith("Alias for field number"):  # Python's default for a NamedTuple
         lines.clear()
     text = []
     for paragraph in re.split(r"\n\s*\n", "\n".join(lines)):
         if paragraph.startswith("    "):
             text += ["::", "", *paragraph.splitlines(), ""]
             continue
-        parts = re.split("(`[^`]*`)", paragraph)  # code at the odd places
+        parts = re.split("(`[^`]*`)", paragraph)  # code is at the odd indices
         parts[::2] = [re.sub(r"([*|\\]|_(?!\w))", r"\\\1", part) for part in parts[::2]]
         plain = "".join(parts).splitlines()
         if plain and all(re.match(r"[a-z]\w*(, [a-z]\w*)*: |  ", line) for line in plain):
-            # "name: what it is", each with what follows it indented by two: a list of definitions.
+            # "name: description", with continuation lines indented by two: a definition list.
             for line in plain:
                 term, _, says = line.partition(": ") if line[0] != " " else ("", "", line.strip())
                 text += [f"``{term}``", f"    {says}"] if term else [f"    {says}"]
@@ -121,23 +121,23 @@ def as_restructured_text(app, what, name, obj, options, lines):
     lines[:] = text
 
 
-def leave_to_the_first_page(app, what, name, obj, skip, options):
-    """What is a public name is described once, where those are."""
+def skip_public_names(app, what, name, obj, skip, options):
+    """Describe public names once, on the page of the public API."""
     public = name in jaxvae.__all__ and getattr(jaxvae, name) is obj
     return skip or (public and app.env.docname == "docs/modules")
 
 
 def write_math(self, node):
-    """As MathML, which browsers show by themselves: the site needs no network."""
+    """Write math as MathML, which browsers render natively: the site needs no network."""
     kind = "block" if node.tagname == "math_block" else "inline"
     math = tex2mathml(node.astext(), as_block=kind == "block")
-    # "log p", with the space of TeX.
+    # "log p" with TeX's thin space.
     self.body.append(math.replace("<mo>&ApplyFunction;</mo>", '<mspace width="0.17em"/>'))
     raise nodes.SkipNode
 
 
-def lead_back(app, pagename, templatename, context, doctree):
-    """From a module's source to its names; viewcode takes all for public if one is."""
+def link_sources_back(app, pagename, templatename, context, doctree):
+    """Link a module's source to docs/modules; viewcode links all names to one page."""
     if pagename.startswith("_modules/jaxvae/"):
         module = pagename.removeprefix("_modules/").replace("/", ".")
         there = rf"(/modules\.html#)(?:{re.escape(module)}|jaxvae)\."
@@ -145,6 +145,7 @@ def lead_back(app, pagename, templatename, context, doctree):
 
 
 def copy_start_page(app, exception):
+    """Copy README.html to index.html."""
     if exception is None and app.builder.name == "html":
         shutil.copy(Path(app.outdir) / "README.html", Path(app.outdir) / "index.html")
 
@@ -152,8 +153,8 @@ def copy_start_page(app, exception):
 def setup(app):
     app.connect("source-read", adapt)
     app.connect("autodoc-process-docstring", as_restructured_text, priority=400)
-    app.connect("autodoc-skip-member", leave_to_the_first_page)
+    app.connect("autodoc-skip-member", skip_public_names)
     app.connect("build-finished", copy_start_page)
-    app.connect("html-page-context", lead_back)
+    app.connect("html-page-context", link_sources_back)
     app.add_html_math_renderer("mathml", (write_math, None), (write_math, None))
     return {"parallel_read_safe": True}
