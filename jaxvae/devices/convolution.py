@@ -54,14 +54,14 @@ def in_blocks(f: Callable[[Any], Any], batch: Any, size: int) -> Any:
     """f(batch), `size` rows at a time; f treats every row on its own."""
     rows = jax.tree.leaves(batch)[0].shape[0]
     size = min(rows, size)
-    whole = rows // size * size
+    divisible = rows // size * size
     if rows == size:
         return f(batch)
-    split = jax.tree.map(lambda x: x[:whole].reshape(-1, size, *x.shape[1:]), batch)
-    done = jax.tree.map(lambda y: y.reshape(whole, *y.shape[2:]), lax.map(f, split))
-    if whole == rows:
+    split = jax.tree.map(lambda x: x[:divisible].reshape(-1, size, *x.shape[1:]), batch)
+    done = jax.tree.map(lambda y: y.reshape(divisible, *y.shape[2:]), lax.map(f, split))
+    if divisible == rows:
         return done
-    rest = f(jax.tree.map(lambda x: x[whole:], batch))
+    rest = f(jax.tree.map(lambda x: x[divisible:], batch))
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), done, rest)
 
 
@@ -219,9 +219,9 @@ def _together(parts: Sequence[jax.Array], window: _Window, size: tuple[int, int]
         return reduce(jnp.add, seen) if seen else jnp.zeros(shape, parts[0].dtype)
 
     rows_of_phases = [jnp.stack([phase(p, q) for q in range(right)], axis=3) for p in range(down)]
-    whole = jnp.stack(rows_of_phases, axis=2)
-    whole = whole.reshape(whole.shape[0], height * down, width * right, whole.shape[-1])
-    return whole[:, : size[0], : size[1]]
+    image = jnp.stack(rows_of_phases, axis=2)
+    image = image.reshape(image.shape[0], height * down, width * right, image.shape[-1])
+    return image[:, : size[0], : size[1]]
 
 
 def _linear(f: Callable[[Any], Any], transpose: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -18,7 +18,7 @@ _LEAST = 8  # images of a batch: with fewer, a device costs more than it takes o
 
 
 def make_cores_devices() -> None:
-    """Let every CPU core be a device of its own, for `share` to use.
+    """Let every CPU core be a device of its own, for `data_parallel` to use.
 
     XLA shares out the work of one device among all cores operation by operation, and what one
     core has in its cache the next operation needs on another. A core that takes its own part of
@@ -89,16 +89,16 @@ def shard(tree: Any, mesh: jax.sharding.Mesh, fsdp: bool = False) -> Any:
     return _as_keys(jax.device_put(numbers, shardings), keys)
 
 
-def whole(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+def gather(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     """What `shard` has laid out, on the first device of this process."""
     if jax.process_count() == 1:
         return jax.device_put(tree, jax.local_devices()[0])
     keys = jax.tree.map(_is_key, tree)
 
-    def gather(tree: Any) -> Any:
+    def key_data(tree: Any) -> Any:
         return jax.tree.map(lambda x, key: jax.random.key_data(x) if key else x, tree, keys)
 
-    numbers = jax.jit(gather, out_shardings=replicated(mesh))(tree)
+    numbers = jax.jit(key_data, out_shardings=replicated(mesh))(tree)
     return _as_keys(jax.tree.map(lambda x: x.addressable_data(0), numbers), keys)
 
 
@@ -114,7 +114,7 @@ def _as_keys(numbers: Any, keys: Any) -> Any:
     )(numbers)
 
 
-def share(
+def data_parallel(
     f: Callable[..., Any],
     mesh: jax.sharding.Mesh,
     donate_argnums: tuple[int, ...] = (),
@@ -164,11 +164,11 @@ def fsdp_specs(tree: Any, mesh: jax.sharding.Mesh) -> Any:
 
 
 def on_parts(
-    f: Callable[..., Any], tree: Any, whole: Any, axis_name: str | None
+    f: Callable[..., Any], tree: Any, full_shapes: Any, axis_name: str | None
 ) -> Callable[..., Any]:
     """f(tree, ...), where every device of the `pmap` axis may hold a part of the tree's arrays.
 
-    whole: the same tree with the shapes that the arrays have in whole.
+    full_shapes: the same tree with the shapes of the full arrays.
 
     They are put together for f and not kept for the backward pass but put together once more, so
     that no device ever holds all of them. The gradient in a part is then the sum over the
@@ -176,29 +176,29 @@ def on_parts(
 
     Rajbhandari et al. (2020), ZeRO, stage 3; Zhao et al. (2023), PyTorch FSDP, section 3.
     """
-    if axis_name is None or all(jax.tree.leaves(jax.tree.map(_is_whole, tree, whole))):
+    if axis_name is None or all(jax.tree.leaves(jax.tree.map(_is_full, tree, full_shapes))):
         return f
 
-    def gather(x: jax.Array, like: jax.Array) -> jax.Array:
-        if _is_whole(x, like):
+    def gather_parts(x: jax.Array, like: jax.Array) -> jax.Array:
+        if _is_full(x, like):
             return x
         axis = next(i for i in range(x.ndim) if x.shape[i] != like.shape[i])
         return lax.all_gather(x, axis_name, axis=axis, tiled=True)
 
-    def on_whole(tree: Any, *rest: Any) -> Any:
-        return f(jax.tree.map(gather, tree, whole), *rest)
+    def on_full(tree: Any, *rest: Any) -> Any:
+        return f(jax.tree.map(gather_parts, tree, full_shapes), *rest)
 
     def kept(primitive: Any, *_: Any, **__: Any) -> bool:
         return primitive.name != "all_gather"
 
-    return jax.checkpoint(on_whole, policy=kept)
+    return jax.checkpoint(on_full, policy=kept)
 
 
-def mean_over(axis_name: str | None, tree: Any, whole: Any) -> Any:
+def mean_over(axis_name: str | None, tree: Any, full_shapes: Any) -> Any:
     """The devices' mean of a tree that is a gradient of `on_parts`."""
     if axis_name is None:
         return tree
-    ours = jax.tree.map(lambda x, like: x if _is_whole(x, like) else None, tree, whole)
+    ours = jax.tree.map(lambda x, like: x if _is_full(x, like) else None, tree, full_shapes)
     means, count = lax.pmean(ours, axis_name), lax.axis_size(axis_name)
     return jax.tree.map(
         lambda mean, x: x / count if mean is None else mean,
@@ -208,18 +208,18 @@ def mean_over(axis_name: str | None, tree: Any, whole: Any) -> Any:
     )
 
 
-def sum_over(axis_name: str | None, numbers: Any, tree: Any, whole: Any) -> jax.Array:
+def sum_over(axis_name: str | None, numbers: Any, tree: Any, full_shapes: Any) -> jax.Array:
     """The sum of a tree of numbers, one for each array of `tree`, over all its parts."""
     if axis_name is None:
         return jax.tree.reduce(jnp.add, numbers)
-    is_whole = jax.tree.map(_is_whole, tree, whole)
-    ours = jax.tree.map(lambda n, all_of_it: n * all_of_it, numbers, is_whole)
-    parts = jax.tree.map(lambda n, all_of_it: n * (not all_of_it), numbers, is_whole)
+    is_full = jax.tree.map(_is_full, tree, full_shapes)
+    ours = jax.tree.map(lambda n, full: n * full, numbers, is_full)
+    parts = jax.tree.map(lambda n, full: n * (not full), numbers, is_full)
     return jax.tree.reduce(jnp.add, ours) + lax.psum(jax.tree.reduce(jnp.add, parts), axis_name)
 
 
-def _is_whole(x: jax.Array, whole: jax.Array) -> bool:
-    return x.shape == whole.shape
+def _is_full(x: jax.Array, full: jax.Array) -> bool:
+    return x.shape == full.shape
 
 
 def own_part(tree: Any, axis_name: str | None, axis: int = 0) -> Any:

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from jaxvae.data import Images
-from jaxvae.devices.sharding import AXIS, shard, share
+from jaxvae.devices.sharding import AXIS, data_parallel, shard
 from jaxvae.training.config import TrainConfig
 from jaxvae.training.state import TrainState
 from jaxvae.training.step import Metrics, Objective, shuffle, train_portion, train_steps
@@ -27,7 +27,7 @@ Advance = Callable[[TrainState], tuple[TrainState, Metrics]]
 Epoch = Callable[[TrainState, int], Iterator[tuple[int, Advance]]]
 
 
-def feed(
+def epoch_pipeline(
     images: Images,
     labels: np.ndarray | None,
     config: TrainConfig,
@@ -54,7 +54,7 @@ def feed(
         return _resident(images, labels, mesh, specs, objective)
     steps = config.epochs * (len(images) // config.batch_size)
     rows = jax.P(None, AXIS)
-    take = share(
+    take = data_parallel(
         partial(train_portion, objective=objective, steps=steps),
         mesh,
         donate_argnums=(0,),
@@ -72,7 +72,7 @@ def _resident(
     objective: Objective | None,
 ) -> Epoch:
     rest = jax.P()
-    take = share(
+    take = data_parallel(
         partial(train_steps, objective=objective),
         mesh,
         donate_argnums=(0,),

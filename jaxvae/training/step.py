@@ -81,13 +81,13 @@ def train_step(
             "beta was given, but the objective is a function of your own, which beta does not "
             "reach: leave it out, and weight the KL in the function"
         )
-    whole, num_samples = (False, 1) if own else (chosen.across_batch, chosen.num_samples)
+    across_batch, num_samples = (False, 1) if own else (chosen.across_batch, chosen.num_samples)
     if not own:
         weight = state.config.warmup(state.config.beta if beta is None else beta, state.step)
-        chosen = partial(chosen, beta=weight, axis_name=axis_name if whole else None)
+        chosen = partial(chosen, beta=weight, axis_name=axis_name if across_batch else None)
     examples = (keys, images) if labels is None else (keys, images, labels)
     size = batch
-    if not whole:
+    if not across_batch:
         size = max(1, block_size(batch * num_samples, state.params) // num_samples)
     grads, metrics = _mean_gradient(chosen, state.params, examples, size, axis_name)
     return _updated(state, grads, learning_rate, axis_name), metrics
@@ -316,11 +316,11 @@ def _mean_gradient(
     """
 
     batch = examples[0].shape[0]
-    whole_params = _whole_params(params) if axis_name else None
-    whole_objective = on_parts(objective, params, whole_params, axis_name)
+    full_shapes = _full_shapes(params) if axis_name else None
+    full_objective = on_parts(objective, params, full_shapes, axis_name)
 
     def part(params: Params, examples: tuple[jax.Array, ...]) -> tuple[jax.Array, Metrics]:
-        loss, terms = whole_objective(params, *examples)
+        loss, terms = full_objective(params, *examples)
         metrics = {
             "loss": loss,
             "elbo": terms.value,
@@ -330,10 +330,10 @@ def _mean_gradient(
         return jnp.sum(loss) / batch, jax.tree.map(lambda x: jnp.sum(x) / batch, metrics)
 
     gradient = jax.grad(part, has_aux=True)
-    whole = batch // size * size
+    divisible = batch // size * size
 
     def mean(sums: tuple[Params, Metrics]) -> tuple[Params, Metrics]:
-        return mean_over(axis_name, sums, (whole_params, sums[1]))
+        return mean_over(axis_name, sums, (full_shapes, sums[1]))
 
     if size == batch:
         return mean(gradient(params, examples))
@@ -345,20 +345,20 @@ def _mean_gradient(
         lambda x: jnp.zeros(x.shape, x.dtype),
         jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[:size], examples)),
     )
-    blocks = jax.tree.map(lambda x: x[:whole].reshape(-1, size, *x.shape[1:]), examples)
+    blocks = jax.tree.map(lambda x: x[:divisible].reshape(-1, size, *x.shape[1:]), examples)
     sums, _ = lax.scan(add, nothing, blocks)
-    if whole < batch:
-        sums, _ = add(sums, jax.tree.map(lambda x: x[whole:], examples))
+    if divisible < batch:
+        sums, _ = add(sums, jax.tree.map(lambda x: x[divisible:], examples))
     return mean(sums)
 
 
 def _global_norm(grads: Params, axis_name: str | None) -> jax.Array:
     """Compute the norm of a gradient over all parameters, of which these may be a device's part."""
-    whole = _whole_params(grads) if axis_name else None
+    full_shapes = _full_shapes(grads) if axis_name else None
     squares = jax.tree.map(lambda g: jnp.sum(g**2), grads)
-    return jnp.sqrt(sum_over(axis_name, squares, grads, whole))
+    return jnp.sqrt(sum_over(axis_name, squares, grads, full_shapes))
 
 
-def _whole_params(params: Params) -> Params:
+def _full_shapes(params: Params) -> Params:
     """The shapes that parameters have in whole, of which these may be a device's part."""
     return jax.eval_shape(lambda: init(jax.random.key(0), params.config))
