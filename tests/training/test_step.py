@@ -247,7 +247,7 @@ def test_a_plain_function_as_objective_takes_no_beta(state, images):
         return ELBO()(params, key, images)
 
     for step in (jaxvae.train_step, jaxvae.train_epoch):
-        with refused("beta was given, but the objective is a function of your own", "leave it out"):
+        with refused("beta was given, but the objective is a plain function", "leave it out"):
             step(state, images, objective=plain, beta=2.0)
     assert not any(x.is_deleted() for x in jax.tree.leaves(state))
 
