@@ -299,7 +299,7 @@ def _try_out(written: str, make: Callable[[], optax.GradientTransformation]) -> 
         raise
     except Exception as error:  # optax does not document what it raises
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"optimizer is {written!r}, which optax rejects: {reason}") from None
+        raise InputError(f"optimizer is {written!r}, which optax refuses: {reason}") from None
 
 
 def _try_out_rate(written: str, schedule: Any) -> None:
@@ -308,7 +308,7 @@ def _try_out_rate(written: str, schedule: Any) -> None:
         jax.eval_shape(lambda step: rate_at(schedule, 1e-3, step, 1000), jnp.int32(0))
     except Exception as error:  # as in `_try_out`
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"schedule is {written!r}, which optax rejects: {reason}") from None
+        raise InputError(f"schedule is {written!r}, which optax refuses: {reason}") from None
 
 
 def _kernels(params: P) -> P:

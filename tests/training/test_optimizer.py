@@ -212,7 +212,7 @@ def test_an_optax_object_has_a_schedule_of_its_own():
     made = optax.sgd(optax.linear_schedule(0.1, 0, 10))
     assert jaxvae.TrainConfig(optimizer=made).optimizer is made
     for schedule in "cosine", optax.linear_schedule(0.1, 0, 10):
-        with refused("whose learning rate is its own: expected the schedule 'constant'"):
+        with refused("which has its own learning rate: expected the schedule 'constant'"):
             jaxvae.TrainConfig(optimizer=made, schedule=schedule)
 
 
