@@ -1,12 +1,13 @@
 """What every source of images gives."""
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from jaxvae.errors import InputError
 
 
+@runtime_checkable
 class Images(Protocol):
     """Images that can be had by their numbers: an array, or what reads them from disk."""
 

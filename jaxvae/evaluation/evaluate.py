@@ -92,7 +92,7 @@ def mean_log_likelihood(
     return lax.pmean(mean, axis_name) if axis_name else mean
 
 
-def examine(params: Params, key: Key[Array, ""], data: Dataset) -> dict[str, float]:
+def examine(params: Params, key: Key[Array, ""], data: Dataset) -> dict[str, float | int]:
     """Compute the metrics of the latents and the reconstruction error of a test set.
 
     Args:
@@ -111,7 +111,7 @@ def examine(params: Params, key: Key[Array, ""], data: Dataset) -> dict[str, flo
         for labels in (data.test_labels, data.train_labels)
     )
     posterior = encode(params, images, labels)
-    found: dict[str, float] = {}
+    found: dict[str, float | int] = {}
     if isinstance(posterior, Gaussian):
         z = posterior.sample(key)
         surgery = elbo_surgery(posterior, z, prior(params).log_prob(z))

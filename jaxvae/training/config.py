@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, no_type_check
 
 import optax
 
@@ -16,6 +16,7 @@ BINARIZATIONS = ("none", "dynamic", "fixed")
 PARTS = ("encoder", "decoder", "likelihood", "prior", "posterior")
 
 
+@no_type_check  # not at run time: it converts and checks its fields itself
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(Config):
     """How a model is trained; the defaults are the notebook's, except for its batch size of 16.

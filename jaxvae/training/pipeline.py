@@ -19,7 +19,7 @@ from jaxvae.data import Images
 from jaxvae.devices.sharding import AXIS, data_parallel, shard
 from jaxvae.training.config import TrainConfig
 from jaxvae.training.state import TrainState
-from jaxvae.training.step import Metrics, Objective, shuffle, train_portion, train_steps
+from jaxvae.training.step import LossFunction, Metrics, shuffle, train_portion, train_steps
 
 _IMAGES_PER_DISPATCH = 1024  # the progress bar moves after each dispatch
 _AHEAD = 4  # portions that are read ahead
@@ -35,7 +35,7 @@ def epoch_pipeline(
     mesh: jax.sharding.Mesh,
     specs: Any,
     *,
-    objective: Objective | None = None,
+    objective: LossFunction | None = None,
     workers: int = 0,
 ) -> Epoch:
     """Return a function that yields the dispatches of an epoch.
@@ -74,7 +74,7 @@ def _resident(
     labels: Integer[np.ndarray, " n"] | None,
     mesh: jax.sharding.Mesh,
     specs: Any,
-    objective: Objective | None,
+    objective: LossFunction | None,
 ) -> Epoch:
     """Return the dispatches of images that are copied to every device."""
     rest = jax.P()

@@ -1,6 +1,7 @@
 """The training state, and the optimizer that its configuration describes."""
 
 from dataclasses import dataclass, field, replace
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jaxvae.training.config import PARTS, TrainConfig
 from jaxvae.validation import as_key, expect_config
 
 
+@no_type_check  # not at run time: JAX also builds this tree with shapes or specs as leaves
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
@@ -30,9 +32,8 @@ class TrainState:
 
     params: Params
     opt_state: optax.OptState
-    # Quoted, so that they are not checked: JAX also builds trees of other leaves.
-    step: "Int[Array, '']"
-    key: "Key[Array, '']"
+    step: Int[Array, ""]
+    key: Key[Array, ""]
     config: TrainConfig = field(metadata={"static": True})
     ema: Params | None = None
 

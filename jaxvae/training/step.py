@@ -16,7 +16,7 @@ from jaxvae.devices.sharding import mean_over, on_parts, own_part, sum_over
 from jaxvae.errors import InputError
 from jaxvae.models.likelihoods import binarize
 from jaxvae.models.vae import Params, expected_images, expected_labels, init
-from jaxvae.objectives import Objective, example_keys
+from jaxvae.objectives import Elbo, example_keys
 from jaxvae.training.optimizer import rate_at
 from jaxvae.training.state import (
     TrainState,
@@ -28,6 +28,7 @@ from jaxvae.training.state import (
 from jaxvae.validation import expect_number, jit
 
 Metrics = dict[str, Num[Array, ""]]
+LossFunction = Callable[..., tuple[Array, Elbo]]
 
 
 # Steps are dispatched ahead of an accelerator, so no check may wait for its results.
@@ -38,7 +39,7 @@ def train_step(
     labels: Integer[ArrayLike, " batch"] | None = None,
     *,
     axis_name: str | None = None,
-    objective: Objective | None = None,
+    objective: LossFunction | None = None,
     learning_rate: Num[ArrayLike, ""] | None = None,
     beta: Num[ArrayLike, ""] | None = None,
 ) -> tuple[TrainState, Metrics]:
@@ -79,7 +80,7 @@ def train_step(
     keys = example_keys(noise_key(state), batch, first)
     if state.config.binarization == "dynamic":
         images = binarize(example_keys(binarization_key(state), batch, first), images)
-    chosen = state.config.objective if objective is None else objective
+    chosen: Any = state.config.objective if objective is None else objective
     own = not hasattr(chosen, "across_batch")  # a plain function, which takes no beta
     if own and beta is not None:
         raise InputError(
@@ -134,7 +135,7 @@ def train_epoch(
     labels: Integer[ArrayLike, " n"] | None = None,
     *,
     axis_name: str | None = None,
-    objective: Objective | None = None,
+    objective: LossFunction | None = None,
     learning_rate: Num[ArrayLike, ""] | None = None,
     beta: Num[ArrayLike, ""] | None = None,
 ) -> tuple[TrainState, Metrics]:
@@ -209,7 +210,7 @@ def train_steps(
     labels: Integer[Array, " n"] | None = None,
     *,
     axis_name: str | None = None,
-    objective: Objective | None = None,
+    objective: LossFunction | None = None,
     learning_rate: Num[ArrayLike, ""] | None = None,
     beta: Num[ArrayLike, ""] | None = None,
 ) -> tuple[TrainState, Metrics]:
@@ -257,7 +258,7 @@ def train_portion(
     *,
     steps: int,
     axis_name: str | None = None,
-    objective: Objective | None = None,
+    objective: LossFunction | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Take the steps on the batches images[:count], in one dispatch.
 
@@ -338,7 +339,7 @@ def _summed(
 
 
 def _mean_gradient(
-    objective: Objective,
+    objective: LossFunction,
     params: Params,
     examples: tuple[Shaped[Array, "batch ..."], ...],
     size: int,
