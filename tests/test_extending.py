@@ -298,7 +298,7 @@ def test_an_optimizer_of_ones_own_trains_and_is_handed_over_to_resume(tmp_path):
     state = jaxvae.restore(tmp_path, optimizer=mine)
     state, _ = jaxvae.train_step(state, circles().train_images[:16])
     assert int(state.step) == 11
-    with refused("learning_rate", "one of its own"):
+    with refused("learning_rate", "its own learning rate"):
         jaxvae.train_step(state, circles().train_images[:16], learning_rate=0.1)
 
 

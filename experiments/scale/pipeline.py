@@ -16,7 +16,7 @@ from PIL import Image
 
 import jaxvae
 from jaxvae.data.records import array_records
-from jaxvae.devices.sharding import AXIS, devices_for, make_cores_devices, shard, share
+from jaxvae.devices.sharding import AXIS, data_parallel, devices_for, make_cores_devices, shard
 from jaxvae.training.pipeline import _read
 
 SIDE, COUNT, BATCH = 64, 5120, 128
@@ -74,7 +74,7 @@ def step_rate(network: str) -> float:
     images = np.random.default_rng(0).integers(0, 256, (BATCH, SIDE, SIDE, 3), np.uint8)
     images = jax.device_put(images, jax.NamedSharding(mesh, jax.P(AXIS)))
     specs = {"in_specs": (jax.P(), jax.P(AXIS)), "out_specs": jax.P()}
-    step = share(jaxvae.train_step, mesh, donate_argnums=(0,), **specs)
+    step = data_parallel(jaxvae.train_step, mesh, donate_argnums=(0,), **specs)
     seconds = []
     for _ in range(8):
         began = time.perf_counter()

@@ -50,7 +50,7 @@ def measure_step(batch: int, devices: int) -> float:
     import jax
 
     import jaxvae
-    from jaxvae.devices.sharding import AXIS, devices_for, make_cores_devices, shard, share
+    from jaxvae.devices.sharding import AXIS, data_parallel, devices_for, make_cores_devices, shard
 
     make_cores_devices()
     mesh = devices_for(batch)
@@ -60,7 +60,7 @@ def measure_step(batch: int, devices: int) -> float:
     )
     images = np.random.default_rng(0).integers(0, 256, (batch, 28, 28, 1), np.uint8)
     specs = {"in_specs": (jax.P(), jax.P(AXIS)), "out_specs": jax.P()}
-    step = share(jaxvae.train_step, mesh, donate_argnums=(0,), **specs)
+    step = data_parallel(jaxvae.train_step, mesh, donate_argnums=(0,), **specs)
     state = shard(state, mesh)
     images = jax.device_put(images, jax.NamedSharding(mesh, jax.P(AXIS)))
     seconds = []

@@ -1,12 +1,13 @@
 """The Dataset type, and the checks that every source of images shares."""
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from jaxvae.errors import InputError
 
 
+@runtime_checkable
 class Images(Protocol):
     """Images [N, H, W, C] read by index: an array, or an object that reads them from disk."""
 

@@ -1,20 +1,20 @@
-"""Convolutions carried out the way this backend is fast at.
+"""Convolutions that are fast on the current backend.
 
-On a CPU, XLA's convolutions, and above all their gradients with respect to the filters, are
-several times slower than the machine's matrix product. Here they are matrix products:
+On a CPU, XLA's convolutions, and in particular their gradients with respect to the filters, are
+several times slower than a matrix product of the same size. Here they are matrix products:
 
     3x3, stride 1        Winograd's minimal filtering F(2x2, 3x3), which multiplies 2.25 times less
-    one output channel   a product for every tap, then overlapped addition
+    few output channels  a product for every tap, then overlap-add
     otherwise            patches times filters
-    transposed           pixels times filters, then overlapped addition
+    transposed           pixels times filters, then overlap-add
 
-All of it rests on one pair of linear maps, each the other's transpose: `_taps` takes an image
-apart into strided shifts of itself and `_overlap_add` puts such shifts together. What lies
-between them is matrix products and sums, which differentiate into the same. Batches are worked
-through in blocks that stay in cache.
+All of them use two linear maps, which are transposes of each other: `_taps` splits an image into
+strided shifts of itself, and `_overlap_add` adds such shifts up. Between them are matrix products
+and sums, whose gradients are matrix products and sums as well. A batch is processed in blocks that
+fit into the cache.
 
-On every other backend XLA's own convolution is the fast one, and the whole batch is one block.
-So it is for a batch of symbolic size, as of `jax.export`: what is exported may run anywhere.
+On every other backend XLA's own convolution is faster, and the whole batch is one block. This also
+holds for a batch of symbolic size, as in `jax.export`: an exported program may run anywhere.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,38 +30,51 @@ _NHWC = ("NHWC", "HWIO", "NHWC")
 
 
 def backend() -> str:
-    """The platform that a computation traced now will run on: "cpu", "gpu" or "tpu"."""
+    """Return the platform on which a computation traced now will run: "cpu", "gpu" or "tpu"."""
     device = jax.config.jax_default_device  # type: ignore[attr-defined]
     return getattr(device, "platform", device) or jax.default_backend()
 
 
 def block_size(batch: int, params: Any) -> int:
-    """How many images of a batch to work through at once on this backend.
+    """Return how many images of a batch to process at once on this backend.
 
-    params: of the networks they go through; where these hold no filters but only matrices, the
-      whole batch is best taken in one product.
+    Args:
+      batch: images of the batch.
+      params: parameters of the networks. Without convolution filters the whole batch is one block,
+        because one large matrix product is faster.
+
+    Returns:
+      The number of images per block.
     """
     if _as_xla_does(batch) or not any(x.ndim == 4 for x in jax.tree.leaves(params)):
         return batch
-    # A device that has all the cores needs more work at a time to share out among them than
-    # one that has a core, and its cache, to itself.
+    # One device that runs on all cores needs larger blocks than a device with one core.
     if jax.local_device_count() == 1:
         return min(batch, 16)
     return batch if batch <= 8 else 4
 
 
 def in_blocks(f: Callable[[Any], Any], batch: Any, size: int) -> Any:
-    """f(batch), `size` rows at a time; f treats every row on its own."""
+    """Compute f(batch) on `size` rows at a time.
+
+    Args:
+      f: a function of a tree of arrays whose result for a row depends on that row only.
+      batch: a tree of arrays with the same number of rows.
+      size: rows per block; the last block may be smaller.
+
+    Returns:
+      f(batch).
+    """
     rows = jax.tree.leaves(batch)[0].shape[0]
     size = min(rows, size)
-    whole = rows // size * size
+    divisible = rows // size * size
     if rows == size:
         return f(batch)
-    split = jax.tree.map(lambda x: x[:whole].reshape(-1, size, *x.shape[1:]), batch)
-    done = jax.tree.map(lambda y: y.reshape(whole, *y.shape[2:]), lax.map(f, split))
-    if whole == rows:
+    split = jax.tree.map(lambda x: x[:divisible].reshape(-1, size, *x.shape[1:]), batch)
+    done = jax.tree.map(lambda y: y.reshape(divisible, *y.shape[2:]), lax.map(f, split))
+    if divisible == rows:
         return done
-    rest = f(jax.tree.map(lambda x: x[whole:], batch))
+    rest = f(jax.tree.map(lambda x: x[divisible:], batch))
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), done, rest)
 
 
@@ -72,18 +85,20 @@ def conv_general_dilated(
     padding: str | Sequence[tuple[int, int]],
     **options: Any,
 ) -> jax.Array:
-    """`jax.lax.conv_general_dilated`, for `flax.linen.Conv(conv_general_dilated=...)`.
+    """Replace `jax.lax.conv_general_dilated`, in `flax.linen.Conv(conv_general_dilated=...)`.
+
+    Dilated, grouped and not two-dimensional convolutions are XLA's on every backend. On a CPU,
+    reverse-mode differentiation works to any order; forward mode raises JAX's TypeError.
 
     Args:
       lhs: images, [batch, height, width, in].
       rhs: filters, [kernel height, kernel width, in, out].
-      window_strides, padding, **options: as of `jax.lax.conv_general_dilated`.
-    Returns:
-      [batch, out height, out width, out].
+      window_strides: as in `jax.lax.conv_general_dilated`.
+      padding: as in `jax.lax.conv_general_dilated`.
+      **options: as in `jax.lax.conv_general_dilated`.
 
-    Dilated, grouped and other than two-dimensional convolutions are XLA's on every backend.
-    On a CPU it differentiates in reverse mode, any number of times; forward mode is refused by
-    JAX with a TypeError.
+    Returns:
+      The convolution, [batch, out height, out width, out].
     """
     dilation = (*(options.get("lhs_dilation") or ()), *(options.get("rhs_dilation") or ()))
     plain = (
@@ -118,20 +133,21 @@ def conv_general_dilated(
 
 
 def conv_transpose(x: jax.Array, kernel: jax.Array, strides: tuple[int, int]) -> jax.Array:
-    """`jax.lax.conv_transpose` with "SAME" padding: each side grows by its stride.
+    """Compute `jax.lax.conv_transpose` with "SAME" padding: each side grows by its stride.
 
     Args:
-      x: [batch, height, width, in].
-      kernel: [kernel height, kernel width, in, out].
+      x: images, [batch, height, width, in].
+      kernel: filters, [kernel height, kernel width, in, out].
       strides: (down, right).
+
     Returns:
-      [batch, height * down, width * right, out].
+      The transposed convolution, [batch, height * down, width * right, out].
     """
     if _as_xla_does(x.shape[0]):
         return lax.conv_transpose(x, kernel, strides, "SAME", dimension_numbers=_NHWC)
     *size, fan_in, fan_out = kernel.shape
-    # lax.conv_transpose correlates with the filter as it lies; adding each input pixel's
-    # filter into the output, as here, convolves: hence the flip.
+    # lax.conv_transpose is a correlation with the filter; adding each input pixel's filter into
+    # the output, as here, is a convolution: hence the flip.
     filters = kernel[::-1, ::-1].transpose(2, 0, 1, 3).reshape(fan_in, -1)
     products = lax.split(_dot(x, filters), [fan_out] * (size[0] * size[1]), axis=3)
     low = [max(k - stride, 0) // 2 for k, stride in zip(size, strides, strict=True)]
@@ -140,28 +156,39 @@ def conv_transpose(x: jax.Array, kernel: jax.Array, strides: tuple[int, int]) ->
 
 
 def _as_xla_does(batch: int) -> bool:
+    """Return whether XLA's own convolution is used: not on a CPU, or a batch of symbolic size."""
     return backend() != "cpu" or not isinstance(batch, int)
 
 
 class _Window(NamedTuple):
-    """What a filter meets, step by step: pairs of (down, right)."""
+    """The window of a convolution: pairs of (down, right).
+
+    Attributes:
+      kernel: size of the filter.
+      strides: pixels between two steps.
+      low: padding above and to the left.
+      steps: number of steps, the size of the output.
+    """
 
     kernel: tuple[int, int]
     strides: tuple[int, int]
-    low: tuple[int, int]  # padding above and to the left
+    low: tuple[int, int]
     steps: tuple[int, int]
 
     def taps(self) -> list[tuple[int, int]]:
+        """Return the indices (i, j) of the filter's taps, in row-major order."""
         return [(i, j) for i in range(self.kernel[0]) for j in range(self.kernel[1])]
 
 
 def _taps(x: jax.Array, window: _Window) -> list[jax.Array]:
-    """For every tap (i, j) of the filter, the pixel it meets at every step.
+    """Return, for every tap (i, j) of the filter, the pixels under it at all steps.
 
         taps[i, j][h, w] = x[stride h + i - low, stride w + j - low],    0 outside x
 
     Args:
-      x: [batch, height, width, channels].
+      x: images, [batch, height, width, channels].
+      window: window of the convolution.
+
     Returns:
       A list in the order of `window.taps()`, each [batch, *window.steps, channels].
     """
@@ -170,27 +197,30 @@ def _taps(x: jax.Array, window: _Window) -> list[jax.Array]:
 
 
 def _overlap_add(parts: Sequence[jax.Array], window: _Window, size: tuple[int, int]) -> jax.Array:
-    """The transpose of `_taps`: each part added where its tap would have read.
+    """Compute the transpose of `_taps`: add each part to the pixels that its tap reads.
 
         out[stride h + i - low, stride w + j - low] += parts[i, j][h, w]
 
     Args:
       parts: in the order of `window.taps()`, each [batch, *window.steps, channels].
-      size: of the result; what falls outside is dropped.
+      window: window of the convolution.
+      size: height and width of the result; pixels outside are dropped.
+
     Returns:
-      [batch, *size, channels].
+      The sum, [batch, *size, channels].
     """
     f = _linear(partial(_together, window=window, size=size), partial(_apart, window=window))
     return f(list(parts))
 
 
 def _apart(x: jax.Array, window: _Window) -> list[jax.Array]:
+    """Compute `_taps`, without its gradient rule."""
     (down, right), (rows, columns) = window.strides, window.steps
     edges = [
         (low, stride * (n - 1) + k - low - side)
         for side, k, stride, low, n in zip(x.shape[1:3], *window, strict=True)
     ]
-    # Padded once, by writing into zeros: a plain pad XLA would do again for every tap.
+    # Written into zeros, because XLA would fuse `lax.pad` into every tap and pad each time.
     x = _pad(x, [(min(low, 0), min(high, 0)) for low, high in edges])
     (top, bottom), (left, right_edge) = ((max(low, 0), max(high, 0)) for low, high in edges)
     if top or bottom or left or right_edge:
@@ -203,11 +233,12 @@ def _apart(x: jax.Array, window: _Window) -> list[jax.Array]:
 
 
 def _together(parts: Sequence[jax.Array], window: _Window, size: tuple[int, int]) -> jax.Array:
+    """Compute `_overlap_add`, without its gradient rule."""
     (down, right), (rows, columns) = window.strides, window.steps
     height, width = (-(-n // stride) for n, stride in zip(size, window.strides, strict=True))
 
     def phase(p: int, q: int) -> jax.Array:
-        """The pixels whose indices are p and q modulo the strides: they see the same taps."""
+        """Return the pixels whose indices are p and q modulo the strides: they use equal taps."""
         seen = []
         for (i, j), part in zip(window.taps(), parts, strict=True):
             y, x = i - window.low[0] - p, j - window.low[1] - q
@@ -219,15 +250,15 @@ def _together(parts: Sequence[jax.Array], window: _Window, size: tuple[int, int]
         return reduce(jnp.add, seen) if seen else jnp.zeros(shape, parts[0].dtype)
 
     rows_of_phases = [jnp.stack([phase(p, q) for q in range(right)], axis=3) for p in range(down)]
-    whole = jnp.stack(rows_of_phases, axis=2)
-    whole = whole.reshape(whole.shape[0], height * down, width * right, whole.shape[-1])
-    return whole[:, : size[0], : size[1]]
+    image = jnp.stack(rows_of_phases, axis=2)
+    image = image.reshape(image.shape[0], height * down, width * right, image.shape[-1])
+    return image[:, : size[0], : size[1]]
 
 
 def _linear(f: Callable[[Any], Any], transpose: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """A linear function whose gradient is the given transpose, and the other way round.
+    """Return a linear function f whose gradient is computed by `transpose`, and vice versa.
 
-    XLA's own transposes of strided slices are scattered additions, several times slower.
+    XLA's own transposes of strided slices are scatter-adds, which are several times slower.
     """
 
     @jax.custom_vjp
@@ -248,7 +279,7 @@ _A_T = np.array([[1, 1, 1, 0], [0, 1, -1, -1]])
 
 
 def _winograd(x: jax.Array, kernel: jax.Array, window: _Window, dot: Any) -> jax.Array:
-    """A 3x3 convolution with stride 1, in tiles of 2x2 output pixels."""
+    """Compute a 3x3 convolution with stride 1, in tiles of 2x2 output pixels."""
     fan_in, fan_out = kernel.shape[2:]
     tiles = _pair([-(-n // 2) for n in window.steps])
     d = _taps(x, _Window((4, 4), (2, 2), window.low, tiles))
@@ -260,7 +291,7 @@ def _winograd(x: jax.Array, kernel: jax.Array, window: _Window, dot: Any) -> jax
 
 
 def _both_sides(matrix: np.ndarray, x: Sequence[jax.Array]) -> list[jax.Array]:
-    """M X M^T for a matrix X of arrays, both in row-major order."""
+    """Compute M X M^T for a matrix X of arrays, both in row-major order."""
     k = matrix.shape[1]
 
     def times(column: Sequence[jax.Array]) -> list[jax.Array]:
@@ -271,7 +302,7 @@ def _both_sides(matrix: np.ndarray, x: Sequence[jax.Array]) -> list[jax.Array]:
 
 
 def _combination(weights: np.ndarray, x: Sequence[jax.Array]) -> jax.Array:
-    """The weighted sum of some arrays; only what is not 0 or 1 is multiplied."""
+    """Compute a weighted sum of arrays, without multiplications by 0, 1 or -1."""
     terms = [(w, y) for w, y in zip(weights.tolist(), x, strict=True) if w]
     (weight, first), *rest = terms
     total = first if weight == 1 else weight * first
@@ -281,15 +312,15 @@ def _combination(weights: np.ndarray, x: Sequence[jax.Array]) -> jax.Array:
 
 
 def _by_taps(x: jax.Array, kernel: jax.Array, window: _Window, dot: Any) -> jax.Array:
-    """A convolution with stride 1 and few output channels: one image for every tap and channel."""
+    """Compute a convolution with stride 1 and few output channels, by a product for every tap."""
     batch, *size, fan_in = x.shape
     taps, fan_out = len(window.taps()), kernel.shape[3]
     filters = kernel[::-1, ::-1].transpose(2, 0, 1, 3).reshape(fan_in, -1)
-    # The taps are brought to the front, so that the additions run along rows of pixels. The
-    # barrier is for XLA, which would rather transpose x than the much smaller products.
+    # With the taps in front, the additions run along rows of pixels. The barrier keeps XLA from
+    # transposing x instead of the much smaller products.
     products = jnp.moveaxis(lax.optimization_barrier(dot(x, filters)), 3, 0)
     parts = lax.split(products.reshape(-1, *size, 1), [fan_out * batch] * taps)
-    # Seen from the input, the taps run the other way: hence the flip.
+    # From input to output the taps are in reverse order: hence the flip.
     low = [k - 1 - low for k, low in zip(window.kernel, window.low, strict=True)]
     mirrored = _Window(window.kernel, (1, 1), _pair(low), _pair(size))
     out = _overlap_add(parts, mirrored, window.steps)
@@ -297,13 +328,13 @@ def _by_taps(x: jax.Array, kernel: jax.Array, window: _Window, dot: Any) -> jax.
 
 
 def _dot(x: jax.Array, matrix: jax.Array, precision: Any = None) -> jax.Array:
-    """x @ matrix over the last axis, as one product of matrices."""
+    """Compute x @ matrix over the last axis, as one matrix product."""
     product = jnp.matmul(x.reshape(-1, x.shape[-1]), matrix, precision=precision)
     return product.reshape(*x.shape[:-1], -1)
 
 
 def _pad(x: jax.Array, edges: Sequence[tuple[int, int]]) -> jax.Array:
-    """Zeros around height and width; unlike jnp.pad, a negative number crops."""
+    """Pad height and width with zeros; unlike `jnp.pad`, a negative number crops."""
     config = [(0, 0, 0), *((low, high, 0) for low, high in edges), (0, 0, 0)]
     return lax.pad(x, jnp.zeros((), x.dtype), config)
 
@@ -314,7 +345,7 @@ def _pair(values: Sequence[int]) -> tuple[int, int]:
 
 
 def _is_nhwc(numbers: Any) -> bool:
-    """Whether flax's or lax's spelling of the dimension numbers means NHWC, HWIO, NHWC."""
+    """Return whether dimension numbers, in Flax's or lax's form, mean NHWC, HWIO, NHWC."""
     if isinstance(numbers, lax.ConvDimensionNumbers):
         spec = lax.conv_dimension_numbers((1,) * 4, (1,) * 4, _NHWC)
         return numbers == spec

@@ -1,4 +1,4 @@
-"""Several processes, on one host or on many, that train one model together."""
+"""Training of one model by several processes, on one host or several."""
 
 import importlib.util
 import os
@@ -15,15 +15,15 @@ from jax.experimental import multihost_utils
 from jaxvae.errors import InputError
 from jaxvae.validation import shown
 
-# What libtpu would ask a server for, and complain of.
+# Values that libtpu otherwise requests from a metadata server, with warnings if there is none.
 _NO_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5e-1",
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
-# What JAX reads of SLURM's environment, all of it numbers.
+# SLURM's variables that JAX reads as numbers.
 _SLURM = ("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
-_HEARTBEAT = 30  # seconds without a sign of life after which a process counts as lost
+_HEARTBEAT = 30  # seconds without a heartbeat after which a process counts as lost
 
 
 def join(
@@ -33,24 +33,24 @@ def join(
 ) -> None:
     """Join the other processes of the training, if there are any.
 
-    Where SLURM, Open MPI, Kubernetes or a TPU pod started this process as one of several, they
-    say all there is to know, and what is given here comes before what they say. Must come before
-    JAX's first computation.
+    If SLURM, Open MPI, Kubernetes or a TPU pod started this process as one of several, all values
+    are read from the launcher; arguments override them. Call it before JAX's first computation.
 
     Args:
       coordinator: HOST:PORT on which process 0 listens.
-      num_processes: how many there are.
-      process_id: which of them this is, from 0.
+      num_processes: number of processes.
+      process_id: index of this process, from 0.
+
     Raises:
-      InputError: nothing says what is not given; or the others cannot be reached.
+      InputError: values are missing or invalid, or the other processes cannot be reached.
     """
     given = {
         "--coordinator": coordinator,
         "--num-processes": num_processes,
         "--process-id": process_id,
     }
-    told = all(value is not None for value in given.values())
-    launcher = None if told else _launcher()
+    complete = all(value is not None for value in given.values())
+    launcher = None if complete else _launcher()
     if launcher is None:
         if not any(value is not None for value in given.values()):
             return
@@ -58,12 +58,12 @@ def join(
         if missing:
             raise InputError(
                 f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing, and no "
-                f"launcher says what: expected {', '.join(given)}"
+                f"launcher was found that sets them: expected {', '.join(given)}"
             )
     if coordinator is not None and not coordinator.rpartition(":")[2].isdecimal():
         raise InputError(f"--coordinator is {coordinator}: expected HOST:PORT")
     named = "--process-id"
-    if launcher == "Open MPI":  # of which JAX reads only what older versions say
+    if launcher == "Open MPI":  # JAX reads only the variables of its older versions
         num_processes = num_processes or _number("OMPI_COMM_WORLD_SIZE")
         if process_id is None:
             process_id, named = _number("OMPI_COMM_WORLD_RANK"), "OMPI_COMM_WORLD_RANK"
@@ -83,13 +83,13 @@ def join(
             heartbeat_timeout_seconds=_HEARTBEAT,
             shutdown_timeout_seconds=_HEARTBEAT,
         )
-    except Exception as error:  # of every kind, where the environment says half or wrong things
+    except Exception as error:  # of any type, if the environment is incomplete or wrong
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"the other processes cannot be reached: {reason}") from None
 
 
 def _launcher() -> str | None:
-    """What started this process as one of several."""
+    """Return the launcher that started this process as one of several, if any."""
     here = os.environ
     if "SLURM_STEP_NODELIST" in here and _number("SLURM_STEP_NUM_TASKS", "1") > 1:
         return "SLURM"
@@ -103,22 +103,22 @@ def _launcher() -> str | None:
 
 
 def _number(name: str, default: str = "") -> int:
-    """Return what a launcher's environment variable says, or raise InputError."""
+    """Read a whole number from a launcher's environment variable, or raise InputError."""
     text = os.environ.get(name, default)
     try:
         return int(text)
     except ValueError:
         given = shown(text) if name in os.environ else "not set"
         raise InputError(
-            f"{name} is {given}: expected a whole number, as srun or mpirun sets it; start all "
-            "processes with one of them, or unset what is left of one"
+            f"{name} is {given}: expected a whole number, as set by srun or mpirun; start all "
+            "processes with one of them, or unset the launcher's variables"
         ) from None
 
 
 def pass_over_missing_tpu() -> None:
-    """Keep libtpu, where it is there to compile with, from telling at length of finding no TPU.
+    """Suppress the warnings of libtpu on a machine without a TPU, where it serves as a compiler.
 
-    Changes the environment, so it is for programs to call, and before JAX looks for its devices.
+    Call it in programs, before JAX looks for its devices: it changes the environment.
     """
     if _has_libtpu() and not _tpu_chips():
         for name, value in _NO_TPU.items():
@@ -126,25 +126,27 @@ def pass_over_missing_tpu() -> None:
 
 
 def _has_libtpu() -> bool:
+    """Return whether libtpu is installed."""
     return importlib.util.find_spec("libtpu") is not None
 
 
 def _tpu_chips() -> list[Path]:
+    """Return the device files of this host's TPU chips."""
     return [*Path("/dev").glob("accel[0-9]*"), *Path("/dev").glob("vfio/[0-9]*")]
 
 
 def several() -> bool:
-    """Whether there are other processes."""
+    """Return whether there are several processes."""
     return jax.process_count() > 1
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes, draws and tells."""
+    """Return whether this is process 0, which writes files, draws figures and prints."""
     return jax.process_index() == 0
 
 
 def memory() -> int | None:
-    """Bytes of memory that this host has, where it tells."""
+    """Return the bytes of memory of this host, or None if they are unknown."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
@@ -152,28 +154,31 @@ def memory() -> int | None:
 
 
 def wait_for_all(what: str) -> None:
-    """Go on when every process has come here; `what` names the place."""
+    """Wait until every process has called this function; `what` names the barrier."""
     if several():
         multihost_utils.sync_global_devices(what)
 
 
 def all_agree(value: bool) -> bool:
-    """Return whether a value is true in every process; all of them have to ask."""
+    """Return whether a value is true in every process; every process has to call it."""
     return bool(np.all(multihost_utils.process_allgather(np.array(value)))) if several() else value
 
 
 @contextmanager
 def preemption(step: int) -> Iterator[Callable[[int], bool]]:
-    """Listens for SIGTERM and Ctrl-C; what it gives says whether it is time to save and stop.
+    """Handle SIGTERM and Ctrl-C by a request to save and stop.
 
-    A second Ctrl-C interrupts at once.
+    A second Ctrl-C interrupts at once. Among several processes, a signal to any of them counts:
+    they have to ask at the same steps, and all get the same answer.
 
-    Asked at a step of a training that began at `step`, it answers for all steps up to that.
-    Among several processes, a signal that any of them gets counts; they have to ask at the same
-    steps, and all hear of it at the same one.
+    Args:
+      step: step at which the training starts.
+
+    Yields:
+      A function of the current step that returns whether to save and stop.
     """
     if several():
-        # JAX's own runtime listens, and agrees on a step that no process has come to yet.
+        # JAX's runtime handles the signal and agrees on a step that no process has reached yet.
         asked, agreed = step, False
 
         def ask(step: int) -> bool:
@@ -185,21 +190,21 @@ def preemption(step: int) -> Iterator[Callable[[int], bool]]:
 
         yield ask
         return
-    told = False
+    requested = False
 
-    def tell(number: int, frame: FrameType | None) -> None:
-        nonlocal told
-        if told and number == signal.SIGINT:
+    def request(number: int, frame: FrameType | None) -> None:
+        nonlocal requested
+        if requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        told = True
+        requested = True
 
     try:
-        before = {one: signal.signal(one, tell) for one in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:  # not the main thread: whoever has it listens
+        before = {one: signal.signal(one, request) for one in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # only the main thread can handle signals
         yield lambda step: False
         return
     try:
-        yield lambda step: told
+        yield lambda step: requested
     finally:
         for one, handler in before.items():
             signal.signal(one, handler)

@@ -1,4 +1,4 @@
-"""Work shared out among the devices of this machine."""
+"""Data parallelism and sharding over the devices of one or several processes."""
 
 import os
 from collections.abc import Callable
@@ -13,18 +13,19 @@ from jax import lax
 from jaxvae.errors import InputError
 
 AXIS = "batch"
-_LEAST_DIVIDED = 256  # numbers of an array: smaller parts cost more to gather than they save
-_LEAST = 8  # images of a batch: with fewer, a device costs more than it takes off the others
+_LEAST_DIVIDED = 256  # numbers per part of an array: smaller parts are slower to gather
+_LEAST = 8  # images per device: with fewer, another device makes a step slower
 
 
 def make_cores_devices() -> None:
-    """Let every CPU core be a device of its own, for `share` to use.
+    """Make every CPU core a JAX device, for `data_parallel`.
 
-    XLA shares out the work of one device among all cores operation by operation, and what one
-    core has in its cache the next operation needs on another. A core that takes its own part of
-    the batch through the whole model keeps it. Changes JAX's configuration, so it is for
-    programs to call, not for libraries, and before the first computation. A number of devices
-    that the user chose stays.
+    With one device, XLA splits every operation over all cores, so a core often reads what another
+    core has in its cache. With one device per core, each core takes its part of the batch through
+    the whole model and its cache stays valid.
+
+    Call it in programs, not in libraries, before the first computation: it changes JAX's
+    configuration. A number of devices that the user has set is kept.
     """
     chosen = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if not chosen and jax.config.jax_num_cpu_devices < 1:  # type: ignore[attr-defined]
@@ -32,23 +33,31 @@ def make_cores_devices() -> None:
 
 
 def cores() -> int:
-    """How many CPU cores this process may use."""
+    """Return the number of CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def devices_for(items: int, least: int = _LEAST) -> jax.sharding.Mesh:
-    """As many devices as can share so many items equally, at least `least` each.
+    """Make a mesh of as many devices as can split `items` equally.
 
-    Where there are several processes, equally many of each, in the processes' order. Raises
-    InputError if these cannot share the items equally.
+    Args:
+      items: examples of a batch.
+      least: examples per device, at least.
+
+    Returns:
+      A mesh with the axis `AXIS`: the same number of devices of every process, in the order of
+      the processes.
+
+    Raises:
+      InputError: the number of processes does not divide `items`.
     """
     processes = jax.process_count()
     if items % processes:
         raise InputError(
-            f"{items} images cannot be dealt out equally to {processes} processes: "
-            "expected a batch_size that divides by their number"
+            f"{items} images cannot be split equally over {processes} processes: "
+            "expected a batch_size that is a multiple of their number"
         )
     here = items // processes
     most = max(1, min(jax.local_device_count(), here // least))
@@ -61,27 +70,42 @@ def devices_for(items: int, least: int = _LEAST) -> jax.sharding.Mesh:
 
 
 def replicated(mesh: jax.sharding.Mesh) -> jax.NamedSharding:
-    """The whole of an array on every device."""
+    """Return the sharding that copies an array to every device."""
     return jax.NamedSharding(mesh, jax.P())
 
 
 def placement(tree: Any, mesh: jax.sharding.Mesh, fsdp: bool = False) -> Any:
-    """Where each array of a tree lies: everywhere, or as `fsdp_specs` says."""
+    """Return the sharding of each array of a tree.
+
+    Args:
+      tree: arrays, or their shapes.
+      mesh: from `devices_for`.
+      fsdp: whether the arrays are split as in `fsdp_specs`; otherwise they are replicated.
+
+    Returns:
+      A tree of `NamedSharding`.
+    """
     if fsdp:
         return jax.tree.map(partial(jax.NamedSharding, mesh), fsdp_specs(tree, mesh))
     return jax.tree.map(lambda _: replicated(mesh), tree)
 
 
 def shard(tree: Any, mesh: jax.sharding.Mesh, fsdp: bool = False) -> Any:
-    """Arrays that every process has alike, laid out on the devices of all of them.
+    """Move arrays that are equal in every process to the devices of the mesh.
 
-    fsdp: as of `placement`.
+    Args:
+      tree: arrays.
+      mesh: from `devices_for`.
+      fsdp: as in `placement`.
+
+    Returns:
+      The tree of sharded or replicated arrays.
     """
     shardings = placement(tree, mesh, fsdp)
     if jax.process_count() == 1:
         return jax.device_put(tree, shardings)
 
-    # PRNG keys, and what lies on one process's devices, cannot be put on another's.
+    # `device_put` to several processes takes neither PRNG keys nor arrays of one process's devices.
     keys = jax.tree.map(_is_key, tree)
     numbers = jax.tree.map(
         lambda x, key: np.asarray(jax.random.key_data(x) if key else x), tree, keys
@@ -89,24 +113,26 @@ def shard(tree: Any, mesh: jax.sharding.Mesh, fsdp: bool = False) -> Any:
     return _as_keys(jax.device_put(numbers, shardings), keys)
 
 
-def whole(tree: Any, mesh: jax.sharding.Mesh) -> Any:
-    """What `shard` has laid out, on the first device of this process."""
+def gather(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+    """Gather the arrays of `shard` on the first device of this process."""
     if jax.process_count() == 1:
         return jax.device_put(tree, jax.local_devices()[0])
     keys = jax.tree.map(_is_key, tree)
 
-    def gather(tree: Any) -> Any:
+    def key_data(tree: Any) -> Any:
         return jax.tree.map(lambda x, key: jax.random.key_data(x) if key else x, tree, keys)
 
-    numbers = jax.jit(gather, out_shardings=replicated(mesh))(tree)
+    numbers = jax.jit(key_data, out_shardings=replicated(mesh))(tree)
     return _as_keys(jax.tree.map(lambda x: x.addressable_data(0), numbers), keys)
 
 
 def _is_key(x: Any) -> bool:
+    """Return whether x is an array of typed PRNG keys."""
     return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def _as_keys(numbers: Any, keys: Any) -> Any:
+    """Convert arrays of numbers to PRNG keys where `keys` is true."""
     return jax.jit(
         lambda numbers: jax.tree.map(
             lambda x, key: jax.random.wrap_key_data(x) if key else x, numbers, keys
@@ -114,24 +140,26 @@ def _as_keys(numbers: Any, keys: Any) -> Any:
     )(numbers)
 
 
-def share(
+def data_parallel(
     f: Callable[..., Any],
     mesh: jax.sharding.Mesh,
     donate_argnums: tuple[int, ...] = (),
     in_specs: Any = None,
     out_specs: Any = None,
 ) -> Callable[..., Any]:
-    """f(..., axis_name) on all devices: each takes its own part and comes to the same result.
+    """Compile f(..., axis_name) to run on all devices of a mesh.
 
     Args:
-      f: `train_epoch`, `evaluate` or another function that takes an `axis_name`.
+      f: `train_epoch`, `evaluate` or another function with an argument `axis_name`. Each device
+        computes its own part and returns the same result.
       mesh: from `devices_for`.
-      donate_argnums: arguments of f whose memory its results may take over.
-      in_specs, out_specs: how its arguments and results lie, where that is not `replicated`.
+      donate_argnums: arguments of f that are donated.
+      in_specs: shardings of the arguments; by default they are replicated.
+      out_specs: shardings of the results; by default they are replicated.
+
     Returns:
-      f without its `axis_name`. On a CPU it returns when the result is there: the devices wait for
-      each other inside a computation, and a second one begun meanwhile could take the threads
-      that the first is waiting for.
+      f without its argument `axis_name`. On a CPU it waits for the result: collective operations
+      wait for all devices, and a second computation could take the threads that the first needs.
     """
     parts = jax.shard_map(
         partial(f, axis_name=AXIS),
@@ -147,10 +175,17 @@ def share(
 
 
 def fsdp_specs(tree: Any, mesh: jax.sharding.Mesh) -> Any:
-    """How to lay arrays out so that every device holds an equal part of each: PartitionSpecs.
+    """Return specs that give every device an equal part of each array.
 
-    An array is cut along its longest axis that divides by the number of devices; small ones, and
-    those without such an axis, lie everywhere.
+    An array is split along its longest axis that is a multiple of the number of devices. Small
+    arrays, and those without such an axis, are replicated.
+
+    Args:
+      tree: arrays, or their shapes.
+      mesh: from `devices_for`.
+
+    Returns:
+      A tree of `PartitionSpec`.
     """
 
     def spec(x: jax.Array) -> jax.P:
@@ -164,41 +199,50 @@ def fsdp_specs(tree: Any, mesh: jax.sharding.Mesh) -> Any:
 
 
 def on_parts(
-    f: Callable[..., Any], tree: Any, whole: Any, axis_name: str | None
+    f: Callable[..., Any], tree: Any, full_shapes: Any, axis_name: str | None
 ) -> Callable[..., Any]:
-    """f(tree, ...), where every device of the `pmap` axis may hold a part of the tree's arrays.
+    """Return f(tree, ...) for a tree of which every device may hold parts.
 
-    whole: the same tree with the shapes that the arrays have in whole.
+    The arrays are gathered for f. They are not saved for the backward pass but gathered again, so
+    that no device holds all of them at once. The gradient with respect to a part is the sum over
+    the devices; with respect to a full array it is this device's own.
 
-    They are put together for f and not kept for the backward pass but put together once more, so
-    that no device ever holds all of them. The gradient in a part is then the sum over the
-    devices, in all else this device's own.
+    Args:
+      f: a function of the full arrays and other arguments.
+      tree: arrays, full or parts.
+      full_shapes: the same tree, with the shapes of the full arrays.
+      axis_name: axis over which the arrays are split.
 
-    Rajbhandari et al. (2020), ZeRO, stage 3; Zhao et al. (2023), PyTorch FSDP, section 3.
+    Returns:
+      f as a function of the parts.
+
+    References:
+      Rajbhandari et al. (2020), ZeRO, stage 3.
+      Zhao et al. (2023), PyTorch FSDP, section 3.
     """
-    if axis_name is None or all(jax.tree.leaves(jax.tree.map(_is_whole, tree, whole))):
+    if axis_name is None or all(jax.tree.leaves(jax.tree.map(_is_full, tree, full_shapes))):
         return f
 
-    def gather(x: jax.Array, like: jax.Array) -> jax.Array:
-        if _is_whole(x, like):
+    def gather_parts(x: jax.Array, like: jax.Array) -> jax.Array:
+        if _is_full(x, like):
             return x
         axis = next(i for i in range(x.ndim) if x.shape[i] != like.shape[i])
         return lax.all_gather(x, axis_name, axis=axis, tiled=True)
 
-    def on_whole(tree: Any, *rest: Any) -> Any:
-        return f(jax.tree.map(gather, tree, whole), *rest)
+    def on_full(tree: Any, *rest: Any) -> Any:
+        return f(jax.tree.map(gather_parts, tree, full_shapes), *rest)
 
     def kept(primitive: Any, *_: Any, **__: Any) -> bool:
         return primitive.name != "all_gather"
 
-    return jax.checkpoint(on_whole, policy=kept)
+    return jax.checkpoint(on_full, policy=kept)
 
 
-def mean_over(axis_name: str | None, tree: Any, whole: Any) -> Any:
-    """The devices' mean of a tree that is a gradient of `on_parts`."""
+def mean_over(axis_name: str | None, tree: Any, full_shapes: Any) -> Any:
+    """Average a gradient of `on_parts` over the devices."""
     if axis_name is None:
         return tree
-    ours = jax.tree.map(lambda x, like: x if _is_whole(x, like) else None, tree, whole)
+    ours = jax.tree.map(lambda x, like: x if _is_full(x, like) else None, tree, full_shapes)
     means, count = lax.pmean(ours, axis_name), lax.axis_size(axis_name)
     return jax.tree.map(
         lambda mean, x: x / count if mean is None else mean,
@@ -208,24 +252,32 @@ def mean_over(axis_name: str | None, tree: Any, whole: Any) -> Any:
     )
 
 
-def sum_over(axis_name: str | None, numbers: Any, tree: Any, whole: Any) -> jax.Array:
-    """The sum of a tree of numbers, one for each array of `tree`, over all its parts."""
+def sum_over(axis_name: str | None, numbers: Any, tree: Any, full_shapes: Any) -> jax.Array:
+    """Sum numbers, one for each array of `tree`, over all arrays and all parts."""
     if axis_name is None:
         return jax.tree.reduce(jnp.add, numbers)
-    is_whole = jax.tree.map(_is_whole, tree, whole)
-    ours = jax.tree.map(lambda n, all_of_it: n * all_of_it, numbers, is_whole)
-    parts = jax.tree.map(lambda n, all_of_it: n * (not all_of_it), numbers, is_whole)
+    is_full = jax.tree.map(_is_full, tree, full_shapes)
+    ours = jax.tree.map(lambda n, full: n * full, numbers, is_full)
+    parts = jax.tree.map(lambda n, full: n * (not full), numbers, is_full)
     return jax.tree.reduce(jnp.add, ours) + lax.psum(jax.tree.reduce(jnp.add, parts), axis_name)
 
 
-def _is_whole(x: jax.Array, whole: jax.Array) -> bool:
-    return x.shape == whole.shape
+def _is_full(x: jax.Array, full: jax.Array) -> bool:
+    return x.shape == full.shape
 
 
 def own_part(tree: Any, axis_name: str | None, axis: int = 0) -> Any:
-    """The rows, along an axis, that are this device's part of the `pmap` axis of that name.
+    """Return this device's part of the rows of each array.
 
-    The devices' parts are equal and in the devices' order; what is left over is nobody's.
+    The parts are equal and in the order of the devices; a remainder is left out.
+
+    Args:
+      tree: arrays.
+      axis_name: axis of the `pmap` or `shard_map`; None: the tree is returned unchanged.
+      axis: array axis of the rows.
+
+    Returns:
+      The tree of this device's rows.
     """
     if axis_name is None:
         return tree

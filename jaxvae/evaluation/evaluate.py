@@ -1,9 +1,10 @@
-"""Test metrics."""
+"""Metrics of a test set."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Array, ArrayLike, Float, Integer, Key, Num, UInt32
 
 from jaxvae.data import Dataset
 from jaxvae.devices.convolution import in_blocks
@@ -21,28 +22,31 @@ from jaxvae.models.vae import Params, encode, prior, reconstruct
 from jaxvae.objectives import elbo, example_keys
 from jaxvae.validation import jit
 
-_BLOCK = 1000  # images at once: bounds memory, whatever the size of the test set
+_BLOCK = 1000  # images at once, which bounds memory
 
 
 @jit(static_argnames="axis_name")
 def evaluate(
     params: Params,
-    key: jax.Array,
-    images: jax.Array,
-    labels: jax.Array | None = None,
+    key: Key[Array, "..."] | UInt32[ArrayLike, "..."],
+    images: Num[ArrayLike, "n height width channels"],
+    labels: Integer[ArrayLike, " n"] | None = None,
     *,
     axis_name: str | None = None,
-) -> dict[str, jax.Array]:
-    """Mean metrics over a test set, one posterior sample per image.
+) -> dict[str, Float[Array, ""]]:
+    """Compute mean metrics over a test set, with one posterior sample per image.
 
     Args:
+      params: the model.
       key: PRNG key.
-      images: [N, height, width, channels], float32 in [0, 1] or uint8.
-      labels: [N], their classes, where the model is conditional.
-      axis_name: of the `pmap` whose devices share the images; each is handed all of them and
-        takes its own part, N / devices.
+      images: float32 in [0, 1], or uint8.
+      labels: classes of the images, if the model is conditional.
+      axis_name: axis of the `pmap` or `shard_map` over which the images are split. Each device is
+        given all images and takes its own part, n / devices of them.
+
     Returns:
-      `loss` (the negative ELBO), `elbo`, `log_likelihood` and `kl`, nats per image.
+      `loss` (the negative ELBO), `elbo`, `log_likelihood` and `kl`, in nats per image.
+
     Raises:
       InputError: images of another shape than the model's.
     """
@@ -58,20 +62,29 @@ def evaluate(
 @jit(static_argnames=("num_samples", "axis_name"))
 def mean_log_likelihood(
     params: Params,
-    key: jax.Array,
-    images: jax.Array,
-    labels: jax.Array | None = None,
+    key: Key[Array, "..."] | UInt32[ArrayLike, "..."],
+    images: Num[ArrayLike, "n height width channels"],
+    labels: Integer[ArrayLike, " n"] | None = None,
     *,
     num_samples: int,
     axis_name: str | None = None,
-) -> jax.Array:
-    """The mean of `jaxvae.log_likelihood` over a test set, in constant memory: nats per image.
+) -> Float[Array, ""]:
+    """Average `jaxvae.log_likelihood` over a test set, in constant memory.
 
-    axis_name: as of `evaluate`.
+    Args:
+      params: the model.
+      key: PRNG key.
+      images: float32 in [0, 1], or uint8.
+      labels: classes of the images, if the model is conditional.
+      num_samples: importance samples per image.
+      axis_name: as in `evaluate`.
+
+    Returns:
+      The mean, in nats per image.
     """
     examples = own_part((example_keys(key, len(images)), jnp.asarray(images), labels), axis_name)
 
-    def estimate(block: tuple[jax.Array, jax.Array, jax.Array | None]) -> jax.Array:
+    def estimate(block: tuple[Array, Array, Array | None]) -> Float[Array, " block"]:
         keys, images, labels = block
         return log_likelihood(params, keys, images, num_samples, labels)
 
@@ -79,13 +92,18 @@ def mean_log_likelihood(
     return lax.pmean(mean, axis_name) if axis_name else mean
 
 
-def examine(params: Params, key: jax.Array, data: Dataset) -> dict[str, float]:
-    """What a model has made of its latents, and how far its reconstructions are off.
+def examine(params: Params, key: Key[Array, ""], data: Dataset) -> dict[str, float | int]:
+    """Compute the metrics of the latents and the reconstruction error of a test set.
+
+    Args:
+      params: the model.
+      key: PRNG key.
+      data: training and test images; only a probe of the latents uses the training images.
 
     Returns:
-      `mutual_information` and `marginal_kl`, nats per image, where the posterior is Gaussian;
-      `active_units`; `reconstruction_error`, the mean square per pixel; and, where there are
-      labels of two classes or more, the accuracies of `jaxvae.evaluation.metrics.latent_probe`.
+      `mutual_information` and `marginal_kl`, in nats per image, if the posterior is Gaussian;
+      `active_units`; `reconstruction_error`, the mean square per pixel; and, if there are labels
+      of at least two classes, the accuracies of `jaxvae.evaluation.metrics.latent_probe`.
     """
     images = jnp.asarray(data.test_images)
     labels, train_labels = (
@@ -93,7 +111,7 @@ def examine(params: Params, key: jax.Array, data: Dataset) -> dict[str, float]:
         for labels in (data.test_labels, data.train_labels)
     )
     posterior = encode(params, images, labels)
-    found: dict[str, float] = {}
+    found: dict[str, float | int] = {}
     if isinstance(posterior, Gaussian):
         z = posterior.sample(key)
         surgery = elbo_surgery(posterior, z, prior(params).log_prob(z))

@@ -1,8 +1,9 @@
-"""An estimate of log p(x) by importance sampling."""
+"""Importance-sampling estimate of log p(x)."""
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, ArrayLike, Float, Int, Integer, Key, Num, UInt32
 
 from jaxvae.models.vae import Params, encode, expected_images, prior
 from jaxvae.objectives import example_keys, log_likelihood_at, numbered_samples
@@ -12,28 +13,32 @@ from jaxvae.validation import jit, whole_number
 @jit(static_argnames="num_samples")
 def log_likelihood(
     params: Params,
-    key: jax.Array,
-    images: jax.Array,
+    key: Key[Array, "..."] | UInt32[ArrayLike, "..."],
+    images: Num[ArrayLike, "batch height width channels"],
     num_samples: int = 5000,
-    labels: jax.Array | None = None,
-) -> jax.Array:
-    """An importance-weighted estimate of log p(x), with the posterior as the proposal.
+    labels: Integer[ArrayLike, " batch"] | None = None,
+) -> Float[Array, " batch"]:
+    """Estimate log p(x) by importance sampling, with the posterior as the proposal.
 
         log p(x) >= E[log 1/K sum_k p(x|z_k) p(z_k) / q(z_k|x)],    z_k ~ q(z|x)
 
-    Memory does not grow with the number of samples.
+    The estimate is a lower bound in expectation, which grows with K. Memory does not grow with K.
 
     Args:
+      params: the model.
       key: a PRNG key, or [batch] keys, one for each image.
-      images: [batch, height, width, channels], float32 in [0, 1] or uint8.
+      images: float32 in [0, 1], or uint8.
       num_samples: K.
-      labels: [batch], the images' classes, where the model is conditional.
+      labels: classes of the images, if the model is conditional.
+
     Returns:
-      [batch], nats per image.
+      log p(x) of each image, in nats.
+
     Raises:
       InputError: images of another shape than the model's, or num_samples below 1.
 
-    Burda, Grosse and Salakhutdinov (2016), Importance Weighted Autoencoders, equation 8.
+    References:
+      Burda, Grosse and Salakhutdinov (2016), Importance Weighted Autoencoders, equation 8.
     """
     num_samples = whole_number("num_samples", num_samples)
     images = expected_images(params, images)
@@ -41,14 +46,16 @@ def log_likelihood(
     batch = images.shape[0]
     keys = example_keys(key, batch)
 
-    def log_weights(k: jax.Array) -> jax.Array:
+    def log_weights(k: Int[Array, " samples"]) -> Float[Array, "samples batch"]:
         z, log_q = numbered_samples(posterior, keys, k)
         return log_likelihood_at(params, z, images, labels) + p_z.log_prob(z) - log_q
 
-    # Enough samples at once to fill the machine when there are few images.
+    # With few images, several samples at once keep the device busy.
     at_once = min(num_samples, max(1, 1024 // batch))
 
-    def add(total: jax.Array, first: jax.Array) -> tuple[jax.Array, None]:
+    def add(
+        total: Float[Array, " batch"], first: Int[Array, ""]
+    ) -> tuple[Float[Array, " batch"], None]:
         k = first + jnp.arange(at_once)
         weights = jnp.where(k[:, None] < num_samples, log_weights(k), -jnp.inf)
         return jnp.logaddexp(total, jax.nn.logsumexp(weights, axis=0)), None

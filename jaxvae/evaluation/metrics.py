@@ -1,4 +1,4 @@
-"""What a trained model has made of its latents, and how far its reconstructions are off."""
+"""Metrics of the latents, and the reconstruction error."""
 
 import math
 from functools import partial
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Array, ArrayLike, Float, Int, Key, Num, Shaped
 
 from jaxvae.devices.convolution import in_blocks
 from jaxvae.errors import InputError
@@ -19,46 +20,58 @@ ACTIVE = 0.01  # variance of the posterior's mean above which a latent counts as
 
 _BLOCK = 100  # samples at once: [100, N] densities, 4 MB of float32 at N = 10,000
 
-_PROBED = 10_000  # training images that a probe learns from, at most
+_PROBED = 10_000  # training images of a probe, at most
 
 
 @jax.jit
-def active_units(mean: jax.Array, threshold: float = ACTIVE) -> jax.Array:
-    """How many latents vary with the image: an integer.
+def active_units(
+    mean: Float[ArrayLike, "n latent"], threshold: Float[ArrayLike, ""] = ACTIVE
+) -> Int[Array, ""]:
+    """Count the latents that vary with the image.
 
         A_u = Var_x(E_q(u|x)[u]) > threshold
 
-    mean: of the posteriors of N images, [N, latent]. Of a flow's, `mean` is of the Gaussian that
-      it starts from, not of u: `variance_of_means` estimates the variance.
+    Args:
+      mean: posterior means of n images. The `mean` of a flow is that of its base Gaussian, not of
+        u: use `variance_of_means` instead.
+      threshold: variance above which a latent is active.
 
-    Burda, Grosse and Salakhutdinov (2016), Importance Weighted Autoencoders, section 5.
+    Returns:
+      The number of active latents.
+
+    References:
+      Burda, Grosse and Salakhutdinov (2016), Importance Weighted Autoencoders, section 5.
     """
     return jnp.sum(jnp.var(mean, axis=0) > threshold)
 
 
 @partial(jax.jit, static_argnames="num_samples")
-def variance_of_means(posterior: Posterior, key: jax.Array, num_samples: int = 100) -> jax.Array:
-    """Compute how much the posterior's mean of every latent varies with the image.
+def variance_of_means(
+    posterior: Posterior, key: Key[Array, ""], num_samples: int = 100
+) -> Float[Array, " latent"]:
+    """Compute the variance over the images of the posterior mean of every latent.
 
         Var_x(E_q(u|x)[u])
 
-    For a Gaussian posterior it is exact. For a flow it is the covariance over the images of two
-    means of independent samples. That is right in expectation, and may be negative; the variance
-    of one mean of S samples would be larger by 1/S of the posterior's own variance.
+    For a Gaussian posterior it is exact. For a flow it is estimated by the covariance over the
+    images of two means of independent samples. This estimate is unbiased, and may be negative; the
+    variance of one mean of S samples would be biased by 1/S of the posterior's own variance.
 
     Args:
-      posterior: of N images.
+      posterior: posteriors of n images.
       key: PRNG key of the samples.
-      num_samples: of each posterior, in both means together; the two have half of them each.
+      num_samples: samples of each posterior; each of the two means has half of them.
 
     Returns:
-      [latent].
+      The variance of each latent.
     """
     if isinstance(posterior, Gaussian):
         return jnp.var(posterior.mean, axis=0)
     half = num_samples // 2
 
-    def add(total: jax.Array, key: jax.Array) -> tuple[jax.Array, None]:
+    def add(
+        total: Float[Array, "n latent"], key: Key[Array, ""]
+    ) -> tuple[Float[Array, "n latent"], None]:
         return total + posterior.sample_and_log_prob(jax.random.split(key, len(total)))[0], None
 
     nothing = jnp.zeros_like(posterior.mean)
@@ -68,64 +81,78 @@ def variance_of_means(posterior: Posterior, key: jax.Array, num_samples: int = 1
 
 
 class Surgery(NamedTuple):
-    """The parts of the mean KL, nats per image: KL = mutual_information + marginal_kl."""
+    """The two parts of the mean KL, in nats per image: KL = mutual_information + marginal_kl.
 
-    mutual_information: jax.Array
-    marginal_kl: jax.Array
+    Attributes:
+      mutual_information: I(n; z), of the index of the image and the latents.
+      marginal_kl: KL(q(z) || p(z)), of the aggregate posterior and the prior.
+    """
+
+    mutual_information: Float[Array, ""]
+    marginal_kl: Float[Array, ""]
 
 
 @jax.jit
-def elbo_surgery(posterior: Gaussian, z: jax.Array, log_p_z: jax.Array) -> Surgery:
-    """The mean KL of N images taken apart, estimated with one sample of each posterior.
+def elbo_surgery(
+    posterior: Gaussian, z: Float[Array, "n latent"], log_p_z: Float[Array, " n"]
+) -> Surgery:
+    """Decompose the mean KL of N images, estimated with one sample of each posterior.
 
         1/N sum_n KL(q(z|x_n) || p(z)) = I(n; z) + KL(q(z) || p(z))
 
         I(n; z)          = 1/N sum_n E_q(z|x_n)[log q(z|x_n) - log q(z)]
         KL(q(z) || p(z)) = 1/N sum_n E_q(z|x_n)[log q(z) - log p(z)]
 
-    with q(z) of `log_aggregate`. I is the information about which of the N images it was, so at
-    most log N: near that it says no more than that the posteriors hardly overlap. With q* the
-    aggregate of all images there could be, of which the N are drawn,
+    with the aggregate posterior q(z) of `log_aggregate`. I is the information about the index n, so
+    it is at most log N; a value near log N only means that the posteriors hardly overlap. With q*
+    the aggregate posterior of the distribution from which the N images are drawn,
 
         E[I(n; z)] = I(x; z) - E[KL(q(z) || q*(z))]
 
-    so the mutual information of images and latents is underestimated, the KL to the prior
-    overestimated by as much, and both by less the larger N is.
+    so I(n; z) underestimates the mutual information I(x; z) of images and latents, and the KL to
+    the prior is overestimated by the same amount, which shrinks as N grows.
 
     Args:
-      posterior: of N images.
-      z: one sample of each, [N, latent].
-      log_p_z: the prior's density there, [N].
+      posterior: posteriors of N images.
+      z: one sample of each posterior.
+      log_p_z: log density of the prior at z, in nats.
 
-    Hoffman and Johnson (2016), ELBO surgery: yet another way to carve up the variational evidence
-    lower bound.
+    Returns:
+      The two parts.
+
+    References:
+      Hoffman and Johnson (2016), ELBO surgery: yet another way to carve up the variational
+      evidence lower bound.
     """
     log_q_z = log_aggregate(posterior, z)
     return Surgery(jnp.mean(posterior.log_prob(z) - log_q_z), jnp.mean(log_q_z - log_p_z))
 
 
 @jax.jit
-def log_aggregate(posterior: Gaussian, z: jax.Array) -> jax.Array:
-    """The aggregate posterior's density, in nats.
+def log_aggregate(posterior: Gaussian, z: Float[Array, "batch latent"]) -> Float[Array, " batch"]:
+    """Compute the log density of the aggregate posterior.
 
         log q(z) = log 1/N sum_n q(z|x_n)
 
     Memory grows with N, not with the number of z.
 
     Args:
-      posterior: of N images.
-      z: [batch, latent].
+      posterior: posteriors of N images.
+      z: latents.
+
     Returns:
-      [batch].
+      log q(z), in nats.
     """
     count = len(posterior.mean)
     per_latent = jax.tree.map(lambda x: x.T[:, :, None], posterior)  # [latent, N, 1]
 
-    def block(z: jax.Array) -> jax.Array:
-        # Differences, not a matrix product of z^2 and z with the precisions: where posteriors
-        # are narrow its terms are of the order 1e6 and cancel, which in float32 is off by nats.
-        # Latent by latent, as [batch, N, latent] fits into no cache.
-        def add(log_q: jax.Array, latent: tuple[Gaussian, jax.Array]) -> tuple[jax.Array, None]:
+    def block(z: Float[Array, "block latent"]) -> Float[Array, " block"]:
+        # From the differences z - mean. A matrix product of z^2 and z with the precisions would
+        # have terms of the order 1e6 that cancel if posteriors are narrow, an error of nats in
+        # float32. One latent at a time, because [batch, N, latent] does not fit into the cache.
+        def add(
+            log_q: Float[Array, "block n"], latent: tuple[Gaussian, Float[Array, " block"]]
+        ) -> tuple[Float[Array, "block n"], None]:
             q_j, z_j = latent
             return log_q + q_j.log_prob(z_j[:, None, None]), None
 
@@ -136,19 +163,26 @@ def log_aggregate(posterior: Gaussian, z: jax.Array) -> jax.Array:
     return in_blocks(block, z, _BLOCK)
 
 
-def reconstruction_error(images: jax.Array, means: jax.Array) -> jax.Array:
-    """The mean squared error of every reconstruction: [batch], in squares of the full scale.
+def reconstruction_error(
+    images: Num[Array, "*batch height width channels"],
+    means: Float[Array, "*batch height width channels"],
+) -> Float[Array, "*batch"]:
+    """Compute the mean squared error of every reconstruction.
 
         MSE = mean over pixels and channels of (x - mean)^2,    x in [0, 1]
 
-    Its mean over a data set is the data set's, and the root of that its RMSE: 0.1 is 25.5 of 255
+    The root of its mean over a data set is the RMSE of the data set; an RMSE of 0.1 is 25.5 of 255
     grey levels.
 
     Args:
-      images: [batch, height, width, channels], uint8 or floats in [0, 1].
-      means: of p(x|z), that shape.
+      images: floats in [0, 1], or uint8.
+      means: means of p(x|z), in [0, 1].
+
+    Returns:
+      The error of each image.
+
     Raises:
-      InputError: two shapes.
+      InputError: images and means of different shapes.
     """
     if images.shape != means.shape:
         raise InputError(
@@ -159,36 +193,48 @@ def reconstruction_error(images: jax.Array, means: jax.Array) -> jax.Array:
 
 
 class LatentProbe(NamedTuple):
-    """The accuracies of two classifiers of the latents, from 0 to 1."""
+    """The accuracies of two classifiers of the latents, from 0 to 1.
+
+    Attributes:
+      logistic_regression: accuracy of logistic regression.
+      nearest_neighbors: accuracy of the 5 nearest neighbors.
+    """
 
     logistic_regression: float
     nearest_neighbors: float
 
 
 def latent_probe(
-    train_mean: np.ndarray,
-    train_labels: np.ndarray,
-    test_mean: np.ndarray,
-    test_labels: np.ndarray,
+    train_mean: Float[np.ndarray, "train latent"],
+    train_labels: Shaped[np.ndarray, " train"],
+    test_mean: Float[np.ndarray, "test latent"],
+    test_labels: Shaped[np.ndarray, " test"],
 ) -> LatentProbe:
-    """How well the posterior means tell the classes apart, on images not learned from.
+    """Measure how well two classifiers predict the class from the posterior mean.
 
-    Logistic regression sees every latent scaled to mean 0 and variance 1, with scikit-learn's
-    own weight decay (C = 1). The 5 nearest neighbors vote by Euclidean distance between the means
-    as they are, where a latent that the model does not use does not count.
+    The first is logistic regression on latents scaled to mean 0 and variance 1, with
+    scikit-learn's default regularisation (C = 1). The second are the 5 nearest neighbors by
+    Euclidean distance between the unscaled means, to which unused latents hardly contribute.
 
-    Of more than 10,000 training images both learn from 10,000: in the order of their classes,
-    those at even distances. That keeps the classes' shares, in whatever order the images come.
+    Of more than 10,000 training images, 10,000 are used: sorted by class and evenly spaced, which
+    keeps the proportions of the classes.
 
     Args:
-      train_mean, test_mean: [N, latent].
-      train_labels, test_labels: [N], their classes.
+      train_mean: posterior means of the training images.
+      train_labels: classes of the training images.
+      test_mean: posterior means of the test images.
+      test_labels: classes of the test images.
+
+    Returns:
+      The accuracies on the test images.
+
     Raises:
       InputError: means that are not finite, or training images all of one class.
 
-    Alain and Bengio (2016), Understanding Intermediate Layers Using Linear Classifier Probes.
+    References:
+      Alain and Bengio (2016), Understanding Intermediate Layers Using Linear Classifier Probes.
     """
-    # It takes as long to import as JAX, so only what probes pays for it.
+    # Imported here: it takes as long as importing JAX.
     from sklearn.linear_model import LogisticRegression
     from sklearn.neighbors import KNeighborsClassifier
     from sklearn.pipeline import make_pipeline
@@ -206,7 +252,7 @@ def latent_probe(
         raise InputError(
             f"the training images are all of class {labels[0]}: expected two classes or more"
         )
-    # Scaled and decayed it converges within some ten steps, a hundred with outliers.
+    # It converges within about ten iterations, with outliers about a hundred.
     linear = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     neighbors = KNeighborsClassifier(n_neighbors=min(5, len(labels)))
     return LatentProbe(
@@ -214,7 +260,7 @@ def latent_probe(
     )
 
 
-def _spread(labels: np.ndarray) -> np.ndarray:
-    """The rows that a probe learns from."""
+def _spread(labels: Shaped[np.ndarray, " n"]) -> Int[np.ndarray, " rows"]:
+    """Return the rows of the training images that a probe uses."""
     count = min(len(labels), _PROBED)
     return np.argsort(labels, kind="stable")[np.arange(count) * len(labels) // count]

@@ -6,7 +6,7 @@ them to a distribution, which is a pytree.
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -34,6 +34,7 @@ class Prior(Protocol):
         """Draw n latents, [n, latent]."""
 
 
+@runtime_checkable
 class Posterior(Protocol):
     """q(z|x) of a batch: a pytree.
 

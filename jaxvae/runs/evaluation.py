@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxvae.devices.sharding import devices_for, replicated, share
+from jaxvae.devices.sharding import data_parallel, devices_for, replicated
 from jaxvae.evaluation.evaluate import evaluate, examine, mean_log_likelihood
 from jaxvae.models.likelihoods import bits_per_dimension
 from jaxvae.runs.checkpoints import Which, load_with_step
@@ -61,8 +61,10 @@ def measure(
     devices = devices_for(len(data.test_images))
     images = model_inputs(data.test_images, data.test_labels, config.model)
     test = jax.device_put((params, key, *images), replicated(devices))
-    terms = share(evaluate, devices)(*test)
-    terms["log_p_x"] = share(partial(mean_log_likelihood, num_samples=num_samples), devices)(*test)
+    terms = data_parallel(evaluate, devices)(*test)
+    terms["log_p_x"] = data_parallel(
+        partial(mean_log_likelihood, num_samples=num_samples), devices
+    )(*test)
     del terms["loss"]
     if config.model.likelihood.support == "levels":
         shape = config.model.image_shape

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxvae.data import Dataset
 from jaxvae.devices.processes import all_agree, is_first, preemption
-from jaxvae.devices.sharding import devices_for, fsdp_specs, shard, share, whole
+from jaxvae.devices.sharding import data_parallel, devices_for, fsdp_specs, gather, shard
 from jaxvae.errors import Preempted
 from jaxvae.evaluation.evaluate import evaluate
 from jaxvae.models.vae import Params
@@ -37,7 +37,7 @@ from jaxvae.runs.files import (
     resume_command,
     take_up_history,
 )
-from jaxvae.training.pipeline import Epoch, feed
+from jaxvae.training.pipeline import Epoch, epoch_pipeline
 from jaxvae.training.state import TrainState
 from jaxvae.training.step import Metrics
 
@@ -209,7 +209,7 @@ def train(
     """
     with owned(run_dir) if run_dir and is_first() else nullcontext(), ExitStack() as stack:
         one = _One(run_dir, config, data, stack)
-        return whole(run_epochs(one, callbacks), one.mesh)
+        return gather(run_epochs(one, callbacks), one.mesh)
 
 
 class _One:
@@ -237,13 +237,15 @@ class _One:
             self.state = replace(state, config=config.train)
             self.begun = told(run_dir, saved)["begun"]
         specs = fsdp_specs(self.state, self.mesh) if config.fsdp else jax.P()
-        self.epoch_of = feed(images, labels, config.train, self.mesh, specs, workers=config.workers)
+        self.epoch_of = epoch_pipeline(
+            images, labels, config.train, self.mesh, specs, workers=config.workers
+        )
         if run_dir and is_first():
             with on_disk(run_dir):
                 take_up_history(run_dir, int(self.state.step) // steps)
 
     def params(self, state: TrainState) -> Params:
-        return whole(state.eval_params, self.mesh)
+        return gather(state.eval_params, self.mesh)
 
     def record(
         self, about: dict[str, Any], train: Sums, test: Sums, seconds: float
@@ -279,7 +281,7 @@ def _measuring(
     if shared:
         mesh = devices_for(shared)
         ours = shard(jax.tree.map(lambda x: x[:shared], examples), mesh)
-        on_all = share(evaluate, mesh)
+        on_all = data_parallel(evaluate, mesh)
         parts.append((shared, lambda params: on_all(shard(params, mesh), *ours)))
     if shared < count:
         rest = jax.tree.map(lambda x: x[shared:], examples)

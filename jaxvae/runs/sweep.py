@@ -26,7 +26,7 @@ import optax
 
 from jaxvae.data import Dataset
 from jaxvae.devices.convolution import backend, in_blocks
-from jaxvae.devices.sharding import AXIS, devices_for, replicated, share
+from jaxvae.devices.sharding import AXIS, data_parallel, devices_for, replicated
 from jaxvae.errors import InputError, TrainingFailed
 from jaxvae.evaluation.evaluate import evaluate
 from jaxvae.models.vae import Params
@@ -230,8 +230,8 @@ class _Many:
         devices = devices_for(len(models), least=1)
         own, all_see = jax.P(AXIS), jax.P()
         specs = (own, own, all_see, all_see, all_see)
-        take_steps = share(_take_steps, devices, (0,), in_specs=specs, out_specs=own)
-        self._measure = share(_measure, devices, in_specs=specs[:4], out_specs=own)
+        take_steps = data_parallel(_take_steps, devices, (0,), in_specs=specs, out_specs=own)
+        self._measure = data_parallel(_measure, devices, in_specs=specs[:4], out_specs=own)
         model = self.config.model
         train, self._test_set = jax.device_put(
             (

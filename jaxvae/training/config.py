@@ -1,8 +1,8 @@
-"""How a model is trained, as a frozen configuration that checks itself."""
+"""The training configuration."""
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, no_type_check
 
 import optax
 
@@ -16,9 +16,10 @@ BINARIZATIONS = ("none", "dynamic", "fixed")
 PARTS = ("encoder", "decoder", "likelihood", "prior", "posterior")
 
 
+@no_type_check  # not at run time: it converts and checks its fields itself
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(Config):
-    """How a model is trained; the defaults are the notebook's, but for its batch of 16.
+    """How a model is trained; the defaults are the notebook's, except for its batch size of 16.
 
     `objective`, `warmup`, `optimizer` and `schedule` take a name, a name with options
     ("iwae:num_samples=50", "adamw:weight_decay=1e-4") or an object.
@@ -26,24 +27,25 @@ class TrainConfig(Config):
     Attributes:
       batch_size: images per step, over all devices.
       epochs: passes over the training images.
-      learning_rate: of the optimizer, before the schedule.
-      optimizer: one of optax's by its name there; an `optax.GradientTransformation`, which has a
-        learning rate of its own; or a function of the learning rate that returns one.
-      schedule: of the learning rate over the run: "constant", "cosine" or "burda"; one of optax's
-        by its name there; or an optax schedule, a function of the step.
-      objective: what is maximised, or a function of one's own, as of `train_step`.
+      learning_rate: learning rate of the optimizer, before the schedule.
+      optimizer: name of an optax optimizer; an `optax.GradientTransformation`, which has its own
+        learning rate; or a function of the learning rate that returns one.
+      schedule: learning-rate schedule: "constant", "cosine" or "burda"; name of an optax schedule;
+        or an optax schedule, a function of the step.
+      objective: name of the objective, or a function as in `train_step`.
       beta: weight of the KL term in the loss; at 1 the objective "elbo" is the ELBO.
-      warmup: of beta over the first steps: "none", "linear:steps=N" or "cyclical:steps=N".
+      warmup: warm-up of beta over the first steps: "none", "linear:steps=N" or
+        "cyclical:steps=N".
       binarization: "none": grey levels are probabilities; "dynamic": 0/1 pixels are drawn with
-        these probabilities, anew at every step; "fixed": drawn once, before training.
-      clip_norm: the norm over all parameters above which a gradient is scaled down to it; 0: off.
-      skip_norm: the norm over all parameters above which a step is skipped; 0: off.
-      accumulate: batches over which gradients are averaged before each update.
-      ema: decay of an exponential moving average of the parameters, which evaluation, sampling
-        and export then use; 0: off.
+        these probabilities at every step; "fixed": they are drawn once, before training.
+      clip_norm: gradients with a larger norm (over all parameters) are scaled down to it; 0: off.
+      skip_norm: steps whose gradient has a larger norm (over all parameters) are skipped; 0: off.
+      accumulate: number of batches whose gradients are averaged before each update.
+      ema: decay of an exponential moving average of the parameters, which is used for evaluation,
+        sampling and export; 0: off.
       trainable: the parts that are trained: "encoder", "decoder", "likelihood", "prior",
         "posterior"; empty: all.
-      patience: epochs without a better test ELBO after which a run stops early; 0: never.
+      patience: a run stops early after this many epochs without a better test ELBO; 0: never.
     """
 
     batch_size: int = 128
@@ -102,13 +104,13 @@ class TrainConfig(Config):
         own_rate = isinstance(self.optimizer, optax.GradientTransformation)
         if own_rate and SCHEDULES.spec(self.schedule) != "constant":
             raise InputError(
-                "optimizer is an optax.GradientTransformation, whose learning rate is its own: "
+                "optimizer is an optax.GradientTransformation, which has its own learning rate: "
                 "expected the schedule 'constant'; build the transformation with the schedule"
             )
 
     @classmethod
     def _updated(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        """Take the fields of version 0.1, whose options were fields of their own."""
+        """Convert the fields of version 0.1, which had separate fields for options."""
         options: dict[str, list[str]] = {"objective": [], "optimizer": [], "warmup": []}
         objective = fields.get("objective", "elbo")
         samples = fields.pop("num_samples", 1)

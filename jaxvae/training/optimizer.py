@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules, by optax's own names or as optax's own objects."""
+"""Optimizers and learning-rate schedules: those of optax, by name or as objects."""
 
 import inspect
 import math
@@ -9,35 +9,38 @@ from typing import Any, Protocol, TypeVar
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Int, Num
 
 from jaxvae.components import Registry, option_names, written
 from jaxvae.errors import InputError
 
-Rate = jax.Array | float
+Rate = Num[Array, ""] | float
+Step = Int[Array, ""] | int
 P = TypeVar("P")
 
-# What differs here from optax's own defaults: RMSprop is Keras's.
+# Options whose defaults differ from optax's: RMSprop has Keras's.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "rmsprop": {"decay": 0.9, "eps": 1e-7, "eps_in_sqrt": True},
 }
 
-# These treat every number on its own, so that a device can update its part of the parameters.
+# Optimizers that update every number independently of the others, so that a device can update its
+# part of the parameters.
 ELEMENTWISE = (
     "adabelief", "adadelta", "adagrad", "adam", "adamax", "adamaxw", "adamw", "adan", "amsgrad",
     "lion", "optimistic_adam_v2", "optimistic_gradient_descent", "radam",
     "rmsprop", "rprop", "sgd", "sign_sgd", "signum", "yogi",
 )  # fmt: skip
 
-# The options of optax's schedules that are learning rates.
+# Options of optax's schedules that are learning rates.
 _VALUES = {"init_value", "peak_value", "end_value", "value"}
 
 
 class _Named:
-    """A function of optax by its name, with options.
+    """A function of optax with its options.
 
     Attributes:
-      name: the function's name in optax.
-      options: pairs of an option's name and its value.
+      name: name of the function in optax.
+      options: pairs of name and value.
     """
 
     name: str
@@ -51,17 +54,21 @@ class _Named:
 
 @dataclass(frozen=True)
 class Optimizer(_Named):
-    """One of optax's optimizers: a function of the learning rate.
+    """An optimizer of optax, as a function of the learning rate.
 
-    Weight decay, where an optimizer has it, shrinks the networks' kernels alone: not biases,
-    scales or the parameters of prior and likelihood.
+    Weight decay applies to the networks' kernels only: not to biases, scales or the parameters of
+    prior and likelihood.
+
+    Attributes:
+      name: name of the function in optax.
+      options: pairs of name and value.
     """
 
     name: str
     options: tuple[tuple[str, Any], ...] = ()
 
     def __call__(self, learning_rate: Rate) -> optax.GradientTransformation:
-        """Return the gradient transformation for a learning rate, which may be traced."""
+        """Build the gradient transformation for a learning rate, which may be traced."""
         function = getattr(optax, self.name)
         options = _DEFAULTS.get(self.name, {}) | dict(self.options)
         for mask in {"mask", "weight_decay_mask"} & set(option_names(function)):
@@ -71,17 +78,21 @@ class Optimizer(_Named):
 
 @dataclass(frozen=True)
 class OptaxSchedule(_Named):
-    """One of optax's schedules.
+    """A schedule of optax.
 
-    What is left out of the options follows the run: the value it peaks at, or else starts from,
-    is the learning rate; it lasts as many steps as the run; what it starts from before a peak,
-    and where it ends, is 0.
+    Options that are not given follow from the run: the peak value, or the initial value of a
+    schedule without a peak, is the learning rate; the number of steps is that of the run; the
+    initial value before a peak and the end value are 0.
+
+    Attributes:
+      name: name of the function in optax.
+      options: pairs of name and value.
     """
 
     name: str
     options: tuple[tuple[str, Any], ...] = ()
 
-    def rate(self, learning_rate: Rate, step: jax.Array, steps: int) -> Rate:
+    def rate(self, learning_rate: Rate, step: Step, steps: int) -> Rate:
         """Return the learning rate at a step of a run of `steps`."""
         function = getattr(optax, self.name)
         has = option_names(function)
@@ -94,32 +105,32 @@ class OptaxSchedule(_Named):
         options = {n: value for n, value in follows.items() if n in needed} | dict(self.options)
         if top in dict(self.options):
             return function(**options)(step)
-        # optax decides by the values in Python, which it cannot where the rate is traced. Every
-        # schedule is proportional to them, so that they can be multiples of the rate.
+        # optax branches on these values in Python, so they must not be traced. Every schedule is
+        # proportional to them: it is built for multiples of the rate, then scaled by the rate.
         for n in _VALUES & set(options):
             options[n] = options[n] / learning_rate
         return learning_rate * function(**options | {top: 1.0})(step)
 
 
 class Schedule(Protocol):
-    """A learning rate that depends on the step and on the length of the run."""
+    """A learning rate as a function of the step and the length of the run."""
 
-    def rate(self, learning_rate: Rate, step: jax.Array, steps: int) -> Rate:
+    def rate(self, learning_rate: Rate, step: Step, steps: int) -> Rate:
         """Return the learning rate at a step of a run of `steps`."""
 
 
 @dataclass(frozen=True)
 class Constant:
-    """The learning rate as it is."""
+    """A constant learning rate."""
 
-    def rate(self, learning_rate: Rate, step: jax.Array, steps: int) -> Rate:
+    def rate(self, learning_rate: Rate, step: Step, steps: int) -> Rate:
         """Return the learning rate."""
         return learning_rate
 
 
 @dataclass(frozen=True)
 class Cosine:
-    """From the learning rate down to 0 along half a cosine.
+    """Decay of the learning rate to 0 along half a cosine.
 
         rate = learning_rate 1/2 (1 + cos(pi step / steps))
 
@@ -127,22 +138,22 @@ class Cosine:
       Loshchilov and Hutter (2017), SGDR, equation 5.
     """
 
-    def rate(self, learning_rate: Rate, step: jax.Array, steps: int) -> Rate:
+    def rate(self, learning_rate: Rate, step: Step, steps: int) -> Rate:
         """Return the learning rate at a step of a run of `steps`."""
         return learning_rate * (0.5 * (1 + jnp.cos(jnp.pi * step / steps)))
 
 
 @dataclass(frozen=True)
 class Burda:
-    """In eight stages i = 0, ..., 7 of 3^i parts each, of 3,280 in all.
+    """Decay of the learning rate in eight stages i = 0, ..., 7, each three times as long.
 
-        rate = learning_rate 10^(-i / 7)
+        rate = learning_rate 10^(-i / 7)    for 3^i / 3280 of the steps
 
     References:
       Burda, Grosse and Salakhutdinov (2016), Importance Weighted Autoencoders, section 5.
     """
 
-    def rate(self, learning_rate: Rate, step: jax.Array, steps: int) -> Rate:
+    def rate(self, learning_rate: Rate, step: Step, steps: int) -> Rate:
         """Return the learning rate at a step of a run of `steps`."""
         ends = [math.ceil(steps * (3**i - 1) / (3**8 - 1)) for i in range(1, 8)]
         return learning_rate * 10.0 ** (-jnp.sum(step >= jnp.array(ends)) / 7)
@@ -153,7 +164,7 @@ def _takes_learning_rate(function: Any) -> bool:
 
 
 class _OptaxNames(Mapping[str, Any]):
-    """The functions of optax that `is_one` accepts, looked up when they are asked for."""
+    """The functions of optax that `is_one` accepts; each is looked up on access."""
 
     def __init__(self, is_one: Callable[[str, Any], bool], make: Any, **own: Any) -> None:
         self._is_one, self._make, self._own = is_one, make, own
@@ -195,7 +206,7 @@ OPTIMIZERS: Registry[Any] = Registry(
         lambda name, function: (
             name[:1] != "_"
             and not name.startswith("scale_by")
-            # which need the loss, need a key of their own, or are deprecated
+            # They need the loss, need a key, or are deprecated.
             and name not in ("lbfgs", "noisy_sgd", "optimistic_adam")
             and _takes_learning_rate(function)
         ),
@@ -219,14 +230,17 @@ SCHEDULES: Registry[Any] = Registry(
 
 
 def parse_optimizer(value: Any) -> Any:
-    """Return the optimizer that `value` names, or `value` where it is one of optax's objects.
+    """Parse the optimizer of a configuration.
 
     Args:
-      value: a name with options; an `optax.GradientTransformation`, which has a learning rate of
-        its own; or a function of the learning rate that returns one.
+      value: a name with options; an `optax.GradientTransformation`, which has its own learning
+        rate; or a function of the learning rate that returns one.
+
+    Returns:
+      The optimizer that `value` names, or `value` if it is an object.
 
     Raises:
-      InputError: an unknown name or option, or options that optax does not take.
+      InputError: an unknown name or option, or options that optax rejects.
     """
     if isinstance(value, str):
         parsed = OPTIMIZERS.parse(value)
@@ -241,14 +255,17 @@ def parse_optimizer(value: Any) -> Any:
 
 
 def parse_schedule(value: Any) -> Any:
-    """Return the schedule that `value` names, or `value` where it is a schedule.
+    """Parse the learning-rate schedule of a configuration.
 
     Args:
       value: a name with options, an object with a method `rate`, or an optax schedule: a function
         of the step.
 
+    Returns:
+      The schedule that `value` names, or `value` if it is an object.
+
     Raises:
-      InputError: an unknown name or option, or options that optax does not take.
+      InputError: an unknown name or option, or options that optax rejects.
     """
     if isinstance(value, str):
         parsed = SCHEDULES.parse(value)
@@ -261,14 +278,15 @@ def parse_schedule(value: Any) -> Any:
     return value
 
 
-def rate_at(schedule: Any, learning_rate: Rate, step: jax.Array, steps: int) -> Rate:
-    """Return the learning rate that a schedule has at a step of a run of `steps`."""
+def rate_at(schedule: Any, learning_rate: Rate, step: Step, steps: int) -> Rate:
+    """Return the learning rate of a schedule at a step of a run of `steps`."""
     if hasattr(schedule, "rate"):
         return schedule.rate(learning_rate, step, steps)
     return schedule(step)
 
 
 def _try_out(written: str, make: Callable[[], optax.GradientTransformation]) -> None:
+    """Raise InputError unless the optimizer can be built and applied."""
     params = {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}
 
     def step(params: Any) -> Any:
@@ -279,12 +297,13 @@ def _try_out(written: str, make: Callable[[], optax.GradientTransformation]) -> 
         jax.eval_shape(step, params)
     except InputError:
         raise
-    except Exception as error:  # whatever optax, or what it hands the options to, raises
+    except Exception as error:  # optax does not document what it raises
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"optimizer is {written!r}, which optax refuses: {reason}") from None
 
 
 def _try_out_rate(written: str, schedule: Any) -> None:
+    """Raise InputError unless the schedule can be evaluated."""
     try:
         jax.eval_shape(lambda step: rate_at(schedule, 1e-3, step, 1000), jnp.int32(0))
     except Exception as error:  # as in `_try_out`
@@ -293,7 +312,7 @@ def _try_out_rate(written: str, schedule: Any) -> None:
 
 
 def _kernels(params: P) -> P:
-    """Which arrays weight decay shrinks: a tree of booleans."""
+    """Return a tree of booleans: whether weight decay applies to each array."""
 
     def is_kernel(path: Any, x: Any) -> bool:
         part = getattr(path[0], "name", "") if path else ""

@@ -1,10 +1,10 @@
-"""How the training images reach the devices, in the order that `shuffle` gives them.
+"""The input pipeline: it moves the training images to the devices, in the order of `shuffle`.
 
-Images in memory lie on every device in whole, and a dispatch says only which of them to take.
-Images on disk, and those of a training of several processes, come in portions: every process
-reads the rows of a batch that its own devices take, ahead of the step. Which rows these are
-follows from the state alone, so that a training goes on from any step, with any number of
-devices, processes and readers.
+Images in memory are copied to every device once, and a dispatch passes the indices of its batches.
+Images on disk, and those of a training of several processes, are streamed in portions: ahead of
+the step, every process reads the rows of each batch that belong to its own devices. The rows
+follow from the training state alone, so a run can be resumed at any step, with any number of
+devices, processes and workers.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,48 +13,53 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Int, Integer, UInt8
 
 from jaxvae.data import Images
-from jaxvae.devices.sharding import AXIS, shard, share
+from jaxvae.devices.sharding import AXIS, data_parallel, shard
 from jaxvae.training.config import TrainConfig
 from jaxvae.training.state import TrainState
-from jaxvae.training.step import Metrics, Objective, shuffle, train_portion, train_steps
+from jaxvae.training.step import LossFunction, Metrics, shuffle, train_portion, train_steps
 
-_IMAGES_PER_DISPATCH = 1024  # between two movements of the progress bar
-_AHEAD = 4  # portions read before they are needed
+_IMAGES_PER_DISPATCH = 1024  # the progress bar moves after each dispatch
+_AHEAD = 4  # portions that are read ahead
 
 Advance = Callable[[TrainState], tuple[TrainState, Metrics]]
 Epoch = Callable[[TrainState, int], Iterator[tuple[int, Advance]]]
 
 
-def feed(
+def epoch_pipeline(
     images: Images,
-    labels: np.ndarray | None,
+    labels: Integer[np.ndarray, " n"] | None,
     config: TrainConfig,
     mesh: jax.sharding.Mesh,
     specs: Any,
     *,
-    objective: Objective | None = None,
+    objective: LossFunction | None = None,
     workers: int = 0,
 ) -> Epoch:
-    """The dispatches of an epoch, given the state at its start and the steps already taken in it.
+    """Return a function that yields the dispatches of an epoch.
 
     Args:
-      images, labels: of the training set.
-      config: how long the run is.
-      mesh: the devices that share every batch.
-      specs: how the state lies on them, a PartitionSpec or a tree of them.
-      objective: as of `train_step`.
-      workers: processes that read images on disk; 0: threads of this one.
+      images: training images, [n, height, width, channels].
+      labels: classes of the images, if the model is conditional.
+      config: training configuration; `epochs` and `batch_size` set the length of the run.
+      mesh: the devices over which every batch is split.
+      specs: sharding of the state, a PartitionSpec or a tree of them.
+      objective: as in `train_step`.
+      workers: processes that read images from disk; 0: threads of this process.
+
     Returns:
-      A function to pairs of how many steps a dispatch takes and what takes them: a function of
-      the state, which it gives up, to the next one and the sums of the steps' metrics.
+      epoch(state, first), where `state` is the state at the start of the epoch and `first` the
+      number of steps already taken in it. It yields pairs (steps, advance): advance(state) takes
+      that many steps, donates the state, and returns the next one and the metrics summed over
+      the steps.
     """
     if isinstance(images, np.ndarray) and jax.process_count() == 1:
         return _resident(images, labels, mesh, specs, objective)
     steps = config.epochs * (len(images) // config.batch_size)
     rows = jax.P(None, AXIS)
-    take = share(
+    take = data_parallel(
         partial(train_portion, objective=objective, steps=steps),
         mesh,
         donate_argnums=(0,),
@@ -65,14 +70,15 @@ def feed(
 
 
 def _resident(
-    images: np.ndarray,
-    labels: np.ndarray | None,
+    images: UInt8[np.ndarray, "n height width channels"],
+    labels: Integer[np.ndarray, " n"] | None,
     mesh: jax.sharding.Mesh,
     specs: Any,
-    objective: Objective | None,
+    objective: LossFunction | None,
 ) -> Epoch:
+    """Return the dispatches of images that are copied to every device."""
     rest = jax.P()
-    take = share(
+    take = data_parallel(
         partial(train_steps, objective=objective),
         mesh,
         donate_argnums=(0,),
@@ -97,11 +103,13 @@ def _resident(
 
 def _streamed(
     images: Images,
-    labels: np.ndarray | None,
+    labels: Integer[np.ndarray, " n"] | None,
     rows: jax.NamedSharding,
     take: Callable[..., tuple[TrainState, Metrics]],
     workers: int,
 ) -> Epoch:
+    """Return the dispatches of images that every process reads in portions."""
+
     def epoch(start: TrainState, first: int) -> Iterator[tuple[int, Advance]]:
         batches = np.asarray(shuffle(start, len(images)))
         batch = batches.shape[1]
@@ -116,7 +124,7 @@ def _streamed(
         for wanted, seen in zip(portions, _read(images, portions, workers), strict=True):
             count = len(wanted)
             known = None if labels is None else labels[wanted]
-            # All portions of one length, so that one compiled program serves them all.
+            # Padded to one length, so that one compiled program serves all portions.
             examples = jax.tree.map(
                 lambda x: jax.make_array_from_process_local_data(
                     rows,
@@ -129,15 +137,17 @@ def _streamed(
     return epoch
 
 
-def _read(images: Images, portions: list[np.ndarray], workers: int) -> Iterator[np.ndarray]:
-    """The images of every portion's rows, read before they are asked for."""
+def _read(
+    images: Images, portions: list[Int[np.ndarray, "steps batch"]], workers: int
+) -> Iterator[UInt8[np.ndarray, "rows height width channels"]]:
+    """Read the images of every portion, ahead of their use."""
     import grain
     from absl.flags import FLAGS
 
     read = grain.MapDataset.source(portions).map(lambda rows: images[rows.reshape(-1)])
     ahead = read.to_iter_dataset(grain.ReadOptions(num_threads=_AHEAD, prefetch_buffer_size=_AHEAD))
     if workers:
-        # Grain's workers look at their command-line flags, which nobody has given.
+        # Grain's workers require that command-line flags were parsed.
         if not FLAGS.is_parsed():
             FLAGS.mark_as_parsed()
         ahead = ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))

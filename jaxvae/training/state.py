@@ -1,10 +1,12 @@
 """The training state, and the optimizer that its configuration describes."""
 
 from dataclasses import dataclass, field, replace
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Int, Key, Num
 
 from jaxvae.errors import InputError
 from jaxvae.models.config import ModelConfig
@@ -13,44 +15,48 @@ from jaxvae.training.config import PARTS, TrainConfig
 from jaxvae.validation import as_key, expect_config
 
 
+@no_type_check  # not at run time: JAX also builds this tree with shapes or specs as leaves
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
     """Everything that the next step depends on, as a pytree.
 
     Attributes:
-      params: the parameters.
+      params: the model's parameters.
       opt_state: the optimizer's state.
-      step: steps taken, int32.
-      key: the run's PRNG key; it never changes, each step folds its number into it.
-      config: how to train (static).
-      ema: the exponential moving average of the parameters, where there is one; else None.
+      step: number of steps taken, int32.
+      key: PRNG key of the run. It stays the same: every step folds its number into it.
+      config: the training configuration (static).
+      ema: exponential moving average of the parameters, or None if `TrainConfig.ema` is 0.
     """
 
     params: Params
     opt_state: optax.OptState
-    step: jax.Array
-    key: jax.Array
+    step: Int[Array, ""]
+    key: Key[Array, ""]
     config: TrainConfig = field(metadata={"static": True})
     ema: Params | None = None
 
     @property
     def eval_params(self) -> Params:
-        """The parameters to evaluate and to sample with: their average, where there is one."""
+        """The parameters for evaluation and sampling: `ema`, or `params` if there is no average."""
         return self.params if self.ema is None else self.ema
 
 
 def optimizer(
-    config: TrainConfig, learning_rate: jax.Array | float | None = None
+    config: TrainConfig, learning_rate: Num[Array, ""] | float | None = None
 ) -> optax.GradientTransformation:
-    """Return the optimizer of a configuration: by default RMSprop with Keras's defaults.
+    """Build the optimizer of a configuration: by default RMSprop with Keras's defaults.
 
     Args:
-      config: its optimizer, the parts that it trains and over how many batches it accumulates.
-      learning_rate: in the place of the configuration's; may be traced.
+      config: training configuration; `optimizer`, `trainable` and `accumulate` are used.
+      learning_rate: overrides the configuration's; may be traced.
+
+    Returns:
+      The gradient transformation.
 
     Raises:
-      InputError: `learning_rate`, where the optimizer has one of its own.
+      InputError: `learning_rate` was given, but the optimizer has its own.
 
     References:
       Tieleman and Hinton (2012), Lecture 6.5, RMSprop.
@@ -62,7 +68,7 @@ def optimizer(
     else:
         raise InputError(
             "learning_rate was given, but the optimizer is an optax.GradientTransformation with "
-            "one of its own: build it with that rate, or hand over a function of the rate"
+            "its own learning rate: build it with that rate, or pass a function of the rate"
         )
     if config.trainable:
         parts = {True: made, False: optax.set_to_zero()}
@@ -73,7 +79,7 @@ def optimizer(
 
 
 def _trained(params: Params, parts: tuple[str, ...]) -> Params:
-    """Return a tree of booleans: whether a parameter is in one of these parts."""
+    """Return a tree of booleans: whether each parameter belongs to one of these parts."""
     trees = {
         part: jax.tree.map(lambda _, p=part: p in parts, getattr(params, part)) for part in PARTS
     }
@@ -83,32 +89,44 @@ def _trained(params: Params, parts: tuple[str, ...]) -> Params:
 def create_train_state(
     key: jax.Array, config: ModelConfig, train_config: TrainConfig
 ) -> TrainState:
-    """Return fresh parameters and optimizer state, at step 0."""
+    """Initialise parameters and optimizer state, at step 0.
+
+    Args:
+      key: PRNG key.
+      config: model configuration.
+      train_config: training configuration.
+
+    Returns:
+      The training state.
+
+    Raises:
+      InputError: a configuration of another type, or an invalid key.
+    """
     expect_config("config", config, ModelConfig)
     expect_config("train_config", train_config, TrainConfig)
     init_key, run_key = jax.random.split(as_key(key))
     return state_of(init(init_key, config), run_key, train_config)
 
 
-def state_of(params: Params, key: jax.Array, config: TrainConfig) -> TrainState:
-    """Return the state at step 0 of a training that starts from these parameters."""
+def state_of(params: Params, key: Key[Array, ""], config: TrainConfig) -> TrainState:
+    """Build the state at step 0 of a training that starts from these parameters."""
     opt_state = optimizer(config).init(params)  # type: ignore[arg-type]
-    # A copy, as the next state takes over the memory of both.
+    # A copy, because the next step donates the memory of both.
     ema = jax.tree.map(jnp.copy, params) if config.ema else None
     return TrainState(params, opt_state, jnp.int32(0), key, config, ema)
 
 
-def noise_key(state: TrainState) -> jax.Array:
+def noise_key(state: TrainState) -> Key[Array, ""]:
     """Return the key of this step's latent samples."""
     return jax.random.split(jax.random.fold_in(state.key, state.step))[0]
 
 
-def shuffle_key(state: TrainState) -> jax.Array:
+def shuffle_key(state: TrainState) -> Key[Array, ""]:
     """Return the key of the order of the images in the epoch that starts at this step."""
     return jax.random.split(jax.random.fold_in(state.key, state.step))[1]
 
 
-def binarization_key(state: TrainState) -> jax.Array:
+def binarization_key(state: TrainState) -> Key[Array, ""]:
     """Return the key of this step's binarization."""
-    # Not derived from the noise's key: what is folded into that are the noise keys of the images.
+    # Not derived from `noise_key`, whose fold-ins are the keys of the images.
     return jax.random.fold_in(jax.random.fold_in(state.key, state.step), 2)

@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jaxtyping import Array, ArrayLike, Float, Int, Integer, Num, Shaped
 
 from jaxvae.devices.convolution import block_size
 from jaxvae.devices.sharding import mean_over, on_parts, own_part, sum_over
 from jaxvae.errors import InputError
 from jaxvae.models.likelihoods import binarize
 from jaxvae.models.vae import Params, expected_images, expected_labels, init
-from jaxvae.objectives import Objective, example_keys
+from jaxvae.objectives import Elbo, example_keys
 from jaxvae.training.optimizer import rate_at
 from jaxvae.training.state import (
     TrainState,
@@ -26,45 +27,50 @@ from jaxvae.training.state import (
 )
 from jaxvae.validation import expect_number, jit
 
-Metrics = dict[str, jax.Array]
+Metrics = dict[str, Num[Array, ""]]
+LossFunction = Callable[..., tuple[Array, Elbo]]
 
 
-# A loop of steps runs ahead of an accelerator: nothing in it is to wait for one.
+# Steps are dispatched ahead of an accelerator, so no check may wait for its results.
 @jit(static_argnames=("axis_name", "objective"), wait=False)
 def train_step(
     state: TrainState,
-    images: jax.Array,
-    labels: jax.Array | None = None,
+    images: Num[ArrayLike, "batch height width channels"],
+    labels: Integer[ArrayLike, " batch"] | None = None,
     *,
     axis_name: str | None = None,
-    objective: Objective | None = None,
-    learning_rate: jax.Array | float | None = None,
-    beta: jax.Array | float | None = None,
+    objective: LossFunction | None = None,
+    learning_rate: Num[ArrayLike, ""] | None = None,
+    beta: Num[ArrayLike, ""] | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """One step of the optimizer on the mean loss of a batch.
+    """Take one optimizer step on the mean loss of a batch.
 
-    The state handed in stays usable; `jax.jit(train_step, donate_argnums=0)` gives it up.
+    The given state stays valid; `jax.jit(train_step, donate_argnums=0)` donates it.
 
     Args:
-      images: [batch, height, width, channels], float32 in [0, 1] or uint8.
-      labels: [batch], their classes, where the model is conditional.
-      axis_name: of the `pmap` whose devices share the batch, each holding its equal part in
-        order; gradients and metrics are then averaged over it. The state's arrays may be parts
-        too, as `jaxvae.devices.sharding.fsdp_specs` deals them out.
-      objective: what to minimise instead of the configuration's objective: a function of params,
-        [batch] keys and images, and of labels where there are any, to a loss [batch] and the terms
-        of an `Elbo`. It treats every image on its own.
-      learning_rate, beta: instead of the configuration's. They are traced, so that under `vmap`
-        each model can have its own; an objective of one's own takes no beta. The learning rate's
-        schedule is for `train_epoch` to follow, which knows how long a run is.
+      state: training state. Inside `shard_map` its arrays may be parts, split by
+        `jaxvae.devices.sharding.fsdp_specs`.
+      images: float32 in [0, 1], or uint8.
+      labels: classes of the images, if the model is conditional.
+      axis_name: axis of the `pmap` or `shard_map` over which the batch is split into equal parts,
+        in order. Gradients and metrics are averaged over it.
+      objective: overrides the configuration's objective. A function of params, keys [batch],
+        images and, for a conditional model, labels returns the loss [batch] and an `Elbo`; the
+        loss of an image must not depend on the other images.
+      learning_rate: overrides the configuration's learning rate. It is traced, so under `vmap`
+        each model can have its own. The schedule is not applied here: `train_epoch` knows the
+        length of the run.
+      beta: overrides the configuration's beta; traced as well. An objective that is a plain
+        function takes no beta.
+
     Returns:
-      The next state, and `loss`, `elbo`, `log_likelihood`, `kl`: means over the whole batch,
-      nats per image.
+      The next state, and the metrics `loss`, `elbo`, `log_likelihood` and `kl`: means over the
+      whole batch, in nats per image.
+
     Raises:
-      InputError: images or labels of another shape or type than the model's; float images beyond
-        0 and 1 or labels that are no classes, where the host knows their values (not inside `jit`,
-        nor on an accelerator, for which the step does not wait); a beta with an objective that is
-        a plain function.
+      InputError: images or labels of another shape or type than the model's; float images outside
+        [0, 1] or invalid classes, if the values are on the host (inside `jit` and on an
+        accelerator they are not checked); beta given with an objective that is a plain function.
     """
     images = expected_images(state.params, images)
     batch = images.shape[0]
@@ -74,20 +80,20 @@ def train_step(
     keys = example_keys(noise_key(state), batch, first)
     if state.config.binarization == "dynamic":
         images = binarize(example_keys(binarization_key(state), batch, first), images)
-    chosen = state.config.objective if objective is None else objective
-    own = not hasattr(chosen, "across_batch")  # a function, which takes no beta
+    chosen: Any = state.config.objective if objective is None else objective
+    own = not hasattr(chosen, "across_batch")  # a plain function, which takes no beta
     if own and beta is not None:
         raise InputError(
-            "beta was given, but the objective is a function of your own, which beta does not "
-            "reach: leave it out, and weight the KL in the function"
+            "beta was given, but the objective is a plain function, which takes no beta: leave it "
+            "out, and weight the KL in the function"
         )
-    whole, num_samples = (False, 1) if own else (chosen.across_batch, chosen.num_samples)
+    across_batch, num_samples = (False, 1) if own else (chosen.across_batch, chosen.num_samples)
     if not own:
         weight = state.config.warmup(state.config.beta if beta is None else beta, state.step)
-        chosen = partial(chosen, beta=weight, axis_name=axis_name if whole else None)
+        chosen = partial(chosen, beta=weight, axis_name=axis_name if across_batch else None)
     examples = (keys, images) if labels is None else (keys, images, labels)
     size = batch
-    if not whole:
+    if not across_batch:
         size = max(1, block_size(batch * num_samples, state.params) // num_samples)
     grads, metrics = _mean_gradient(chosen, state.params, examples, size, axis_name)
     return _updated(state, grads, learning_rate, axis_name), metrics
@@ -96,7 +102,7 @@ def train_step(
 def _updated(
     state: TrainState, grads: Params, learning_rate: Any, axis_name: str | None
 ) -> TrainState:
-    """Return the state after the optimizer has taken a step with this gradient."""
+    """Update the parameters by a gradient: clip, take the optimizer's step, skip outliers."""
     config = state.config
     limited = config.clip_norm or config.skip_norm
     norm = _global_norm(grads, axis_name) if limited else jnp.float32(0)
@@ -111,13 +117,13 @@ def _updated(
     params = optax.apply_updates(state.params, updates)  # type: ignore[arg-type]
     ema = state.ema
     if ema is not None:
-        # The average of few steps is short: as TensorFlow's, min(decay, (1 + t) / (10 + t)).
+        # Smaller at the start, as in TensorFlow: min(decay, (1 + t) / (10 + t)).
         decay = jnp.minimum(config.ema, (1 + state.step) / (10 + state.step))
         ema = optax.incremental_update(params, ema, 1 - decay)
     new = replace(state, params=params, opt_state=opt_state, ema=ema)
     if config.skip_norm:
-        # Child (2021), Very Deep VAEs, section 4: a rare huge gradient ends a training. One that
-        # is NaN is skipped as well.
+        # Child (2021), Very Deep VAEs, section 4: rare huge gradients make training diverge. The
+        # comparison is false for NaN, which is skipped as well.
         new = jax.tree.map(lambda a, b: jnp.where(norm <= config.skip_norm, a, b), new, state)
     return replace(new, step=state.step + 1)
 
@@ -125,32 +131,36 @@ def _updated(
 @jit(static_argnames=("axis_name", "objective"), donate_argnames="state")
 def train_epoch(
     state: TrainState,
-    images: jax.Array,
-    labels: jax.Array | None = None,
+    images: Num[ArrayLike, "n height width channels"],
+    labels: Integer[ArrayLike, " n"] | None = None,
     *,
     axis_name: str | None = None,
-    objective: Objective | None = None,
-    learning_rate: jax.Array | float | None = None,
-    beta: jax.Array | float | None = None,
+    objective: LossFunction | None = None,
+    learning_rate: Num[ArrayLike, ""] | None = None,
+    beta: Num[ArrayLike, ""] | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Shuffle the images and take every step of an epoch, in one dispatch.
 
-    The images that do not fill a last batch are left out; which ones differs every epoch.
+    The remainder that does not fill a last batch is left out; it differs from epoch to epoch.
 
-    The state is donated: the next one takes over its memory, and the arrays of the one handed in
-    are deleted. Go on with the one returned; `jax.tree.map(jnp.copy, state)` keeps an old one.
+    The state is donated: its arrays are deleted and their memory is reused. Continue with the
+    returned state; `jax.tree.map(jnp.copy, state)` keeps a copy of the old one.
 
     Args:
-      state: where the epoch begins; donated.
-      images: [N, height, width, channels], float32 in [0, 1] or uint8.
-      labels: [N], their classes, where the model is conditional.
-      axis_name: of the `pmap` whose devices share every batch; each is handed all the images
-        and takes its own part.
-      objective, learning_rate, beta: as in `train_step`.
+      state: training state at the start of the epoch; donated.
+      images: float32 in [0, 1], or uint8.
+      labels: classes of the images, if the model is conditional.
+      axis_name: axis of the `pmap` or `shard_map` over which every batch is split. Each device is
+        given all images and takes its own part of each batch.
+      objective: as in `train_step`.
+      learning_rate: as in `train_step`, before the schedule.
+      beta: as in `train_step`.
+
     Returns:
       The state after the epoch, and the metrics of `train_step` averaged over its steps.
+
     Raises:
-      InputError: fewer images than one batch, or as of `train_step`; values on an accelerator are
+      InputError: fewer images than one batch, or as in `train_step`; values on an accelerator are
         checked too.
     """
     images = expected_images(state.params, images)
@@ -174,8 +184,12 @@ def train_epoch(
 
 
 @partial(jax.jit, static_argnames="num_images")
-def shuffle(state: TrainState, num_images: int) -> jax.Array:
-    """The batches of the epoch that begins at this state: indices, [steps, batch_size]."""
+def shuffle(state: TrainState, num_images: int) -> Int[Array, "steps batch"]:
+    """Draw the batches of the epoch that starts at this state, as indices of the images.
+
+    Raises:
+      InputError: fewer images than one batch.
+    """
     batch_size = state.config.batch_size
     if batch_size > num_images:
         raise InputError(
@@ -189,23 +203,35 @@ def shuffle(state: TrainState, num_images: int) -> jax.Array:
 @partial(jax.jit, static_argnames=("axis_name", "objective"), donate_argnames="state")
 def train_steps(
     state: TrainState,
-    images: jax.Array,
-    batches: jax.Array,
-    first: jax.Array | int,
-    last: jax.Array | int,
-    labels: jax.Array | None = None,
+    images: Num[Array, "n height width channels"],
+    batches: Int[Array, "steps batch"],
+    first: Int[Array, ""] | int,
+    last: Int[Array, ""] | int,
+    labels: Integer[Array, " n"] | None = None,
     *,
     axis_name: str | None = None,
-    objective: Objective | None = None,
-    learning_rate: jax.Array | float | None = None,
-    beta: jax.Array | float | None = None,
+    objective: LossFunction | None = None,
+    learning_rate: Num[ArrayLike, ""] | None = None,
+    beta: Num[ArrayLike, ""] | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """The steps on batches[first:last], in one dispatch; the metrics are summed over them.
+    """Take the steps on batches[first:last], in one dispatch.
 
-    One more, `finite`, is how many steps came before the first whose loss is NaN or infinite.
+    Args:
+      state: training state; donated, as in `train_epoch`.
+      images: all training images.
+      batches: from `shuffle`.
+      first: index of the first batch. It is traced, like `last`, so that one compiled program
+        serves every part of an epoch.
+      last: index after the last batch.
+      labels: classes of all images, if the model is conditional.
+      axis_name: as in `train_epoch`.
+      objective: as in `train_epoch`.
+      learning_rate: as in `train_epoch`.
+      beta: as in `train_epoch`.
 
-    `first` and `last` are traced, so that one compiled program serves every part of an epoch.
-    The state is donated, as in `train_epoch`.
+    Returns:
+      The next state, and the metrics of `train_step` summed over the steps. `finite` is the number
+      of steps before the first whose loss is NaN or infinite.
     """
     steps = state.config.epochs * len(batches)
     batches = own_part(batches, axis_name, axis=1)
@@ -226,19 +252,28 @@ def train_steps(
 @partial(jax.jit, static_argnames=("axis_name", "objective", "steps"), donate_argnames="state")
 def train_portion(
     state: TrainState,
-    images: jax.Array,
-    labels: jax.Array | None,
-    count: jax.Array | int,
+    images: Num[Array, "batches batch height width channels"],
+    labels: Integer[Array, "batches batch"] | None,
+    count: Int[Array, ""] | int,
     *,
     steps: int,
     axis_name: str | None = None,
-    objective: Objective | None = None,
+    objective: LossFunction | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """The steps on images[:count], [batches, batch, ...], as of `train_steps`.
+    """Take the steps on the batches images[:count], in one dispatch.
 
-    Every device is handed its own part of each batch; `steps` is how many the run has in all.
+    Args:
+      state: training state; donated, as in `train_epoch`.
+      images: batches of images; each device is given its own part of every batch.
+      labels: classes of the images, if the model is conditional.
+      count: number of batches to take; the others are padding.
+      steps: number of steps of the whole run.
+      axis_name: axis over which every batch is split.
+      objective: as in `train_step`.
+
+    Returns:
+      As `train_steps`.
     """
-
     one = partial(
         _step_of_a_run,
         images=images,
@@ -251,6 +286,7 @@ def train_portion(
 
 
 def _expect_numbers(learning_rate: Any, beta: Any) -> None:
+    """Raise InputError unless each is None or one number."""
     for name, value in (("learning_rate", learning_rate), ("beta", beta)):
         if value is not None:
             expect_number(name, value)
@@ -258,15 +294,15 @@ def _expect_numbers(learning_rate: Any, beta: Any) -> None:
 
 def _step_of_a_run(
     state: TrainState,
-    batch: jax.Array,
+    batch: Int[Array, "*batch"],
     *,
-    images: jax.Array,
-    labels: jax.Array | None,
+    images: Num[Array, "..."],
+    labels: Integer[Array, "..."] | None,
     steps: int,
-    learning_rate: jax.Array | float | None = None,
+    learning_rate: Num[ArrayLike, ""] | None = None,
     **options: Any,
 ) -> tuple[TrainState, Metrics]:
-    """`train_step` on images[batch], at the learning rate that a run of so many steps has there."""
+    """Apply `train_step` to images[batch], at the scheduled learning rate of a run of `steps`."""
     config = state.config
     if not isinstance(config.optimizer, optax.GradientTransformation):
         rate = config.learning_rate if learning_rate is None else learning_rate
@@ -281,14 +317,14 @@ def _step_of_a_run(
 
 
 def _summed(
-    one: Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]],
+    one: Callable[[TrainState, Int[Array, ""]], tuple[TrainState, Metrics]],
     state: TrainState,
-    first: jax.Array | int,
-    last: jax.Array | int,
+    first: Int[Array, ""] | int,
+    last: Int[Array, ""] | int,
 ) -> tuple[TrainState, Metrics]:
-    """The state after one(state, i) for i in [first, last), and the sums of the metrics."""
+    """Apply one(state, i) for i in [first, last) and sum the metrics."""
 
-    def step(i: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
+    def step(i: Int[Array, ""], carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
         state, totals = carry
         state, metrics = one(state, i)
         so_far = totals.pop("finite")
@@ -303,24 +339,23 @@ def _summed(
 
 
 def _mean_gradient(
-    objective: Objective,
+    objective: LossFunction,
     params: Params,
-    examples: tuple[jax.Array, ...],
+    examples: tuple[Shaped[Array, "batch ..."], ...],
     size: int,
     axis_name: str | None,
 ) -> tuple[Params, Metrics]:
-    """The gradient of the mean loss over a batch, and the mean of its metrics.
+    """Compute the gradient of the mean loss over a batch, and the means of its metrics.
 
-    Summed over blocks of `size` examples, each taken forward and backward before the next, so
-    that what the backward pass needs is still in cache.
+    Forward and backward pass run on blocks of `size` examples, one block after the other, so that
+    the values that the backward pass needs are still in cache.
     """
-
     batch = examples[0].shape[0]
-    whole_params = _whole_params(params) if axis_name else None
-    whole_objective = on_parts(objective, params, whole_params, axis_name)
+    full_shapes = _full_shapes(params) if axis_name else None
+    full_objective = on_parts(objective, params, full_shapes, axis_name)
 
-    def part(params: Params, examples: tuple[jax.Array, ...]) -> tuple[jax.Array, Metrics]:
-        loss, terms = whole_objective(params, *examples)
+    def part(params: Params, examples: tuple[Array, ...]) -> tuple[Float[Array, ""], Metrics]:
+        loss, terms = full_objective(params, *examples)
         metrics = {
             "loss": loss,
             "elbo": terms.value,
@@ -330,35 +365,35 @@ def _mean_gradient(
         return jnp.sum(loss) / batch, jax.tree.map(lambda x: jnp.sum(x) / batch, metrics)
 
     gradient = jax.grad(part, has_aux=True)
-    whole = batch // size * size
+    divisible = batch // size * size
 
     def mean(sums: tuple[Params, Metrics]) -> tuple[Params, Metrics]:
-        return mean_over(axis_name, sums, (whole_params, sums[1]))
+        return mean_over(axis_name, sums, (full_shapes, sums[1]))
 
     if size == batch:
         return mean(gradient(params, examples))
 
-    def add(sums: Any, block: tuple[jax.Array, ...]) -> tuple[Any, None]:
+    def add(sums: Any, block: tuple[Array, ...]) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, sums, gradient(params, block)), None
 
     nothing = jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype),
         jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[:size], examples)),
     )
-    blocks = jax.tree.map(lambda x: x[:whole].reshape(-1, size, *x.shape[1:]), examples)
+    blocks = jax.tree.map(lambda x: x[:divisible].reshape(-1, size, *x.shape[1:]), examples)
     sums, _ = lax.scan(add, nothing, blocks)
-    if whole < batch:
-        sums, _ = add(sums, jax.tree.map(lambda x: x[whole:], examples))
+    if divisible < batch:
+        sums, _ = add(sums, jax.tree.map(lambda x: x[divisible:], examples))
     return mean(sums)
 
 
-def _global_norm(grads: Params, axis_name: str | None) -> jax.Array:
-    """Compute the norm of a gradient over all parameters, of which these may be a device's part."""
-    whole = _whole_params(grads) if axis_name else None
+def _global_norm(grads: Params, axis_name: str | None) -> Float[Array, ""]:
+    """Compute the norm of a gradient over all parameters; a device may hold parts of them."""
+    full_shapes = _full_shapes(grads) if axis_name else None
     squares = jax.tree.map(lambda g: jnp.sum(g**2), grads)
-    return jnp.sqrt(sum_over(axis_name, squares, grads, whole))
+    return jnp.sqrt(sum_over(axis_name, squares, grads, full_shapes))
 
 
-def _whole_params(params: Params) -> Params:
-    """The shapes that parameters have in whole, of which these may be a device's part."""
+def _full_shapes(params: Params) -> Params:
+    """Return the shapes of the full parameters, of which a device may hold parts."""
     return jax.eval_shape(lambda: init(jax.random.key(0), params.config))

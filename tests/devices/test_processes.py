@@ -233,7 +233,7 @@ def test_sigterm_saves_in_mid_epoch_and_loses_nothing(tmp_path, data, advance):
 
 
 def test_what_is_missing_or_wrong_of_the_processes_is_said():
-    with refused("--num-processes and --process-id are missing, and no launcher says what"):
+    with refused("--num-processes and --process-id are missing, and no launcher was found"):
         processes.join(coordinator="localhost:1234")
     with refused("--coordinator is localhost: expected HOST:PORT"):
         processes.join("localhost", 2, 0)

@@ -13,7 +13,14 @@ from jax.flatten_util import ravel_pytree
 
 import jaxvae
 from jaxvae.devices import sharding
-from jaxvae.devices.sharding import devices_for, fsdp_specs, replicated, shard, share, whole
+from jaxvae.devices.sharding import (
+    data_parallel,
+    devices_for,
+    fsdp_specs,
+    gather,
+    replicated,
+    shard,
+)
 from jaxvae.evaluation.evaluate import evaluate
 
 
@@ -35,7 +42,9 @@ def test_an_epoch_shared_by_devices_is_the_epoch_of_one(compile_quickly):
     alone, metrics = jaxvae.train_epoch(fresh(), images)
     mesh = devices_for(32)
     state, images = jax.device_put((fresh(), images), replicated(mesh))
-    shared, shared_metrics = share(jaxvae.train_epoch, mesh, donate_argnums=(0,))(state, images)
+    shared, shared_metrics = data_parallel(jaxvae.train_epoch, mesh, donate_argnums=(0,))(
+        state, images
+    )
 
     assert mesh.size == 4
     assert state.step.is_deleted()
@@ -51,7 +60,7 @@ def test_a_test_set_shared_by_devices_has_the_same_means(count, compile_quickly)
     images = np.random.default_rng(0).random((count, 6, 5, 1), np.float32)
     mesh = devices_for(count)
     arguments = jax.device_put((params, jax.random.key(1), images), replicated(mesh))
-    shared = share(evaluate, mesh)(*arguments)
+    shared = data_parallel(evaluate, mesh)(*arguments)
     for name, value in evaluate(params, jax.random.key(1), images).items():
         np.testing.assert_allclose(shared[name], value, rtol=1e-5)
 
@@ -111,7 +120,7 @@ def by_jit(devices, fsdp=False):
     mesh = devices_for(64, least=64 // devices)
     state = shard(fresh(), mesh, fsdp)
     specs = fsdp_specs(state, mesh) if fsdp else jax.P()
-    epoch = share(
+    epoch = data_parallel(
         jaxvae.train_epoch, mesh, (0,), in_specs=(specs, jax.P()), out_specs=(specs, jax.P())
     )
     state, _ = epoch(state, shard(IMAGES, mesh))
@@ -120,7 +129,7 @@ def by_jit(devices, fsdp=False):
         held = sum(x.addressable_data(0).size for x in parts)
         assert held * devices == sum(x.size for x in parts)
         assert held * devices > 0.9 * sum(x.size for x in jax.tree.leaves(state.params))
-    return whole(state, mesh)
+    return gather(state, mesh)
 
 
 @pytest.fixture(scope="module")

@@ -308,7 +308,8 @@ def test_few_images_are_all_learned_from():
     labels = np.array([2, 0, 1, 1, 0])
     assert sorted(metrics._spread(labels)) == [0, 1, 2, 3, 4]
     mean = np.array([[0.0], [9.0], [9.1]])
-    assert latent_probe(mean, [0, 1, 1], mean[1:], [1, 1]) == (1, 1)
+    labels = np.array([0, 1, 1])
+    assert latent_probe(mean, labels, mean[1:], labels[1:]) == (1, 1)
 
 
 @pytest.mark.parametrize("kind", ["heavy tails", "constant", "collinear"])

@@ -233,7 +233,7 @@ def test_parts_to_train_are_a_set():
 
 
 def test_a_transformation_has_a_learning_rate_of_its_own():
-    with refused("optimizer is an optax.GradientTransformation, whose learning rate is its own: "
+    with refused("optimizer is an optax.GradientTransformation, which has its own learning rate: "
                  "expected the schedule 'constant'"):  # fmt: skip
         TrainConfig(optimizer=optax.adam(1e-3), schedule="cosine")
     assert TrainConfig(optimizer=optax.adam, schedule="cosine").optimizer is optax.adam

@@ -11,7 +11,7 @@ from conftest import refused
 from jax.flatten_util import ravel_pytree
 
 import jaxvae
-from jaxvae.devices.sharding import devices_for, fsdp_specs, shard, share, whole
+from jaxvae.devices.sharding import data_parallel, devices_for, fsdp_specs, gather, shard
 from jaxvae.objectives import ELBO, example_keys
 from jaxvae.runs.config import RunConfig
 from jaxvae.training.optimizer import (
@@ -212,7 +212,7 @@ def test_an_optax_object_has_a_schedule_of_its_own():
     made = optax.sgd(optax.linear_schedule(0.1, 0, 10))
     assert jaxvae.TrainConfig(optimizer=made).optimizer is made
     for schedule in "cosine", optax.linear_schedule(0.1, 0, 10):
-        with refused("whose learning rate is its own: expected the schedule 'constant'"):
+        with refused("which has its own learning rate: expected the schedule 'constant'"):
             jaxvae.TrainConfig(optimizer=made, schedule=schedule)
 
 
@@ -463,9 +463,9 @@ def on_devices(state, images, devices):
     if devices > 1:
         assert sum(spec != jax.P() for spec in jax.tree.leaves(specs.params)) >= 4
     rows = jax.P(None, "batch")
-    run = share(_two_steps, mesh, in_specs=(specs, rows), out_specs=specs)
+    run = data_parallel(_two_steps, mesh, in_specs=(specs, rows), out_specs=specs)
     batches = shard(images[:32].reshape(2, 16, 8, 8, 1), mesh)
-    return whole(run(shard(state, mesh, fsdp=True), batches), mesh)
+    return gather(run(shard(state, mesh, fsdp=True), batches), mesh)
 
 
 def _two_steps(state, batches, axis_name):

@@ -13,7 +13,7 @@ from conftest import refused
 from jax.flatten_util import ravel_pytree
 
 import jaxvae
-from jaxvae.devices.sharding import devices_for, own_part, share
+from jaxvae.devices.sharding import data_parallel, devices_for, own_part
 from jaxvae.models.likelihoods import binarize
 from jaxvae.objectives import ELBO, Elbo, example_keys, parse_objective
 from jaxvae.training.state import optimizer
@@ -247,7 +247,7 @@ def test_a_plain_function_as_objective_takes_no_beta(state, images):
         return ELBO()(params, key, images)
 
     for step in (jaxvae.train_step, jaxvae.train_epoch):
-        with refused("beta was given, but the objective is a function of your own", "leave it out"):
+        with refused("beta was given, but the objective is a plain function", "leave it out"):
             step(state, images, objective=plain, beta=2.0)
     assert not any(x.is_deleted() for x in jax.tree.leaves(state))
 
@@ -366,7 +366,7 @@ def step_on(devices, state, images, objective=None):
 
     mesh = devices_for(len(images), least=len(images) // devices)
     assert mesh.size == devices
-    return share(step, mesh)(state, images)
+    return data_parallel(step, mesh)(state, images)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import protocol
 from protocol import Timed
 
 import jaxvae
-from jaxvae.devices.sharding import AXIS, devices_for, make_cores_devices, replicated, share
+from jaxvae.devices.sharding import AXIS, data_parallel, devices_for, make_cores_devices, replicated
 
 make_cores_devices()
 GPU = jax.default_backend() == "gpu"
@@ -106,7 +106,9 @@ def seeds(batch, count):
 def epoch(batch, images):
     mesh = devices_for(batch)
     state, train_images = put(mesh, new_state(batch), protocol.make_images(images))
-    return loop(share(jaxvae.train_epoch, mesh, donate_argnums=(0,)), state, train_images, images)
+    return loop(
+        data_parallel(jaxvae.train_epoch, mesh, donate_argnums=(0,)), state, train_images, images
+    )
 
 
 def sample(images):
