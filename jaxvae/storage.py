@@ -18,11 +18,11 @@ from typing import BinaryIO
 from jaxvae.errors import InputError
 
 _PART = re.compile(r"\.jaxvae-[0-9a-f]{16}\.part")
-_NO_WAITING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+_NON_BLOCKING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Have `write` write a file so that a kill, or a full disk, leaves the old one or the new."""
     part = path.with_name(f".jaxvae-{secrets.token_hex(8)}.part")
     try:
@@ -37,22 +37,22 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
         raise
 
 
-def is_part(name: str) -> bool:
-    """Return whether `write_whole` gives a file that is not whole yet such a name."""
+def is_temporary(name: str) -> bool:
+    """Return whether `write_atomic` gives a file that is not whole yet such a name."""
     return _PART.fullmatch(name) is not None
 
 
-def remove_parts(folder: Path) -> None:
-    """Remove what kills left of files that `write_whole` was writing into a folder."""
+def remove_temporary(folder: Path) -> None:
+    """Remove what kills left of files that `write_atomic` was writing into a folder."""
     with suppress(OSError):
         for path in [] if folder.is_symlink() else folder.iterdir():
-            if is_part(path.name):
+            if is_temporary(path.name):
                 path.unlink(missing_ok=True)
 
 
-def regular(path: str | Path, flags: int) -> int:
+def open_regular(path: str | Path, flags: int) -> int:
     """Open a regular file, as an `opener` for `open`: of a pipe, reading might never end."""
-    file = os.open(path, flags | _NO_WAITING, 0o666)
+    file = os.open(path, flags | _NON_BLOCKING, 0o666)
     mode = os.fstat(file).st_mode
     if stat.S_ISREG(mode):
         return file
@@ -62,18 +62,18 @@ def regular(path: str | Path, flags: int) -> int:
     raise OSError(errno.EINVAL, "not a regular file", str(path))
 
 
-def regular_itself(path: str | Path, flags: int) -> int:
-    """Open a regular file as `regular` does, but not through a symbolic link."""
-    return regular(path, flags | _NO_LINK)
+def open_regular_itself(path: str | Path, flags: int) -> int:
+    """Open a regular file as `open_regular` does, but not through a symbolic link."""
+    return open_regular(path, flags | _NO_LINK)
 
 
 def read_bytes(path: Path) -> bytes:
     """Return the content of a regular file."""
-    with open(path, "rb", opener=regular) as file:
+    with open(path, "rb", opener=open_regular) as file:
         return file.read()
 
 
-def own_folder(parent: Path, name: str) -> Path:
+def make_folder(parent: Path, name: str) -> Path:
     """Return a folder to write into, and make it if it is not there.
 
     Raises:

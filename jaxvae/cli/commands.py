@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxvae.cli.parser import completion_script, config_fields, make_parser
-from jaxvae.cli.streams import unread
+from jaxvae.cli.streams import tolerate_closed_streams
 from jaxvae.components import imported, is_dotted_path
 from jaxvae.devices.processes import pass_over_missing_tpu
 from jaxvae.devices.sharding import make_cores_devices
@@ -28,12 +28,12 @@ from jaxvae.errors import (
 )
 from jaxvae.runs.files import as_argument, resume_command
 
-_TOLD = (Converted, Damaged, Diverged, NotDrawn, OtherData)  # warnings that are shown as a line
+_PRINTED = (Converted, Damaged, Diverged, NotDrawn, OtherData)  # warnings that are shown as a line
 _BYTES_PER_SAMPLED = 24  # of memory, per pixel: the image and its copies on the way to a PNG
 _CACHE_BYTES = 2**30  # of compiled programs, kept between commands
 
 
-@unread()
+@tolerate_closed_streams()
 def main(arguments: list[str] | None = None) -> int:
     """Run a command. Returns the exit code.
 
@@ -42,9 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
     """
     try:
         with warnings.catch_warnings():
-            for category in _TOLD:
+            for category in _PRINTED:
                 warnings.simplefilter("once", category)
-            warnings.showwarning = _tell(warnings.showwarning)
+            warnings.showwarning = _print_warnings(warnings.showwarning)
             _run(arguments)
             if sys.stdout is not None:
                 sys.stdout.flush()
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"jaxvae: interrupted{interrupt}", file=sys.stderr)
         return 1
     except Exception as error:
-        _leave_if_together(error)
+        _exit_if_distributed(error)
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
             reason = " ".join(str(error).split())[:200]
             print(
@@ -85,15 +85,15 @@ def _run(arguments: list[str] | None) -> None:
     os.environ["MPLBACKEND"] = "agg"  # as figures are drawn into files, whatever is set
     pass_over_missing_tpu()
     make_cores_devices()
-    _keep_programs()
+    _enable_compilation_cache()
     options.command(options)
 
 
-def _tell(show: Any) -> Any:
+def _print_warnings(show: Any) -> Any:
     """What shows warnings, but those of our own as a line."""
 
     def shown(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
-        if issubclass(category, _TOLD):
+        if issubclass(category, _PRINTED):
             print(f"jaxvae: {message}", file=sys.stderr)
         else:
             show(message, category, *where, **more)
@@ -101,7 +101,7 @@ def _tell(show: Any) -> Any:
     return shown
 
 
-def _leave_if_together(error: Exception) -> None:
+def _exit_if_distributed(error: Exception) -> None:
     """End this process if it computed with others, as one of them is lost.
 
     At once: to take leave of the others, as at an ordinary end, would be to wait for the lost one.
@@ -136,7 +136,7 @@ def _no_device() -> str | None:
     return None
 
 
-def _keep_programs() -> None:
+def _enable_compilation_cache() -> None:
     """Keep what XLA compiles in the user's cache folder: the next command compiles nothing.
 
     A cache folder that the user gave JAX is taken instead, and a folder that cannot be written
@@ -192,7 +192,7 @@ def _train(options: argparse.Namespace) -> None:
     flags = _flags(options)
     base = read_config_file(options.config, flags) if options.config else RunConfig()
     if options.tensorboard:
-        tensorboard.need_tensorboard()
+        tensorboard.require_tensorboard()
     if options.new_data and not options.resume:
         raise InputError("--new-data is for a run that goes on: give it with --resume")
     if options.config and options.resume:
@@ -237,7 +237,7 @@ def _train(options: argparse.Namespace) -> None:
     if paths:
         lost = sweep.diverged(run_dir, models) if len(models) > 1 else []
         model = next(name for name in models if name not in lost)
-        _tell_next(run_dir, model if len(models) > 1 else "", paths)
+        _print_next_steps(run_dir, model if len(models) > 1 else "", paths)
 
 
 def _flags(options: argparse.Namespace) -> dict[str, Any]:
@@ -259,11 +259,11 @@ def _own(options: argparse.Namespace) -> dict[str, Any]:
             if (value := getattr(options, name)) is not None}  # fmt: skip
 
 
-def _tell_next(run_dir: Path, model: str, figures: list[Path]) -> None:
+def _print_next_steps(run_dir: Path, model: str, figures: list[Path]) -> None:
     """What a training left, and what can be done with it; `model` is one's folder, of many."""
     whole, one = as_argument(run_dir), as_argument(run_dir / model)
     print(f"{len(figures)} figures; the first: {figures[0]}", file=sys.stderr)
-    name = _called()
+    name = _program_name()
     lines = {
         f"{name} explore {one}": "a page in which to move about its latents",
         f"{name} evaluate {one}": "test ELBO, log p(x) and more, as a table",
@@ -275,7 +275,7 @@ def _tell_next(run_dir: Path, model: str, figures: list[Path]) -> None:
         print(f"  {line:{width}}  {says}", file=sys.stderr)
 
 
-def _called() -> str:
+def _program_name() -> str:
     """What the user called this program as, so that a line can be copied and works."""
     called = Path(sys.argv[0])
     if called.parts[-2:] == ("jaxvae", "__main__.py"):
@@ -293,7 +293,7 @@ def _train_one(
 
     config = directory.start(run_dir, config, data, **start)
     if processes.is_first():
-        _tell_start(config.data, data, f"run directory {run_dir}")
+        _print_start(config.data, data, f"run directory {run_dir}")
     state = loop.train(run_dir, config, data, callbacks=[*callbacks, AnimationFrames()])
     if not processes.is_first():
         return []
@@ -309,7 +309,7 @@ def _train_many(
 
     models = sweep.start(run_dir, models, data, **start)
     name = next(iter(models.values())).data
-    _tell_start(
+    _print_start(
         name, data, f"{len(models)} models; run directories {run_dir}/{next(iter(models))}, ..."
     )
     sweep.train(run_dir, models, data, callbacks=callbacks)
@@ -325,7 +325,7 @@ def _train_many(
     return paths
 
 
-def _tell_start(name: str, data: Any, where: str) -> None:
+def _print_start(name: str, data: Any, where: str) -> None:
     counts = f"{len(data.train_images):,} training and {len(data.test_images):,} test images"
     print(f"{name}: {counts}; {where}", file=sys.stderr)
 
@@ -344,7 +344,7 @@ def _of_one_model(flags: dict[str, Any], run_dir: Path) -> dict[str, Any]:
     return single
 
 
-_MEASURES = {
+_METRICS = {
     "elbo": "ELBO",
     "log_likelihood": "log-likelihood E[log p(x|z)]",
     "kl": "KL(q(z|x) || p(z))",
@@ -368,13 +368,13 @@ def _evaluate(options: argparse.Namespace) -> None:
         options.run, options.num_samples, which, options.data, **_own(options)
     )
     print(f"{options.run}, step {found['step']}: {found['images']:,} test images, nats per image")
-    for name, says in _MEASURES.items():
+    for name, says in _METRICS.items():
         if name in found:
             digits = 0 if name == "active_units" else 4 if "error" in name else 3
             print(f"  {says.format(**found):34}{found[name]:10.{digits}f}")
     sys.stdout.flush()
     try:
-        print(f"evaluation: {evaluation.keep(options.run, found)}", file=sys.stderr)
+        print(f"evaluation: {evaluation.write_evaluation(options.run, found)}", file=sys.stderr)
     except InputError as error:
         print(f"jaxvae: evaluation.json was not written: {error}", file=sys.stderr)
 
@@ -429,12 +429,12 @@ def _figures(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     from jaxvae.interchange.export import export
     from jaxvae.runs.checkpoints import load
-    from jaxvae.storage import own_folder
+    from jaxvae.storage import make_folder
 
     own = _own(options)
 
     params = load(options.run, "best" if options.best else "latest", **own)
-    out = options.out or own_folder(options.run, "export")
+    out = options.out or make_folder(options.run, "export")
     for path in export(params, out, options.to):
         print(path)
 
@@ -442,8 +442,8 @@ def _export(options: argparse.Namespace) -> None:
 def _import(options: argparse.Namespace) -> None:
     from jaxvae.runs.keras import import_keras
 
-    told = import_keras(options.file, options.run_dir, options.decoder, options.data)
-    print(told, file=sys.stderr)
+    layers = import_keras(options.file, options.run_dir, options.decoder, options.data)
+    print(layers, file=sys.stderr)
 
 
 def _explore(options: argparse.Namespace) -> None:

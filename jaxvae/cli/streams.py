@@ -8,7 +8,7 @@ from typing import Any
 
 
 @contextmanager
-def unread() -> Iterator[None]:
+def tolerate_closed_streams() -> Iterator[None]:
     """Go on where nobody reads standard output or standard error any more, as behind `| head`.
 
     What would be written then is dropped. So are messages for standard error that cannot be
@@ -17,15 +17,15 @@ def unread() -> Iterator[None]:
     """
     with ExitStack() as stack:
         if sys.stdout is not None:  # it is None where the file is closed
-            stack.enter_context(redirect_stdout(_Unread(sys.stdout, BrokenPipeError)))
+            stack.enter_context(redirect_stdout(_TolerantStream(sys.stdout, BrokenPipeError)))
             stack.callback(sys.stdout.close)
         if sys.stderr is not None:
-            stack.enter_context(redirect_stderr(_Unread(sys.stderr, OSError)))
+            stack.enter_context(redirect_stderr(_TolerantStream(sys.stderr, OSError)))
             stack.callback(sys.stderr.close)
         yield
 
 
-class _Unread:
+class _TolerantStream:
     """A text stream that drops what it cannot write, where that is an error of one kind."""
 
     def __init__(self, stream: Any, dropped: type[OSError]) -> None:
@@ -38,27 +38,27 @@ class _Unread:
             encoding = self._stream.encoding
             self.write(text.encode(encoding, "backslashreplace").decode(encoding))
         except self._dropped as error:
-            self._give_up(error)
+            self._drop_output(error)
         return len(text)
 
     def flush(self) -> None:
         try:
             self._stream.flush()
         except self._dropped as error:
-            self._give_up(error)
+            self._drop_output(error)
 
     def close(self) -> None:
         """Write what is left, so that Python does not fail in that when it ends."""
         try:
             self._stream.flush()
         except OSError:
-            self._to_nowhere()
+            self._redirect_to_devnull()
 
-    def _give_up(self, error: OSError) -> None:
+    def _drop_output(self, error: OSError) -> None:
         if isinstance(error, BrokenPipeError):
-            self._to_nowhere()
+            self._redirect_to_devnull()
 
-    def _to_nowhere(self) -> None:
+    def _redirect_to_devnull(self) -> None:
         with suppress(OSError):  # of a stream without a file
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())

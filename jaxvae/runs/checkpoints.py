@@ -30,15 +30,22 @@ from jaxvae.devices.sharding import placement
 from jaxvae.errors import Damaged, InputError, TrainingFailed
 from jaxvae.models.config import ModelConfig
 from jaxvae.models.vae import Params
-from jaxvae.runs.files import NewerVersion, aside, cannot_write, is_number, unmarked, version
+from jaxvae.runs.files import (
+    NewerVersion,
+    cannot_write,
+    damaged_name,
+    is_number,
+    version,
+    without_version,
+)
 from jaxvae.storage import (
     expect_utf8,
-    is_part,
-    own_folder,
+    is_temporary,
+    make_folder,
+    open_regular,
     read_bytes,
     refuse_links,
-    regular,
-    write_whole,
+    write_atomic,
 )
 from jaxvae.training.config import TrainConfig
 from jaxvae.training.state import TrainState, create_train_state
@@ -48,7 +55,7 @@ if TYPE_CHECKING:
     import orbax.checkpoint as ocp
 
 Which = Literal["latest", "best"]
-_SEAL = "sha256.json"
+_DIGESTS = "sha256.json"
 _MISSING = "is missing"
 _TRIES = 20  # to read a checkpoint beside a training that deletes it
 _DELETION = 0.5  # seconds
@@ -148,7 +155,7 @@ def _restore(
 ) -> TrainState:
     own = dict(own) if network is None else {**own, "network": network}
     for left in reversed(range(_TRIES)):
-        step = which if isinstance(which, int) else newest_whole(run_dir, which)
+        step = which if isinstance(which, int) else newest_intact(run_dir, which)
         held = steps_of(run_dir)
         if not held:
             raise InputError(
@@ -181,7 +188,7 @@ def steps_of(run_dir: str | Path) -> list[int]:
         raise InputError(f"{folder} cannot be read: {error.strerror}") from None
 
 
-def newest_whole(run_dir: str | Path, which: Which = "latest") -> int | None:
+def newest_intact(run_dir: str | Path, which: Which = "latest") -> int | None:
     """The step of the newest checkpoint that is whole, or of the best; None where there is none.
 
     Warns of those that are damaged and would come before it. Raises InputError if all are.
@@ -199,10 +206,10 @@ def newest_whole(run_dir: str | Path, which: Which = "latest") -> int | None:
             break
     sound = [step for step in steps if step not in faults]
     if faults and not sound:
-        told = "; ".join(f"step {step}: {fault}" for step, fault in faults.items())
+        listed = "; ".join(f"step {step}: {fault}" for step, fault in faults.items())
         raise InputError(
-            f"{run_dir} holds no whole checkpoint, and nothing was changed ({told}): put one back "
-            "from a copy, or start anew in another directory"
+            f"{run_dir} holds no whole checkpoint, and nothing was changed ({listed}): put one "
+            "back from a copy, or start anew in another directory"
         )
     if which == "best":
         sound.sort(key=lambda step: _elbo(folder / str(step)))
@@ -233,7 +240,7 @@ def _is_deleted(run_dir: str | Path, step: int | None, steps: list[int]) -> bool
 def open_checkpoints(run_dir: str | Path) -> Iterator[ocp.CheckpointManager]:
     """The checkpoints of a run, to write more of them.
 
-    Damaged ones are put aside, as STEP.damaged, and what a kill left half-written is taken away.
+    Damaged ones are renamed to STEP.damaged, and what a kill left half-written is removed.
     Raises InputError if the folder, or one in it, is a symbolic link.
     """
     import orbax.checkpoint as ocp
@@ -247,10 +254,10 @@ def open_checkpoints(run_dir: str | Path) -> Iterator[ocp.CheckpointManager]:
         best_fn=_elbo_of,
         enable_async_checkpointing=False,
     )
-    folder = own_folder(_folder(run_dir).parent, "checkpoints")
+    folder = make_folder(_folder(run_dir).parent, "checkpoints")
     refuse_links(*folder.iterdir())
     if is_first():
-        newest = newest_whole(run_dir)
+        newest = newest_intact(run_dir)
         for part in folder.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(part)
         for step in steps_of(run_dir):
@@ -258,7 +265,7 @@ def open_checkpoints(run_dir: str | Path) -> Iterator[ocp.CheckpointManager]:
             if fault and fault.endswith(_MISSING) and step < (newest or 0):
                 shutil.rmtree(folder / str(step))  # a kill came while it was being deleted
             elif fault:
-                _put_aside(folder / str(step))
+                _set_aside(folder / str(step))
     try:
         manager = ocp.CheckpointManager(_literal(folder), options=options)
     except OSError:
@@ -308,22 +315,22 @@ def write(
     folder = Path(checkpoints.directory) / str(step)
     if fault := _difference(folder, _to_tree(state)):
         if is_first():
-            _put_aside(folder)
+            _set_aside(folder)
         reason = f"the checkpoint of step {step} is not read back as it was written ({fault})"
         raise TrainingFailed(cannot_write(run_dir, reason))
     if is_first():
-        _seal(folder)
+        _write_digests(folder)
 
 
-def told(run_dir: str | Path, step: int) -> dict[str, Any]:
+def metadata(run_dir: str | Path, step: int) -> dict[str, Any]:
     """What a checkpoint knows beside the state: `model`, `train`, and `begun`, as of `write`."""
-    return _told(_folder(run_dir) / str(step))
+    return _read_metadata(_folder(run_dir) / str(step))
 
 
-def _told(folder: Path) -> dict[str, Any]:
+def _read_metadata(folder: Path) -> dict[str, Any]:
     path = folder / "config" / "metadata"
     try:
-        saved = unmarked(json.loads(read_bytes(path)), folder)
+        saved = without_version(json.loads(read_bytes(path)), folder)
         sums, seconds = saved.get("begun", ({}, 0.0))
         for name in ("model", "train"):
             if not isinstance(saved[name], dict):
@@ -352,7 +359,7 @@ def _read(
     """Read a checkpoint; unless it is `to_train`, the optimizer's state is left as it is stored."""
     import orbax.checkpoint as ocp
 
-    saved = told(folder.parents[1], int(folder.name))
+    saved = metadata(folder.parents[1], int(folder.name))
     of = {kind: {n: own[n] for n in own if n in kind._registries}
           for kind in (ModelConfig, TrainConfig)}  # fmt: skip
     model = ModelConfig.from_dict(saved["model"], **of[ModelConfig])
@@ -364,13 +371,13 @@ def _read(
     expected = jax.eval_shape(_to_tree, like)
     try:
         # Looked at beforehand: Orbax tells of another shape only in the midst of reading.
-        metadata = ocp.StandardCheckpointHandler().metadata(_literal(folder / "state")).tree
-        stored = _arrays(metadata)
-        before = "flow" in metadata  # as version 0.1 called it
+        tree_metadata = ocp.StandardCheckpointHandler().metadata(_literal(folder / "state")).tree
+        stored = _arrays(tree_metadata)
+        before = "flow" in tree_metadata  # as version 0.1 called it
         if before:
             expected["flow"] = expected.pop("posterior")
         if not to_train:
-            expected["opt_state"] = list(metadata["opt_state"])
+            expected["opt_state"] = list(tree_metadata["opt_state"])
         _expect_stored(folder, stored, _arrays(expected), own)
         abstract = tree_map_with_path(lambda path, _: stored[keystr(path)], expected)
         tree = _restored(folder, _placed(abstract, mesh, fsdp))
@@ -457,8 +464,8 @@ def _expect_stored(
                 "the modules that the model was made with"
             )
         raise InputError(
-            f"{folder} has {_told_of(stored, name)}: expected {_told_of(expected, name)}, as of "
-            "its configuration"
+            f"{folder} has {_array_text(stored, name)}: expected {_array_text(expected, name)}, as "
+            "of its configuration"
         )
     for array in stored.values():
         if jnp.asarray(np.zeros((), array.dtype)).dtype != array.dtype:
@@ -479,8 +486,8 @@ def _expect_restorable(state: TrainState) -> None:
     expected, found = _arrays(like), _arrays(state)
     if name := _differs(found, expected, (".key",)):
         raise InputError(
-            f"the state has {_told_of(found, name)}: expected {_told_of(expected, name)}, as of "
-            "`jaxvae.create_train_state` for its configurations (optimizer "
+            f"the state has {_array_text(found, name)}: expected {_array_text(expected, name)}, as "
+            "of `jaxvae.create_train_state` for its configurations (optimizer "
             f"{train.specs()['optimizer']})"
         )
 
@@ -506,14 +513,14 @@ def _differs(
     return min(shapes(found) ^ shapes(expected), default=(None,))[0]
 
 
-def _told_of(arrays: Mapping[str, jax.ShapeDtypeStruct], name: str) -> str:
+def _array_text(arrays: Mapping[str, jax.ShapeDtypeStruct], name: str) -> str:
     return f"{name} of shape {arrays[name].shape}" if name in arrays else f"no {name}"
 
 
-def _seal(folder: Path) -> None:
+def _write_digests(folder: Path) -> None:
     """Write down the sums of a checkpoint's files, which are what they are to be."""
     sums = json.dumps(_sums(folder), indent=0)
-    write_whole(folder / _SEAL, lambda file: file.write(sums.encode()))
+    write_atomic(folder / _DIGESTS, lambda file: file.write(sums.encode()))
 
 
 def _fault(folder: Path) -> str | None:
@@ -525,15 +532,15 @@ def _fault(folder: Path) -> str | None:
             ):
                 return f"{name} is not an object of named fields"
         sealed = None
-        if os.path.lexists(folder / _SEAL):
-            sealed = json.loads(read_bytes(folder / _SEAL))
+        if os.path.lexists(folder / _DIGESTS):
+            sealed = json.loads(read_bytes(folder / _DIGESTS))
         else:
             # Of an older version, or killed before the seal: what Orbax has finished is whole.
             needed = ("config/metadata", "state/_METADATA", "_CHECKPOINT_METADATA")
             missing = [name for name in needed if not (folder / name).is_file()]
             if missing:
                 return f"{missing[0]} {_MISSING}"
-            _told(folder)
+            _read_metadata(folder)
         found = _sums(folder)
     except NewerVersion:
         raise
@@ -545,7 +552,7 @@ def _fault(folder: Path) -> str | None:
     if sealed is None:
         return None
     if not isinstance(sealed, dict):
-        return f"{_SEAL} is not what was written"
+        return f"{_DIGESTS} is not what was written"
     for name in sorted(sealed.keys() | found.keys(), key=lambda name: (name not in found, name)):
         if sealed.get(name) != found.get(name):
             return f"{name} {'is not what was written' if name in found else _MISSING}"
@@ -561,10 +568,12 @@ def _sums(folder: Path) -> dict[str, str]:
     sums = {}
     for parent, _, names in os.walk(folder, onerror=fail):
         for name in names:
-            if name.removesuffix(".part") == _SEAL or (is_part(name) and Path(parent) == folder):
+            if name.removesuffix(".part") == _DIGESTS or (
+                is_temporary(name) and Path(parent) == folder
+            ):
                 continue
             path = Path(parent, name)
-            with open(path, "rb", opener=regular) as file:
+            with open(path, "rb", opener=open_regular) as file:
                 sums[path.relative_to(folder).as_posix()] = hashlib.file_digest(
                     file, "sha256"
                 ).hexdigest()
@@ -585,8 +594,8 @@ def _elbo_of(metrics: Any) -> float:
     return float(value) if is_number(value) else -math.inf  # type: ignore[arg-type]
 
 
-def _put_aside(folder: Path) -> None:
-    os.replace(folder, aside(folder))
+def _set_aside(folder: Path) -> None:
+    os.replace(folder, damaged_name(folder))
 
 
 def _folder(run_dir: str | Path) -> Path:

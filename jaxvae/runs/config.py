@@ -12,7 +12,7 @@ import jax
 from jaxvae.components import Config, is_dotted_path
 from jaxvae.errors import InputError
 from jaxvae.models.config import ModelConfig
-from jaxvae.runs.files import NewerVersion, read_json, unmarked
+from jaxvae.runs.files import NewerVersion, read_json, without_version
 from jaxvae.training.config import TrainConfig
 from jaxvae.training.optimizer import ELEMENTWISE
 from jaxvae.validation import either, shown, whole_number
@@ -236,7 +236,7 @@ def read_config_file(path: Path, flags: Collection[str] = ()) -> RunConfig:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path} is not TOML, nor .json and JSON: {reason}") from None
     try:
-        content = unmarked(content, path)
+        content = without_version(content, path)
         content.pop("data_seen", None)  # of the run that wrote it
         parts: dict[str, Any] = {}
         for name, kind in (("model", ModelConfig), ("train", TrainConfig)):

@@ -27,14 +27,14 @@ from jaxvae.models.config import ModelConfig
 from jaxvae.models.vae import Params
 from jaxvae.runs.checkpoints import (
     load,
-    newest_whole,
+    metadata,
+    newest_intact,
     steps_of,
-    told,
 )
 from jaxvae.runs.config import MAY_CHANGE, DataRecord, RunConfig, components
 from jaxvae.runs.data import describe, difference, model_inputs
 from jaxvae.runs.files import (
-    owned,
+    locked,
     read_metrics,
     version,
     write_json,
@@ -57,12 +57,12 @@ def start(
 
     new_data: a run goes on with another data set, of as many batches per epoch, which is recorded.
     """
-    config = fitted(run_dir, config, data, describe(data), resume=resume, new_data=new_data)
+    config = with_data(run_dir, config, data, describe(data), resume=resume, new_data=new_data)
     if resume:
-        expect_the_same(run_dir, config)
+        expect_same_config(run_dir, config)
     else:
-        refuse_another(run_dir)
-        try_out(config, data)
+        expect_no_run(run_dir)
+        check_first_step(config, data)
     wait_for_all("nobody refuses the run")
     if is_first():
         write_config(run_dir, config)
@@ -73,7 +73,7 @@ def start(
 def write_config(run_dir: Path, config: RunConfig) -> None:
     """Write config.json, unless another training is in the directory, and make the directory."""
     make_directory(run_dir)
-    with owned(run_dir):
+    with locked(run_dir):
         write_json(run_dir / "config.json", {"jaxvae": version(), **config.to_dict()})
 
 
@@ -85,9 +85,9 @@ def make_directory(run_dir: Path) -> None:
         raise InputError(f"{run_dir} cannot be written: {error.strerror}") from None
 
 
-def expect_the_same(run_dir: Path, config: RunConfig) -> None:
+def expect_same_config(run_dir: Path, config: RunConfig) -> None:
     """Raises InputError if the newest checkpoint was trained with another configuration."""
-    step = newest_whole(run_dir)
+    step = newest_intact(run_dir)
     if step is None:
         # A kill can leave the line of the first epoch before its checkpoint.
         if any(line["epoch"] > 1 for line in read_metrics(run_dir)):
@@ -96,7 +96,7 @@ def expect_the_same(run_dir: Path, config: RunConfig) -> None:
                 "from a copy, or start anew in another directory"
             )
         return
-    saved = told(run_dir, step)
+    saved = metadata(run_dir, step)
     own = components(config)
     for part, name in ((config.model, "model"), (config.train, "train")):
         mine = {n: x for n, x in own.items() if n in part._registries}
@@ -109,7 +109,7 @@ def expect_the_same(run_dir: Path, config: RunConfig) -> None:
                 )
 
 
-def fitted(
+def with_data(
     run_dir: Path,
     config: RunConfig,
     data: Dataset,
@@ -202,7 +202,7 @@ def _seen(
     )
 
 
-def try_out(config: RunConfig, data: Dataset, models: int = 1) -> None:
+def check_first_step(config: RunConfig, data: Dataset, models: int = 1) -> None:
     """Raises InputError if a new run could not take its first step; computes nothing.
 
     models: how many of the kind are trained at once.
@@ -254,7 +254,7 @@ def first_params(config: RunConfig) -> Params | None:
     return params
 
 
-def refuse_another(run_dir: Path) -> None:
+def expect_no_run(run_dir: Path) -> None:
     """Raises InputError if there is a run, or a sweep, in the directory already."""
     if any((run_dir / name).exists() for name in ("config.json", "sweep.json")):
         raise InputError(

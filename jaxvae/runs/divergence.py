@@ -27,7 +27,7 @@ _SHOWN = 8  # of the images of a batch; diverged.json has all of them
 
 
 @dataclass(frozen=True)
-class Watch:
+class DivergenceCheck:
     """Looks at what a training comes to.
 
     run_dir: of the run, or of the sweep; None: nothing is written.
@@ -42,7 +42,7 @@ class Watch:
     models: tuple[str, ...] = ()
     diverged: set[int] = field(default_factory=set)
 
-    def expect_losses(self, state: TrainState, count: int, finite: Any) -> None:
+    def check_losses(self, state: TrainState, count: int, finite: Any) -> None:
         """Raises TrainingFailed unless every loss of a dispatch was finite.
 
         The message names the step, and diverged.json all the images of its batch. Where one of
@@ -76,8 +76,8 @@ class Watch:
                 f"training images {shown}{self._where(model)})",
             )
 
-    def expect_numbers(self, state: TrainState, measured: Mapping[str, Any]) -> None:
-        """Raises as `expect_losses` unless all that is to be saved after a step is finite."""
+    def check_finite(self, state: TrainState, measured: Mapping[str, Any]) -> None:
+        """Raises as `check_losses` unless all that is to be saved after a step is finite."""
         good = {f"the test {name}": np.isfinite(np.ravel(x)) for name, x in measured.items()}
         parameters = (state.params, state.opt_state)
         good["a parameter"] = np.ravel(_finite(parameters, bool(self.models)))
@@ -91,7 +91,7 @@ class Watch:
                         f"{what} {self._of(model)}is NaN or infinite after step {step}",
                     )
 
-    def good(self, values: Any) -> Any:
+    def mask_diverged(self, values: Any) -> Any:
         """A metric as float64, with NaN for the models that have diverged."""
         values = np.array(values, np.float64)
         if self.diverged:

@@ -10,7 +10,7 @@ from jaxvae.runs.config import RunConfig, run_keys
 from jaxvae.runs.files import (
     read_metrics,
 )
-from jaxvae.storage import own_folder
+from jaxvae.storage import make_folder
 
 
 def draw(
@@ -31,7 +31,7 @@ def draw(
     _, key = run_keys(config)
     folder = run_dir / "figures"
     try:
-        folder, history = own_folder(run_dir, "figures"), list[dict[str, Any]]()
+        folder, history = make_folder(run_dir, "figures"), list[dict[str, Any]]()
         with or_warned(folder / f"training.{kind}"):
             history = read_metrics(run_dir)
         paths = draw_all(folder, params, data, history, key, kind)

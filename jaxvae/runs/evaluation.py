@@ -33,7 +33,7 @@ def measure(
     data_name: str | None = None,
     **own: Any,
 ) -> dict[str, float | str]:
-    """Measure a run's model on its test images; `keep` writes what comes out as evaluation.json.
+    """Measure a run's model on its test images; `write_evaluation` writes the result.
 
     Returns:
       `step`, `images` and `num_samples`; `elbo`, `log_likelihood`, `kl` and `log_p_x`, means in
@@ -79,7 +79,7 @@ def measure(
     return record
 
 
-def keep(run_dir: Path, found: Mapping[str, float | str]) -> Path:
+def write_evaluation(run_dir: Path, found: Mapping[str, float | str]) -> Path:
     """Write what `measure` found as evaluation.json, and return its path.
 
     Raises InputError if the directory cannot be written.

@@ -18,11 +18,11 @@ from typing import Any, TypeGuard, TypeVar
 
 from jaxvae.errors import ComponentNeeded, Damaged, InputError, TrainingFailed
 from jaxvae.storage import (
+    open_regular_itself,
     read_bytes,
     refuse_links,
-    regular_itself,
-    remove_parts,
-    write_whole,
+    remove_temporary,
+    write_atomic,
 )
 
 try:
@@ -42,7 +42,7 @@ def version() -> str:
     return __version__
 
 
-def unmarked(content: Any, where: str | Path) -> dict[str, Any]:
+def without_version(content: Any, where: str | Path) -> dict[str, Any]:
     """What a file of a run says, without the mark of the version that wrote it.
 
     Raises InputError if that version is newer than this one, whose files may mean other things.
@@ -74,7 +74,7 @@ def _parts(version: str) -> tuple[int, ...] | None:
 def read_json(path: Path, parse: Callable[[Any], T]) -> T:
     """What a file of a run directory says, or InputError if it is not there or is damaged."""
     try:
-        return parse(unmarked(json.loads(read_bytes(path)), path))
+        return parse(without_version(json.loads(read_bytes(path)), path))
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(
             f"{path.parent} is not a run directory: expected one made by `jaxvae train`, "
@@ -93,7 +93,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(content, indent=2) + "\n"
-        write_whole(path, lambda file: file.write(text.encode()))
+        write_atomic(path, lambda file: file.write(text.encode()))
     except OSError as error:
         raise InputError(f"{path.parent} cannot be written: {error.strerror}") from None
 
@@ -119,7 +119,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return records
 
 
-def take_up_history(run_dir: Path, done: int) -> None:
+def truncate_history(run_dir: Path, done: int) -> None:
     """Make metrics.jsonl hold the lines of the first `done` epochs, as far as they are whole.
 
     Of a damaged file a copy is kept, as metrics.jsonl.damaged. Warns, with the category
@@ -131,7 +131,7 @@ def take_up_history(run_dir: Path, done: int) -> None:
     kept = [record for record in records if record["epoch"] <= done]
     missing = sorted(set(range(1, done + 1)) - {record["epoch"] for record in kept})
     if damaged:
-        write_whole(aside(path), lambda file: file.write(content))
+        write_atomic(damaged_name(path), lambda file: file.write(content))
     if missing:
         warnings.warn(
             f"{path} has lost the lines of {len(missing)} of {done} epochs, from epoch "
@@ -141,18 +141,18 @@ def take_up_history(run_dir: Path, done: int) -> None:
             stacklevel=2,
         )
     text = "".join(map(_line, kept))
-    write_whole(path, lambda file: file.write(text.encode()))
+    write_atomic(path, lambda file: file.write(text.encode()))
 
 
-def append_history(run_dir: Path, record: dict[str, Any]) -> None:
+def append_metrics(run_dir: Path, record: dict[str, Any]) -> None:
     """Add a line to metrics.jsonl, on the disk before this returns."""
-    with open(run_dir / "metrics.jsonl", "a", opener=regular_itself) as file:
+    with open(run_dir / "metrics.jsonl", "a", opener=open_regular_itself) as file:
         file.write(_line(record))
         file.flush()
         os.fsync(file.fileno())
 
 
-def aside(path: Path) -> Path:
+def damaged_name(path: Path) -> Path:
     """Return a name beside `path` that is free, to keep there what is damaged."""
     names = (f"{path.name}.damaged{number or ''}" for number in itertools.count())
     return next(one for name in names if not os.path.lexists(one := path.with_name(name)))
@@ -212,7 +212,7 @@ def is_number(value: Any) -> TypeGuard[float]:
 
 
 @contextmanager
-def owned(run_dir: Path) -> Iterator[None]:
+def locked(run_dir: Path) -> Iterator[None]:
     """Keep other trainings out of a run directory, and take away what a killed one left there.
 
     Raises InputError if another training is in it, or it cannot be written.
@@ -220,7 +220,7 @@ def owned(run_dir: Path) -> Iterator[None]:
     path = run_dir / _LOCK
     refuse_links(path)
     try:
-        file = open(path, "a+", opener=regular_itself)  # noqa: SIM115
+        file = open(path, "a+", opener=open_regular_itself)  # noqa: SIM115
     except OSError as error:
         raise InputError(f"{run_dir} cannot be written: {error.strerror}") from None
     with file:
@@ -241,16 +241,16 @@ def owned(run_dir: Path) -> Iterator[None]:
                 file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
                 file.flush()
         for folder in (run_dir, *(run_dir / name for name in ("figures", "manifolds", "export"))):
-            remove_parts(folder)
+            remove_temporary(folder)
         checkpoints = run_dir / "checkpoints"
         if not checkpoints.is_symlink():
             for folder in checkpoints.glob("[0-9]*"):
-                remove_parts(folder)
+                remove_temporary(folder)
         yield
 
 
 @contextmanager
-def on_disk(run_dir: Path) -> Iterator[None]:
+def disk_errors(run_dir: Path) -> Iterator[None]:
     """Turns what goes wrong in writing to a run directory into one line."""
     try:
         yield

@@ -8,7 +8,7 @@ import jax
 from jaxvae.interchange.keras import load_keras_layers
 from jaxvae.runs.checkpoints import save
 from jaxvae.runs.config import configured
-from jaxvae.runs.directory import make_directory, refuse_another, write_config
+from jaxvae.runs.directory import expect_no_run, make_directory, write_config
 from jaxvae.training.state import state_of
 
 
@@ -31,7 +31,7 @@ def import_keras(
         written.
     """
     run_dir = Path(run_dir)
-    refuse_another(run_dir)
+    expect_no_run(run_dir)
     params, layers = load_keras_layers(path, decoder)
     config = replace(configured({"data": data}), model=params.config)
     make_directory(run_dir)

@@ -19,23 +19,23 @@ from jaxvae.models.vae import Params
 from jaxvae.objectives import example_keys
 from jaxvae.runs.callbacks import Callback, EarlyStopping, Training
 from jaxvae.runs.checkpoints import (
-    newest_whole,
+    metadata,
+    newest_intact,
     open_checkpoints,
     restore,
-    told,
     write,
 )
 from jaxvae.runs.config import RunConfig, components, run_keys
 from jaxvae.runs.data import model_inputs
 from jaxvae.runs.directory import first_state
-from jaxvae.runs.divergence import Watch
+from jaxvae.runs.divergence import DivergenceCheck
 from jaxvae.runs.files import (
-    append_history,
-    on_disk,
-    owned,
+    append_metrics,
+    disk_errors,
+    locked,
     read_metrics,
     resume_command,
-    take_up_history,
+    truncate_history,
 )
 from jaxvae.training.pipeline import Epoch, feed
 from jaxvae.training.state import TrainState
@@ -55,7 +55,7 @@ class Trained(Protocol):
       begun: of an epoch that was interrupted, the sums of its metrics so far and its seconds.
       models: how many models it is.
       epoch_of: the dispatches of an epoch.
-      watch: what ends the training when numbers go wrong.
+      divergence: what ends the training when numbers go wrong.
     """
 
     run_dir: Path | None
@@ -65,7 +65,7 @@ class Trained(Protocol):
     begun: tuple[Sums, float]
     models: int
     epoch_of: Epoch
-    watch: Watch
+    divergence: DivergenceCheck
 
     def params(self, state: TrainState) -> Params:
         """Return the parameters to evaluate with, on this process's first device."""
@@ -92,7 +92,7 @@ def run_epochs(trained: Trained, callbacks: Iterable[Callback] = ()) -> TrainSta
       TrainingFailed: a loss or a parameter is NaN or infinite, or the directory cannot be written.
       Preempted: told to stop by SIGTERM or Ctrl-C, and saved.
     """
-    config, state, watch = trained.config.train, trained.state, trained.watch
+    config, state, divergence = trained.config.train, trained.state, trained.divergence
     totals, seconds = trained.begun
     steps = len(trained.data.train_images) // config.batch_size
     done, first = divmod(step_of(state), steps)
@@ -110,10 +110,10 @@ def run_epochs(trained: Trained, callbacks: Iterable[Callback] = ()) -> TrainSta
         trained.run_dir,
     )
     own = [EarlyStopping(config.patience)] if config.patience else []
-    followers = [*callbacks, *own] if is_first() else []
+    active = [*callbacks, *own] if is_first() else []
     with (
-        _following(followers, training) as (is_over, ended),
-        preemption(step_of(state)) as is_to_stop,
+        _run_callbacks(active, training) as (is_over, ended),
+        preemption(step_of(state)) as should_stop,
     ):
         for epoch in range(done + 1, config.epochs + 1) if all_agree(not is_over) else ():
             began = time.perf_counter() - seconds
@@ -121,44 +121,44 @@ def run_epochs(trained: Trained, callbacks: Iterable[Callback] = ()) -> TrainSta
             start = replace(state, step=state.step - first)
             for count, advance in trained.epoch_of(start, first):
                 state, metrics = advance(state)
-                watch.expect_losses(state, count, metrics.pop("finite"))
+                divergence.check_losses(state, count, metrics.pop("finite"))
                 means = {}
                 for name, value in jax.device_get(metrics).items():
-                    value = watch.good(value)
+                    value = divergence.mask_diverged(value)
                     sums[name] = sums.get(name, 0.0) + value
                     means[name] = float(np.nanmean(value)) / count
-                for follower in followers:
-                    follower.dispatch(count * config.batch_size * trained.models, means)
-                if is_to_stop(step_of(state)):
+                for callback in active:
+                    callback.dispatch(count * config.batch_size * trained.models, means)
+                if should_stop(step_of(state)):
                     break
             step = step_of(state)
             if step < epoch * steps:
-                watch.expect_numbers(state, {})
+                divergence.check_finite(state, {})
                 trained.save(state, {}, (sums, time.perf_counter() - began))
-                raise Preempted(stopped(trained.run_dir, step))
+                raise Preempted(stop_message(trained.run_dir, step))
             params = trained.params(state)
             test = trained.measure(params)
-            watch.expect_numbers(state, test)
+            divergence.check_finite(state, test)
             train = {name: total / steps for name, total in sums.items()}
             # The line before the checkpoint: a kill in between leaves a line too many, which the
             # resumed run takes back, and never one too few.
             about = {"epoch": epoch, "step": step}
             record = trained.record(about, train, test, round(time.perf_counter() - began, 3))
             with _writing(trained.run_dir):
-                verdicts = [follower.epoch(record, params) for follower in followers]
+                verdicts = [callback.epoch(record, params) for callback in active]
             trained.save(state, test, ({}, 0.0))
             if not all_agree(not any(verdicts)):
                 break
-            if epoch < config.epochs and is_to_stop(step):
-                raise Preempted(stopped(trained.run_dir, step))
+            if epoch < config.epochs and should_stop(step):
+                raise Preempted(stop_message(trained.run_dir, step))
             first, totals, seconds = 0, {}, 0.0
         ended(trained.params(state))
     return state
 
 
 @contextmanager
-def _following(
-    followers: Sequence[Callback], training: Training
+def _run_callbacks(
+    active: Sequence[Callback], training: Training
 ) -> Iterator[tuple[bool, Callable[[Params], None]]]:
     """Start callbacks, and end them however the training ends.
 
@@ -168,19 +168,19 @@ def _following(
     last: list[Params] = []
     with ExitStack() as stack:
         is_over = False
-        for follower in followers:
+        for callback in active:
             with _writing(training.run_dir):
-                is_over |= bool(follower.start(training))
-            stack.callback(_end, follower, last)
+                is_over |= bool(callback.start(training))
+            stack.callback(_end, callback, last)
         yield is_over, last.append
 
 
 def _writing(run_dir: Path | None) -> AbstractContextManager[None]:
-    return on_disk(run_dir) if run_dir else nullcontext()
+    return disk_errors(run_dir) if run_dir else nullcontext()
 
 
-def _end(follower: Callback, last: list[Params]) -> None:
-    follower.end(last[0] if last else None)
+def _end(callback: Callback, last: list[Params]) -> None:
+    callback.end(last[0] if last else None)
 
 
 def train(
@@ -207,12 +207,12 @@ def train(
       TrainingFailed: as of `run_epochs`.
       Preempted: as of `run_epochs`.
     """
-    with owned(run_dir) if run_dir and is_first() else nullcontext(), ExitStack() as stack:
-        one = _One(run_dir, config, data, stack)
+    with locked(run_dir) if run_dir and is_first() else nullcontext(), ExitStack() as stack:
+        one = _OneModel(run_dir, config, data, stack)
         return whole(run_epochs(one, callbacks), one.mesh)
 
 
-class _One:
+class _OneModel:
     """One model, on all devices of all processes."""
 
     models = 1
@@ -225,9 +225,9 @@ class _One:
         self.mesh = devices_for(config.train.batch_size)
         images, labels = model_inputs(data.train_images, data.train_labels, config.model)
         steps = len(images) // config.train.batch_size
-        self.measure = _measuring(config, data, test_key)
-        self.watch = Watch(run_dir, len(images), steps)
-        saved = newest_whole(run_dir) if run_dir else None
+        self.measure = _evaluator(config, data, test_key)
+        self.divergence = DivergenceCheck(run_dir, len(images), steps)
+        saved = newest_intact(run_dir) if run_dir else None
         self._checkpoints = stack.enter_context(open_checkpoints(run_dir)) if run_dir else None
         self.begun: tuple[Sums, float] = ({}, 0.0)
         if saved is None or run_dir is None:
@@ -235,12 +235,12 @@ class _One:
         else:
             state = restore(run_dir, saved, mesh=self.mesh, fsdp=config.fsdp, **components(config))
             self.state = replace(state, config=config.train)
-            self.begun = told(run_dir, saved)["begun"]
+            self.begun = metadata(run_dir, saved)["begun"]
         specs = fsdp_specs(self.state, self.mesh) if config.fsdp else jax.P()
         self.epoch_of = feed(images, labels, config.train, self.mesh, specs, workers=config.workers)
         if run_dir and is_first():
-            with on_disk(run_dir):
-                take_up_history(run_dir, int(self.state.step) // steps)
+            with disk_errors(run_dir):
+                truncate_history(run_dir, int(self.state.step) // steps)
 
     def params(self, state: TrainState) -> Params:
         return whole(state.eval_params, self.mesh)
@@ -251,8 +251,8 @@ class _One:
         numbers = {name: float(value) for name, value in train.items()}
         record = {**about, "train": numbers, "test": dict(test), "seconds": seconds}
         if self.run_dir and is_first():
-            with on_disk(self.run_dir):
-                append_history(self.run_dir, record)
+            with disk_errors(self.run_dir):
+                append_metrics(self.run_dir, record)
         return record
 
     def save(self, state: TrainState, test: Sums, begun: tuple[Sums, float]) -> None:
@@ -260,14 +260,14 @@ class _One:
             write(self._checkpoints, state, test, begun)
 
 
-def stopped(run_dir: Path | None, step: int) -> str:
+def stop_message(run_dir: Path | None, step: int) -> str:
     """Return what to tell the user who has sent SIGTERM, or pressed Ctrl-C."""
     if run_dir is None:
         return f"stopped after step {step}"
     return f"stopped and saved after step {step}; resume with: {resume_command(run_dir)}"
 
 
-def _measuring(
+def _evaluator(
     config: RunConfig, data: Dataset, key: jax.Array
 ) -> Callable[[Params], dict[str, float]]:
     """What measures parameters of this process on the test images: means over all of them."""

@@ -33,17 +33,24 @@ from jaxvae.models.vae import Params
 from jaxvae.runs import config as run_config
 from jaxvae.runs import directory, loop
 from jaxvae.runs.callbacks import Callback
-from jaxvae.runs.checkpoints import newest_whole, open_checkpoints, restore, steps_of, told, write
+from jaxvae.runs.checkpoints import (
+    metadata,
+    newest_intact,
+    open_checkpoints,
+    restore,
+    steps_of,
+    write,
+)
 from jaxvae.runs.config import RunConfig, as_flag, own_components, run_keys, updated
 from jaxvae.runs.data import describe, model_inputs
-from jaxvae.runs.divergence import DIVERGED, Watch
+from jaxvae.runs.divergence import DIVERGED, DivergenceCheck
 from jaxvae.runs.files import (
-    append_history,
-    on_disk,
-    owned,
+    append_metrics,
+    disk_errors,
+    locked,
     read_json,
     read_metrics,
-    take_up_history,
+    truncate_history,
     version,
     write_json,
 )
@@ -149,7 +156,7 @@ def start(
     record = describe(data)
     lost = diverged(run_dir, models) if resume else []
     fitted = {
-        name: directory.fitted(
+        name: directory.with_data(
             run_dir / name, config, data, record, resume=resume, new_data=new_data
         )
         for name, config in models.items()
@@ -157,14 +164,14 @@ def start(
     }
     if not resume:
         for place in (run_dir, *(run_dir / name for name in fitted)):
-            directory.refuse_another(place)
-        directory.try_out(next(iter(fitted.values())), data, len(fitted))
+            directory.expect_no_run(place)
+        directory.check_first_step(next(iter(fitted.values())), data, len(fitted))
     else:
         for name, config in fitted.items():
-            directory.expect_the_same(run_dir / name, config)
+            directory.expect_same_config(run_dir / name, config)
     refuse_links(*(run_dir / name for name in fitted))
     directory.make_directory(run_dir)
-    with owned(run_dir):
+    with locked(run_dir):
         all_of_them = {name: fitted.get(name, config) for name, config in models.items()}
         recorded = {name: config.to_dict() for name, config in all_of_them.items()}
         write_json(run_dir / "sweep.json", {"jaxvae": version(), **recorded})
@@ -209,13 +216,13 @@ def train(
             "tells: train anew with a lower --learning-rate or with --clip-norm 1"
         )
     with ExitStack() as stack:
-        many = _Many(run_dir, models, data, stack)
+        many = _ManyModels(run_dir, models, data, stack)
         states = jax.device_put(loop.run_epochs(many, callbacks), jax.local_devices()[0])
-        left = np.array([i for i in range(len(models)) if i not in many.watch.diverged])
-    return jax.tree.map(lambda x: x[left], states) if many.watch.diverged else states
+        left = np.array([i for i in range(len(models)) if i not in many.divergence.diverged])
+    return jax.tree.map(lambda x: x[left], states) if many.divergence.diverged else states
 
 
-class _Many:
+class _ManyModels:
     """Many models, dealt out to the devices of this process."""
 
     def __init__(
@@ -251,7 +258,7 @@ class _Many:
             del hyper["beta"]
         train_keys, test_keys = map(jnp.stack, zip(*map(run_keys, self._configs), strict=True))
         for folder in (run_dir, *self._folders):
-            stack.enter_context(owned(folder))
+            stack.enter_context(locked(folder))
         saved = _common_step(self._folders)
         self._checkpoints = [
             stack.enter_context(open_checkpoints(folder)) for folder in self._folders
@@ -262,7 +269,7 @@ class _Many:
         else:
             own_ones = run_config.components(self.config)
             ones = [restore(folder, saved, **own_ones) for folder in self._folders]
-            begun = [told(folder, saved)["begun"] for folder in self._folders]
+            begun = [metadata(folder, saved)["begun"] for folder in self._folders]
             sums = {
                 name: np.array([own.get(name, 0.0) for own, _ in begun]) for name in begun[0][0]
             }
@@ -275,10 +282,10 @@ class _Many:
         images = len(data.train_images)
         steps = images // shared.batch_size
         self.epoch_of = _pipeline(take_steps, hyper, train)
-        self.watch = Watch(run_dir, images, steps, tuple(models))
-        with on_disk(run_dir):
+        self.divergence = DivergenceCheck(run_dir, images, steps, tuple(models))
+        with disk_errors(run_dir):
             for folder in (run_dir, *self._folders):
-                take_up_history(folder, loop.step_of(self.state) // steps)
+                truncate_history(folder, loop.step_of(self.state) // steps)
 
     def params(self, state: TrainState) -> Params:
         return state.eval_params
@@ -289,18 +296,18 @@ class _Many:
     def record(
         self, about: dict[str, Any], train: loop.Sums, test: loop.Sums, seconds: float
     ) -> dict[str, Any]:
-        splits = _each(train, self.watch), _each(test, self.watch)
+        splits = _each(train, self.divergence), _each(test, self.divergence)
         ours = {i: {"train": one, "test": splits[1][i]} for i, one in splits[0].items()}
         record = {
             **about,
             **_moments(list(ours.values())),
             "seconds": seconds,
-            "models": {self.watch.models[i]: line for i, line in ours.items()},
+            "models": {self.divergence.models[i]: line for i, line in ours.items()},
         }
-        with on_disk(self._run_dir):
-            append_history(self._run_dir, record)
+        with disk_errors(self._run_dir):
+            append_metrics(self._run_dir, record)
             for i, line in ours.items():
-                append_history(self._folders[i], {**about, **line, "seconds": seconds})
+                append_metrics(self._folders[i], {**about, **line, "seconds": seconds})
         return record
 
     def save(self, state: TrainState, test: loop.Sums, begun: tuple[loop.Sums, float]) -> None:
@@ -308,8 +315,8 @@ class _Many:
         # share is a program in which they wait for each other, and of hundreds begun at once some
         # could hold the threads that the others wait for.
         numbers = jax.device_get(replace(state, key=jax.random.key_data(state.key)))
-        sums = _each(begun[0], self.watch)
-        for i, metrics in _each(test, self.watch).items():
+        sums = _each(begun[0], self.divergence)
+        for i, metrics in _each(test, self.divergence).items():
             one = jax.tree.map(lambda x, i=i: jnp.asarray(x[i]), numbers)
             key, config = jax.random.wrap_key_data(one.key), self._configs[i].train
             write(self._checkpoints[i], replace(one, key=key, config=config), metrics,
@@ -326,7 +333,7 @@ def _common_step(folders: list[Path]) -> int | None:
 
     Raises InputError if only some have.
     """
-    newest = [newest_whole(folder) for folder in folders]
+    newest = [newest_intact(folder) for folder in folders]
     found = [step for step in newest if step is not None]
     if len(found) < len(folders) and not any(len(steps_of(folder)) > 1 for folder in folders):
         return None  # killed while the first ones were written
@@ -413,9 +420,9 @@ def _stacked(states: list[TrainState]) -> TrainState:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
 
 
-def _each(values: Mapping[str, Any], watch: Watch) -> dict[int, dict[str, float]]:
+def _each(values: Mapping[str, Any], divergence: DivergenceCheck) -> dict[int, dict[str, float]]:
     """Every model's own, by its position; not of those that have diverged."""
-    left = [i for i in range(len(watch.models)) if i not in watch.diverged]
+    left = [i for i in range(len(divergence.models)) if i not in divergence.diverged]
     return {i: {name: float(x[i]) for name, x in values.items()} for i in left}
 
 

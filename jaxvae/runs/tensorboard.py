@@ -16,14 +16,14 @@ from jaxvae.models.vae import Params, encode, reconstruct, sample
 from jaxvae.runs.callbacks import Callback, Training
 from jaxvae.runs.config import run_keys
 from jaxvae.runs.data import model_inputs
-from jaxvae.storage import own_folder, refuse_links
+from jaxvae.storage import make_folder, refuse_links
 
 _PICTURED = 8  # reconstructions, and the square root of how many samples
 _PROJECTED = 2500  # test latents in the projector
 _SPRITE = 8192  # pixels, of which TensorBoard takes no larger picture
 
 
-def need_tensorboard() -> None:
+def require_tensorboard() -> None:
     """Raises InputError if what writes TensorBoard's files is not installed."""
     if importlib.util.find_spec("tensorboardX") is None:
         raise InputError(
@@ -95,7 +95,7 @@ class TensorBoard(Callback):
         from tensorboardX import SummaryWriter
         from tensorboardX.summary import hparams
 
-        own_folder(self._folder.parent, self._folder.name)
+        make_folder(self._folder.parent, self._folder.name)
         refuse_links(*self._folder.rglob("*"))
         # A file is named after the second it was opened in: the step tells two of them apart.
         self._writer = SummaryWriter(

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 import jaxvae
-from jaxvae.cli.commands import _COMMANDS, _called, _drop_oldest, main
+from jaxvae.cli.commands import _COMMANDS, _drop_oldest, _program_name, main
 from jaxvae.cli.parser import SHELLS, config_fields, make_parser
 from jaxvae.interchange.export import load_safetensors
 from jaxvae.runs.config import RunConfig, as_flag, read_config
@@ -34,7 +34,7 @@ FLAGS = [as_flag(name) for name in config_fields()]
 def keep_no_programs():
     """Leaves this process's settings and the user's cache folder alone."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jaxvae.cli.commands._keep_programs", lambda: None)
+        patch.setattr("jaxvae.cli.commands._enable_compilation_cache", lambda: None)
         yield
 
 
@@ -309,7 +309,7 @@ def test_a_copied_line_calls_the_program_as_the_user_did(monkeypatch):
         "pytest": "jaxvae",
     }.items():
         monkeypatch.setattr("sys.argv", [called])
-        assert _called() == name
+        assert _program_name() == name
 
 
 def test_train_resume_of_a_finished_run_changes_nothing(run_dir):

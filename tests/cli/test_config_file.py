@@ -21,7 +21,7 @@ def started(monkeypatch):
     def train(run_dir, config, data, **more):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("jaxvae.cli.commands._keep_programs", lambda: None)
+    monkeypatch.setattr("jaxvae.cli.commands._enable_compilation_cache", lambda: None)
     monkeypatch.setattr(loop, "train", train)
 
 

@@ -101,7 +101,7 @@ array = squares().train_images
 @pytest.fixture(scope="module")
 def keep_no_programs():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jaxvae.cli.commands._keep_programs", lambda: None)
+        patch.setattr("jaxvae.cli.commands._enable_compilation_cache", lambda: None)
         patch.setattr("jaxvae.runs.drawing.draw", lambda *_: [Path("a.png")])
         yield
 

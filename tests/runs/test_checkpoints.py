@@ -16,7 +16,7 @@ from conftest import OwnDecoder, OwnEncoder, at_once, refused
 import jaxvae
 from jaxvae.errors import Damaged, TrainingFailed
 from jaxvae.runs import checkpoints
-from jaxvae.runs.checkpoints import newest_whole, open_checkpoints, steps_of, told, write
+from jaxvae.runs.checkpoints import metadata, newest_intact, open_checkpoints, steps_of, write
 from jaxvae.training.step import optimizer
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -337,7 +337,7 @@ def test_of_a_damaged_checkpoint_no_file_is_believed(of_two_steps, tmp_path, dam
         else:
             for which in ("latest", "best"):
                 with pytest.warns(Damaged, match="step 2 is damaged .*; that of step 1 takes its"):
-                    assert newest_whole(copy, which) == 1
+                    assert newest_intact(copy, which) == 1
             with refused("the checkpoint of step 2 is damaged: "):
                 jaxvae.restore(copy, 2)
         shutil.rmtree(copy)
@@ -490,8 +490,8 @@ def test_odd_metadata_of_an_unsealed_checkpoint_are_damage(saved, tmp_path, odd)
     with pytest.warns(Damaged, match=r"of step 2 is damaged .*; that of step 1 takes its place"):
         assert int(jaxvae.restore(copy).step) == 1
     with refused("metadata is damaged ("):
-        told(copy, 2)
-    checkpoints._seal(copy / "checkpoints" / "2")  # by a stranger
+        metadata(copy, 2)
+    checkpoints._write_digests(copy / "checkpoints" / "2")  # by a stranger
     with refused("metadata is damaged ("):
         jaxvae.restore(copy)
 
@@ -530,7 +530,7 @@ def test_a_pipe_among_the_files_of_a_checkpoint_is_damage(saved, tmp_path, seale
         (copy / name).unlink(missing_ok=True)
         os.mkfifo(copy / name)
         with at_once(), pytest.warns(Damaged, match="of step 2 is damaged .*; that of step 1"):
-            assert newest_whole(copy) == 1
+            assert newest_intact(copy) == 1
         shutil.rmtree(copy)
 
 

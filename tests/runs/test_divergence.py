@@ -15,7 +15,7 @@ from jaxvae.runs import directory, loop, sweep
 from jaxvae.runs.checkpoints import steps_of
 from jaxvae.runs.config import configured
 from jaxvae.runs.data import load_run_data
-from jaxvae.runs.divergence import Watch, _finite
+from jaxvae.runs.divergence import DivergenceCheck, _finite
 from jaxvae.runs.files import read_metrics
 from jaxvae.training.step import shuffle, train_steps
 
@@ -108,15 +108,15 @@ def test_a_sweep_of_which_all_models_diverge_ends_and_so_does_its_resume(tmp_pat
 
 def test_parameters_of_one_of_many_models_that_are_no_numbers_are_left_out(tmp_path):
     states = jax.tree.map(lambda x: jnp.stack([x, x, x]), _state())
-    watch = Watch(tmp_path, 64, 4, ("a", "b", "c"))
+    divergence = DivergenceCheck(tmp_path, 64, 4, ("a", "b", "c"))
     bad = jax.tree.map(lambda x: x.at[1].set(jnp.inf), states.params)
     with pytest.warns(Diverged, match="a parameter of b is NaN or infinite after step 0"):
-        watch.expect_numbers(replace(states, params=bad), {"elbo": np.zeros(3)})
-    assert watch.diverged == {1}
+        divergence.check_finite(replace(states, params=bad), {"elbo": np.zeros(3)})
+    assert divergence.diverged == {1}
     assert json.loads((tmp_path / "b" / "diverged.json").read_text())["model"] == "b"
     with pytest.warns(Diverged, match="the test elbo of c is NaN"):
-        watch.expect_numbers(states, {"elbo": np.array([0, np.nan, np.nan])})
-    np.testing.assert_array_equal(watch.good([1, 2, 3]), [1, np.nan, np.nan])
+        divergence.check_finite(states, {"elbo": np.array([0, np.nan, np.nan])})
+    np.testing.assert_array_equal(divergence.mask_diverged([1, 2, 3]), [1, np.nan, np.nan])
 
 
 def test_whether_numbers_are_finite_is_asked_in_one_program():
@@ -128,13 +128,13 @@ def test_whether_numbers_are_finite_is_asked_in_one_program():
 
 def test_parameters_that_are_no_numbers_are_not_saved(tmp_path):
     state = _state()
-    watch = Watch(tmp_path, 64, 4)
-    watch.expect_numbers(state, {"elbo": -3.0})
+    divergence = DivergenceCheck(tmp_path, 64, 4)
+    divergence.check_finite(state, {"elbo": -3.0})
     bad = replace(state, params=jax.tree.map(lambda x: x * jnp.inf, state.params))
     with pytest.raises(TrainingFailed, match="a parameter is NaN or infinite after step 0"):
-        watch.expect_numbers(bad, {})
+        divergence.check_finite(bad, {})
     with pytest.raises(TrainingFailed, match="the test elbo is NaN or infinite"):
-        watch.expect_numbers(state, {"elbo": np.nan, "kl": 1.0})
+        divergence.check_finite(state, {"elbo": np.nan, "kl": 1.0})
 
 
 def test_finite_counts_the_steps_before_the_first_bad_one(images):
@@ -169,7 +169,7 @@ def test_extreme_images_train(make, likelihood):
     state = jaxvae.create_train_state(jax.random.key(0), config, train_config)
     for _ in range(3):
         state, metrics = jaxvae.train_epoch(state, images)
-    Watch("", len(images), 1).expect_numbers(state, jax.device_get(metrics))
+    DivergenceCheck("", len(images), 1).check_finite(state, jax.device_get(metrics))
 
 
 def test_a_thousand_latents_train(images):
@@ -186,18 +186,18 @@ def test_a_thousand_latents_train(images):
 
 def test_a_run_directory_without_a_checkpoint_says_so(tmp_path):
     with pytest.raises(TrainingFailed, match="none is saved"):
-        Watch(tmp_path, 8, 1).expect_numbers(_state(), {"elbo": np.inf})
+        DivergenceCheck(tmp_path, 8, 1).check_finite(_state(), {"elbo": np.inf})
     assert read_metrics(tmp_path) == []
 
 
 def test_a_training_without_a_run_directory_names_none():
-    watch = Watch(None, 64, 4)
+    divergence = DivergenceCheck(None, 64, 4)
     with pytest.raises(TrainingFailed, match="after step 0; none is saved; train anew with"):
-        watch.expect_numbers(_state(), {"elbo": np.inf})
+        divergence.check_finite(_state(), {"elbo": np.inf})
     with pytest.raises(
         TrainingFailed, match=r"training images [\d, ]+, \.\.\.\); none is saved; tr"
     ):
-        watch.expect_losses(replace(_state(batch_size=16), step=jnp.int32(1)), 1, 0)
+        divergence.check_losses(replace(_state(batch_size=16), step=jnp.int32(1)), 1, 0)
 
 
 def _state(**train):

@@ -78,7 +78,7 @@ def test_without_a_run_directory_it_is_refused(npz):
 
 
 def test_train_writes_a_trace_and_tensorboards_files_where_asked_to(tmp_path, npz, monkeypatch):
-    monkeypatch.setattr("jaxvae.cli.commands._keep_programs", lambda: None)
+    monkeypatch.setattr("jaxvae.cli.commands._enable_compilation_cache", lambda: None)
     monkeypatch.setattr("jaxvae.runs.drawing.draw", lambda *_: [])
     words = ["train", "--data", str(npz), "--network", "mlp:width=8", "--batch-size", "64"]
     path = tmp_path / "run"

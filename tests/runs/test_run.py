@@ -190,7 +190,7 @@ def test_a_conditional_run_is_trained_and_measured_with_its_labels(conditional, 
 def test_a_measurement_is_of_the_latest_model_and_is_written_down(conditional, npz):
     run_dir, state = conditional
     found = evaluation.measure(run_dir, num_samples=20)
-    evaluation.keep(run_dir, found)
+    evaluation.write_evaluation(run_dir, found)
     assert json.loads((run_dir / "evaluation.json").read_text()) == found
     _, (images, labels) = jaxvae.load_data(str(npz), labels=True)
     _, key = run_keys(read_config(run_dir))
@@ -795,7 +795,7 @@ def test_a_second_ctrl_c_interrupts_at_once(tmp_path, npz):
 def test_two_trainings_do_not_share_a_directory(finished, tmp_path, npz):
     run_dir = shutil.copytree(finished[0], tmp_path / "run")
     before = contents(run_dir)
-    with files.owned(run_dir):
+    with files.locked(run_dir):
         for resume in (False, True):
             with refused(f"{run_dir} "):
                 trained(run_dir, {"epochs": 9} if resume else {"data": str(npz)}, resume=resume)

@@ -139,7 +139,7 @@ def test_images_of_any_shape_and_without_labels_are_projected(tmp_path):
 def test_without_tensorboardx_there_is_one_line_and_no_directory(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with refused("--tensorboard needs tensorboardX", 'pip install "jaxvae[tensorboard]"'):
-        tensorboard.need_tensorboard()
+        tensorboard.require_tensorboard()
 
 
 def test_steps_of_an_epoch_that_was_interrupted_are_no_start(tmp_path, npz, monkeypatch):
