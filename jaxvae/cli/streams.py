@@ -1,4 +1,4 @@
-"""Standard output and standard error that may stop being read."""
+"""Standard output and standard error that may be closed by their reader."""
 
 import os
 import sys
@@ -9,14 +9,14 @@ from typing import Any
 
 @contextmanager
 def tolerate_closed_streams() -> Iterator[None]:
-    """Go on where nobody reads standard output or standard error any more, as behind `| head`.
+    """Continue when the reader of standard output or standard error has gone, as with `| head`.
 
-    What would be written then is dropped. So are messages for standard error that cannot be
-    written for another reason, such as a full disk; of standard output, that is an error. What
-    the encoding of a stream does not have is escaped.
+    Further output is dropped. Messages for standard error that cannot be written for another
+    reason, such as a full disk, are dropped too; for standard output that is an error. Characters
+    that the encoding of a stream lacks are escaped.
     """
     with ExitStack() as stack:
-        if sys.stdout is not None:  # it is None where the file is closed
+        if sys.stdout is not None:  # None if the file descriptor is closed
             stack.enter_context(redirect_stdout(_TolerantStream(sys.stdout, BrokenPipeError)))
             stack.callback(sys.stdout.close)
         if sys.stderr is not None:
@@ -26,7 +26,7 @@ def tolerate_closed_streams() -> Iterator[None]:
 
 
 class _TolerantStream:
-    """A text stream that drops what it cannot write, where that is an error of one kind."""
+    """A text stream that drops its output after an error of one kind."""
 
     def __init__(self, stream: Any, dropped: type[OSError]) -> None:
         self._stream, self._dropped = stream, dropped
@@ -34,7 +34,7 @@ class _TolerantStream:
     def write(self, text: str) -> int:
         try:
             self._stream.write(text)
-        except UnicodeEncodeError:  # of a path that is not UTF-8, say
+        except UnicodeEncodeError:  # for example of a path that is not UTF-8
             encoding = self._stream.encoding
             self.write(text.encode(encoding, "backslashreplace").decode(encoding))
         except self._dropped as error:
@@ -48,7 +48,7 @@ class _TolerantStream:
             self._drop_output(error)
 
     def close(self) -> None:
-        """Write what is left, so that Python does not fail in that when it ends."""
+        """Flush the stream, so that Python does not fail to do so at exit."""
         try:
             self._stream.flush()
         except OSError:
@@ -59,10 +59,10 @@ class _TolerantStream:
             self._redirect_to_devnull()
 
     def _redirect_to_devnull(self) -> None:
-        with suppress(OSError):  # of a stream without a file
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
+        with suppress(OSError):  # the stream may have no file descriptor
+            devnull = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(devnull, self._stream.fileno())
+            os.close(devnull)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

@@ -1,4 +1,4 @@
-"""The training loop of runs and sweeps, and the training of one model."""
+"""The training loop of runs and sweeps, and the training of a single model."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,13 +18,7 @@ from jaxvae.evaluation.evaluate import evaluate
 from jaxvae.models.vae import Params
 from jaxvae.objectives import example_keys
 from jaxvae.runs.callbacks import Callback, EarlyStopping, Training
-from jaxvae.runs.checkpoints import (
-    metadata,
-    newest_intact,
-    open_checkpoints,
-    restore,
-    write,
-)
+from jaxvae.runs.checkpoints import metadata, newest_intact, open_checkpoints, restore, write
 from jaxvae.runs.config import RunConfig, components, run_keys
 from jaxvae.runs.data import model_inputs
 from jaxvae.runs.directory import first_state
@@ -41,21 +35,21 @@ from jaxvae.training.pipeline import Epoch, feed
 from jaxvae.training.state import TrainState
 from jaxvae.training.step import Metrics
 
-Sums = Mapping[str, Any]  # of the metrics over the steps of an epoch; of many models, [models]
+Sums = Mapping[str, Any]  # sums of metrics over the steps of an epoch; in a sweep [models]
 
 
 class Trained(Protocol):
-    """What the epoch loop trains: one model, or many at once.
+    """What the epoch loop trains: a single model, or the models of a sweep.
 
     Attributes:
-      run_dir: where it is kept, if anywhere.
-      config: the run's; of many models, the first one's.
-      data: what it is trained on.
-      state: the state to start from; of many models, stacked.
-      begun: of an epoch that was interrupted, the sums of its metrics so far and its seconds.
-      models: how many models it is.
+      run_dir: the run directory, or None.
+      config: configuration of the run; in a sweep, of the first model.
+      data: the data set.
+      state: the initial state; in a sweep, those of all models, stacked.
+      begun: sums of the metrics and seconds of an epoch that was interrupted.
+      models: number of models.
       epoch_of: the dispatches of an epoch.
-      divergence: what ends the training when numbers go wrong.
+      divergence: check for NaN and infinity.
     """
 
     run_dir: Path | None
@@ -68,29 +62,35 @@ class Trained(Protocol):
     divergence: DivergenceCheck
 
     def params(self, state: TrainState) -> Params:
-        """Return the parameters to evaluate with, on this process's first device."""
+        """Return the parameters for evaluation, on the first device of this process."""
 
     def measure(self, params: Params) -> dict[str, Any]:
-        """Return the test metrics: numbers, or of many models arrays [models]."""
+        """Return the test metrics: numbers, or in a sweep arrays [models]."""
 
     def record(
         self, about: dict[str, Any], train: Sums, test: Sums, seconds: float
     ) -> dict[str, Any]:
-        """Write the lines of an epoch to metrics.jsonl and return the one of all models."""
+        """Append the epoch to metrics.jsonl, and return the line of the run or sweep."""
 
     def save(self, state: TrainState, test: Sums, begun: tuple[Sums, float]) -> None:
         """Write a checkpoint."""
 
 
 def run_epochs(trained: Trained, callbacks: Iterable[Callback] = ()) -> TrainState:
-    """Train to the last epoch: the loop of a run and of a sweep.
+    """Train to the last epoch: the training loop of runs and sweeps.
 
-    Every epoch ends with the test metrics, a line in metrics.jsonl, the callbacks and a
-    checkpoint.
+    Every epoch ends with test metrics, a line in metrics.jsonl, callbacks and a checkpoint.
+
+    Args:
+      trained: the model or models.
+      callbacks: callbacks of the training loop.
+
+    Returns:
+      The state after the last epoch.
 
     Raises:
       TrainingFailed: a loss or a parameter is NaN or infinite, or the directory cannot be written.
-      Preempted: told to stop by SIGTERM or Ctrl-C, and saved.
+      Preempted: SIGTERM or Ctrl-C stopped the training, which was saved.
     """
     config, state, divergence = trained.config.train, trained.state, trained.divergence
     totals, seconds = trained.begun
@@ -140,14 +140,14 @@ def run_epochs(trained: Trained, callbacks: Iterable[Callback] = ()) -> TrainSta
             test = trained.measure(params)
             divergence.check_finite(state, test)
             train = {name: total / steps for name, total in sums.items()}
-            # The line before the checkpoint: a kill in between leaves a line too many, which the
-            # resumed run takes back, and never one too few.
+            # The line is written before the checkpoint: a kill in between leaves an extra line,
+            # which the resumed run removes, but never a missing one.
             about = {"epoch": epoch, "step": step}
             record = trained.record(about, train, test, round(time.perf_counter() - began, 3))
             with _writing(trained.run_dir):
-                verdicts = [callback.epoch(record, params) for callback in active]
+                stops = [callback.epoch(record, params) for callback in active]
             trained.save(state, test, ({}, 0.0))
-            if not all_agree(not any(verdicts)):
+            if not all_agree(not any(stops)):
                 break
             if epoch < config.epochs and should_stop(step):
                 raise Preempted(stop_message(trained.run_dir, step))
@@ -160,10 +160,11 @@ def run_epochs(trained: Trained, callbacks: Iterable[Callback] = ()) -> TrainSta
 def _run_callbacks(
     active: Sequence[Callback], training: Training
 ) -> Iterator[tuple[bool, Callable[[Params], None]]]:
-    """Start callbacks, and end them however the training ends.
+    """Start callbacks, and call their `end` however the training ends.
 
-    Returns:
-      Whether the training is over already, and what to tell the last parameters when it is.
+    Yields:
+      Whether a callback ends the training before its first step, and a function that takes the
+      last parameters.
     """
     last: list[Params] = []
     with ExitStack() as stack:
@@ -190,22 +191,21 @@ def train(
     *,
     callbacks: Iterable[Callback] = (),
 ) -> TrainState:
-    """Train one model from the run's last whole checkpoint, or from the start, to its last epoch.
+    """Train a single model to its last epoch, from the newest intact checkpoint if there is one.
 
     Args:
-      run_dir: made by `directory.start`; None: nothing is kept.
-      config: the run's; its `train.epochs` may have grown since.
-      data: as of `load_run_data`.
-      callbacks: what follows the training.
+      run_dir: the run directory, prepared by `directory.start`; None: nothing is written.
+      config: the configuration of the run, from `directory.start` or `directory.with_shape`.
+      data: the data set, from `load_run_data`.
+      callbacks: callbacks of the training loop.
 
     Returns:
       The state after the last epoch.
 
     Raises:
-      InputError: fewer training images than one batch; another training is in the directory; it
-        has checkpoints, but none that is whole.
-      TrainingFailed: as of `run_epochs`.
-      Preempted: as of `run_epochs`.
+      InputError: another training has locked the directory, or all its checkpoints are damaged.
+      TrainingFailed: as for `run_epochs`.
+      Preempted: as for `run_epochs`.
     """
     with locked(run_dir) if run_dir and is_first() else nullcontext(), ExitStack() as stack:
         one = _OneModel(run_dir, config, data, stack)
@@ -213,7 +213,7 @@ def train(
 
 
 class _OneModel:
-    """One model, on all devices of all processes."""
+    """A single model, on all devices of all processes."""
 
     models = 1
 
@@ -261,7 +261,7 @@ class _OneModel:
 
 
 def stop_message(run_dir: Path | None, step: int) -> str:
-    """Return what to tell the user who has sent SIGTERM, or pressed Ctrl-C."""
+    """Return the message for a training that SIGTERM or Ctrl-C stopped."""
     if run_dir is None:
         return f"stopped after step {step}"
     return f"stopped and saved after step {step}; resume with: {resume_command(run_dir)}"
@@ -270,11 +270,11 @@ def stop_message(run_dir: Path | None, step: int) -> str:
 def _evaluator(
     config: RunConfig, data: Dataset, key: jax.Array
 ) -> Callable[[Params], dict[str, float]]:
-    """What measures parameters of this process on the test images: means over all of them."""
+    """Return a function from parameters to the test metrics: means over all test images."""
     images, labels = model_inputs(data.test_images, data.test_labels, config.model)
     count, shared = len(images), len(images) - len(images) % jax.process_count()
     examples = (example_keys(key, count), images, labels)
-    # What cannot be dealt out in equal numbers, every process measures by itself.
+    # Images left over after equal shares are evaluated by every process.
     parts: list[tuple[int, Callable[[Params], Metrics]]] = []
     if shared:
         mesh = devices_for(shared)
@@ -296,5 +296,5 @@ def _evaluator(
 
 
 def step_of(state: TrainState) -> int:
-    """Return how many steps a state, or each of those that are stacked in one, has taken."""
+    """Return the number of steps of a state; stacked models have all taken the same number."""
     return int(np.ravel(state.step)[0])

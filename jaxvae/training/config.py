@@ -18,32 +18,32 @@ PARTS = ("encoder", "decoder", "likelihood", "prior", "posterior")
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(Config):
-    """How a model is trained; the defaults are the notebook's, but for its batch of 16.
+    """The training of a model; the defaults are the notebook's, except for its batch size of 16.
 
     `objective`, `warmup`, `optimizer` and `schedule` take a name, a name with options
-    ("iwae:num_samples=50", "adamw:weight_decay=1e-4") or an object.
+    ("iwae:num_samples=50", "adamw:weight_decay=1e-4") or an object. The optimizer may be an
+    `optax.GradientTransformation`, with its own learning rate, or a function from the learning
+    rate to one; the schedule an optax schedule; the objective a function as for `train_step`.
 
     Attributes:
       batch_size: images per step, over all devices.
       epochs: passes over the training images.
-      learning_rate: of the optimizer, before the schedule.
-      optimizer: one of optax's by its name there; an `optax.GradientTransformation`, which has a
-        learning rate of its own; or a function of the learning rate that returns one.
-      schedule: of the learning rate over the run: "constant", "cosine" or "burda"; one of optax's
-        by its name there; or an optax schedule, a function of the step.
-      objective: what is maximised, or a function of one's own, as of `train_step`.
-      beta: weight of the KL term in the loss; at 1 the objective "elbo" is the ELBO.
-      warmup: of beta over the first steps: "none", "linear:steps=N" or "cyclical:steps=N".
+      learning_rate: learning rate of the optimizer, before the schedule.
+      optimizer: an optimizer of optax.
+      schedule: learning-rate schedule, of jaxvae or of optax.
+      objective: the objective to maximise.
+      beta: weight of the KL term; with 1 the objective "elbo" is the ELBO.
+      warmup: schedule of beta over the first steps, such as "linear:steps=1000".
       binarization: "none": grey levels are probabilities; "dynamic": 0/1 pixels are drawn with
-        these probabilities, anew at every step; "fixed": drawn once, before training.
-      clip_norm: the norm over all parameters above which a gradient is scaled down to it; 0: off.
-      skip_norm: the norm over all parameters above which a step is skipped; 0: off.
-      accumulate: batches over which gradients are averaged before each update.
+        these probabilities at every step; "fixed": they are drawn once, before training.
+      clip_norm: gradients with a larger global norm are scaled down to it; 0: off.
+      skip_norm: steps whose gradient has a larger global norm are skipped; 0: off.
+      accumulate: number of batches whose gradients are averaged for each update.
       ema: decay of an exponential moving average of the parameters, which evaluation, sampling
-        and export then use; 0: off.
-      trainable: the parts that are trained: "encoder", "decoder", "likelihood", "prior",
-        "posterior"; empty: all.
-      patience: epochs without a better test ELBO after which a run stops early; 0: never.
+        and export use; 0: off.
+      trainable: the parts to train: "encoder", "decoder", "likelihood", "prior", "posterior";
+        empty: all.
+      patience: epochs without a better test ELBO after which training stops; 0: never.
     """
 
     batch_size: int = 128
