@@ -266,7 +266,9 @@ def read_config_file(path: Path, flags: Collection[str] = ()) -> RunConfig:
     except (ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         kind = "JSON" if path.suffix == ".json" else "TOML"
-        raise InputError(f"{path} is not valid {kind}: {reason}") from None
+        raise InputError(
+            f"{path} is not valid {kind}: {reason}; expected TOML, or JSON in a file named .json"
+        ) from None
     try:
         content = without_version(content, path)
         content.pop("data_seen", None)  # belongs to the run that wrote the file

@@ -93,6 +93,6 @@ def test_a_path_that_is_not_utf_8_is_refused_for_runs_alone(train, tmp_path, cap
         assert main(arguments) == 2
         told = capsys.readouterr()
         assert "caf\\udce9" in told.err
-        assert "is not a path in UTF-8, as that of a run has to be: rename" in told.err
+        assert "is not valid UTF-8: expected a UTF-8 path for a run directory; rename" in told.err
         assert told.err.count("\n") == 1
     assert not (odd / "x").exists()

@@ -199,14 +199,16 @@ def test_a_disk_that_is_full_at_the_start_ends_in_one_line(tmp_path, flags):
         def start(self, training):
             raise OSError(28, "No space left on device")
 
-    with pytest.raises(TrainingFailed, match="cannot be written: No space left on device; mend"):
+    with pytest.raises(
+        TrainingFailed, match="cannot be written: No space left on device; correct that"
+    ):
         trained(tmp_path, flags, Writes())
 
 
 def test_without_a_run_directory_there_are_no_frames(flags):
     config = configured(flags)
     data = load_run_data(config)
-    with refused("the frames lie in the run directory: expected a run_dir"):
+    with refused("animation frames are written to the run directory: expected a run_dir"):
         loop.train(None, directory.with_shape(config, data), data, callbacks=[AnimationFrames()])
 
 

@@ -336,7 +336,7 @@ def test_of_a_damaged_checkpoint_no_file_is_believed(of_two_steps, tmp_path, dam
             assert_states_equal(jaxvae.restore(copy), newer)
         else:
             for which in ("latest", "best"):
-                with pytest.warns(Damaged, match="step 2 is damaged .*; that of step 1 takes its"):
+                with pytest.warns(Damaged, match="step 2 is damaged .*; using that of step 1"):
                     assert newest_intact(copy, which) == 1
             with refused("the checkpoint of step 2 is damaged: "):
                 jaxvae.restore(copy, 2)
@@ -353,7 +353,7 @@ def test_with_no_whole_checkpoint_all_is_left_as_it_is(of_two_steps, tmp_path):
     for step in (1, 2):
         flip(copy / files_of(copy, step)[4])
     before = contents(copy)
-    with refused(f"{copy} holds no whole checkpoint, and nothing was changed (step 2: "):
+    with refused(f"{copy} holds no intact checkpoint (step 2: "):
         jaxvae.load(copy)
     assert contents(copy) == before
 
@@ -441,7 +441,7 @@ def test_a_path_is_no_pattern(saved, small, tmp_path, name):
     ("spoil", "says"),
     [
         (lambda state: (state / "manifest.ocdbt").unlink(), r".+"),
-        (lambda state: None, "other numbers"),
+        (lambda state: None, "the values differ"),
     ],
     ids=["cannot be read", "differs"],
 )
@@ -487,7 +487,7 @@ def test_odd_metadata_of_an_unsealed_checkpoint_are_damage(saved, tmp_path, odd)
     unseal(copy, 2)
     assert int(jaxvae.restore(copy).step) == 2
     (copy / "checkpoints" / "2" / "config" / "metadata").write_text(odd)
-    with pytest.warns(Damaged, match=r"of step 2 is damaged .*; that of step 1 takes its place"):
+    with pytest.warns(Damaged, match=r"of step 2 is damaged .*; using that of step 1 instead"):
         assert int(jaxvae.restore(copy).step) == 1
     with refused("metadata is damaged ("):
         metadata(copy, 2)

@@ -46,8 +46,8 @@ def test_the_step_the_images_and_the_last_good_checkpoint_are_named(tmp_path, np
         loop.train(tmp_path, config, data._replace(train_images=clean))
     told = str(failed.value)
     assert "the loss is NaN or infinite at step 19 (epoch 2, batch 3: training images" in told
-    assert ", ".join(map(str, batch[:8])) + ", ...; all in" in told
-    assert f"the last good checkpoint is that of step 16, in {tmp_path}" in told
+    assert ", ".join(map(str, batch[:8])) + ", ...; all are listed in" in told
+    assert f"the last good checkpoint is step 16 in {tmp_path}" in told
     assert "\n" not in told
     written = json.loads((tmp_path / "diverged.json").read_text())
     assert written == {"step": 19, "epoch": 2, "batch": 3, "images": batch.tolist()}
@@ -74,7 +74,7 @@ def test_one_of_many_models_that_diverges_is_left_out_and_the_others_go_on(
     models = sweep.configured(flags)
     bad, good = models
     once, stopped = tmp_path / "once", tmp_path / "stopped"
-    told = f"the loss of {bad} is NaN or infinite .*none is saved.* other models are trained on"
+    told = f"the loss of {bad} is NaN or infinite .*no checkpoint was saved.* other models continue"
     with pytest.warns(Diverged, match=told):
         states = swept(once, flags)
     with pytest.warns(Diverged), pytest.raises(Preempted):
@@ -100,7 +100,7 @@ def test_one_of_many_models_that_diverges_is_left_out_and_the_others_go_on(
 
 def test_a_sweep_of_which_all_models_diverge_ends_and_so_does_its_resume(tmp_path, npz):
     flags = {**MANY, "data": str(npz), "learning_rate": [9e5, 8e5]}
-    with pytest.warns(Diverged), pytest.raises(TrainingFailed, match="none of the models is left"):
+    with pytest.warns(Diverged), pytest.raises(TrainingFailed, match="all models have diverged"):
         swept(tmp_path, flags)
     with pytest.raises(TrainingFailed, match=f"all models of {tmp_path} have diverged"):
         swept(tmp_path, {}, resume=True)
@@ -185,17 +185,19 @@ def test_a_thousand_latents_train(images):
 
 
 def test_a_run_directory_without_a_checkpoint_says_so(tmp_path):
-    with pytest.raises(TrainingFailed, match="none is saved"):
+    with pytest.raises(TrainingFailed, match="no checkpoint was saved"):
         DivergenceCheck(tmp_path, 8, 1).check_finite(_state(), {"elbo": np.inf})
     assert read_metrics(tmp_path) == []
 
 
 def test_a_training_without_a_run_directory_names_none():
     divergence = DivergenceCheck(None, 64, 4)
-    with pytest.raises(TrainingFailed, match="after step 0; none is saved; train anew with"):
+    with pytest.raises(
+        TrainingFailed, match="after step 0; no checkpoint was saved; train again with"
+    ):
         divergence.check_finite(_state(), {"elbo": np.inf})
     with pytest.raises(
-        TrainingFailed, match=r"training images [\d, ]+, \.\.\.\); none is saved; tr"
+        TrainingFailed, match=r"training images [\d, ]+, \.\.\.\); no checkpoint was saved; tr"
     ):
         divergence.check_losses(replace(_state(batch_size=16), step=jnp.int32(1)), 1, 0)
 

@@ -179,9 +179,9 @@ def test_blank_lines_are_no_damage(tmp_path):
 def test_odd_lines_are_passed_over_and_kept_in_a_copy(tmp_path, odd):
     content = text(line(1), odd + "\n", line(3)).encode(errors="surrogateescape")
     (tmp_path / "metrics.jsonl").write_bytes(content)
-    with pytest.warns(Damaged, match=r"metrics.jsonl is damaged in line 2, passed over: put it"):
+    with pytest.warns(Damaged, match=r"metrics.jsonl is damaged in line 2, skipped: restore it"):
         assert files.read_metrics(tmp_path) == [line(1), line(3)]
-    with pytest.warns(Damaged, match="has lost the lines of 1 of 3 epochs, from epoch 2 on"):
+    with pytest.warns(Damaged, match="lacks the lines of 1 of 3 epochs, from epoch 2 on"):
         files.truncate_history(tmp_path, 3)
     assert files.read_metrics(tmp_path) == [line(1), line(3)]
     assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == content

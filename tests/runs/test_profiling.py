@@ -73,7 +73,7 @@ def test_an_interrupted_training_stops_its_trace(tmp_path, npz, monkeypatch):
 def test_without_a_run_directory_it_is_refused(npz):
     config = configured({"data": str(npz), "network": "mlp:width=8"})
     data = load_run_data(config)
-    with refused("the profiler's trace lies in the run directory: expected a run_dir"):
+    with refused("the profiler trace is written to the run directory: expected a run_dir"):
         loop.train(None, directory.with_shape(config, data), data, callbacks=[Profiler()])
 
 
