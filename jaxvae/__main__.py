@@ -1,4 +1,4 @@
-"""The program: `jaxvae`, or `python -m jaxvae`."""
+"""Entry point of the command line: `jaxvae`, or `python -m jaxvae`."""
 
 import os
 import signal
@@ -8,18 +8,18 @@ from typing import Any
 
 def main() -> int:
     """Run the command line and return its exit code."""
-    # The imports take seconds. A KeyboardInterrupt that is raised in the midst of a library in C++
-    # can crash it, so that until all are there, Ctrl-C ends the process.
-    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if usual:
+    # The imports take seconds, and a KeyboardInterrupt inside a C++ library can crash it: until
+    # they are done, Ctrl-C ends the process at once.
+    default_handler = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if default_handler:
         signal.signal(signal.SIGINT, _end)
     try:
         from jaxvae.cli.commands import main as run
-    except ValueError as error:  # JAX's, of an environment variable such as JAX_ENABLE_X64
+    except ValueError as error:  # JAX rejects an environment variable such as JAX_ENABLE_X64
         print(f"jaxvae: {error}", file=sys.stderr)
         return 2
     finally:
-        if usual:
+        if default_handler:
             signal.signal(signal.SIGINT, signal.default_int_handler)
     return run()
 

@@ -10,7 +10,9 @@ import dataclasses
 import importlib
 import inspect
 import shlex
+import sys
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
@@ -255,11 +257,26 @@ def imported(kind: str, text: str) -> Any:
     module_name, _, attribute = path.rpartition(".")
     if not is_dotted_path(path):
         raise InputError(f"{kind} is {text!r}: expected a dotted path, such as package.module.Name")
+    with _current_directory_on_path():
+        try:
+            entry = getattr(importlib.import_module(module_name), attribute)
+        except (ImportError, AttributeError) as error:
+            raise InputError(f"{kind} is {text!r}, which cannot be imported: {error}") from None
+        return build(kind, path, entry, options)
+
+
+@contextmanager
+def _current_directory_on_path() -> Iterator[None]:
+    """Import from the current directory as `python -m` does, which a console script does not."""
+    if sys.flags.safe_path:
+        yield
+        return
+    sys.path.insert(0, "")
     try:
-        entry = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"{kind} is {text!r}, which cannot be imported: {error}") from None
-    return build(kind, path, entry, options)
+        yield
+    finally:
+        with suppress(ValueError):  # the imported module may have changed sys.path
+            sys.path.remove("")
 
 
 def is_dotted_path(text: Any) -> bool:

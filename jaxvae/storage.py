@@ -1,8 +1,8 @@
-"""Files that are written whole or not at all, and never outside the folder that they belong to.
+"""Atomic and safe file access.
 
-A run directory may come from a stranger, with symbolic links and pipes in it. What is written gets
-a random name first, which nobody can have prepared, and then replaces what has its own name: a
-link is replaced, not followed. Only regular files are read.
+An untrusted run directory may contain symbolic links and pipes. A file is written under a random
+name, which cannot have been prepared, and then renamed: an existing link is replaced, not followed.
+Only regular files are read.
 """
 
 import errno
@@ -18,12 +18,17 @@ from typing import BinaryIO
 from jaxvae.errors import InputError
 
 _PART = re.compile(r"\.jaxvae-[0-9a-f]{16}\.part")
-_NO_WAITING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+_NON_BLOCKING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Have `write` write a file so that a kill, or a full disk, leaves the old one or the new."""
+def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file atomically: a kill or a full disk leaves the old content or the new.
+
+    Args:
+      path: the file.
+      write: writes the content to an open binary file.
+    """
     part = path.with_name(f".jaxvae-{secrets.token_hex(8)}.part")
     try:
         with part.open("xb") as file:  # fails where there is anything of that name, links too
@@ -37,22 +42,33 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
         raise
 
 
-def is_part(name: str) -> bool:
-    """Return whether `write_whole` gives a file that is not whole yet such a name."""
+def is_temporary(name: str) -> bool:
+    """Return whether a file name is one of the temporary names of `write_atomic`."""
     return _PART.fullmatch(name) is not None
 
 
-def remove_parts(folder: Path) -> None:
-    """Remove what kills left of files that `write_whole` was writing into a folder."""
+def remove_temporary(folder: Path) -> None:
+    """Remove the temporary files that a killed `write_atomic` left in a folder."""
     with suppress(OSError):
         for path in [] if folder.is_symlink() else folder.iterdir():
-            if is_part(path.name):
+            if is_temporary(path.name):
                 path.unlink(missing_ok=True)
 
 
-def regular(path: str | Path, flags: int) -> int:
-    """Open a regular file, as an `opener` for `open`: of a pipe, reading might never end."""
-    file = os.open(path, flags | _NO_WAITING, 0o666)
+def open_regular(path: str | Path, flags: int) -> int:
+    """Open a regular file, as an `opener` for `open`; reading a pipe might block forever.
+
+    Args:
+      path: the file.
+      flags: flags of `os.open`.
+
+    Returns:
+      The file descriptor.
+
+    Raises:
+      OSError: it is not a regular file.
+    """
+    file = os.open(path, flags | _NON_BLOCKING, 0o666)
     mode = os.fstat(file).st_mode
     if stat.S_ISREG(mode):
         return file
@@ -62,19 +78,26 @@ def regular(path: str | Path, flags: int) -> int:
     raise OSError(errno.EINVAL, "not a regular file", str(path))
 
 
-def regular_itself(path: str | Path, flags: int) -> int:
-    """Open a regular file as `regular` does, but not through a symbolic link."""
-    return regular(path, flags | _NO_LINK)
+def open_regular_itself(path: str | Path, flags: int) -> int:
+    """Open a regular file as `open_regular` does, without following a symbolic link."""
+    return open_regular(path, flags | _NO_LINK)
 
 
 def read_bytes(path: Path) -> bytes:
     """Return the content of a regular file."""
-    with open(path, "rb", opener=regular) as file:
+    with open(path, "rb", opener=open_regular) as file:
         return file.read()
 
 
-def own_folder(parent: Path, name: str) -> Path:
-    """Return a folder to write into, and make it if it is not there.
+def make_folder(parent: Path, name: str) -> Path:
+    """Make a folder to write to, if it does not exist.
+
+    Args:
+      parent: the folder that contains it.
+      name: its name.
+
+    Returns:
+      The path of the folder.
 
     Raises:
       InputError: it is a symbolic link.
@@ -86,21 +109,35 @@ def own_folder(parent: Path, name: str) -> Path:
 
 
 def expect_utf8(path: Path) -> None:
-    """Raise InputError unless a path is UTF-8, as those of checkpoints have to be."""
+    """Check that a path is valid UTF-8, which Orbax requires.
+
+    Args:
+      path: the path.
+
+    Raises:
+      InputError: it is not.
+    """
     try:
         str(path.absolute()).encode()
     except UnicodeEncodeError:
         raise InputError(
-            f"{path.absolute()} is not a path in UTF-8, as that of a run has to be: rename what "
-            "is not, or choose another directory"
+            f"{path.absolute()} is not valid UTF-8: expected a UTF-8 path for a run directory; "
+            "rename it, or choose another directory"
         ) from None
 
 
 def refuse_links(*paths: Path) -> None:
-    """Raise InputError if one of these is a symbolic link, which may lead anywhere."""
+    """Check that no path is a symbolic link, through which files elsewhere could be overwritten.
+
+    Args:
+      paths: the paths.
+
+    Raises:
+      InputError: one of them is a symbolic link.
+    """
     for path in paths:
         if path.is_symlink():
             raise InputError(
-                f"{path} is a symbolic link, and jaxvae writes only into the directory itself: "
-                "replace the link by what it points to"
+                f"{path} is a symbolic link: expected a regular file or folder; replace the link "
+                "by its target"
             )

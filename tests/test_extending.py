@@ -248,9 +248,9 @@ def test_a_component_goes_through_everything(kind, tmp_path):
     again = load_safetensors(next(p for p in paths if p.suffix == ".safetensors"), **own)
     np.testing.assert_array_equal(*(jaxvae.encode(p, images).mean for p in (again, more.params)))
 
-    with refused("handed over in Python", "--data"):
+    with refused("passed as arrays in Python", "--data"):
         load_run_data(run_config)
-    with refused("handed over in Python"):
+    with refused("passed as arrays in Python"):
         evaluation.measure(run_dir, 2, **own)
 
 

@@ -17,11 +17,11 @@ def test_a_file_whose_writing_fails_is_the_old_one(tmp_path, error):
     def write(file):
         file.write(b"new, but")
         file.flush()
-        assert [storage.is_part(one.name) for one in tmp_path.iterdir()].count(True) == 1
+        assert [storage.is_temporary(one.name) for one in tmp_path.iterdir()].count(True) == 1
         raise error
 
     with pytest.raises(error):
-        storage.write_whole(path, write)
+        storage.write_atomic(path, write)
     assert [(one.name, one.read_text()) for one in tmp_path.iterdir()] == [("a.json", "old")]
 
 
@@ -29,7 +29,7 @@ def test_a_name_that_is_taken_is_not_written_to(tmp_path, monkeypatch):
     monkeypatch.setattr("secrets.token_hex", lambda n: "0" * 2 * n)
     (tmp_path / f".jaxvae-{'0' * 16}.part").symlink_to(tmp_path / "victim")
     with pytest.raises(FileExistsError):
-        storage.write_whole(tmp_path / "a.json", lambda file: file.write(b"new"))
+        storage.write_atomic(tmp_path / "a.json", lambda file: file.write(b"new"))
     assert not (tmp_path / "victim").exists()
 
 
@@ -48,6 +48,6 @@ def test_pages_and_exports_are_not_written_through_links(tmp_path, monkeypatch):
 
 def test_a_folder_of_ones_own_is_no_link(tmp_path):
     (tmp_path / "figures").symlink_to(tmp_path)
-    with pytest.raises(ValueError, match="figures is a symbolic link, and jaxvae writes only into"):
-        storage.own_folder(tmp_path, "figures")
-    assert storage.own_folder(tmp_path, "a").is_dir()
+    with pytest.raises(ValueError, match="figures is a symbolic link: expected a regular file or"):
+        storage.make_folder(tmp_path, "figures")
+    assert storage.make_folder(tmp_path, "a").is_dir()

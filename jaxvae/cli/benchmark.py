@@ -1,4 +1,4 @@
-"""The jitted step against plain Flax, timed in turn in one run."""
+"""Benchmark of the jitted training step, encoding and sampling against plain Flax."""
 
 import statistics
 import time
@@ -60,11 +60,15 @@ def _plain_step(carry: Any, images: jax.Array) -> Any:
 
 
 def benchmark() -> Iterator[str]:
-    """Lines of a table: medians and ranges of the notebook's model, and ratios to plain Flax."""
+    """Time the notebook's model and the same model in plain Flax, in alternation.
+
+    Yields:
+      The lines of a table with medians, ranges and ratios.
+    """
     device = jax.devices()[0]
     count = jax.local_device_count()
     yield f"JAX {jax.__version__} on {count} x {device.device_kind} ({device.platform}), float32"
-    yield f"milliseconds per image: median (range) of {_ROUNDS} rounds, the two in turn"
+    yield f"milliseconds per image: median (range) of {_ROUNDS} alternating rounds"
     yield f"{'':22}{'jaxvae':>24}{'plain Flax':>24}{'ratio':>8}"
     key = jax.random.key(0)
     config = ModelConfig()
@@ -104,7 +108,7 @@ def benchmark() -> Iterator[str]:
 def _on_every_device(
     f: Callable[..., Any], images: int, result: jax.P, whole: Any, rows: jax.Array
 ) -> Callable[[], Any]:
-    """f(whole, rows), ready to be called, each device taking its part of the rows."""
+    """Return a call of f(whole, rows), with the rows sharded over the devices."""
     mesh = devices_for(images)
     parts = jax.shard_map(
         f, mesh=mesh, in_specs=(jax.P(), jax.P(AXIS)), out_specs=result, check_vma=False
@@ -123,7 +127,7 @@ def _compare(name: str, images: int, ours: Callable[[], Any], peers: Callable[[]
             times.append((time.perf_counter() - began) / images * 1e3)
     cells = []
     for times in seconds:
-        del times[0]  # compiled in it
+        del times[0]  # includes compilation
         cells.append(f"{statistics.median(times):.3f} ({min(times):.3f}-{max(times):.3f})")
     ratio = statistics.median(b / a for a, b in zip(*seconds, strict=True))
     return f"{name:22}{cells[0]:>24}{cells[1]:>24}{ratio:>7.1f}x"

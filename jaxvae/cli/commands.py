@@ -1,4 +1,4 @@
-"""The command line."""
+"""The commands of the command line."""
 
 import argparse
 import math
@@ -9,10 +9,10 @@ import time
 import warnings
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jaxvae.cli.parser import completion_script, config_fields, make_parser
-from jaxvae.cli.streams import unread
+from jaxvae.cli.streams import tolerate_closed_streams
 from jaxvae.components import imported, is_dotted_path
 from jaxvae.devices.processes import pass_over_missing_tpu
 from jaxvae.devices.sharding import make_cores_devices
@@ -28,72 +28,72 @@ from jaxvae.errors import (
 )
 from jaxvae.runs.files import as_argument, resume_command
 
-_TOLD = (Converted, Damaged, Diverged, NotDrawn, OtherData)  # warnings that are shown as a line
-_BYTES_PER_SAMPLED = 24  # of memory, per pixel: the image and its copies on the way to a PNG
-_CACHE_BYTES = 2**30  # of compiled programs, kept between commands
+_PRINTED = (Converted, Damaged, Diverged, NotDrawn, OtherData)  # warnings printed as one line
+_BYTES_PER_SAMPLED = 24  # memory per pixel: the image and its copies until it is a PNG
+_CACHE_BYTES = 2**30  # limit of the compilation cache
 
 
-@unread()
+@tolerate_closed_streams()
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command. Returns the exit code.
+    """Run a command.
 
-    0: done; 1: interrupted, or training failed; 2: the user's input was wrong; 75: told to stop,
-    and saved.
+    Args:
+      arguments: the command line; by default that of the process.
+
+    Returns:
+      The exit code. 0: done; 1: interrupted, or training failed; 2: wrong input; 75: stopped by
+      SIGTERM or Ctrl-C, and saved.
     """
     try:
         with warnings.catch_warnings():
-            for category in _TOLD:
+            for category in _PRINTED:
                 warnings.simplefilter("once", category)
-            warnings.showwarning = _tell(warnings.showwarning)
+            warnings.showwarning = _print_warnings(warnings.showwarning)
             _run(arguments)
             if sys.stdout is not None:
                 sys.stdout.flush()
     except InputError as error:
-        print(f"jaxvae: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # of a file that the user named
+        return _fail(2, str(error))
+    except OSError as error:  # usually of a file that the user named
         where = f"{error.filename}: " if error.filename else ""
-        print(f"jaxvae: {where}{error.strerror or error}", file=sys.stderr)
-        return 2
+        return _fail(2, f"{where}{error.strerror or error}")
     except TrainingFailed as error:
-        print(f"jaxvae: {error}", file=sys.stderr)
-        return 1
+        return _fail(1, str(error))
     except Preempted as stop:
-        print(f"jaxvae: {stop}", file=sys.stderr)
-        return 75
+        return _fail(75, str(stop))
     except KeyboardInterrupt as interrupt:
-        print(f"jaxvae: interrupted{interrupt}", file=sys.stderr)
-        return 1
+        return _fail(1, f"interrupted{interrupt}")
     except Exception as error:
-        _leave_if_together(error)
+        _exit_if_distributed(error)
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
             reason = " ".join(str(error).split())[:200]
-            print(
-                f"jaxvae: out of memory: {reason}; take a smaller --batch-size or a smaller model",
-                file=sys.stderr,
-            )
-            return 1
+            remedy = "use a smaller --batch-size or a smaller model"
+            return _fail(1, f"out of memory: {reason}; {remedy}")
         if without := _no_device():
-            print(f"jaxvae: {without}", file=sys.stderr)
-            return 2
+            return _fail(2, without)
         raise
     return 0
 
 
+def _fail(code: int, message: str) -> int:
+    print(f"jaxvae: {message}", file=sys.stderr)
+    return code
+
+
 def _run(arguments: list[str] | None) -> None:
     options = make_parser(_COMMANDS).parse_args(arguments)
-    os.environ["MPLBACKEND"] = "agg"  # as figures are drawn into files, whatever is set
+    os.environ["MPLBACKEND"] = "agg"  # figures are only written to files
     pass_over_missing_tpu()
     make_cores_devices()
-    _keep_programs()
+    _enable_compilation_cache()
     options.command(options)
 
 
-def _tell(show: Any) -> Any:
-    """What shows warnings, but those of our own as a line."""
+def _print_warnings(show: Any) -> Any:
+    """Return a `warnings.showwarning` that prints jaxvae's own warnings as one line."""
 
     def shown(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
-        if issubclass(category, _TOLD):
+        if issubclass(category, _PRINTED):
             print(f"jaxvae: {message}", file=sys.stderr)
         else:
             show(message, category, *where, **more)
@@ -101,19 +101,19 @@ def _tell(show: Any) -> Any:
     return shown
 
 
-def _leave_if_together(error: Exception) -> None:
-    """End this process if it computed with others, as one of them is lost.
+def _exit_if_distributed(error: Exception) -> None:
+    """Exit at once if this is one of several processes and a collective computation failed.
 
-    At once: to take leave of the others, as at an ordinary end, would be to wait for the lost one.
+    An ordinary exit would wait for the other processes, one of which has stopped.
     """
     import jax
 
     if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
         reason = " ".join(str(error).split())[:300]
         print(
-            f"jaxvae: process {jax.process_index()} of {jax.process_count()} stopped, as what all "
-            f"compute together failed: {reason}; when all have ended, start them again with "
-            "--resume",
+            f"jaxvae: process {jax.process_index()} of {jax.process_count()} stopped because a "
+            f"computation of all processes failed: {reason}; when all have ended, start them again "
+            "with --resume",
             file=sys.stderr,
             flush=True,
         )
@@ -121,7 +121,7 @@ def _leave_if_together(error: Exception) -> None:
 
 
 def _no_device() -> str | None:
-    """Return what to say where JAX has no device to compute on."""
+    """Return a message if JAX finds no device, else None."""
     import jax
 
     try:
@@ -129,18 +129,18 @@ def _no_device() -> str | None:
     except Exception as error:  # RuntimeError, or AssertionError where a plugin is missing
         reason = " ".join(str(error).split())[:300] or "there is no such device"
         return (
-            f"JAX finds no device to compute on, as JAX_PLATFORMS is "
+            f"JAX finds no device, as JAX_PLATFORMS is "
             f"{os.environ.get('JAX_PLATFORMS', '')!r}: {reason}; unset it, or install JAX for "
             "that device"
         )
     return None
 
 
-def _keep_programs() -> None:
-    """Keep what XLA compiles in the user's cache folder: the next command compiles nothing.
+def _enable_compilation_cache() -> None:
+    """Enable JAX's persistent compilation cache in the user's cache folder.
 
-    A cache folder that the user gave JAX is taken instead, and a folder that cannot be written
-    is done without.
+    A cache folder that is already configured is left alone; a folder that cannot be written is
+    not used.
     """
     import jax
 
@@ -150,12 +150,12 @@ def _keep_programs() -> None:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         folder = Path(home).absolute() / "jaxvae" / "xla"
         folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # RuntimeError: there is no home
+    except (OSError, RuntimeError):  # RuntimeError: no home directory
         return
     if not os.access(folder, os.W_OK | os.X_OK):
         return
     _drop_oldest(folder, _CACHE_BYTES)
-    # A damaged entry or a full disk costs a compilation, which is no news to the user.
+    # A damaged entry or a full disk only costs a compilation: not worth a warning.
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
@@ -163,11 +163,11 @@ def _keep_programs() -> None:
 
 
 def _drop_oldest(folder: Path, limit: int) -> None:
-    """Delete the files used longest ago, until the folder holds at most `limit` bytes.
+    """Delete the least recently used files, until the folder holds at most `limit` bytes.
 
-    JAX bounds its cache itself only where the filelock package is installed.
+    JAX limits its cache only if the filelock package is installed.
     """
-    with suppress(OSError):  # another command may be at it
+    with suppress(OSError):  # another command may delete them at the same time
         files = [(file, file.stat()) for file in folder.rglob("*") if file.is_file()]
         total = sum(stat.st_size for _, stat in files)
         for file, stat in sorted(files, key=lambda one: one[1].st_atime):
@@ -188,17 +188,19 @@ def _train(options: argparse.Namespace) -> None:
 
     processes.join(options.coordinator, options.num_processes, options.process_id)
     if processes.several() and not options.run_dir:
-        raise InputError("several processes train one model: say where to, with --run-dir DIR")
+        raise InputError("several processes need the same run directory: pass --run-dir DIR")
     flags = _flags(options)
     base = read_config_file(options.config, flags) if options.config else RunConfig()
     if options.tensorboard:
-        tensorboard.need_tensorboard()
+        tensorboard.require_tensorboard()
     if options.new_data and not options.resume:
-        raise InputError("--new-data is for a run that goes on: give it with --resume")
+        raise InputError("--new-data is for a resumed run: pass --resume too")
     if options.config and options.resume:
-        raise InputError("--config is for a new run: a run that is resumed has its configuration")
+        raise InputError(
+            "--config is for a new run, but a resumed run keeps its configuration: leave it out"
+        )
     if options.resume and not options.run_dir:
-        raise InputError("--resume goes on with a run: say which, with --run-dir DIR")
+        raise InputError("--resume needs the directory of the run: pass --run-dir DIR")
     run_dir = Path(options.run_dir or time.strftime("runs/%Y%m%d-%H%M%S"))
     if not options.resume:
         seeds = flags.pop("seeds", 1)
@@ -212,11 +214,16 @@ def _train(options: argparse.Namespace) -> None:
     except InputError as error:
         if not options.resume or options.data:
             raise
-        raise InputError(f"{error}; where the data have moved, name them with --data") from None
+        raise InputError(f"{error}; if the data have moved, pass their path with --data") from None
     if len(models) > 1 and processes.several():
-        raise InputError("many models are trained at once by one process, not by several")
+        raise InputError(
+            f"a sweep of {len(models)} models needs a single process: expected one model, or one "
+            "process"
+        )
     if len(models) > 1 and options.tensorboard:
-        raise InputError("--tensorboard shows the training of one model, not of many")
+        raise InputError(
+            f"--tensorboard is for a single model, but {len(models)} are trained: leave it out"
+        )
     callbacks: list[Any] = [Progress()]
     if options.profile:
         callbacks.append(Profiler())
@@ -232,16 +239,15 @@ def _train(options: argparse.Namespace) -> None:
             (config,) = models.values()
             paths = _train_one(run_dir, config, data, start, callbacks)
     except KeyboardInterrupt:
-        hint = f"; go on with: {resume_command(run_dir)}"
-        raise KeyboardInterrupt(hint) from None
+        raise KeyboardInterrupt(f"; resume with: {resume_command(run_dir)}") from None
     if paths:
         lost = sweep.diverged(run_dir, models) if len(models) > 1 else []
         model = next(name for name in models if name not in lost)
-        _tell_next(run_dir, model if len(models) > 1 else "", paths)
+        _print_next_steps(run_dir, model if len(models) > 1 else "", paths)
 
 
 def _flags(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the flags that were given, by field; those that are dotted paths, imported."""
+    """Return the flags that were given, by field; dotted paths are imported."""
     given = {
         name: value
         for name in (*config_fields(), "seeds")
@@ -252,31 +258,53 @@ def _flags(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _own(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the components of the user's own that a command on a run was given."""
+    """Return the custom components that a command on a run was given."""
     from jaxvae.models.config import ModelConfig
 
     return {name: imported(name, value) for name in ModelConfig._registries
             if (value := getattr(options, name)) is not None}  # fmt: skip
 
 
-def _tell_next(run_dir: Path, model: str, figures: list[Path]) -> None:
-    """What a training left, and what can be done with it; `model` is one's folder, of many."""
+def _which(options: argparse.Namespace) -> Literal["latest", "best"]:
+    return "best" if options.best else "latest"
+
+
+def _params(options: argparse.Namespace) -> Any:
+    """Return the parameters of the run that a command was given."""
+    from jaxvae.runs.checkpoints import load
+
+    return load(options.run, _which(options), **_own(options))
+
+
+def _config_and_data(options: argparse.Namespace) -> tuple[Any, Any]:
+    """Return configuration and data of the run that a command was given."""
+    from jaxvae.runs.config import read_config
+    from jaxvae.runs.data import load_run_data, warn_of_other_data
+
+    config = read_config(options.run, **_own(options))
+    data = load_run_data(config, options.data)
+    warn_of_other_data(options.run, config, data)
+    return config, data
+
+
+def _print_next_steps(run_dir: Path, model: str, figures: list[Path]) -> None:
+    """Print the number of figures and the next commands; `model` is a subfolder of a sweep."""
     whole, one = as_argument(run_dir), as_argument(run_dir / model)
     print(f"{len(figures)} figures; the first: {figures[0]}", file=sys.stderr)
-    name = _called()
+    name = _program_name()
     lines = {
-        f"{name} explore {one}": "a page in which to move about its latents",
-        f"{name} evaluate {one}": "test ELBO, log p(x) and more, as a table",
-        f"{name} sample {one} --n 64 --out samples.png": "new images",
-        f"{name} train --resume --run-dir {whole} --epochs N": "train on, to N epochs",
+        f"{name} explore {one}": "write an interactive latent-space explorer",
+        f"{name} evaluate {one}": "print test ELBO, log p(x) and other metrics",
+        f"{name} sample {one} --n 64 --out samples.png": "draw new images",
+        f"{name} train --resume --run-dir {whole} --epochs N": "continue training to N epochs",
     }
     width = max(map(len, lines))
     for line, says in lines.items():
         print(f"  {line:{width}}  {says}", file=sys.stderr)
 
 
-def _called() -> str:
-    """What the user called this program as, so that a line can be copied and works."""
+def _program_name() -> str:
+    """Return the name by which this program was started, for commands that can be copied."""
     called = Path(sys.argv[0])
     if called.parts[-2:] == ("jaxvae", "__main__.py"):
         return "python -m jaxvae"
@@ -293,7 +321,7 @@ def _train_one(
 
     config = directory.start(run_dir, config, data, **start)
     if processes.is_first():
-        _tell_start(config.data, data, f"run directory {run_dir}")
+        _print_start(config.data, data, f"run directory {run_dir}")
     state = loop.train(run_dir, config, data, callbacks=[*callbacks, AnimationFrames()])
     if not processes.is_first():
         return []
@@ -309,7 +337,7 @@ def _train_many(
 
     models = sweep.start(run_dir, models, data, **start)
     name = next(iter(models.values())).data
-    _tell_start(
+    _print_start(
         name, data, f"{len(models)} models; run directories {run_dir}/{next(iter(models))}, ..."
     )
     sweep.train(run_dir, models, data, callbacks=callbacks)
@@ -325,26 +353,29 @@ def _train_many(
     return paths
 
 
-def _tell_start(name: str, data: Any, where: str) -> None:
+def _print_start(name: str, data: Any, where: str) -> None:
     counts = f"{len(data.train_images):,} training and {len(data.test_images):,} test images"
     print(f"{name}: {counts}; {where}", file=sys.stderr)
 
 
 def _of_one_model(flags: dict[str, Any], run_dir: Path) -> dict[str, Any]:
-    """The flags with each value alone, or InputError where they ask for several models."""
+    """Return flags with a single value each; raise InputError if they ask for several models."""
     from jaxvae.runs.config import as_flag
 
     single = {}
     for name, value in flags.items():
         values = value if isinstance(value, list) else [value]
         if len(values) > 1 or (name == "seeds" and value != 1):
-            raise InputError(f"{as_flag(name)} asks for many models, but {run_dir} is a run of one")
+            raise InputError(
+                f"{as_flag(name)} asks for several models, but {run_dir} is a run of one: "
+                "leave it out"
+            )
         single[name] = values[0]
     single.pop("seeds", None)
     return single
 
 
-_MEASURES = {
+_METRICS = {
     "elbo": "ELBO",
     "log_likelihood": "log-likelihood E[log p(x|z)]",
     "kl": "KL(q(z|x) || p(z))",
@@ -363,18 +394,18 @@ def _evaluate(options: argparse.Namespace) -> None:
     from jaxvae.runs import evaluation
 
     _at_least_one("--num-samples", options.num_samples)
-    which: Any = "best" if options.best else "latest"
+    which = _which(options)
     found = evaluation.measure(
         options.run, options.num_samples, which, options.data, **_own(options)
     )
     print(f"{options.run}, step {found['step']}: {found['images']:,} test images, nats per image")
-    for name, says in _MEASURES.items():
+    for name, says in _METRICS.items():
         if name in found:
             digits = 0 if name == "active_units" else 4 if "error" in name else 3
             print(f"  {says.format(**found):34}{found[name]:10.{digits}f}")
     sys.stdout.flush()
     try:
-        print(f"evaluation: {evaluation.keep(options.run, found)}", file=sys.stderr)
+        print(f"evaluation: {evaluation.write_evaluation(options.run, found)}", file=sys.stderr)
     except InputError as error:
         print(f"jaxvae: evaluation.json was not written: {error}", file=sys.stderr)
 
@@ -382,11 +413,9 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _sample(options: argparse.Namespace) -> None:
     import jax
 
-    own = _own(options)
-
     from jaxvae.devices.processes import memory
+    from jaxvae.figures.grid import save_images
     from jaxvae.models.vae import sample
-    from jaxvae.runs.checkpoints import load
     from jaxvae.runs.config import read_config
     from jaxvae.validation import whole_number
 
@@ -395,46 +424,32 @@ def _sample(options: argparse.Namespace) -> None:
         whole_number("--seed", options.seed, 0, 2**32 - 1)
     if options.out.suffix.lower() != ".png":
         raise InputError(f"--out is {options.out}: expected a file name ending in .png")
-    config = read_config(options.run, **own)
+    config = read_config(options.run, **_own(options))
     needed = options.n * math.prod(config.model.image_shape) * _BYTES_PER_SAMPLED
-    if (there := memory()) is not None and needed > there:
+    if (available := memory()) is not None and needed > available:
         raise InputError(
-            f"--n is {options.n}: so many images need {needed / 1e9:,.0f} GB, and this machine has "
-            f"{there / 1e9:,.0f} GB of memory; take fewer"
+            f"--n is {options.n}, which needs {needed / 1e9:,.0f} GB: expected at most the "
+            f"{available / 1e9:,.0f} GB of memory of this machine; draw fewer images"
         )
-    params = load(options.run, "best" if options.best else "latest", **own)
-    from jaxvae.figures.grid import save_images
-
     seed = config.seed if options.seed is None else options.seed
-    save_images(sample(params, jax.random.key(seed), options.n), options.out)
+    save_images(sample(_params(options), jax.random.key(seed), options.n), options.out)
     print(options.out)
 
 
 def _figures(options: argparse.Namespace) -> None:
     from jaxvae.runs import drawing
-    from jaxvae.runs.checkpoints import load
-    from jaxvae.runs.config import read_config
-    from jaxvae.runs.data import load_run_data, warn_of_other_data
 
-    own = _own(options)
-
-    config = read_config(options.run, **own)
-    data = load_run_data(config, options.data)
-    warn_of_other_data(options.run, config, data)
-    params = load(options.run, "best" if options.best else "latest", **own)
-    for path in drawing.draw(options.run, config, data, params, options.format):
+    config, data = _config_and_data(options)
+    for path in drawing.draw(options.run, config, data, _params(options), options.format):
         print(path)
 
 
 def _export(options: argparse.Namespace) -> None:
     from jaxvae.interchange.export import export
-    from jaxvae.runs.checkpoints import load
-    from jaxvae.storage import own_folder
+    from jaxvae.storage import make_folder
 
-    own = _own(options)
-
-    params = load(options.run, "best" if options.best else "latest", **own)
-    out = options.out or own_folder(options.run, "export")
+    params = _params(options)
+    out = options.out or make_folder(options.run, "export")
     for path in export(params, out, options.to):
         print(path)
 
@@ -442,26 +457,18 @@ def _export(options: argparse.Namespace) -> None:
 def _import(options: argparse.Namespace) -> None:
     from jaxvae.runs.keras import import_keras
 
-    told = import_keras(options.file, options.run_dir, options.decoder, options.data)
-    print(told, file=sys.stderr)
+    layers = import_keras(options.file, options.run_dir, options.decoder, options.data)
+    print(layers, file=sys.stderr)
 
 
 def _explore(options: argparse.Namespace) -> None:
     from jaxvae import explorer
-    from jaxvae.runs.checkpoints import load
-    from jaxvae.runs.config import read_config
-    from jaxvae.runs.data import load_run_data, warn_of_other_data
 
-    own = _own(options)
-
-    config = read_config(options.run, **own)
     out = options.out or options.run / "explorer.html"
     if out.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"--out is {out}: expected a file name ending in .html")
-    params = load(options.run, "best" if options.best else "latest", **own)
-    data = load_run_data(config, options.data)
-    warn_of_other_data(options.run, config, data)
-    explorer.write(out, params, data, options.run.resolve().name)
+    _, data = _config_and_data(options)
+    explorer.write(out, _params(options), data, options.run.resolve().name)
     print(out)
 
 

@@ -1,4 +1,4 @@
-"""The parser of the command line, generated from the configurations."""
+"""Parser of the command line, generated from the configurations."""
 
 import argparse
 import dataclasses
@@ -14,7 +14,7 @@ from jaxvae.runs.config import RunConfig, as_flag
 from jaxvae.training.config import BINARIZATIONS, PARTS, TrainConfig
 
 _GROUPS: dict[str, type[Config]] = {"run": RunConfig, "model": ModelConfig, "training": TrainConfig}
-# These follow from the data, or have groups of their own.
+# Taken from the data, or shown as groups of their own fields.
 _NO_FLAG = ("image_shape", "model", "train", "data_seen")
 _METAVARS = {
     "data": "NAME|FOLDER|FILE",
@@ -24,41 +24,44 @@ _METAVARS = {
     "trainable": "PART",
 }
 _CHOICES = {"compute_dtype": DTYPES, "binarization": BINARIZATIONS, "trainable": PARTS}
-_LISTED = 8  # names of components that a flag's help lists
-SEVERAL = ("learning_rate", "beta")  # each takes several values: a model for each
+_LISTED = 8  # names of components in the help of a flag
+SEVERAL = ("learning_rate", "beta")  # several values start a sweep
 
 _RUN: dict[str, dict[str, Any]] = {
-    "--run-dir": {"metavar": "DIR", "help": "default runs/DATE-TIME"},
+    "--run-dir": {"metavar": "DIR", "help": "directory of the run; default runs/DATE-TIME"},
     "--config": {"type": Path, "metavar": "FILE",
-                 "help": "read the configuration from a TOML or JSON file, such as the "
-                 "config.json of a run; flags win over it"},
-    "--resume": {"action": "store_true", "help": "continue the run in --run-dir"},
+                 "help": "TOML or JSON file with the configuration, such as the config.json of a "
+                 "run; flags override it"},
+    "--resume": {"action": "store_true", "help": "resume the run in --run-dir"},
     "--new-data": {"action": "store_true",
-                   "help": "with --resume: continue with another data set, and record that"},
-    "--tensorboard": {"action": "store_true", "help": "write RUN_DIR/tensorboard"},
+                   "help": "with --resume: continue with another data set, which is recorded"},
+    "--tensorboard": {"action": "store_true",
+                      "help": "write TensorBoard files to RUN_DIR/tensorboard"},
     "--profile": {"action": "store_true",
-                  "help": "write a profiler's trace of some steps to RUN_DIR/profile"},
+                  "help": "write a profiler trace of some steps to RUN_DIR/profile"},
     "--callback": {"action": "append", "metavar": "PATH", "dest": "callbacks",
-                   "help": "a callback of your own, by its dotted path; may be repeated"},
+                   "help": "dotted path of a custom callback; may be repeated"},
 }  # fmt: skip
 
-_MANY = """Several values of --learning-rate or --beta, or --seeds: a model for every combination,
-all trained at once."""
+_SWEEP = """Several values of --learning-rate or --beta, or --seeds, train a model for every
+combination, all at the same time."""
 
 _PROCESSES: dict[str, dict[str, Any]] = {
-    "--coordinator": {"metavar": "HOST:PORT", "help": "where process 0 of several listens"},
-    "--num-processes": {"type": int, "metavar": "N", "help": "how many train one model together"},
-    "--process-id": {"type": int, "metavar": "I", "help": "which of them this is, from 0"},
+    "--coordinator": {"metavar": "HOST:PORT", "help": "address of process 0"},
+    "--num-processes": {"type": int, "metavar": "N", "help": "number of processes"},
+    "--process-id": {"type": int, "metavar": "I", "help": "number of this process, from 0"},
 }
-_OWN = """Where the run was trained with components of your own: the same dotted paths again."""
-_UNASKED = "Not needed under SLURM, Open MPI, Kubernetes or on TPUs."
+_COMPONENT = """A component NAME may also be the dotted path of your own, such as
+mypackage.priors.Laplace."""
+_CUSTOM = "If the run was trained with custom components: the same dotted paths."
+_DETECTED = "Detected under SLURM, Open MPI, Kubernetes and on TPUs."
 
 _EXAMPLES = {
     "": """
-  jaxvae train                                   5,000 digits, ten epochs, figures
-  jaxvae explore runs/20260131-120000            a page to explore its latents with
-  jaxvae sample runs/20260131-120000 --n 64 --out samples.png
-  jaxvae COMMAND --help                          flags, and more examples
+  jaxvae train                            train on 5,000 digits for ten epochs, and draw figures
+  jaxvae evaluate runs/20260131-120000    print its test metrics
+  jaxvae explore runs/20260131-120000     write an interactive latent-space explorer
+  jaxvae COMMAND --help                   flags and more examples
 """,
     "train": """
   jaxvae train --batch-size 16
@@ -130,13 +133,13 @@ def _flags(config: type[Config]) -> dict[str, dict[str, Any]]:
     for field in dataclasses.fields(config):  # type: ignore[arg-type]
         if field.name in _NO_FLAG:
             continue
-        says = docs[field.name].replace("%", "%%")
+        text = docs[field.name].replace("%", "%%")
         how: dict[str, Any] = {"default": None}
         registry = config._registries.get(field.name)
         if registry is not None:
             names = list(registry)
             listed = ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
-            how["metavar"], says = "NAME[:KEY=VALUE,...]", f"{says}: {listed}"
+            how["metavar"], text = "NAME[:KEY=VALUE,...]", f"{text}: {listed}"
         elif field.type in (bool, "bool"):
             how["action"] = "store_true"
         else:
@@ -148,8 +151,8 @@ def _flags(config: type[Config]) -> dict[str, dict[str, Any]]:
             if field.name in SEVERAL or field.name == "trainable":
                 how["nargs"] = "+"
         if isinstance(field.default, str | int | float) and not isinstance(field.default, bool):
-            says = f"{says}; default {field.default}"
-        flags[as_flag(field.name)] = how | {"help": says}
+            text = f"{text}; default {field.default}"
+        flags[as_flag(field.name)] = how | {"help": text}
     return flags
 
 
@@ -162,7 +165,14 @@ def _with_examples(name: str) -> dict[str, Any]:
 def make_parser(
     functions: Mapping[str, Callable[[argparse.Namespace], None]],
 ) -> argparse.ArgumentParser:
-    """The parser of the command line; what it returns has the chosen function as `command`."""
+    """Return the parser of the command line.
+
+    Args:
+      functions: the function of each command, which becomes `command` of the parsed arguments.
+
+    Returns:
+      The parser.
+    """
     from jaxvae import __version__
 
     parser = _Parser(
@@ -171,72 +181,90 @@ def make_parser(
     parser.add_argument("--version", action="version", version=f"jaxvae {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, says: str) -> argparse.ArgumentParser:
+    def command(name: str, text: str) -> argparse.ArgumentParser:
         one = commands.add_parser(
-            name, help=says, description=says, allow_abbrev=False, **_with_examples(name)
+            name, help=text, description=text, allow_abbrev=False, **_with_examples(name)
         )
         one.set_defaults(command=functions[name])
         return one
 
-    def group(title: str, flags: dict[str, dict[str, Any]], says: str | None = None) -> None:
-        one = train.add_argument_group(title, says)
+    def group(title: str, flags: dict[str, dict[str, Any]], text: str | None = None) -> None:
+        one = train.add_argument_group(title, text)
         for flag, how in flags.items():
             one.add_argument(flag, **how)
 
     train = command("train", "train a model and draw its figures")
     group("run", _RUN)
     for title, config in _GROUPS.items():
-        group(title if title != "run" else "data and start", _flags(config))
-    seeds = {"--seeds": {"type": int, "metavar": "N", "help": "seeds from --seed on; default 1"}}
-    group("many models", seeds, _MANY)
-    group("several processes", _PROCESSES, _UNASKED)
+        note = None if config is RunConfig else _COMPONENT
+        group(title if title != "run" else "data and initialisation", _flags(config), note)
+    seeds = {
+        "--seeds": {
+            "type": int,
+            "metavar": "N",
+            "help": "number of seeds from --seed up; default 1",
+        }
+    }
+    group("sweep", seeds, _SWEEP)
+    group("several processes", _PROCESSES, _DETECTED)
 
-    evaluate = command("evaluate", "print the test metrics of a run")
+    evaluate = command("evaluate", "evaluate a run on its test images")
     evaluate.add_argument("--num-samples", type=int, default=100, metavar="K",
                           help="importance samples for log p(x); default 100")  # fmt: skip
-    sample = command("sample", "draw samples of a run's model into a picture")
-    sample.add_argument("--n", type=int, required=True, metavar="N", help="how many")
-    sample.add_argument("--out", type=Path, required=True, metavar="FILE.png")
-    sample.add_argument("--seed", type=int, metavar="N", help="default: the run's")
-    figures = command("figures", "draw the figures of a run again")
+    sample = command("sample", "draw samples from the model of a run")
+    sample.add_argument("--n", type=int, required=True, metavar="N", help="number of samples")
+    sample.add_argument("--out", type=Path, required=True, metavar="FILE.png",
+                        help="the image file, a grid of all samples")  # fmt: skip
+    sample.add_argument("--seed", type=int, metavar="N", help="default: the seed of the run")
+    figures = command("figures", "draw the figures of a run")
     figures.add_argument("--format", choices=["png", "svg", "pdf"], default="png",
-                         help="default png; the animation is a GIF in any case")  # fmt: skip
-    export = command("export", "write a run's model for other programs")
+                         help="default png; the animation is always a GIF")  # fmt: skip
+    export = command("export", "export the model of a run to other formats")
     export.add_argument("--to", nargs="+", required=True, metavar="FORMAT",
-                        help="stablehlo, onnx or safetensors, or several of them")  # fmt: skip
+                        help="stablehlo, onnx, safetensors")  # fmt: skip
     export.add_argument("--out", type=Path, metavar="DIR", help="default RUN_DIR/export")
-    explore = command("explore", "write a page in which to explore the latents of a run")
+    explore = command("explore", "write an interactive latent-space explorer (an HTML page)")
     explore.add_argument("--out", type=Path, metavar="FILE.html",
                          help="default RUN_DIR/explorer.html")  # fmt: skip
     for one in (evaluate, sample, figures, explore, export):
-        one.add_argument("run", type=Path, metavar="RUN_DIR", help="made by `jaxvae train`")
+        one.add_argument("run", type=Path, metavar="RUN_DIR", help="the run directory")
         one.add_argument("--best", action="store_true",
-                         help="the epoch of the best test ELBO instead of the latest")  # fmt: skip
-        own = one.add_argument_group("components of your own", _OWN)
+                         help="use the epoch of the best test ELBO, not the latest")  # fmt: skip
+        own = one.add_argument_group("custom components", _CUSTOM)
         for name in ModelConfig._registries:
             own.add_argument(as_flag(name), metavar="PATH[:KEY=VALUE,...]")
 
     data = _flags(RunConfig)["--data"]
     for one in (evaluate, figures, explore):
-        one.add_argument("--data", **data | {"help": "default: the run's"})
+        one.add_argument("--data", **data | {"help": "default: the data of the run"})
 
-    keras = command("import", "make a run of the notebook's model, trained with Keras")
+    keras = command("import", "import the notebook's model from Keras as a run")
     keras.add_argument("file", type=Path, metavar="FILE", help="a .keras, .weights.h5 or .h5 file")
     keras.add_argument("--decoder", type=Path, metavar="FILE",
-                       help="where the decoder is in a file of its own")  # fmt: skip
-    keras.add_argument("--run-dir", type=Path, required=True, metavar="DIR")
+                       help="file of the decoder, if it is a separate file")  # fmt: skip
+    keras.add_argument("--run-dir", type=Path, required=True, metavar="DIR",
+                       help="directory of the run to make")  # fmt: skip
     keras.add_argument("--data", **data | {"default": "mnist-5k"})
 
-    summary = command("summary", "print the layer table of a run, or of the default model")
-    summary.add_argument("run", type=Path, nargs="?", metavar="RUN_DIR")
-    command("benchmark", "time the step against plain Flax, in one run")
-    completion = command("completion", "print what lets a shell complete commands and flags")
+    summary = command("summary", "print the layers of a model and their parameter counts")
+    summary.add_argument("run", type=Path, nargs="?", metavar="RUN_DIR",
+                         help="the run directory; default: the default model")  # fmt: skip
+    command("benchmark", "compare the speed of the training step with plain Flax")
+    completion = command("completion", "print a shell script that completes commands and flags")
     completion.add_argument("shell", choices=SHELLS)
     return parser
 
 
 def completion_script(parser: argparse.ArgumentParser, shell: str) -> str:
-    """What the shell, one of SHELLS, has to read to complete the parser's command lines."""
+    """Return the completion script of a parser.
+
+    Args:
+      parser: the parser.
+      shell: one of `SHELLS`.
+
+    Returns:
+      The script.
+    """
     import shtab
 
     choices = {name: tuple(r) for name, r in config_fields().items() if r is not None}

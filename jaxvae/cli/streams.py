@@ -1,4 +1,4 @@
-"""Standard output and standard error that may stop being read."""
+"""Standard output and standard error that may be closed by their reader."""
 
 import os
 import sys
@@ -8,25 +8,25 @@ from typing import Any
 
 
 @contextmanager
-def unread() -> Iterator[None]:
-    """Go on where nobody reads standard output or standard error any more, as behind `| head`.
+def tolerate_closed_streams() -> Iterator[None]:
+    """Continue when the reader of standard output or standard error has gone, as with `| head`.
 
-    What would be written then is dropped. So are messages for standard error that cannot be
-    written for another reason, such as a full disk; of standard output, that is an error. What
-    the encoding of a stream does not have is escaped.
+    Further output is dropped. Messages for standard error that cannot be written for another
+    reason, such as a full disk, are dropped too; for standard output that is an error. Characters
+    that the encoding of a stream lacks are escaped.
     """
     with ExitStack() as stack:
-        if sys.stdout is not None:  # it is None where the file is closed
-            stack.enter_context(redirect_stdout(_Unread(sys.stdout, BrokenPipeError)))
+        if sys.stdout is not None:  # None if the file descriptor is closed
+            stack.enter_context(redirect_stdout(_TolerantStream(sys.stdout, BrokenPipeError)))
             stack.callback(sys.stdout.close)
         if sys.stderr is not None:
-            stack.enter_context(redirect_stderr(_Unread(sys.stderr, OSError)))
+            stack.enter_context(redirect_stderr(_TolerantStream(sys.stderr, OSError)))
             stack.callback(sys.stderr.close)
         yield
 
 
-class _Unread:
-    """A text stream that drops what it cannot write, where that is an error of one kind."""
+class _TolerantStream:
+    """A text stream that drops its output after an error of one kind."""
 
     def __init__(self, stream: Any, dropped: type[OSError]) -> None:
         self._stream, self._dropped = stream, dropped
@@ -34,35 +34,35 @@ class _Unread:
     def write(self, text: str) -> int:
         try:
             self._stream.write(text)
-        except UnicodeEncodeError:  # of a path that is not UTF-8, say
+        except UnicodeEncodeError:  # for example of a path that is not UTF-8
             encoding = self._stream.encoding
             self.write(text.encode(encoding, "backslashreplace").decode(encoding))
         except self._dropped as error:
-            self._give_up(error)
+            self._drop_output(error)
         return len(text)
 
     def flush(self) -> None:
         try:
             self._stream.flush()
         except self._dropped as error:
-            self._give_up(error)
+            self._drop_output(error)
 
     def close(self) -> None:
-        """Write what is left, so that Python does not fail in that when it ends."""
+        """Flush the stream, so that Python does not fail to do so at exit."""
         try:
             self._stream.flush()
         except OSError:
-            self._to_nowhere()
+            self._redirect_to_devnull()
 
-    def _give_up(self, error: OSError) -> None:
+    def _drop_output(self, error: OSError) -> None:
         if isinstance(error, BrokenPipeError):
-            self._to_nowhere()
+            self._redirect_to_devnull()
 
-    def _to_nowhere(self) -> None:
-        with suppress(OSError):  # of a stream without a file
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
+    def _redirect_to_devnull(self) -> None:
+        with suppress(OSError):  # the stream may have no file descriptor
+            devnull = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(devnull, self._stream.fileno())
+            os.close(devnull)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

@@ -8,7 +8,14 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
-from jaxvae.data.dataset import Dataset, Images, as_images, expect_labels, split_every_tenth
+from jaxvae.data.dataset import (
+    Dataset,
+    Images,
+    as_images,
+    as_labels,
+    expect_labels,
+    split_every_tenth,
+)
 from jaxvae.data.records import Records
 from jaxvae.errors import Converted, InputError
 
@@ -123,8 +130,8 @@ def as_dataset(data: Any, name: str = "the data") -> Dataset:
     """Convert arrays to a Dataset, and check it.
 
     Args:
-      data: a Dataset; a pair of training and test images; or images [N, H, W] or [N, H, W, C], of
-        which every tenth becomes a test image.
+      data: a Dataset; a pair of training and test images, or of (images, labels) each; or images
+        [N, H, W] or [N, H, W, C], of which every tenth becomes a test image.
       name: name of the data in error messages.
 
     Returns:
@@ -136,20 +143,27 @@ def as_dataset(data: Any, name: str = "the data") -> Dataset:
     if not isinstance(data, Dataset):
         if isinstance(data, tuple) and len(data) != 2:
             raise InputError(
-                f"{name}: a tuple of {len(data)} parts: expected images, or a pair of training and "
-                "test images; with labels, a jaxvae.data.Dataset"
+                f"{name}: a tuple of {len(data)} parts: expected images, (train images, test "
+                "images) or ((train images, train labels), (test images, test labels))"
             )
         parts = data if isinstance(data, tuple | list) and len(data) == 2 else (data,)
         try:
-            images = [as_images(np.asarray(part), name) for part in parts]
+            pairs = [_images_and_labels(part, name) for part in parts]
         except InputError:
             raise
         except (TypeError, ValueError) as error:
             raise InputError(f"{name} cannot be read as an array: {error}") from None
-        data = split_every_tenth(images[0], None)
-        if len(images) == 2:
-            data = Dataset(images[0], None, images[1], None)
+        data = Dataset(*pairs[0], *pairs[1]) if len(pairs) == 2 else split_every_tenth(*pairs[0])
     return _checked(data, name)
+
+
+def _images_and_labels(part: Any, name: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return the images and labels of a split, which is a pair of both or images alone."""
+    labels = None
+    if isinstance(part, tuple) and len(part) == 2 and (part[1] is None or np.ndim(part[1]) == 1):
+        part, labels = part
+        labels = None if labels is None else as_labels(np.asarray(labels), name)
+    return as_images(np.asarray(part), name), labels
 
 
 def _mnist_5k() -> Dataset:

@@ -38,7 +38,7 @@ from jaxvae.data.dataset import (
 from jaxvae.data.pictures import open_picture
 from jaxvae.data.records import Records
 from jaxvae.errors import InputError
-from jaxvae.storage import regular, write_whole
+from jaxvae.storage import open_regular, write_atomic
 
 _NAME = re.compile(r"[a-zA-Z]\w*(/[\w.-]+)?(:\d+\.\d+\.\d+)?")
 _PORTS = {"http": 80, "https": 443, "ftp": 21}
@@ -313,7 +313,11 @@ def _read_labels(builder: Any, source: Callable[[], Any]) -> np.ndarray | None:
         return None
     cache = Path(builder.data_dir) / "jaxvae-labels.npy"
     records = source()
-    with contextlib.suppress(InputError), reading(cache), open(cache, "rb", opener=regular) as file:
+    with (
+        contextlib.suppress(InputError),
+        reading(cache),
+        open(cache, "rb", opener=open_regular) as file,
+    ):
         labels = as_labels(read_npy(file), cache)
         if len(labels) == len(records):
             return labels
@@ -350,7 +354,11 @@ def _read_split(
 
 
 def _read_cache(path: Path) -> Dataset | None:
-    with contextlib.suppress(InputError), reading(path), open(path, "rb", opener=regular) as file:
+    with (
+        contextlib.suppress(InputError),
+        reading(path),
+        open(path, "rb", opener=open_regular) as file,
+    ):
         arrays = read_npz(file, Dataset._fields)
         labels = {name: as_labels(arrays[name], path) for name in arrays if "labels" in name}
         images = {split: as_images(arrays[f"{split}_images"], path) for split in ("train", "test")}
@@ -373,7 +381,7 @@ def _write_cache(path: Path, dataset: Dataset) -> None:
 def _replace(path: Path, write: Callable[[Any], None]) -> None:
     # Without a cache, the images are decoded again next time.
     with contextlib.suppress(OSError):
-        write_whole(path, write)
+        write_atomic(path, write)
 
 
 def _one_line(what: object) -> str:

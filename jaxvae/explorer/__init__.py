@@ -20,7 +20,7 @@ from jaxvae.explorer.program import Program, decoder_program
 from jaxvae.figures.grid import pixels, tile
 from jaxvae.figures.style import COLOURS
 from jaxvae.models.vae import Params, decode, encode
-from jaxvae.storage import write_whole
+from jaxvae.storage import write_atomic
 
 _BYTES = 5_000_000  # size of a page, at most
 _IMAGES = 10_000  # test images, at most; more points would only hide each other
@@ -45,7 +45,7 @@ def write(path: Path, params: Params, data: Dataset, title: str) -> None:
     """
     text = page(params, data, title)
     try:
-        write_whole(path, lambda file: file.write(text.encode()))
+        write_atomic(path, lambda file: file.write(text.encode()))
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
 

@@ -20,7 +20,7 @@ from jaxvae.data.pictures import read_picture
 from jaxvae.errors import InputError
 from jaxvae.figures.grid import pixels, plane, tile
 from jaxvae.models.vae import Params
-from jaxvae.storage import own_folder, write_whole
+from jaxvae.storage import make_folder, write_atomic
 
 _FRAMES = 64  # at most; every second frame is deleted when there would be more
 _SIDE = 480  # approximate side of a frame, in pixels
@@ -42,8 +42,8 @@ def keep_frame(run_dir: Path, record: dict[str, Any], params: Params) -> None:
     n = int(np.clip(_SIDE // max(params.config.image_shape[:2]), 3, 15))
     images, _, down = plane(params, n)
     frame = Image.fromarray(pixels(tile(images, len(down))))
-    folder = own_folder(run_dir, "manifolds")
-    write_whole(folder / f"{epoch:04}.png", lambda file: frame.save(file, format="png"))
+    folder = make_folder(run_dir, "manifolds")
+    write_atomic(folder / f"{epoch:04}.png", lambda file: frame.save(file, format="png"))
     for path, other in _frames(run_dir):
         if other % _stride(epoch):
             path.unlink(missing_ok=True)
@@ -77,10 +77,10 @@ def draw_animation(run_dir: Path) -> list[Path]:
     if len(frames) < 2:
         return []
     each = int(1000 * min(0.5, _SECONDS / len(frames)))
-    path = own_folder(run_dir, "figures") / "manifold.gif"
+    path = make_folder(run_dir, "figures") / "manifold.gif"
     durations = [each] * (len(frames) - 1) + [2000]
     how: dict[str, Any] = {"save_all": True, "duration": durations, "loop": 0}
-    write_whole(
+    write_atomic(
         path, lambda file: frames[0].save(file, format="gif", append_images=frames[1:], **how)
     )
     return [path]

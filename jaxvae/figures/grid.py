@@ -13,7 +13,7 @@ from jaxvae.errors import InputError
 from jaxvae.models.distributions import GaussianMixture, UnitGaussian
 from jaxvae.models.protocols import Prior
 from jaxvae.models.vae import Params, decode, prior
-from jaxvae.storage import write_whole
+from jaxvae.storage import write_atomic
 
 
 def tile(images: jax.Array | np.ndarray, rows: int) -> np.ndarray:
@@ -63,7 +63,7 @@ def save_images(images: jax.Array, path: Path) -> None:
     empty = jnp.zeros((rows * columns - n, *images.shape[1:]))
     try:
         picture = Image.fromarray(pixels(tile(jnp.concatenate([images, empty]), rows)))
-        write_whole(path, lambda file: picture.save(file, format="png"))
+        write_atomic(path, lambda file: picture.save(file, format="png"))
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
 

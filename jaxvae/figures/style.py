@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from jaxvae.errors import NotDrawn
 from jaxvae.figures.grid import pixels, tile
-from jaxvae.storage import write_whole
+from jaxvae.storage import write_atomic
 
 STYLE = {
     "font.size": 10,
@@ -53,7 +53,7 @@ def save(figure: Figure, path: Path) -> None:
     how: dict[str, Any] = {"dpi": _DPI, "bbox_inches": "tight", "pad_inches": 0.15}
     how |= {"format": path.suffix[1:], "metadata": about}
     with mpl.rc_context(_FILES):
-        write_whole(path, lambda file: figure.savefig(file, **how))
+        write_atomic(path, lambda file: figure.savefig(file, **how))
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from jaxvae.errors import ComponentNeeded, InputError
 from jaxvae.models.config import ModelConfig
 from jaxvae.models.flows import FlowPosterior
 from jaxvae.models.vae import Params, decode, encode, init, prior
-from jaxvae.storage import regular, write_whole
+from jaxvae.storage import open_regular, write_atomic
 
 FORMATS = ("stablehlo", "onnx", "safetensors")
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -66,7 +66,7 @@ def export(params: Params, folder: str | Path, formats: Sequence[str] = FORMATS)
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         for path, content in zip(paths, contents.values(), strict=True):
-            write_whole(path, lambda file, content=content: file.write(content))  # type: ignore[misc]
+            write_atomic(path, lambda file, content=content: file.write(content))  # type: ignore[misc]
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error.strerror}") from None
     return paths
@@ -91,7 +91,7 @@ def load_safetensors(path: str | Path, network: Any = None, **own: Any) -> Param
     from safetensors import SafetensorError, safe_open
 
     try:
-        with open(path, "rb", opener=regular):
+        with open(path, "rb", opener=open_regular):
             pass  # safe_open would block on a pipe
         with safe_open(path, framework="numpy") as file:
             about = file.metadata() or {}

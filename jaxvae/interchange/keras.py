@@ -29,7 +29,7 @@ import numpy as np
 from jaxvae.errors import InputError
 from jaxvae.models.config import ModelConfig
 from jaxvae.models.vae import Params
-from jaxvae.storage import regular
+from jaxvae.storage import open_regular
 
 _BYTES = 2**30  # of weights, at most; the notebook's model has 2.2 million
 _CONFIG_BYTES = 2**24
@@ -275,7 +275,7 @@ def _from_file(path: Path) -> tuple[list[_Layer], list[_Config]]:
     except ImportError:
         raise InputError('h5py is not installed: pip install "jaxvae[keras]"') from None
     try:
-        with open(path, "rb", opener=regular) as file:
+        with open(path, "rb", opener=open_regular) as file:
             begin = file.read(8)
             file.seek(0)
             config, weights = None, file

@@ -22,18 +22,19 @@ class ModelConfig(Config):
     """The architecture of a VAE; the defaults are the notebook's.
 
     `network`, `likelihood`, `prior` and `posterior` take a name, a name with options
-    ("mixture:components=100") or an object (`priors.Mixture(components=100)`), of one's own too,
-    as `jaxvae.models.protocols` describes it.
+    ("mixture:components=100") or an object (`priors.Mixture(components=100)`), which may be your
+    own: see `jaxvae.models.protocols`. A network may also be a pair of Flax modules
+    (encoder, decoder).
 
     Attributes:
       image_shape: (height, width, channels) of one image.
-      latent_dim: number of latents.
-      network: encoder and decoder, or a pair of Flax modules (encoder, decoder).
-      likelihood: p(x|z).
-      prior: p(z).
-      posterior: q(z|x).
-      num_classes: classes of a class-conditional model; 0: the model is unconditional.
-      compute_dtype: "float32", or "bfloat16" for mixed precision: the layers compute in bfloat16;
+      latent_dim: dimension of the latent space.
+      network: encoder and decoder.
+      likelihood: the likelihood p(x|z).
+      prior: the prior p(z).
+      posterior: the approximate posterior q(z|x).
+      num_classes: number of classes of a class-conditional model; 0: unconditional.
+      compute_dtype: "float32", or "bfloat16" for mixed precision: layers compute in bfloat16;
         parameters, gradients and the terms of the ELBO stay float32.
     """
 

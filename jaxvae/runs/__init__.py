@@ -1,1 +1,1 @@
-"""A run on disk: configuration, directory, training loop, sweep, checkpoints."""
+"""Runs on disk: configuration, directory, training loop, sweep, checkpoints, callbacks."""

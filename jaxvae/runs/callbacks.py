@@ -1,4 +1,4 @@
-"""What may follow a training: the `Callback` protocol, and early stopping."""
+"""Callbacks of the training loop: the `Callback` protocol, early stopping, animation frames."""
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,18 +17,18 @@ _METHODS = ("start", "dispatch", "epoch", "end")
 
 @dataclass(frozen=True)
 class Training:
-    """A training that starts, as callbacks are told of it.
+    """What a callback receives when training starts.
 
     Attributes:
-      config: the run's; of many models, the first one's.
-      data: what it is trained on.
-      epochs: how many it has in all.
-      images: how many an epoch has, over all models.
-      step: how many steps were taken before, where it is resumed.
-      done: how many epochs are over.
-      history: their lines of metrics.jsonl, as far as the file has them.
-      params: the parameters at the start; of many models, stacked.
-      run_dir: its directory, if it has one.
+      config: configuration of the run; in a sweep, of the first model.
+      data: the data set.
+      epochs: total number of epochs.
+      images: training images per epoch, summed over the models of a sweep.
+      step: steps that were taken before; 0 unless the run is resumed.
+      done: number of finished epochs.
+      history: the lines of metrics.jsonl of the finished epochs; lost lines are missing.
+      params: the parameters at the start; in a sweep, those of all models, stacked.
+      run_dir: the run directory, or None.
     """
 
     config: RunConfig
@@ -43,79 +43,91 @@ class Training:
 
 
 class Callback:
-    """Follows a training; each method does nothing unless it is overridden.
+    """Base class of callbacks; each method does nothing unless it is overridden.
 
-    Of several processes, only the first one calls callbacks.
+    With several processes, only the first process calls callbacks.
     """
 
     def start(self, training: Training) -> bool | None:
-        """Called before the first step.
+        """Run before the first step.
+
+        Args:
+          training: the training that starts.
 
         Returns:
-          True where the training is over already, and no step is to be taken.
+          True to end the training before its first step.
         """
 
     def dispatch(self, images: int, metrics: Mapping[str, float]) -> None:
-        """Called after some steps that were dispatched together.
+        """Run after a dispatch, which is one or more steps.
 
         Args:
-          images: how many images they took.
-          metrics: `loss`, `elbo`, `log_likelihood`, `kl`: means over them, nats per image.
+          images: number of images in these steps.
+          metrics: `loss`, `elbo`, `log_likelihood` and `kl`: means over these images, in nats per
+            image.
         """
 
     def epoch(self, record: dict[str, Any], params: Params) -> bool | None:
-        """Called after every epoch, before its checkpoint: after a crash it may be called twice.
+        """Run after every epoch, before its checkpoint.
+
+        After a crash an epoch may be reported twice.
 
         Args:
-          record: the epoch's line of metrics.jsonl.
-          params: the parameters to evaluate with; of many models, stacked. Their memory is taken
-            back afterwards: copy what is to be kept.
+          record: the line of the epoch in metrics.jsonl.
+          params: the parameters used for evaluation; in a sweep, those of all models, stacked.
+            Their buffers are donated to the next step: copy what you keep.
 
         Returns:
-          True to end the training once this epoch is saved.
+          True to end the training after the checkpoint of this epoch.
         """
 
     def end(self, params: Params | None) -> None:
-        """Called when the training is over.
+        """Run when the training ends.
 
         Args:
-          params: the last parameters; None where an error or a signal ended the training.
+          params: the last parameters; None if an error or a signal ended the training.
         """
 
 
 def expect_callbacks(callbacks: Iterable[Any]) -> list[Callback]:
     """Return callbacks as a list.
 
+    Args:
+      callbacks: objects with the methods of `Callback`.
+
+    Returns:
+      The callbacks.
+
     Raises:
-      InputError: one has not the methods of a `Callback`.
+      InputError: an object lacks a method of `Callback`.
     """
     callbacks = list(callbacks)
     for one in callbacks:
         if inspect.isclass(one) or not all(callable(getattr(one, n, None)) for n in _METHODS):
             raise InputError(
                 f"callback is {shown(one)}: expected an object with the methods "
-                f"{', '.join(_METHODS)}, as of `jaxvae.Callback`"
+                f"{', '.join(_METHODS)}; subclass `jaxvae.Callback`"
             )
     return callbacks
 
 
 @dataclass
 class EarlyStopping(Callback):
-    """Ends a training whose test ELBO does not improve any more.
+    """End the training when the test ELBO stops improving.
 
     Attributes:
-      patience: epochs without a better test ELBO after which it ends.
+      patience: epochs without a better test ELBO after which training ends.
     """
 
     patience: int
 
     def start(self, training: Training) -> bool:
-        """Take up the epochs that are over; return whether they ended the training."""
+        """Read the finished epochs; return whether training has already ended."""
         self._elbos = {record["epoch"]: record["test"]["elbo"] for record in training.history}
         return self._is_over(training.done)
 
     def epoch(self, record: dict[str, Any], params: Params) -> bool:
-        """Return whether the best epoch is `patience` epochs ago."""
+        """Return whether the best epoch was `patience` epochs ago."""
         self._elbos[record["epoch"]] = record["test"]["elbo"]
         return self._is_over(record["epoch"])
 
@@ -127,18 +139,20 @@ class EarlyStopping(Callback):
 
 
 class AnimationFrames(Callback):
-    """Keeps the frames of figures/manifold.gif, in RUN_DIR/manifolds."""
+    """Write the frames of figures/manifold.gif to RUN_DIR/manifolds."""
 
     def start(self, training: Training) -> None:
-        """Keep the frame of the untrained model."""
+        """Write the frame of the untrained model."""
         if training.run_dir is None:
-            raise InputError("the frames lie in the run directory: expected a run_dir")
+            raise InputError(
+                "animation frames are written to the run directory: expected a run_dir"
+            )
         self._run_dir = training.run_dir
         if not training.step:
             self.epoch({"epoch": 0}, training.params)
 
     def epoch(self, record: dict[str, Any], params: Params) -> None:
-        """Keep the frame of an epoch, if it is one to keep."""
-        from jaxvae.figures.animation import keep_frame  # matplotlib, only where it is drawn
+        """Write the frame of an epoch, if the animation shows this epoch."""
+        from jaxvae.figures.animation import keep_frame  # imports matplotlib, which is slow
 
         keep_frame(self._run_dir, record, params)

@@ -1,7 +1,7 @@
-"""A run's checkpoints, kept by Orbax: the last two and the best, each with its configuration.
+"""Checkpoints of a run, stored by Orbax: the last two and the best, each with its configuration.
 
-A checkpoint that is whole is sealed: with it lie the SHA-256 sums of all its files. One whose
-files are not those any more is never read but passed over for the newest that is whole.
+A complete checkpoint has a file with the SHA-256 digests of all its files. A checkpoint that does
+not match its digests is damaged: it is skipped, and the newest intact one is used instead.
 """
 
 from __future__ import annotations
@@ -30,37 +30,48 @@ from jaxvae.devices.sharding import placement
 from jaxvae.errors import Damaged, InputError, TrainingFailed
 from jaxvae.models.config import ModelConfig
 from jaxvae.models.vae import Params
-from jaxvae.runs.files import NewerVersion, aside, cannot_write, is_number, unmarked, version
+from jaxvae.runs.files import (
+    NewerVersion,
+    cannot_write,
+    damaged_name,
+    is_number,
+    version,
+    without_version,
+)
 from jaxvae.storage import (
     expect_utf8,
-    is_part,
-    own_folder,
+    is_temporary,
+    make_folder,
+    open_regular,
     read_bytes,
     refuse_links,
-    regular,
-    write_whole,
+    write_atomic,
 )
 from jaxvae.training.config import TrainConfig
 from jaxvae.training.state import TrainState, create_train_state
-from jaxvae.validation import as_key
+from jaxvae.validation import as_key, shown
 
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
 
 Which = Literal["latest", "best"]
-_SEAL = "sha256.json"
+_DIGESTS = "sha256.json"
 _MISSING = "is missing"
-_TRIES = 20  # to read a checkpoint beside a training that deletes it
-_DELETION = 0.5  # seconds
-_MARGIN = 100_000  # bytes that a checkpoint takes beside its arrays
+_TRIES = 20  # to read a checkpoint while a training deletes older ones
+_DELETION = 0.5  # seconds that a deletion may take
+_MARGIN = 100_000  # bytes of a checkpoint besides its arrays
 
 
 def save(run_dir: str | Path, state: TrainState) -> None:
-    """Write a checkpoint of `state` into a run directory, and wait until it is whole.
+    """Write a checkpoint of a training state to a run directory.
 
-    Raises InputError if the directory already holds a checkpoint of this step or cannot be
-    written, or if the state has other arrays than its configurations say, with which they could
-    not be read again.
+    Args:
+      run_dir: the run directory, which is made if it does not exist.
+      state: the training state.
+
+    Raises:
+      InputError: the directory already holds a checkpoint of this step, or cannot be written; or
+        the arrays of the state do not match its configuration, so that it could not be restored.
     """
     _expect_restorable(state)
     try:
@@ -84,46 +95,47 @@ def restore(
     fsdp: bool = False,
     **own: Any,
 ) -> TrainState:
-    """Return the training state of a run directory, its arrays of the types saved.
+    """Return the training state of a run, with the dtypes that were saved.
 
-    Where the one that is asked for is damaged, the newest whole one, or the best one, takes its
-    place, and a warning of the category `jaxvae.errors.Damaged` says so.
+    If the requested checkpoint is damaged, the newest (or best) intact one is used instead, with a
+    warning of the category `jaxvae.errors.Damaged`.
 
     Args:
       run_dir: the run directory.
-      which: "latest", "best" by test ELBO, or the number of steps taken.
-      network: the modules (encoder, decoder), where the model has some of the user's own.
-      mesh: the devices to put it on, whatever it was saved from; by default the first one.
-      fsdp: as of `jaxvae.devices.sharding.shard`.
-      own: other components of the user's own that the run was trained with, by the name of
-        their field: `prior=Laplace(2)`, `optimizer=...`.
+      which: "latest", "best" by test ELBO, or a number of steps.
+      network: custom modules (encoder, decoder) that the run was trained with.
+      mesh: the devices to restore to, which may differ from those it was saved from; by default
+        the first device.
+      fsdp: shard parameters and optimizer state over the mesh, as in
+        `jaxvae.devices.sharding.shard`.
+      own: other custom components that the run was trained with, by field: `prior=Laplace(2)`,
+        `optimizer=...`.
 
     Returns:
       The state.
 
     Raises:
-      InputError: the directory holds no checkpoint, none of that step or none that is whole; a
-        newer version made it; it was made with components of the user's own and they are not
-        handed over, or others are; it holds 64-bit arrays, and JAX has 64-bit types disabled.
+      InputError: the directory holds no checkpoint, none of that step, or none that is intact; a
+        newer version wrote it; the run needs custom components that are missing or differ from
+        the recorded ones; or it holds 64-bit arrays, and JAX has 64-bit types disabled.
     """
     return _restore(run_dir, which, network, own, mesh, fsdp, to_train=True)
 
 
 def load(run_dir: str | Path, which: Which = "latest", network: Any = None, **own: Any) -> Params:
-    """Return the model of a run directory: its averaged parameters, where the run keeps some.
+    """Return the parameters of a run: their moving average, if the run keeps one.
 
     Args:
       run_dir: the run directory.
       which: "latest", or "best" by test ELBO.
-      network: the modules (encoder, decoder), where the model has some of the user's own.
-      own: other components of the user's own that the model was made with, by the name of their
-        field; those of the training are not needed.
+      network: custom modules (encoder, decoder) of the model.
+      own: other custom components of the model, by field; those of the training are not needed.
 
     Returns:
       The parameters.
 
     Raises:
-      InputError: as of `restore`.
+      InputError: as for `restore`.
     """
     return load_with_step(run_dir, which, network, **own)[0]
 
@@ -131,7 +143,7 @@ def load(run_dir: str | Path, which: Which = "latest", network: Any = None, **ow
 def load_with_step(
     run_dir: str | Path, which: Which = "latest", network: Any = None, **own: Any
 ) -> tuple[Params, int]:
-    """Return what `load` does, and the number of steps that these parameters were trained for."""
+    """Return the parameters as `load` does, and the number of steps they were trained for."""
     state = _restore(run_dir, which, network, own, None, False, to_train=False)
     return state.eval_params, int(state.step)
 
@@ -148,30 +160,30 @@ def _restore(
 ) -> TrainState:
     own = dict(own) if network is None else {**own, "network": network}
     for left in reversed(range(_TRIES)):
-        step = which if isinstance(which, int) else newest_whole(run_dir, which)
+        step = which if isinstance(which, int) else newest_intact(run_dir, which)
         held = steps_of(run_dir)
         if not held:
             raise InputError(
                 f"{run_dir} holds no checkpoint: expected the run directory of `jaxvae train`, "
-                "at least one epoch old"
+                "after at least one epoch"
             )
         folder = _folder(run_dir) / str(step)
         try:
             if step not in held:
                 shown = ", ".join(map(str, held))
                 raise InputError(f"{run_dir} holds no checkpoint of step {step}, only of {shown}")
-            if fault := _fault(folder):
+            if fault := _find_fault(folder):
                 raise InputError(f"{run_dir}: the checkpoint of step {step} is damaged: {fault}")
             return _read(folder, own, mesh, fsdp, to_train)
         except (InputError, OSError, ValueError):
-            # A training that runs meanwhile deletes its older checkpoints.
+            # A training that is running in this directory deletes its older checkpoints.
             if not left or isinstance(which, int) or not _is_deleted(run_dir, step, held):
                 raise
     raise AssertionError("unreachable")
 
 
 def steps_of(run_dir: str | Path) -> list[int]:
-    """The steps of which there are checkpoints, whole or not, in order."""
+    """Return the steps of all checkpoints, intact or damaged, in ascending order."""
     folder = _folder(run_dir)
     try:
         return sorted(int(one.name) for one in folder.iterdir() if one.name.isdecimal())
@@ -181,35 +193,45 @@ def steps_of(run_dir: str | Path) -> list[int]:
         raise InputError(f"{folder} cannot be read: {error.strerror}") from None
 
 
-def newest_whole(run_dir: str | Path, which: Which = "latest") -> int | None:
-    """The step of the newest checkpoint that is whole, or of the best; None where there is none.
+def newest_intact(run_dir: str | Path, which: Which = "latest") -> int | None:
+    """Return the step of the newest or the best intact checkpoint.
 
-    Warns of those that are damaged and would come before it. Raises InputError if all are.
+    A warning of the category `jaxvae.errors.Damaged` names every damaged one that is skipped.
+
+    Args:
+      run_dir: the run directory.
+      which: "latest", or "best" by test ELBO.
+
+    Returns:
+      The step, or None if there is no checkpoint.
+
+    Raises:
+      InputError: there are checkpoints, and all of them are damaged.
     """
     folder = _folder(run_dir)
     for _ in range(_TRIES):
         steps, faults = steps_of(run_dir), {}
         for step in reversed(steps):
-            if fault := _fault(folder / str(step)):
+            if fault := _find_fault(folder / str(step)):
                 faults[step] = fault
-            elif which == "latest":  # the older ones, of which we want none, are not read
+            elif which == "latest":  # older ones need not be checked
                 break
         missing = [step for step, fault in faults.items() if fault.endswith(_MISSING)]
         if not missing or not _is_deleted(run_dir, min(missing), steps):
             break
     sound = [step for step in steps if step not in faults]
     if faults and not sound:
-        told = "; ".join(f"step {step}: {fault}" for step, fault in faults.items())
+        listed = "; ".join(f"step {step}: {fault}" for step, fault in faults.items())
         raise InputError(
-            f"{run_dir} holds no whole checkpoint, and nothing was changed ({told}): put one back "
-            "from a copy, or start anew in another directory"
+            f"{run_dir} holds no intact checkpoint ({listed}): restore one from "
+            "a copy, or start again in another directory"
         )
     if which == "best":
         sound.sort(key=lambda step: _elbo(folder / str(step)))
     for damaged, fault in faults.items():
         warnings.warn(
             f"{run_dir}: the checkpoint of step {damaged} is damaged ({fault}); "
-            f"that of step {sound[-1]} takes its place",
+            f"using that of step {sound[-1]} instead",
             Damaged,
             stacklevel=2,
         )
@@ -217,9 +239,10 @@ def newest_whole(run_dir: str | Path, which: Which = "latest") -> int | None:
 
 
 def _is_deleted(run_dir: str | Path, step: int | None, steps: list[int]) -> bool:
-    """Whether a training is deleting a checkpoint, one of `steps` that there were before.
+    """Return whether a running training is deleting the checkpoint of `step`.
 
-    As it writes a newer one first, either that was not among them, or this one will be gone soon.
+    `steps` are those listed before. A training writes the newer checkpoint first, so that the list
+    changes: either the newer one has appeared, or this one disappears within `_DELETION`.
     """
     end = time.monotonic() + _DELETION
     while steps_of(run_dir) == steps:
@@ -231,41 +254,51 @@ def _is_deleted(run_dir: str | Path, step: int | None, steps: list[int]) -> bool
 
 @contextmanager
 def open_checkpoints(run_dir: str | Path) -> Iterator[ocp.CheckpointManager]:
-    """The checkpoints of a run, to write more of them.
+    """Open the checkpoints of a run for writing.
 
-    Damaged ones are put aside, as STEP.damaged, and what a kill left half-written is taken away.
-    Raises InputError if the folder, or one in it, is a symbolic link.
+    Damaged ones are renamed to STEP.damaged, and incomplete ones are removed.
+
+    Args:
+      run_dir: the run directory.
+
+    Yields:
+      The Orbax manager.
+
+    Raises:
+      InputError: the folder of the checkpoints, or an entry in it, is a symbolic link.
     """
     import orbax.checkpoint as ocp
     from orbax.checkpoint import checkpoint_managers as policies
 
-    # Two of the last: one to fall back on if the other is damaged, and a kill can leave one of
-    # many models that are trained at once a checkpoint ahead of the others.
+    # Two latest ones: if one is damaged the other is used, and in a sweep a kill can leave one
+    # model a checkpoint ahead of the others.
     kept = [policies.LatestN(2), policies.BestN(get_metric_fn=_elbo_of, n=1)]
     options = ocp.CheckpointManagerOptions(
         preservation_policy=policies.AnyPreservationPolicy(kept),
         best_fn=_elbo_of,
         enable_async_checkpointing=False,
     )
-    folder = own_folder(_folder(run_dir).parent, "checkpoints")
+    folder = make_folder(_folder(run_dir).parent, "checkpoints")
     refuse_links(*folder.iterdir())
     if is_first():
-        newest = newest_whole(run_dir)
+        newest = newest_intact(run_dir)
         for part in folder.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(part)
         for step in steps_of(run_dir):
-            fault = _fault(folder / str(step))
+            fault = _find_fault(folder / str(step))
             if fault and fault.endswith(_MISSING) and step < (newest or 0):
-                shutil.rmtree(folder / str(step))  # a kill came while it was being deleted
+                shutil.rmtree(folder / str(step))  # its deletion was interrupted
             elif fault:
-                _put_aside(folder / str(step))
+                _set_aside(folder / str(step))
     try:
         manager = ocp.CheckpointManager(_literal(folder), options=options)
     except OSError:
         raise
     except Exception as error:  # of any kind, as the files may hold anything
         reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{folder} cannot be opened: {reason}; start anew elsewhere") from error
+        raise InputError(
+            f"{folder} cannot be opened: {reason}; start again in another directory"
+        ) from error
     with manager:
         yield manager
 
@@ -276,9 +309,16 @@ def write(
     metrics: Mapping[str, float],
     begun: tuple[Mapping[str, float], float] = ({}, 0.0),
 ) -> None:
-    """Write a checkpoint, and wait until it is whole; `metrics["elbo"]` decides which is the best.
+    """Write a checkpoint, and wait until it is complete.
 
-    begun: of an epoch that is not over, the sums of its metrics so far, and its seconds.
+    Args:
+      checkpoints: as opened by `open_checkpoints`.
+      state: the training state.
+      metrics: test metrics; the checkpoint of the highest "elbo" is the best.
+      begun: sums of the metrics and seconds of an unfinished epoch.
+
+    Raises:
+      TrainingFailed: the disk is full, or the checkpoint cannot be written and read back.
     """
     import orbax.checkpoint as ocp
 
@@ -293,7 +333,7 @@ def write(
     args = ocp.args.Composite(
         state=ocp.args.StandardSave(_to_tree(state)), config=ocp.args.JsonSave(config)
     )
-    # Asked beforehand, as a full disk has Orbax's threads tell at length of one another.
+    # Checked first: on a full disk Orbax's threads print long tracebacks.
     needed = sum(x.nbytes for x in jax.tree.leaves(_to_tree(state))) + _MARGIN
     free = shutil.disk_usage(checkpoints.directory).free
     if is_first() and free < needed:
@@ -308,22 +348,33 @@ def write(
     folder = Path(checkpoints.directory) / str(step)
     if fault := _difference(folder, _to_tree(state)):
         if is_first():
-            _put_aside(folder)
+            _set_aside(folder)
         reason = f"the checkpoint of step {step} is not read back as it was written ({fault})"
         raise TrainingFailed(cannot_write(run_dir, reason))
     if is_first():
-        _seal(folder)
+        _write_digests(folder)
 
 
-def told(run_dir: str | Path, step: int) -> dict[str, Any]:
-    """What a checkpoint knows beside the state: `model`, `train`, and `begun`, as of `write`."""
-    return _told(_folder(run_dir) / str(step))
+def metadata(run_dir: str | Path, step: int) -> dict[str, Any]:
+    """Return the metadata of a checkpoint: `model`, `train`, and `begun` as for `write`.
+
+    Args:
+      run_dir: the run directory.
+      step: the step of the checkpoint.
+
+    Returns:
+      The metadata.
+
+    Raises:
+      InputError: they are damaged, or a newer version wrote them.
+    """
+    return _read_metadata(_folder(run_dir) / str(step))
 
 
-def _told(folder: Path) -> dict[str, Any]:
+def _read_metadata(folder: Path) -> dict[str, Any]:
     path = folder / "config" / "metadata"
     try:
-        saved = unmarked(json.loads(read_bytes(path)), folder)
+        saved = without_version(json.loads(read_bytes(path)), folder)
         sums, seconds = saved.get("begun", ({}, 0.0))
         for name in ("model", "train"):
             if not isinstance(saved[name], dict):
@@ -335,8 +386,8 @@ def _told(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise InputError(
-            f"{path} is damaged ({reason}): expected a checkpoint of `jaxvae train`, as it was "
-            "written"
+            f"{path} is damaged ({reason}): expected an unchanged checkpoint of `jaxvae train`; "
+            "restore it from a copy"
         ) from None
     begun = {name: float(value) for name, value in sums.items()}, float(seconds)
     return {**saved, "begun": begun}
@@ -349,10 +400,10 @@ def _read(
     fsdp: bool,
     to_train: bool,
 ) -> TrainState:
-    """Read a checkpoint; unless it is `to_train`, the optimizer's state is left as it is stored."""
+    """Read a checkpoint; the optimizer's state is rebuilt only if `to_train`."""
     import orbax.checkpoint as ocp
 
-    saved = told(folder.parents[1], int(folder.name))
+    saved = metadata(folder.parents[1], int(folder.name))
     of = {kind: {n: own[n] for n in own if n in kind._registries}
           for kind in (ModelConfig, TrainConfig)}  # fmt: skip
     model = ModelConfig.from_dict(saved["model"], **of[ModelConfig])
@@ -363,14 +414,14 @@ def _read(
     like = jax.eval_shape(lambda: create_train_state(jax.random.key(0), model, train))
     expected = jax.eval_shape(_to_tree, like)
     try:
-        # Looked at beforehand: Orbax tells of another shape only in the midst of reading.
-        metadata = ocp.StandardCheckpointHandler().metadata(_literal(folder / "state")).tree
-        stored = _arrays(metadata)
-        before = "flow" in metadata  # as version 0.1 called it
+        # Checked first: Orbax reports a shape mismatch only while reading.
+        tree_metadata = ocp.StandardCheckpointHandler().metadata(_literal(folder / "state")).tree
+        stored = _arrays(tree_metadata)
+        before = "flow" in tree_metadata  # the name of "posterior" in version 0.1
         if before:
             expected["flow"] = expected.pop("posterior")
         if not to_train:
-            expected["opt_state"] = list(metadata["opt_state"])
+            expected["opt_state"] = list(tree_metadata["opt_state"])
         _expect_stored(folder, stored, _arrays(expected), own)
         abstract = tree_map_with_path(lambda path, _: stored[keystr(path)], expected)
         tree = _restored(folder, _placed(abstract, mesh, fsdp))
@@ -382,13 +433,13 @@ def _read(
     except Exception as error:  # of any kind, as the files may hold anything
         reason = " ".join(str(error).split())[:300]
         raise InputError(
-            f"{folder} cannot be read: {reason}; expected a checkpoint of `jaxvae train`, "
-            "as it was written"
+            f"{folder} cannot be read: {reason}; expected an unchanged checkpoint of "
+            "`jaxvae train`; restore it from a copy"
         ) from error
 
 
 def _restored(folder: Path, like: Any) -> Any:
-    """The arrays of a checkpoint, of the kind and on the devices that `like` tells."""
+    """Read the arrays of a checkpoint, with the shapes, dtypes and shardings of `like`."""
     import orbax.checkpoint as ocp
 
     args = ocp.args.Composite(state=ocp.args.StandardRestore(like))
@@ -397,21 +448,21 @@ def _restored(folder: Path, like: Any) -> Any:
 
 
 def _difference(folder: Path, tree: Any) -> str | None:
-    """What is wrong with a checkpoint as it is read back, for any process, if anything."""
+    """Read a checkpoint back; return what is wrong with it on any process, or None."""
     fault = None
     try:
-        # Into the memory of the host, as the device may have no room for it twice.
+        # Into host memory, as the device may not have room for a second copy.
         like = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), tree)
         found = _restored(folder, like)
         if not jax.tree.all(jax.tree.map(_same, tree, found)):
-            fault = "other numbers"
-    except Exception as error:  # of any kind, as of writing
+            fault = "the values differ"
+    except Exception as error:  # of any kind, as in writing
         fault = " ".join(str(error).split())[:300]
-    return fault if all_agree(fault is None) else fault or "by another process"
+    return fault if all_agree(fault is None) else fault or "on another process"
 
 
 def _same(x: Any, found: np.ndarray) -> bool:
-    """Whether the parts of an array that are on devices of this process have these bits."""
+    """Return whether the shards of an array on this process equal `found` bit for bit."""
     if not isinstance(x, jax.Array):
         return np.asarray(x).tobytes() == found.tobytes()
     return x.dtype == found.dtype and all(
@@ -423,10 +474,10 @@ def _same(x: Any, found: np.ndarray) -> bool:
 
 @functools.cache
 def _literal_path() -> type:
-    """Return a class of paths for Orbax whose `glob` takes nothing but its argument as a pattern.
+    """Return a path class for Orbax whose `glob` does not interpret the path itself as a pattern.
 
-    That of etils takes the path itself as one too: in a folder of the name "lr[0.1]", Orbax would
-    not find the arrays that it has just written, and leave them out of the checkpoint.
+    The class of etils does: in a folder named "lr[0.1]" Orbax would not find the arrays that it
+    has just written, and would leave them out of the checkpoint.
     """
     from etils import epath
 
@@ -448,17 +499,17 @@ def _expect_stored(
     expected: Mapping[str, jax.ShapeDtypeStruct],
     own: Mapping[str, Any],
 ) -> None:
-    """Raise InputError unless a checkpoint has the arrays of its model, of types that JAX holds."""
-    # A key of another implementation than by default has another shape.
+    """Raise InputError unless a checkpoint has the arrays of its model, in enabled dtypes."""
+    # The shape of a PRNG key depends on its implementation.
     if name := _differs(stored, expected, ("['key']",)):
         if "network" in own and name.startswith(("['encoder']", "['decoder']")):
             raise InputError(
                 f"{folder.parents[1]} holds other parameters than those of `network`: expected "
-                "the modules that the model was made with"
+                "the modules that the model was trained with"
             )
         raise InputError(
-            f"{folder} has {_told_of(stored, name)}: expected {_told_of(expected, name)}, as of "
-            "its configuration"
+            f"{folder} has {_array_text(stored, name)}: expected {_array_text(expected, name)}, "
+            "from its configuration"
         )
     for array in stored.values():
         if jnp.asarray(np.zeros((), array.dtype)).dtype != array.dtype:
@@ -470,23 +521,25 @@ def _expect_stored(
 
 
 def _expect_restorable(state: TrainState) -> None:
-    """Raise InputError unless a state has the arrays that its configurations say."""
+    """Raise InputError unless the arrays of a state match its configuration."""
     if not isinstance(state, TrainState):
-        raise InputError("state: expected what `jaxvae.create_train_state` gives")
-    as_key(state.key)  # refuses several
+        raise InputError(
+            f"state is {shown(state)}: expected a TrainState from `jaxvae.create_train_state`"
+        )
+    as_key(state.key)  # rejects a batch of keys
     model, train = state.params.config, state.config
     like = jax.eval_shape(lambda: create_train_state(jax.random.key(0), model, train))
     expected, found = _arrays(like), _arrays(state)
     if name := _differs(found, expected, (".key",)):
         raise InputError(
-            f"the state has {_told_of(found, name)}: expected {_told_of(expected, name)}, as of "
-            "`jaxvae.create_train_state` for its configurations (optimizer "
+            f"the state has {_array_text(found, name)}: expected {_array_text(expected, name)}, as "
+            "`jaxvae.create_train_state` makes from its configuration (optimizer "
             f"{train.specs()['optimizer']})"
         )
 
 
 def _arrays(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return the shapes and types of all arrays in a tree, by their places in it."""
+    """Return the shapes and dtypes of all arrays in a tree, by their paths."""
     return {
         keystr(path): jax.ShapeDtypeStruct(np.shape(x), x.dtype)
         for path, x in tree_leaves_with_path(tree)
@@ -498,7 +551,7 @@ def _differs(
     expected: Mapping[str, jax.ShapeDtypeStruct],
     but: tuple[str, ...],
 ) -> str | None:
-    """Return the first place with an array of another shape, or with one in only one of two."""
+    """Return the first path whose array is missing or has another shape; skip those in `but`."""
 
     def shapes(arrays: Mapping[str, jax.ShapeDtypeStruct]) -> set[tuple[str, tuple[int, ...]]]:
         return {(name, x.shape) for name, x in arrays.items() if name not in but}
@@ -506,65 +559,67 @@ def _differs(
     return min(shapes(found) ^ shapes(expected), default=(None,))[0]
 
 
-def _told_of(arrays: Mapping[str, jax.ShapeDtypeStruct], name: str) -> str:
+def _array_text(arrays: Mapping[str, jax.ShapeDtypeStruct], name: str) -> str:
     return f"{name} of shape {arrays[name].shape}" if name in arrays else f"no {name}"
 
 
-def _seal(folder: Path) -> None:
-    """Write down the sums of a checkpoint's files, which are what they are to be."""
-    sums = json.dumps(_sums(folder), indent=0)
-    write_whole(folder / _SEAL, lambda file: file.write(sums.encode()))
+def _write_digests(folder: Path) -> None:
+    """Write the digests of a checkpoint's files."""
+    digests = json.dumps(_file_digests(folder), indent=0)
+    write_atomic(folder / _DIGESTS, lambda file: file.write(digests.encode()))
 
 
-def _fault(folder: Path) -> str | None:
-    """What is wrong with the files of a checkpoint, if anything."""
+def _find_fault(folder: Path) -> str | None:
+    """Return what is wrong with the files of a checkpoint, or None."""
     try:
-        for name in ("_CHECKPOINT_METADATA", "metrics/metrics"):  # which Orbax reads of all
+        for name in ("_CHECKPOINT_METADATA", "metrics/metrics"):  # Orbax reads them for all steps
             if (folder / name).is_file() and not isinstance(
                 json.loads(read_bytes(folder / name)), dict
             ):
                 return f"{name} is not an object of named fields"
         sealed = None
-        if os.path.lexists(folder / _SEAL):
-            sealed = json.loads(read_bytes(folder / _SEAL))
+        if os.path.lexists(folder / _DIGESTS):
+            sealed = json.loads(read_bytes(folder / _DIGESTS))
         else:
-            # Of an older version, or killed before the seal: what Orbax has finished is whole.
+            # From version 0.1, or killed before the digests: complete if Orbax finished it.
             needed = ("config/metadata", "state/_METADATA", "_CHECKPOINT_METADATA")
             missing = [name for name in needed if not (folder / name).is_file()]
             if missing:
                 return f"{missing[0]} {_MISSING}"
-            _told(folder)
-        found = _sums(folder)
+            _read_metadata(folder)
+        found = _file_digests(folder)
     except NewerVersion:
         raise
     except (OSError, ValueError, RecursionError) as error:
         return f"a file cannot be read: {' '.join(str(error).split())}"
     if not (folder / "state" / "manifest.ocdbt").is_file():
-        # As where Orbax took the path for a pattern: nothing leads to the arrays.
+        # Orbax took the path for a pattern and did not find the arrays, see `_literal_path`.
         return "state/manifest.ocdbt was not written"
     if sealed is None:
         return None
     if not isinstance(sealed, dict):
-        return f"{_SEAL} is not what was written"
+        return f"{_DIGESTS} is not what was written"
     for name in sorted(sealed.keys() | found.keys(), key=lambda name: (name not in found, name)):
         if sealed.get(name) != found.get(name):
             return f"{name} {'is not what was written' if name in found else _MISSING}"
     return None
 
 
-def _sums(folder: Path) -> dict[str, str]:
-    """The SHA-256 sum of every file of a checkpoint but the seal."""
+def _file_digests(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 digest of every file of a checkpoint except the digest file."""
 
     def fail(error: OSError) -> None:
-        raise error  # which os.walk would pass over
+        raise error  # os.walk ignores errors by default
 
     sums = {}
     for parent, _, names in os.walk(folder, onerror=fail):
         for name in names:
-            if name.removesuffix(".part") == _SEAL or (is_part(name) and Path(parent) == folder):
+            if name.removesuffix(".part") == _DIGESTS or (
+                is_temporary(name) and Path(parent) == folder
+            ):
                 continue
             path = Path(parent, name)
-            with open(path, "rb", opener=regular) as file:
+            with open(path, "rb", opener=open_regular) as file:
                 sums[path.relative_to(folder).as_posix()] = hashlib.file_digest(
                     file, "sha256"
                 ).hexdigest()
@@ -572,7 +627,7 @@ def _sums(folder: Path) -> dict[str, str]:
 
 
 def _elbo(folder: Path) -> float:
-    """The test ELBO of a checkpoint, as far as it says any."""
+    """Return the test ELBO of a checkpoint, or -inf."""
     try:
         return _elbo_of(json.loads(read_bytes(folder / "metrics" / "metrics")))
     except (OSError, ValueError, RecursionError):
@@ -580,13 +635,13 @@ def _elbo(folder: Path) -> float:
 
 
 def _elbo_of(metrics: Any) -> float:
-    """The test ELBO, below all others where a checkpoint was saved without a measurement."""
+    """Return the test ELBO, or -inf if the checkpoint was saved without metrics."""
     value = metrics.get("elbo") if isinstance(metrics, Mapping) else None
     return float(value) if is_number(value) else -math.inf  # type: ignore[arg-type]
 
 
-def _put_aside(folder: Path) -> None:
-    os.replace(folder, aside(folder))
+def _set_aside(folder: Path) -> None:
+    os.replace(folder, damaged_name(folder))
 
 
 def _folder(run_dir: str | Path) -> Path:
@@ -595,7 +650,7 @@ def _folder(run_dir: str | Path) -> Path:
 
 
 def _to_tree(state: TrainState) -> dict[str, Any]:
-    """Return a state as plain containers of arrays, which is what is stored."""
+    """Return a state as nested dicts and lists of arrays, the stored form."""
     averaged = {} if state.ema is None else {"ema": _tree_of(state.ema)}
     return {
         **_tree_of(state.params),
@@ -611,10 +666,10 @@ def _tree_of(params: Params) -> dict[str, Any]:
 
 
 def _placed(tree: Any, mesh: jax.sharding.Mesh | None, fsdp: bool) -> Any:
-    """The shapes of a tree with where its arrays are to lie."""
+    """Return the shapes of a tree with shardings."""
     if mesh is None:
-        where = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        shardings = jax.tree.map(lambda _: where, tree)
+        first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        shardings = jax.tree.map(lambda _: first, tree)
     else:
         shardings = placement(tree, mesh, fsdp)
     return jax.tree.map(
@@ -625,7 +680,7 @@ def _placed(tree: Any, mesh: jax.sharding.Mesh | None, fsdp: bool) -> Any:
 
 
 def _learned(params: Params) -> dict[str, Any]:
-    """What else than networks has parameters in this model."""
+    """Return the learned parameters of likelihood, prior and posterior."""
     parts = {"likelihood": params.likelihood, "prior": params.prior, "posterior": params.posterior}
     return {name: part for name, part in parts.items() if part}
 
@@ -633,7 +688,7 @@ def _learned(params: Params) -> dict[str, Any]:
 def _from_tree(
     tree: dict[str, Any], like: TrainState, key_impl: str | None, to_train: bool
 ) -> TrainState:
-    """Return the state whose arrays are in `tree`; `like` has its structure and configurations."""
+    """Return the state with the arrays of `tree`, and structure and configuration of `like`."""
     opt_state = tree["opt_state"]
     if to_train:
         opt_state = jax.tree.unflatten(jax.tree.structure(like.opt_state), opt_state)

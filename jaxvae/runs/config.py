@@ -12,7 +12,7 @@ import jax
 from jaxvae.components import Config, is_dotted_path
 from jaxvae.errors import InputError
 from jaxvae.models.config import ModelConfig
-from jaxvae.runs.files import NewerVersion, read_json, unmarked
+from jaxvae.runs.files import NewerVersion, read_json, without_version
 from jaxvae.training.config import TrainConfig
 from jaxvae.training.optimizer import ELEMENTWISE
 from jaxvae.validation import either, shown, whole_number
@@ -20,13 +20,13 @@ from jaxvae.validation import either, shown, whole_number
 
 @dataclass(frozen=True)
 class DataRecord(Config):
-    """A data set that a run was trained on, as `jaxvae.runs.data.describe` returns it.
+    """A data set that a run was trained on, as returned by `jaxvae.runs.data.describe`.
 
     Attributes:
-      train_images: how many there were.
-      test_images: how many there were.
-      sha256: digest of its images and labels.
-      step: how many steps the run had taken when it was given this data set.
+      train_images: number of training images.
+      test_images: number of test images.
+      sha256: digest of images and labels.
+      step: number of steps the run had taken before it used this data set.
     """
 
     train_images: int = 1
@@ -44,22 +44,21 @@ class DataRecord(Config):
 
 @dataclass(frozen=True)
 class RunConfig(Config):
-    """The configuration of a run: its data, its seed, its model and how it is trained.
+    """The configuration of a run: data, seed, model and training.
 
     Attributes:
-      data: mnist-5k, mnist, tfds:NAME, a folder of images or IDX files, an .npz, .npy or IDX file,
-        or the dotted path of a function of your own that returns a `jaxvae.data.Dataset`.
-      data_dir: where TensorFlow Datasets keeps prepared data.
-      manual_dir: folder of data files that were downloaded by hand.
-      seed: of every random number of the run.
-      start_from: the run directory whose last parameters to start from.
-      fsdp: every device keeps its part of the parameters and of the optimizer's state instead of
-        all of them, for models too large for one; with optimizers that treat every number on its
-        own, such as rmsprop, adam and adamw.
-      workers: processes that read images on disk; 0: threads of the training process.
+      data: mnist-5k, mnist, tfds:NAME, a folder of images or of IDX files, an .npz, .npy or IDX
+        file, or the dotted path of a function that returns a `jaxvae.data.Dataset`.
+      data_dir: folder in which TensorFlow Datasets stores prepared data.
+      manual_dir: folder of data files that you downloaded by hand.
+      seed: seed of all random numbers.
+      start_from: run directory whose latest parameters are the initial parameters.
+      fsdp: shard parameters and optimizer state over the devices, for models too large for one
+        device; needs an elementwise optimizer, such as rmsprop, adam or adamw.
+      workers: number of processes that read images from disk; 0: threads of the training process.
       model: the architecture.
-      train: how it is trained.
-      data_seen: the data sets that the run was trained on, the last one last.
+      train: the training.
+      data_seen: the data sets that the run was trained on, the latest one last.
     """
 
     data: str = "mnist-5k"
@@ -91,22 +90,23 @@ class RunConfig(Config):
         object.__setattr__(self, "data_seen", tuple(seen))
         if self.fsdp and getattr(self.train.optimizer, "name", None) not in ELEMENTWISE:
             raise InputError(
-                f"optimizer is {self.train.specs()['optimizer']!r}, which may need whole arrays, "
-                "but with fsdp each device updates its part of them: expected "
-                f"{either(ELEMENTWISE)}"
+                f"optimizer is {self.train.specs()['optimizer']!r}, but fsdp needs an elementwise "
+                f"optimizer: expected {either(ELEMENTWISE)}"
             )
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any], **own: Any) -> Self:
-        """Build from a JSON object, as of `Config.from_dict`.
+        """Build a configuration from a JSON object.
 
         Args:
-          fields: as `to_dict` returned them, or some of them.
-          own: components of the user's own, by the name of their field in the model's or the
-            training's configuration.
+          fields: as returned by `to_dict`, or a part of them.
+          own: custom components, by their field of `ModelConfig` or `TrainConfig`.
+
+        Returns:
+          The configuration.
 
         Raises:
-          InputError: as of `Config.from_dict`.
+          InputError: as for `Config.from_dict`.
         """
         if isinstance(fields, Mapping) and own:
             fields = dict(fields)
@@ -117,13 +117,13 @@ class RunConfig(Config):
 
     @classmethod
     def _updated(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        """Take the fields of version 0.1."""
+        """Convert the fields of version 0.1."""
         if "divide" in fields:
             fields["fsdp"] = fields.pop("divide")
         return fields
 
 
-# What a resumed run may be given anew.
+# Fields that may change when a run is resumed.
 MAY_CHANGE = ("data", "data_dir", "manual_dir", "epochs", "patience", "fsdp", "workers")
 
 
@@ -131,29 +131,51 @@ def configured(flags: Mapping[str, Any], base: RunConfig | None = None) -> RunCo
     """Return the configuration of a new run.
 
     Args:
-      flags: fields of it, of its model or of its training, by name.
-      base: what holds where there is no flag.
+      flags: fields of the run, its model or its training, by name.
+      base: the configuration of the other fields; by default the defaults.
+
+    Returns:
+      The configuration.
 
     Raises:
-      InputError: a flag that is no field, or a wrong value.
+      InputError: an unknown field or a wrong value.
     """
     return _with_flags(base or RunConfig(), flags)
 
 
 def resumed(run_dir: Path, flags: Mapping[str, Any]) -> RunConfig:
-    """Return the configuration of a run that is resumed.
+    """Return the configuration of a resumed run.
 
-    Whether the data are the recorded ones is for `directory.start` to find.
+    Whether the data are the recorded ones is checked by `directory.start`.
+
+    Args:
+      run_dir: the run directory.
+      flags: fields that were given, by name.
+
+    Returns:
+      The configuration.
 
     Raises:
-      InputError: the flags ask for another run than the recorded one; see `MAY_CHANGE`.
+      InputError: a field that is not in `MAY_CHANGE` differs from the recorded one.
     """
     recorded = read_config(run_dir, to_train=True, **own_components(flags))
     return updated(recorded, flags, run_dir)
 
 
 def updated(recorded: RunConfig, flags: Mapping[str, Any], run_dir: Path) -> RunConfig:
-    """Return a recorded configuration with flags, or raise InputError where they contradict it."""
+    """Return a recorded configuration with the flags of a resumed run.
+
+    Args:
+      recorded: the recorded configuration.
+      flags: fields that were given, by name.
+      run_dir: the run directory, for messages.
+
+    Returns:
+      The configuration.
+
+    Raises:
+      InputError: a field that is not in `MAY_CHANGE` differs from the recorded one.
+    """
     asked = _with_flags(recorded, flags)
     for name in flags:
         was, now = (_field(config, name) for config in (recorded, asked))
@@ -165,18 +187,18 @@ def updated(recorded: RunConfig, flags: Mapping[str, Any], run_dir: Path) -> Run
 
 
 def as_flag(name: str) -> str:
-    """Return a field of a configuration as the command line spells it."""
+    """Return the flag of a field."""
     return "--" + name.replace("_", "-")
 
 
 def own_components(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those flags that are components of the user's own, handed over as objects."""
+    """Return the flags that are custom components, which are objects."""
     registries = {**ModelConfig._registries, **TrainConfig._registries}
     return {n: x for n, x in flags.items() if n in registries and not isinstance(x, str)}
 
 
 def components(config: RunConfig) -> dict[str, Any]:
-    """Return the components of a configuration that a file can not build, by field."""
+    """Return the custom components of a configuration, which config.json cannot restore."""
     own = {}
     for part in (config.model, config.train):
         for name, spec in part.specs().items():
@@ -186,7 +208,7 @@ def components(config: RunConfig) -> dict[str, Any]:
 
 
 def run_keys(config: RunConfig) -> tuple[jax.Array, jax.Array]:
-    """Return the PRNG keys of a run: for training, and for evaluating and drawing."""
+    """Return the PRNG keys of a run: one for training, one for evaluation and figures."""
     train_key, test_key = jax.random.split(jax.random.key(config.seed))
     return train_key, test_key
 
@@ -196,15 +218,21 @@ def read_config(run_dir: Path, *, to_train: bool = False, **own: Any) -> RunConf
 
     Args:
       run_dir: the run directory.
-      to_train: whether the run is resumed; else the components of its training that are the
-        user's own need not be handed over, and their defaults stand for them.
-      own: components of the user's own that the run was trained with, by field.
+      to_train: whether the run is resumed; if not, custom components of the training may be
+        missing and are replaced by the defaults.
+      own: custom components that the run was trained with, by field.
+
+    Returns:
+      The configuration.
 
     Raises:
-      InputError: the directory is not a run, or it needs components that are not handed over.
+      InputError: the directory is not a run, or custom components are missing.
     """
     if not (run_dir / "config.json").exists() and (run_dir / "sweep.json").exists():
-        raise InputError(f"{run_dir} holds many models: name the run directory of one, in it")
+        raise InputError(
+            f"{run_dir} is a sweep: expected the run directory of one of its models, such as "
+            f"{run_dir}/seed-0"
+        )
 
     def parse(content: dict[str, Any]) -> RunConfig:
         train = content.get("train")
@@ -216,16 +244,19 @@ def read_config(run_dir: Path, *, to_train: bool = False, **own: Any) -> RunConf
 
 
 def read_config_file(path: Path, flags: Collection[str] = ()) -> RunConfig:
-    """Return the configuration in a TOML or JSON file; a run's own config.json is one.
+    """Return the configuration in a TOML or JSON file, such as the config.json of a run.
 
-    Fields of the model and of the training may stand in tables `model` and `train` or at the top.
+    Fields of model and training may be in the tables `model` and `train` or at the top level.
 
     Args:
       path: the file.
-      flags: fields that are given otherwise; what the file says of them is left out.
+      flags: fields that are given as flags, which override the file.
+
+    Returns:
+      The configuration.
 
     Raises:
-      InputError: the file cannot be read, a field is unknown or wrong, or it stands there twice.
+      InputError: the file cannot be read, or a field is unknown, wrong or given twice.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -234,10 +265,13 @@ def read_config_file(path: Path, flags: Collection[str] = ()) -> RunConfig:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path} is not TOML, nor .json and JSON: {reason}") from None
+        kind = "JSON" if path.suffix == ".json" else "TOML"
+        raise InputError(
+            f"{path} is not valid {kind}: {reason}; expected TOML, or JSON in a file named .json"
+        ) from None
     try:
-        content = unmarked(content, path)
-        content.pop("data_seen", None)  # of the run that wrote it
+        content = without_version(content, path)
+        content.pop("data_seen", None)  # belongs to the run that wrote the file
         parts: dict[str, Any] = {}
         for name, kind in (("model", ModelConfig), ("train", TrainConfig)):
             table = content.pop(name, {})
@@ -248,11 +282,11 @@ def read_config_file(path: Path, flags: Collection[str] = ()) -> RunConfig:
         for name, table in parts.items():
             if twice := sorted(set(top) & set(table)):
                 raise InputError(
-                    f"{twice[0]} stands at the top and in the table {name}: expected it once"
+                    f"{twice[0]} is given at the top level and in table {name}: expected it once"
                 )
             parts[name] = _without(table, flags)
         return _with_flags(RunConfig.from_dict(parts), _without(top, flags))
-    except NewerVersion:  # which names the file
+    except NewerVersion:  # its message names the file
         raise
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
@@ -289,5 +323,5 @@ _KINDS = (RunConfig, ModelConfig, TrainConfig)
 
 
 def _field(config: RunConfig, name: str) -> Any:
-    """Return a field as a message shows it."""
+    """Return the value of a field as messages show it."""
     return {**config.model.to_dict(), **config.train.to_dict(), **config.to_dict()}[name]

@@ -1,4 +1,4 @@
-"""The data set of a run, as its model takes it."""
+"""The data set of a run."""
 
 import hashlib
 import warnings
@@ -17,58 +17,68 @@ from jaxvae.models.likelihoods import binarize
 from jaxvae.runs.config import DataRecord, RunConfig
 
 T = TypeVar("T")
-IN_PYTHON = "python"  # the name of data that were handed over as arrays
-_HASHED_WHOLE = 2**30  # bytes of images in memory, a second's work
-_HASHED_IMAGES = 256  # of those on disk, and of more in memory
+IN_PYTHON = "python"  # the name of data that were passed as arrays
+_HASHED_WHOLE = 2**30  # bytes of images in memory, which take about a second
+_HASHED_IMAGES = 256  # of images on disk, and of larger arrays
 
 
 def load_run_data(config: RunConfig, typed: str | None = None) -> Dataset:
     """Load the data set of a run.
 
-    With binarization, the test images are 0/1 pixels drawn once, the same ones in every run, and
-    so are the training images where it is fixed.
+    With binarization, the test images are 0/1 pixels, drawn once and equal in every run; with
+    fixed binarization, so are the training images.
 
     Args:
-      config: the run's configuration.
-      typed: a name or path that the user typed in the place of the recorded one. It may be the
-        dotted path of a function of the user's own; one in a file is never imported.
+      config: the configuration of the run.
+      typed: a name or path that the user typed, instead of the recorded one. It may be the dotted
+        path of a custom function; a dotted path in a file is never imported.
+
+    Returns:
+      The data set.
 
     Raises:
-      InputError: the data cannot be had.
+      InputError: the data cannot be loaded.
     """
     name = config.data if typed is None else typed
     if is_dotted_path(name) and not Path(name).exists():
         if typed is None:
             raise InputError(
-                f"the data of this run are {name}, a function of your own: name it again with "
+                f"the data of this run come from the custom function {name}: pass it again with "
                 f"--data {name}"
             )
         try:
             made = imported("data", name)
         except InputError as error:
-            raise InputError(f"there is no file {name}, and {error}") from None
+            raise InputError(f"{name} is not a file, and {error}") from None
         return with_binarization(as_dataset(made() if callable(made) else made, name), config)
     if name == IN_PYTHON:
         raise InputError(
-            "the data of this run were handed over in Python: name a data set with --data"
+            "the data of this run were passed as arrays in Python: name a data set with --data"
         )
     data = load_dataset(name, data_dir=config.data_dir, manual_dir=config.manual_dir)
     return with_binarization(data, config)
 
 
 def with_binarization(data: Dataset, config: RunConfig) -> Dataset:
-    """Return a data set whose images are 0/1 pixels where the configuration says so.
+    """Binarize the images of a data set as the configuration says.
+
+    Args:
+      data: the data set.
+      config: the configuration of the run.
+
+    Returns:
+      The data set.
 
     Raises:
-      InputError: fixed binarization of images that are read from disk.
+      InputError: fixed binarization of images that are read from disk one by one.
     """
     kind = config.train.binarization
     train_key, test_key = binarization_keys()
     if kind == "fixed":
         if not isinstance(data.train_images, np.ndarray):
             raise InputError(
-                f"{config.data} is read from disk image by image: "
-                "expected the binarization 'dynamic' or 'none', not 'fixed'"
+                f"binarization is 'fixed', but {config.data} is read from disk image by image: "
+                "expected 'dynamic' or 'none'"
             )
         data = data._replace(train_images=binarized(train_key, data.train_images))
     if kind != "none":
@@ -77,11 +87,16 @@ def with_binarization(data: Dataset, config: RunConfig) -> Dataset:
 
 
 def describe(data: Dataset) -> DataRecord:
-    """Return the number of a data set's images, and a digest of them and their labels.
+    """Return the numbers of images of a data set, and a digest of its images and labels.
 
-    The digest is the SHA-256 sum of shape, type and content of every array. Of images that stay
-    on disk, and of more than 1 GiB in memory, the content of 256 at equal distances stands for
-    that of all, the first and the last among them; labels are always taken whole.
+    The digest is the SHA-256 of shape, dtype and content of every array. Of images on disk, and of
+    more than 1 GiB in memory, only 256 evenly spaced images are hashed.
+
+    Args:
+      data: the data set.
+
+    Returns:
+      The record.
     """
     digest = hashlib.sha256()
     for x in data:
@@ -97,18 +112,32 @@ def describe(data: Dataset) -> DataRecord:
 
 
 def difference(record: DataRecord, trained_on: DataRecord) -> str | None:
-    """Return how a data set differs from the one that a run was trained on, if it does."""
+    """Return how a data set differs from the one that a run was trained on, or None.
+
+    Args:
+      record: of the data set.
+      trained_on: of the data set of the run.
+
+    Returns:
+      The difference as part of a sentence.
+    """
     if record.sha256 == trained_on.sha256:
         return None
     now, then = (f"{r.train_images:,} training and {r.test_images:,} test images"
                  for r in (record, trained_on))  # fmt: skip
     if now != then:
         return f"it has {now} instead of {then}"
-    return f"it has {now} too, but with other pixels or labels"
+    return f"it also has {now}, but with other pixels or labels"
 
 
 def warn_of_other_data(run_dir: Path, config: RunConfig, data: Dataset) -> None:
-    """Warn, with the category OtherData, if a run was not trained on this data set."""
+    """Warn, with the category `OtherData`, if a run was not trained on this data set.
+
+    Args:
+      run_dir: the run directory.
+      config: the configuration of the run.
+      data: the data set.
+    """
     if config.data_seen and (found := difference(describe(data), config.data_seen[-1])):
         warnings.warn(
             f"{config.data} is not the data set that {run_dir} was trained on: {found}",
@@ -118,16 +147,20 @@ def warn_of_other_data(run_dir: Path, config: RunConfig, data: Dataset) -> None:
 
 
 def binarization_keys() -> jax.Array:
-    # Not of the run's seed: runs are compared on the same images.
+    """Return the PRNG keys for binarizing training and test images: [2].
+
+    They do not depend on the seed of the run, so that all runs are compared on the same images.
+    """
     return jax.random.split(jax.random.key(0))
 
 
 def binarized(key: jax.Array, images: np.ndarray) -> np.ndarray:
+    """Return images as uint8 0 or 255, drawn with the grey levels as probabilities."""
     return (255 * np.asarray(binarize(key, jnp.asarray(images)))).astype(np.uint8)
 
 
 def model_inputs(
     images: T, labels: np.ndarray | None, model: ModelConfig
 ) -> tuple[T, np.ndarray | None]:
-    """Images, and their labels where the model is conditional."""
+    """Return images, and their labels as int32 if the model is conditional, else None."""
     return images, labels.astype(np.int32) if model.num_classes and labels is not None else None

@@ -1,17 +1,18 @@
-"""A run is a directory: what it was told, what it measured, what it learned and what it drew.
+"""The directory of a run.
 
-    config.json      what it was told
+    config.json      the configuration
     metrics.jsonl    a line per epoch: epoch, step, train and test metrics, seconds
     checkpoints/     the last two epochs and the best one
-    manifolds/       frames of the animation among them, an epoch each
-    figures/         what `jaxvae figures` draws
-    evaluation.json  what `jaxvae evaluate` measured last
-    tensorboard/     and profile/, where they were asked for: `jaxvae.runs.tensorboard`
-    .lock            held by the training that is in it
-    diverged.json    where the loss became NaN or infinite, if it did
+    manifolds/       frames of the animation
+    figures/         written by `jaxvae train` and `jaxvae figures`
+    evaluation.json  the last result of `jaxvae evaluate`
+    tensorboard/     with --tensorboard
+    profile/         with --profile
+    .lock            locked while a training runs
+    diverged.json    written if the loss became NaN or infinite
 
-It can be killed at any instant: an epoch counts once its checkpoint is whole, and a resumed run
-repeats what came after the last one that is.
+A training can be killed at any instant. An epoch counts once its checkpoint is complete; a resumed
+run repeats everything after the last complete checkpoint.
 """
 
 import shlex
@@ -27,18 +28,13 @@ from jaxvae.models.config import ModelConfig
 from jaxvae.models.vae import Params
 from jaxvae.runs.checkpoints import (
     load,
-    newest_whole,
+    metadata,
+    newest_intact,
     steps_of,
-    told,
 )
 from jaxvae.runs.config import MAY_CHANGE, DataRecord, RunConfig, components
 from jaxvae.runs.data import describe, difference, model_inputs
-from jaxvae.runs.files import (
-    owned,
-    read_metrics,
-    version,
-    write_json,
-)
+from jaxvae.runs.files import locked, read_metrics, version, write_json
 from jaxvae.storage import expect_utf8
 from jaxvae.training.state import TrainState, create_train_state, state_of
 from jaxvae.training.step import Metrics, train_step
@@ -47,37 +43,62 @@ from jaxvae.training.step import Metrics, train_step
 def start(
     run_dir: Path, config: RunConfig, data: Dataset, *, resume: bool, new_data: bool = False
 ) -> RunConfig:
-    """Make a run directory, or prepare one to go on.
+    """Make a run directory, or prepare one to be resumed.
 
-    Returns the configuration with the shape of the images and a record of the data in it. Raises
-    InputError if there is a run in the directory already and it is not to go on, if the data are
-    not those of the run or fewer than one batch, if a conditional model has no labels for them or
-    wrong ones, if the run to start from has another model, if model and objective do not go
-    together, or if the newest checkpoint is of another run than config.json says.
+    Args:
+      run_dir: the run directory.
+      config: the configuration of the run.
+      data: the data set.
+      resume: whether the run is resumed.
+      new_data: allow a resumed run to continue with another data set, which is recorded. It must
+        have the same number of batches per epoch.
 
-    new_data: a run goes on with another data set, of as many batches per epoch, which is recorded.
+    Returns:
+      The configuration with the shape of the images and a record of the data.
+
+    Raises:
+      InputError: the directory already holds a run and `resume` is false; the data are not those
+        of the run, are smaller than one batch, or lack valid labels for a conditional model; the
+        run to start from has another model; model and objective do not match; or the newest
+        checkpoint contradicts config.json.
     """
-    config = fitted(run_dir, config, data, describe(data), resume=resume, new_data=new_data)
+    config = with_data(run_dir, config, data, describe(data), resume=resume, new_data=new_data)
     if resume:
-        expect_the_same(run_dir, config)
+        expect_same_config(run_dir, config)
     else:
-        refuse_another(run_dir)
-        try_out(config, data)
-    wait_for_all("nobody refuses the run")
+        expect_no_run(run_dir)
+        check_first_step(config, data)
+    wait_for_all("run is valid on all processes")
     if is_first():
         write_config(run_dir, config)
-    wait_for_all("the run directory is there")
+    wait_for_all("run directory exists")
     return config
 
 
 def write_config(run_dir: Path, config: RunConfig) -> None:
-    """Write config.json, unless another training is in the directory, and make the directory."""
+    """Make the run directory and write config.json.
+
+    Args:
+      run_dir: the run directory.
+      config: the configuration of the run.
+
+    Raises:
+      InputError: another training is running in the directory, or it cannot be written.
+    """
     make_directory(run_dir)
-    with owned(run_dir):
+    with locked(run_dir):
         write_json(run_dir / "config.json", {"jaxvae": version(), **config.to_dict()})
 
 
 def make_directory(run_dir: Path) -> None:
+    """Make a run directory, if it does not exist.
+
+    Args:
+      run_dir: the run directory.
+
+    Raises:
+      InputError: it cannot be made, or its path is not UTF-8.
+    """
     expect_utf8(run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -85,31 +106,39 @@ def make_directory(run_dir: Path) -> None:
         raise InputError(f"{run_dir} cannot be written: {error.strerror}") from None
 
 
-def expect_the_same(run_dir: Path, config: RunConfig) -> None:
-    """Raises InputError if the newest checkpoint was trained with another configuration."""
-    step = newest_whole(run_dir)
+def expect_same_config(run_dir: Path, config: RunConfig) -> None:
+    """Check that the newest checkpoint was trained with this configuration.
+
+    Args:
+      run_dir: the run directory.
+      config: the configuration of the run.
+
+    Raises:
+      InputError: it was not, or all checkpoints are lost or damaged.
+    """
+    step = newest_intact(run_dir)
     if step is None:
-        # A kill can leave the line of the first epoch before its checkpoint.
+        # A kill between the first line and the first checkpoint is harmless.
         if any(line["epoch"] > 1 for line in read_metrics(run_dir)):
             raise InputError(
-                f"{run_dir} has lost its checkpoints, of which metrics.jsonl tells: put them back "
-                "from a copy, or start anew in another directory"
+                f"{run_dir} holds no checkpoint, but its metrics.jsonl lists finished epochs: "
+                "restore the checkpoints from a copy, or start again in another directory"
             )
         return
-    saved = told(run_dir, step)
+    saved = metadata(run_dir, step)
     own = components(config)
     for part, name in ((config.model, "model"), (config.train, "train")):
         mine = {n: x for n, x in own.items() if n in part._registries}
-        ours, theirs = part.to_dict(), type(part).from_dict(saved[name], **mine).to_dict()
-        for name, value in ours.items():
+        now, theirs = part.to_dict(), type(part).from_dict(saved[name], **mine).to_dict()
+        for name, value in now.items():
             if value != theirs[name] and name not in MAY_CHANGE:
                 raise InputError(
-                    f"{run_dir / 'config.json'} says {name} {value}, but the checkpoint of step "
-                    f"{step} was trained with {theirs[name]}: put config.json right"
+                    f"{run_dir / 'config.json'} has {name} {value}, but the checkpoint of step "
+                    f"{step} was trained with {theirs[name]}: correct config.json"
                 )
 
 
-def fitted(
+def with_data(
     run_dir: Path,
     config: RunConfig,
     data: Dataset,
@@ -118,10 +147,21 @@ def fitted(
     resume: bool,
     new_data: bool = False,
 ) -> RunConfig:
-    """Return the configuration with the shape of the images and `record`, as of `describe`.
+    """Return the configuration with the shape of the images and the record of the data.
+
+    Args:
+      run_dir: the run directory.
+      config: the configuration of the run.
+      data: the data set.
+      record: of the data set, from `describe`.
+      resume: whether the run is resumed.
+      new_data: as for `start`.
+
+    Returns:
+      The configuration.
 
     Raises:
-      InputError: as of `start`.
+      InputError: the data do not fit the run, as for `start`.
     """
     before = config.model.image_shape
     config = _with_shape(config, data)
@@ -136,10 +176,17 @@ def fitted(
 
 
 def with_shape(config: RunConfig, data: Dataset) -> RunConfig:
-    """Return the configuration of a training without a directory, with the shape of the images.
+    """Return the configuration with the shape of the images, for a training without a directory.
+
+    Args:
+      config: the configuration of the run.
+      data: the data set.
+
+    Returns:
+      The configuration.
 
     Raises:
-      InputError: labels that a conditional model cannot take, or fewer images than one batch.
+      InputError: invalid labels for a conditional model, or fewer images than one batch.
     """
     config = _with_shape(config, data)
     _expect_a_batch(config, data)
@@ -173,9 +220,9 @@ def _expect_a_batch(config: RunConfig, data: Dataset) -> None:
 def _seen(
     run_dir: Path, config: RunConfig, record: DataRecord, *, new_data: bool
 ) -> tuple[DataRecord, ...]:
-    """Return the data sets of a run that goes on with this one, or raise InputError.
+    """Return the data sets of a resumed run, this one last; raise InputError if it does not fit.
 
-    A run without a record, of an older version, is known by its number of batches per epoch.
+    A run of version 0.1 has no record of its data; only the batches per epoch are compared.
     """
     batches, before = record.train_images // config.train.batch_size, None
     found = f"{config.data} is not the data set that {run_dir} was trained on"
@@ -187,25 +234,31 @@ def _seen(
         found, before = f"{found}: {how}", last.train_images // config.train.batch_size
     elif history := read_metrics(run_dir):
         before = history[0]["step"] // history[0]["epoch"]  # the first lines may be lost
-    remedy = "name the former data set with --data"
+    remedy = "pass the original data set with --data"
     if before in (None, batches):
         if new_data or not config.data_seen:
             step = max(steps_of(run_dir), default=0) if config.data_seen else 0
             earlier = [one for one in config.data_seen if one.step < step]
             return (*earlier, replace(record, step=step))
-        remedy += ", take this one with --new-data"
+        remedy += ", accept this one with --new-data"
     else:
-        found += f", {batches} batches per epoch instead of {before}, which a run cannot change"
+        found += f", and has {batches} batches per epoch instead of {before}, which cannot change"
     raise InputError(
         f"{found}; {remedy}, or start a new run from this model with "
         f"--start-from {shlex.quote(str(run_dir))}"
     )
 
 
-def try_out(config: RunConfig, data: Dataset, models: int = 1) -> None:
-    """Raises InputError if a new run could not take its first step; computes nothing.
+def check_first_step(config: RunConfig, data: Dataset, models: int = 1) -> None:
+    """Check that a new run can take its first step, by tracing it without computing.
 
-    models: how many of the kind are trained at once.
+    Args:
+      config: the configuration of the run.
+      data: the data set.
+      models: number of models that are trained together.
+
+    Raises:
+      InputError: model, objective and data do not match, or the memory is too small.
     """
     first_params(config)
     images, labels = model_inputs(data.train_images, data.train_labels, config.model)
@@ -217,19 +270,28 @@ def try_out(config: RunConfig, data: Dataset, models: int = 1) -> None:
 
     state, _ = jax.eval_shape(step, images[batch], None if labels is None else labels[batch])
     needed = models * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
-    there = memory()
-    if there is not None and needed > there:
-        who = "the model needs" if models == 1 else f"{models:,} models need"
+    available = memory()
+    if available is not None and needed > available:
+        subject = "the model needs" if models == 1 else f"{models:,} models need"
         raise InputError(
-            f"{who} {needed / 1e9:,.0f} GB for parameters and the optimizer's state: "
-            f"expected at most the {there / 1e9:,.0f} GB of memory that this machine has"
+            f"{subject} {needed / 1e9:,.0f} GB for parameters and optimizer state: "
+            f"expected at most the {available / 1e9:,.0f} GB of memory of this machine; "
+            "choose a smaller model"
         )
 
 
 def first_state(key: jax.Array, config: RunConfig) -> TrainState:
-    """The state that a run begins with.
+    """Return the initial training state of a run.
 
-    Raises InputError if the run to start from has another model.
+    Args:
+      key: PRNG key.
+      config: the configuration of the run.
+
+    Returns:
+      The state.
+
+    Raises:
+      InputError: the run to start from has another model.
     """
     state = create_train_state(key, config.model, config.train)
     params = first_params(config)
@@ -239,7 +301,17 @@ def first_state(key: jax.Array, config: RunConfig) -> TrainState:
 
 
 def first_params(config: RunConfig) -> Params | None:
-    """The parameters of the run to start from, if any; raises InputError as of `first_state`."""
+    """Return the parameters of the run to start from, or None.
+
+    Args:
+      config: the configuration of the run.
+
+    Returns:
+      The parameters.
+
+    Raises:
+      InputError: that run has another model.
+    """
     if config.start_from is None:
         return None
     own = {n: x for n, x in components(config).items() if n in ModelConfig._registries}
@@ -249,20 +321,27 @@ def first_params(config: RunConfig) -> Params | None:
         name = next(name for name in now if was[name] != now[name])
         raise InputError(
             f"{config.start_from} has a model with {name} {was[name]}: "
-            f"expected {now[name]}, as the run that starts from it"
+            f"expected {now[name]}, as in the run that starts from it"
         )
     return params
 
 
-def refuse_another(run_dir: Path) -> None:
-    """Raises InputError if there is a run, or a sweep, in the directory already."""
+def expect_no_run(run_dir: Path) -> None:
+    """Check that a directory does not hold a run or a sweep yet.
+
+    Args:
+      run_dir: the directory.
+
+    Raises:
+      InputError: it does, or it holds other files where a run would write.
+    """
     if any((run_dir / name).exists() for name in ("config.json", "sweep.json")):
         raise InputError(
-            f"{run_dir} already holds a run: go on with it (--resume), or choose another --run-dir"
+            f"{run_dir} already holds a run: resume it with --resume, or choose another --run-dir"
         )
-    for name in ("checkpoints", "manifolds"):  # of which a training deletes the older ones
+    for name in ("checkpoints", "manifolds"):  # training deletes older files in them
         if (run_dir / name).is_symlink() or any((run_dir / name).glob("*")):
             raise InputError(
-                f"{run_dir / name} is there already, of something else than a run: choose another "
+                f"{run_dir / name} exists already but does not belong to a run: choose another "
                 "--run-dir"
             )

@@ -1,6 +1,6 @@
-"""Numbers that go wrong end a training before anything of it is saved.
+"""Detection of divergence: training ends before a NaN or infinity is saved.
 
-Of many models that are trained at once, they end that of one: the others are trained on.
+In a sweep only the model that diverged ends; the training of the others continues.
 """
 
 import warnings
@@ -23,17 +23,19 @@ from jaxvae.training.state import TrainState
 from jaxvae.training.step import shuffle
 
 DIVERGED = "diverged.json"
-_SHOWN = 8  # of the images of a batch; diverged.json has all of them
+_SHOWN = 8  # images of a batch in a message; diverged.json lists all of them
 
 
 @dataclass(frozen=True)
-class Watch:
-    """Looks at what a training comes to.
+class DivergenceCheck:
+    """Check that losses, parameters and metrics are finite.
 
-    run_dir: of the run, or of the sweep; None: nothing is written.
-    images, steps: of an epoch.
-    models: the names of those that are stacked in the state, if they are.
-    diverged: the positions in `models` of those that have diverged.
+    Attributes:
+      run_dir: directory of the run or of the sweep; None: nothing is written.
+      images: number of training images.
+      steps: steps per epoch.
+      models: names of the models stacked in the state; empty for a single model.
+      diverged: positions in `models` of the models that have diverged.
     """
 
     run_dir: Path | None
@@ -42,17 +44,20 @@ class Watch:
     models: tuple[str, ...] = ()
     diverged: set[int] = field(default_factory=set)
 
-    def expect_losses(self, state: TrainState, count: int, finite: Any) -> None:
-        """Raises TrainingFailed unless every loss of a dispatch was finite.
+    def check_losses(self, state: TrainState, count: int, finite: Any) -> None:
+        """Check that every loss of a dispatch was finite.
 
-        The message names the step, and diverged.json all the images of its batch. Where one of
-        many models has diverged, a warning of the category `jaxvae.errors.Diverged` has the
-        message; TrainingFailed is raised when none is left.
+        The message names the step, and diverged.json lists all images of its batch. In a sweep a
+        warning of the category `jaxvae.errors.Diverged` has the message, as long as another model
+        is left.
 
         Args:
-          state: after the dispatch.
-          count: how many steps it took.
-          finite: how many of them came before the first that was not, as of `train_steps`.
+          state: training state after the dispatch.
+          count: number of steps of the dispatch.
+          finite: number of steps before the first loss that was not finite, from `train_steps`.
+
+        Raises:
+          TrainingFailed: a loss is NaN or infinite, in a sweep for every model.
         """
         finite = np.ravel(finite)
         for model in map(int, np.flatnonzero(finite < count)):
@@ -62,9 +67,9 @@ class Watch:
             epoch, batch = divmod(taken, self.steps)
             one = state
             if self.models:
-                # Moved first: a slice of what several devices share has them wait for each other.
-                ours = jax.device_put(state, jax.local_devices()[0])
-                one = jax.tree.map(lambda x, i=model: x[i], ours)
+                # Moved to one device first: slicing a sharded array synchronises all devices.
+                local = jax.device_put(state, jax.local_devices()[0])
+                one = jax.tree.map(lambda x, i=model: x[i], local)
             at_start = replace(one, step=jnp.full_like(one.step, epoch * self.steps))
             rows = np.asarray(shuffle(at_start, self.images))[batch].tolist()
             shown = ", ".join(map(str, rows[:_SHOWN])) + ", ..." * (len(rows) > _SHOWN)
@@ -76,14 +81,23 @@ class Watch:
                 f"training images {shown}{self._where(model)})",
             )
 
-    def expect_numbers(self, state: TrainState, measured: Mapping[str, Any]) -> None:
-        """Raises as `expect_losses` unless all that is to be saved after a step is finite."""
-        good = {f"the test {name}": np.isfinite(np.ravel(x)) for name, x in measured.items()}
+    def check_finite(self, state: TrainState, measured: Mapping[str, Any]) -> None:
+        """Check that everything that is saved after a step is finite.
+
+        Args:
+          state: training state to be saved.
+          measured: test metrics to be saved.
+
+        Raises:
+          TrainingFailed: a parameter, the optimizer's state or a metric is NaN or infinite, in a
+            sweep for every model.
+        """
+        finite = {f"the test {name}": np.isfinite(np.ravel(x)) for name, x in measured.items()}
         parameters = (state.params, state.opt_state)
-        good["a parameter"] = np.ravel(_finite(parameters, bool(self.models)))
+        finite["a parameter"] = np.ravel(_finite(parameters, bool(self.models)))
         step = int(np.ravel(state.step)[0])
-        for what, is_good in good.items():
-            for model in map(int, np.flatnonzero(~is_good)):
+        for what, is_finite in finite.items():
+            for model in map(int, np.flatnonzero(~is_finite)):
                 if model not in self.diverged:
                     self._fail(
                         model,
@@ -91,8 +105,8 @@ class Watch:
                         f"{what} {self._of(model)}is NaN or infinite after step {step}",
                     )
 
-    def good(self, values: Any) -> Any:
-        """A metric as float64, with NaN for the models that have diverged."""
+    def mask_diverged(self, values: Any) -> Any:
+        """Return a metric as float64, with NaN for the models that have diverged."""
         values = np.array(values, np.float64)
         if self.diverged:
             values[list(self.diverged)] = np.nan
@@ -103,22 +117,22 @@ class Watch:
             record["model"] = self.models[model]
         folder = self._folder(model)
         if folder is not None and is_first():
-            with suppress(InputError):  # a disk that is full as well
+            with suppress(InputError):  # the disk may be full
                 write_json(folder / DIVERGED, record)
         message = f"{message}; {self._advice(model)}"
         if not self.models:
             raise TrainingFailed(message)
         self.diverged.add(model)
         if len(self.diverged) == len(self.models):
-            raise TrainingFailed(f"{message}; none of the models is left")
-        warnings.warn(f"{message}; the other models are trained on", Diverged, stacklevel=2)
+            raise TrainingFailed(f"{message}; all models have diverged")
+        warnings.warn(f"{message}; the other models continue", Diverged, stacklevel=2)
 
     def _folder(self, model: int) -> Path | None:
         return self.run_dir / self.models[model] if self.run_dir and self.models else self.run_dir
 
     def _where(self, model: int) -> str:
         folder = self._folder(model)
-        return f"; all in {folder / DIVERGED}" if folder else ""
+        return f"; all are listed in {folder / DIVERGED}" if folder else ""
 
     def _of(self, model: int) -> str:
         return f"of {self.models[model]} " if self.models else ""
@@ -126,19 +140,21 @@ class Watch:
     def _advice(self, model: int) -> str:
         folder = self._folder(model)
         saved = steps_of(folder) if folder else []
-        good = f"the last good checkpoint is that of step {saved[-1]}" if saved else "none is saved"
-        where = f", in {folder}" if folder else ""
+        where = f" in {folder}" if folder else ""
+        last = "no checkpoint was saved"
+        if saved:
+            last = f"the last good checkpoint is step {saved[-1]}"
         return (
-            f"{good}{where}; train anew with a lower --learning-rate, with "
-            "--clip-norm 1, or without these images"
+            f"{last}{where}; train again with a lower --learning-rate, with --clip-norm 1, or "
+            "without these images"
         )
 
 
-# One program: where devices hold parts of the parameters they wait for each other in it, and
-# two such programs at once could keep the threads from each other that they wait for.
+# One jitted program, not one for each array: programs over sharded arrays synchronise the devices,
+# and several of them in flight at once can deadlock on the CPU's thread pool.
 @partial(jax.jit, static_argnames="stacked")
 def _finite(tree: Any, stacked: bool) -> jax.Array:
-    """Whether all numbers of a tree are finite, for each model of those that are stacked."""
+    """Return whether all numbers of a tree are finite; [models] if models are stacked in it."""
 
     def all_of(x: jax.Array) -> jax.Array:
         return jnp.all(jnp.isfinite(x), axis=tuple(range(int(stacked), x.ndim)))

@@ -1,4 +1,4 @@
-"""The figures of a run."""
+"""Drawing of the figures of a run."""
 
 from pathlib import Path
 from typing import Any
@@ -7,23 +7,31 @@ from jaxvae.data import Dataset
 from jaxvae.errors import InputError
 from jaxvae.models.vae import Params
 from jaxvae.runs.config import RunConfig, run_keys
-from jaxvae.runs.files import (
-    read_metrics,
-)
-from jaxvae.storage import own_folder
+from jaxvae.runs.files import read_metrics
+from jaxvae.storage import make_folder
 
 
 def draw(
     run_dir: Path, config: RunConfig, data: Dataset, params: Params, kind: str = "png"
 ) -> list[Path]:
-    """Draw the figures of a run's model into its directory; returns their paths.
+    """Draw the figures of a run into RUN_DIR/figures.
 
-    kind: "png", "svg" or "pdf".
+    A figure that fails is left out, with a warning of the category `jaxvae.errors.NotDrawn`.
 
-    A figure that fails is left out, and a warning of the category `jaxvae.errors.NotDrawn` has the
-    reason. Raises InputError if the directory cannot be written.
+    Args:
+      run_dir: the run directory.
+      config: the configuration of the run.
+      data: the data set.
+      params: the parameters of the model.
+      kind: "png", "svg" or "pdf".
+
+    Returns:
+      The paths of the figures.
+
+    Raises:
+      InputError: the directory cannot be written.
     """
-    # matplotlib takes as long to import as JAX, so only what draws pays for it.
+    # Imported here because matplotlib is as slow to import as JAX.
     from jaxvae.figures import draw_all
     from jaxvae.figures.animation import draw_animation
     from jaxvae.figures.style import warn_on_failure
@@ -31,7 +39,7 @@ def draw(
     _, key = run_keys(config)
     folder = run_dir / "figures"
     try:
-        folder, history = own_folder(run_dir, "figures"), list[dict[str, Any]]()
+        folder, history = make_folder(run_dir, "figures"), list[dict[str, Any]]()
         with warn_on_failure(folder / f"training.{kind}"):
             history = read_metrics(run_dir)
         paths = draw_all(folder, params, data, history, key, kind)

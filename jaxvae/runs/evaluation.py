@@ -1,4 +1,4 @@
-"""The test metrics of a run."""
+"""Evaluation of a run on its test images."""
 
 import time
 from collections.abc import Mapping
@@ -21,9 +21,7 @@ from jaxvae.runs.data import (
     model_inputs,
     warn_of_other_data,
 )
-from jaxvae.runs.files import (
-    write_json,
-)
+from jaxvae.runs.files import write_json
 
 
 def measure(
@@ -33,18 +31,28 @@ def measure(
     data_name: str | None = None,
     **own: Any,
 ) -> dict[str, float | str]:
-    """Measure a run's model on its test images; `keep` writes what comes out as evaluation.json.
+    """Evaluate the model of a run on its test images.
+
+    Args:
+      run_dir: the run directory.
+      num_samples: importance samples for log p(x).
+      which: "latest", or "best" by test ELBO.
+      data_name: name or path of another data set than the recorded one.
+      own: custom components of the model, by field.
 
     Returns:
       `step`, `images` and `num_samples`; `elbo`, `log_likelihood`, `kl` and `log_p_x`, means in
-      nats per image; `bits_per_dimension`, of log_p_x, where pixels are grey levels; what
-      `jaxvae.evaluation.evaluate.examine` finds; `seconds` and `devices`.
+      nats per image; `bits_per_dimension` of log_p_x, if the likelihood is over grey levels; the
+      metrics of `jaxvae.evaluation.evaluate.examine`; `seconds` and `devices`.
+
+    Raises:
+      InputError: the run, its data or its checkpoints cannot be read.
     """
     began = time.perf_counter()
     config = read_config(run_dir, **own)
     data = load_run_data(config, data_name)
     warn_of_other_data(run_dir, config, data)
-    # Of images on disk, as many as a probe of the latents needs.
+    # Of images on disk, read only as many as the probes of the latents need.
     rows = np.linspace(
         0, len(data.train_images) - 1, min(len(data.train_images), 10_000), dtype=int
     )
@@ -53,7 +61,7 @@ def measure(
         train_images = train_images[rows]
         if data.train_labels is not None:
             data = data._replace(train_labels=data.train_labels[rows])
-    if config.train.binarization == "dynamic":  # as the model has seen them
+    if config.train.binarization == "dynamic":  # the model was trained on 0/1 pixels
         train_images = binarized(binarization_keys()[0], train_images)
     data = data._replace(train_images=train_images)
     params, step = load_with_step(run_dir, which, **own)
@@ -69,7 +77,7 @@ def measure(
     if config.model.likelihood.support == "levels":
         shape = config.model.image_shape
         terms["bits_per_dimension"] = bits_per_dimension(terms["log_p_x"], shape)
-    record: dict[str, float | str] = {
+    return {
         "step": step,
         "images": len(data.test_images),
         "num_samples": num_samples,
@@ -78,14 +86,21 @@ def measure(
         "seconds": round(time.perf_counter() - began, 1),
         "devices": f"{devices.size} x {devices.devices.flat[0].device_kind}",
     }
-    return record
 
 
-def keep(run_dir: Path, found: Mapping[str, float | str]) -> Path:
-    """Write what `measure` found as evaluation.json, and return its path.
+def write_evaluation(run_dir: Path, metrics: Mapping[str, float | str]) -> Path:
+    """Write the result of `measure` to evaluation.json.
 
-    Raises InputError if the directory cannot be written.
+    Args:
+      run_dir: the run directory.
+      metrics: as returned by `measure`.
+
+    Returns:
+      The path of evaluation.json.
+
+    Raises:
+      InputError: the directory cannot be written.
     """
     path = run_dir / "evaluation.json"
-    write_json(path, found)
+    write_json(path, metrics)
     return path

@@ -1,7 +1,7 @@
-"""The files of a run directory: each written whole or not at all, and by one training at a time.
+"""Files of a run directory: atomic writes, metrics.jsonl, and a lock for one training at a time.
 
 A kill at any instant leaves the old file or the new one, and temporary files, which the next
-training takes away.
+training removes.
 """
 
 import itertools
@@ -18,16 +18,16 @@ from typing import Any, TypeGuard, TypeVar
 
 from jaxvae.errors import ComponentNeeded, Damaged, InputError, TrainingFailed
 from jaxvae.storage import (
+    open_regular_itself,
     read_bytes,
     refuse_links,
-    regular_itself,
-    remove_parts,
-    write_whole,
+    remove_temporary,
+    write_atomic,
 )
 
 try:
     import fcntl
-except ImportError:  # Windows: nothing keeps two trainings apart there
+except ImportError:  # Windows: run directories are not locked there
     fcntl = None  # type: ignore[assignment]
 
 T = TypeVar("T")
@@ -36,16 +36,25 @@ _METRICS = {"elbo", "log_likelihood", "kl"}
 
 
 def version() -> str:
-    """The version that a run directory is marked with."""
+    """Return the version of jaxvae, which is recorded in run directories."""
     from jaxvae import __version__
 
     return __version__
 
 
-def unmarked(content: Any, where: str | Path) -> dict[str, Any]:
-    """What a file of a run says, without the mark of the version that wrote it.
+def without_version(content: Any, where: str | Path) -> dict[str, Any]:
+    """Return the content of a file of a run without the version that wrote it.
 
-    Raises InputError if that version is newer than this one, whose files may mean other things.
+    Args:
+      content: the parsed JSON.
+      where: the file, for messages.
+
+    Returns:
+      The content.
+
+    Raises:
+      NewerVersion: a newer version wrote the file, whose format may differ.
+      InputError: the content is not an object, or its version is invalid.
     """
     if not isinstance(content, dict):
         raise InputError(f"expected an object of named fields, not {type(content).__name__}")
@@ -61,7 +70,7 @@ def unmarked(content: Any, where: str | Path) -> dict[str, Any]:
 
 
 class NewerVersion(InputError):
-    """A run directory was made by a newer version."""
+    """A newer version of jaxvae wrote the run directory."""
 
 
 def _parts(version: str) -> tuple[int, ...] | None:
@@ -72,9 +81,20 @@ def _parts(version: str) -> tuple[int, ...] | None:
 
 
 def read_json(path: Path, parse: Callable[[Any], T]) -> T:
-    """What a file of a run directory says, or InputError if it is not there or is damaged."""
+    """Read a JSON file of a run directory.
+
+    Args:
+      path: the file.
+      parse: makes the result from the content, which has no version any more.
+
+    Returns:
+      The result of `parse`.
+
+    Raises:
+      InputError: the file is missing or damaged, or a newer version wrote it.
+    """
     try:
-        return parse(unmarked(json.loads(read_bytes(path)), path))
+        return parse(without_version(json.loads(read_bytes(path)), path))
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(
             f"{path.parent} is not a run directory: expected one made by `jaxvae train`, "
@@ -89,20 +109,34 @@ def read_json(path: Path, parse: Callable[[Any], T]) -> T:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a file of a run directory, and make the directory."""
+    """Write a JSON file of a run directory, and make the directory.
+
+    Args:
+      path: the file.
+      content: the object to write.
+
+    Raises:
+      InputError: the file cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(content, indent=2) + "\n"
-        write_whole(path, lambda file: file.write(text.encode()))
+        write_atomic(path, lambda file: file.write(text.encode()))
     except OSError as error:
         raise InputError(f"{path.parent} cannot be written: {error.strerror}") from None
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the measurements of the finished epochs, in order.
+    """Return the lines of metrics.jsonl, in order.
 
-    Blank lines and one that a kill cut off are passed over. Damaged lines are too, and a warning of
-    the category `jaxvae.errors.Damaged` says so. Epochs whose lines were lost are missing.
+    Blank lines and an incomplete last line are skipped. Damaged lines are skipped with a warning of
+    the category `jaxvae.errors.Damaged`.
+
+    Args:
+      run_dir: the run directory.
+
+    Returns:
+      A dict for each epoch.
 
     Raises:
       InputError: the file cannot be read.
@@ -112,18 +146,22 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     if damaged:
         warnings.warn(
             f"{path} is damaged in line {', '.join(map(str, damaged[:8]))}"
-            f"{' and others' if len(damaged) > 8 else ''}, passed over: put it back from a copy",
+            f"{' and others' if len(damaged) > 8 else ''}, skipped: restore it from a copy",
             Damaged,
             stacklevel=2,
         )
     return records
 
 
-def take_up_history(run_dir: Path, done: int) -> None:
-    """Make metrics.jsonl hold the lines of the first `done` epochs, as far as they are whole.
+def truncate_history(run_dir: Path, done: int) -> None:
+    """Truncate metrics.jsonl to the first `done` epochs, and drop damaged lines.
 
-    Of a damaged file a copy is kept, as metrics.jsonl.damaged. Warns, with the category
-    `jaxvae.errors.Damaged`, if lines are missing: no later epoch brings them back.
+    A damaged file is first copied to metrics.jsonl.damaged. Missing lines are reported by a warning
+    of the category `jaxvae.errors.Damaged`.
+
+    Args:
+      run_dir: the run directory.
+      done: number of finished epochs.
     """
     path = run_dir / "metrics.jsonl"
     content = _content(path)
@@ -131,29 +169,28 @@ def take_up_history(run_dir: Path, done: int) -> None:
     kept = [record for record in records if record["epoch"] <= done]
     missing = sorted(set(range(1, done + 1)) - {record["epoch"] for record in kept})
     if damaged:
-        write_whole(aside(path), lambda file: file.write(content))
+        write_atomic(damaged_name(path), lambda file: file.write(content))
     if missing:
         warnings.warn(
-            f"{path} has lost the lines of {len(missing)} of {done} epochs, from epoch "
-            f"{missing[0]} on; they stay missing there and in the figures, unless the file is put "
-            "back from a copy",
+            f"{path} lacks the lines of {len(missing)} of {done} epochs, from epoch "
+            f"{missing[0]} on, and the figures will lack them too: restore it from a copy",
             Damaged,
             stacklevel=2,
         )
     text = "".join(map(_line, kept))
-    write_whole(path, lambda file: file.write(text.encode()))
+    write_atomic(path, lambda file: file.write(text.encode()))
 
 
-def append_history(run_dir: Path, record: dict[str, Any]) -> None:
-    """Add a line to metrics.jsonl, on the disk before this returns."""
-    with open(run_dir / "metrics.jsonl", "a", opener=regular_itself) as file:
+def append_metrics(run_dir: Path, record: dict[str, Any]) -> None:
+    """Append a line to metrics.jsonl and flush it to disk."""
+    with open(run_dir / "metrics.jsonl", "a", opener=open_regular_itself) as file:
         file.write(_line(record))
         file.flush()
         os.fsync(file.fileno())
 
 
-def aside(path: Path) -> Path:
-    """Return a name beside `path` that is free, to keep there what is damaged."""
+def damaged_name(path: Path) -> Path:
+    """Return an unused path next to `path`, to which a damaged file can be renamed."""
     names = (f"{path.name}.damaged{number or ''}" for number in itertools.count())
     return next(one for name in names if not os.path.lexists(one := path.with_name(name)))
 
@@ -165,12 +202,12 @@ def _content(path: Path) -> bytes:
         return b""
     except OSError as error:
         raise InputError(
-            f"{path} cannot be read: {error.strerror}; put it back from a copy, or remove it"
+            f"{path} cannot be read: {error.strerror}; restore it from a copy, or remove it"
         ) from None
 
 
 def _records(content: bytes) -> tuple[list[dict[str, Any]], list[int]]:
-    """The lines of metrics.jsonl that are whole, and the numbers of those that are damaged."""
+    """Return the valid lines of metrics.jsonl, and the line numbers of the damaged ones."""
     records: list[dict[str, Any]] = []
     damaged = []
     for number, line in enumerate(content.split(b"\n")[:-1], 1):
@@ -188,7 +225,7 @@ def _records(content: bytes) -> tuple[list[dict[str, Any]], list[int]]:
 
 
 def _is_record(record: Any, least: int) -> bool:
-    """Whether this is a line of an epoch, of number `least` or later."""
+    """Return whether this is the line of an epoch, of number `least` or later."""
     return (
         isinstance(record, dict)
         and type(record.get("epoch")) is int
@@ -212,15 +249,19 @@ def is_number(value: Any) -> TypeGuard[float]:
 
 
 @contextmanager
-def owned(run_dir: Path) -> Iterator[None]:
-    """Keep other trainings out of a run directory, and take away what a killed one left there.
+def locked(run_dir: Path) -> Iterator[None]:
+    """Lock a run directory against other trainings, and remove temporary files in it.
 
-    Raises InputError if another training is in it, or it cannot be written.
+    Args:
+      run_dir: the run directory.
+
+    Raises:
+      InputError: another training has locked it, or it cannot be written.
     """
     path = run_dir / _LOCK
     refuse_links(path)
     try:
-        file = open(path, "a+", opener=regular_itself)  # noqa: SIM115
+        file = open(path, "a+", opener=open_regular_itself)  # noqa: SIM115
     except OSError as error:
         raise InputError(f"{run_dir} cannot be written: {error.strerror}") from None
     with file:
@@ -234,24 +275,31 @@ def owned(run_dir: Path) -> Iterator[None]:
                 "wait for it to end, or choose another --run-dir"
             ) from None
         except OSError:
-            pass  # a file system without locks
-        with suppress(OSError):  # on a full disk it is a lock all the same
-            if os.fstat(file.fileno()).st_nlink == 1:  # or it is some other file too
+            pass  # the file system has no locks
+        with suppress(OSError):  # on a full disk the lock works without the text
+            if os.fstat(file.fileno()).st_nlink == 1:  # never write through a hard link
                 file.truncate(0)
                 file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
                 file.flush()
         for folder in (run_dir, *(run_dir / name for name in ("figures", "manifolds", "export"))):
-            remove_parts(folder)
+            remove_temporary(folder)
         checkpoints = run_dir / "checkpoints"
         if not checkpoints.is_symlink():
             for folder in checkpoints.glob("[0-9]*"):
-                remove_parts(folder)
+                remove_temporary(folder)
         yield
 
 
 @contextmanager
-def on_disk(run_dir: Path) -> Iterator[None]:
-    """Turns what goes wrong in writing to a run directory into one line."""
+def disk_errors(run_dir: Path) -> Iterator[None]:
+    """Turn an OSError raised while writing to a run directory into a one-line message.
+
+    Args:
+      run_dir: the run directory.
+
+    Raises:
+      TrainingFailed: instead of the OSError.
+    """
     try:
         yield
     except OSError as error:
@@ -259,19 +307,20 @@ def on_disk(run_dir: Path) -> Iterator[None]:
 
 
 def cannot_write(run_dir: Path, reason: str) -> str:
+    """Return the message for a run directory that cannot be written."""
     return (
-        f"{run_dir} cannot be written: {reason}; mend that, and go on with: "
+        f"{run_dir} cannot be written: {reason}; correct that, then resume with: "
         f"{resume_command(run_dir)}"
     )
 
 
 def resume_command(run_dir: Path) -> str:
-    """Return the command that goes on with a run."""
+    """Return the command that resumes a run."""
     return f"jaxvae train --resume --run-dir {as_argument(run_dir)}"
 
 
 def as_argument(path: Path) -> str:
-    """Return a path as a suggested command has to have it: quoted for the shell, and no flag."""
+    """Return a path quoted for a shell command, and never read as a flag."""
     return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))
 
 

@@ -1,4 +1,4 @@
-"""Training from Python in one call."""
+"""Training in one call from Python."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -22,11 +22,11 @@ from jaxvae.validation import expect_config
 
 
 class FitResult(NamedTuple):
-    """What a training returns.
+    """The result of `fit`.
 
     Attributes:
-      params: the model's parameters: their moving average, where there is one.
-      state: the state after the last epoch.
+      params: the parameters of the model: their moving average, if there is one.
+      state: the training state after the last epoch.
       history: a dict for each epoch, as in metrics.jsonl: `epoch`, `step`, `train` and `test`
         metrics in nats per image, `seconds`.
     """
@@ -46,20 +46,22 @@ def fit(
     callbacks: Iterable[Callback] = (),
     progress: bool = True,
 ) -> FitResult:
-    """Train a model, and show how it goes on a terminal or in a notebook.
+    """Train a model, with a progress display on a terminal or in a notebook.
 
-    With a run directory, a training that was killed or interrupted is resumed by the same call.
+    With a run directory, the same call resumes a training that was killed or interrupted.
 
     Args:
-      data: a name or path, as of `jaxvae.load_data`; a `jaxvae.data.Dataset`; a pair of training
-        and test images; or an array of images, of which every tenth is held out. Images are uint8
-        or floats in [0, 1], [N, height, width, channels] or [N, height, width].
+      data: a name or path, as for `jaxvae.load_data`; a `jaxvae.data.Dataset`; a pair
+        (train images, test images) or ((train images, train labels), (test images, test labels)),
+        as `jaxvae.load_data` returns them; or an array of images, of which every tenth is held
+        out as a test image. Images are uint8 or floats in [0, 1], of shape
+        [N, height, width, channels] or [N, height, width].
       model: the architecture, by default the notebook's; its `image_shape` is taken from the data.
-      train: how it is trained; by default for ten epochs.
-      seed: of every random number.
-      run_dir: where to keep configuration, metrics and checkpoints; None: nowhere.
-      callbacks: what follows the training.
-      progress: whether to show a bar, and a line for each epoch.
+      train: the training configuration, by default that of `jaxvae train`.
+      seed: seed of all random numbers.
+      run_dir: directory for configuration, metrics and checkpoints; None: nothing is written.
+      callbacks: callbacks of the training loop.
+      progress: whether to show a progress bar and a line for each epoch.
 
     Returns:
       The parameters, the last state and the metrics of every epoch.
@@ -68,7 +70,8 @@ def fit(
       InputError: wrong data, or a run directory that holds another run.
       TrainingFailed: a loss or a parameter became NaN or infinite, or the directory cannot be
         written.
-      Preempted: told to stop by SIGTERM or Ctrl-C, and saved, where there is a run directory.
+      Preempted: SIGTERM or Ctrl-C stopped the training, which was saved to the run directory, if
+        there is one.
     """
     model, train = model or ModelConfig(), train or TrainConfig()
     expect_config("model", model, ModelConfig)
@@ -77,14 +80,14 @@ def fit(
     config = RunConfig(data=IN_PYTHON, seed=seed, model=model, train=train)
     if isinstance(data, str):
         config = configured({"data": data}, config)
-    found = load_run_data(config, config.data) if isinstance(data, str) else as_dataset(data)
-    if not isinstance(data, str):
-        found = with_binarization(found, config)
+        dataset = load_run_data(config, config.data)
+    else:
+        dataset = with_binarization(as_dataset(data), config)
     folder = None if run_dir is None else Path(run_dir)
     history = _History()
     shown = [Progress()] if progress else []
     if folder is None:
-        config = directory.with_shape(config, found)
+        config = directory.with_shape(config, dataset)
     else:
         resume = (folder / "config.json").exists()
         if resume:
@@ -93,8 +96,8 @@ def fit(
             del flags["image_shape"]
             recorded = read_config(folder, to_train=True, **own)
             config = replace(updated(recorded, flags, folder), data=config.data)
-        config = directory.start(folder, config, found, resume=resume)
-    state = loop.train(folder, config, found, callbacks=[*shown, *callbacks, history])
+        config = directory.start(folder, config, dataset, resume=resume)
+    state = loop.train(folder, config, dataset, callbacks=[*shown, *callbacks, history])
     records = history.records if folder is None else read_metrics(folder)
     return FitResult(state.eval_params, state, records)
 

@@ -1,4 +1,4 @@
-"""The training loop of runs and sweeps, and the training of one model."""
+"""The training loop of runs and sweeps, and the training of a single model."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,44 +18,38 @@ from jaxvae.evaluation.evaluate import evaluate
 from jaxvae.models.vae import Params
 from jaxvae.objectives import example_keys
 from jaxvae.runs.callbacks import Callback, EarlyStopping, Training
-from jaxvae.runs.checkpoints import (
-    newest_whole,
-    open_checkpoints,
-    restore,
-    told,
-    write,
-)
+from jaxvae.runs.checkpoints import metadata, newest_intact, open_checkpoints, restore, write
 from jaxvae.runs.config import RunConfig, components, run_keys
 from jaxvae.runs.data import model_inputs
 from jaxvae.runs.directory import first_state
-from jaxvae.runs.divergence import Watch
+from jaxvae.runs.divergence import DivergenceCheck
 from jaxvae.runs.files import (
-    append_history,
-    on_disk,
-    owned,
+    append_metrics,
+    disk_errors,
+    locked,
     read_metrics,
     resume_command,
-    take_up_history,
+    truncate_history,
 )
 from jaxvae.training.pipeline import Epoch, epoch_pipeline
 from jaxvae.training.state import TrainState
 from jaxvae.training.step import Metrics
 
-Sums = Mapping[str, Any]  # of the metrics over the steps of an epoch; of many models, [models]
+Sums = Mapping[str, Any]  # sums of metrics over the steps of an epoch; in a sweep [models]
 
 
 class Trained(Protocol):
-    """What the epoch loop trains: one model, or many at once.
+    """What the epoch loop trains: a single model, or the models of a sweep.
 
     Attributes:
-      run_dir: where it is kept, if anywhere.
-      config: the run's; of many models, the first one's.
-      data: what it is trained on.
-      state: the state to start from; of many models, stacked.
-      begun: of an epoch that was interrupted, the sums of its metrics so far and its seconds.
-      models: how many models it is.
+      run_dir: the run directory, or None.
+      config: configuration of the run; in a sweep, of the first model.
+      data: the data set.
+      state: the initial state; in a sweep, those of all models, stacked.
+      begun: sums of the metrics and seconds of an epoch that was interrupted.
+      models: number of models.
       epoch_of: the dispatches of an epoch.
-      watch: what ends the training when numbers go wrong.
+      divergence: check for NaN and infinity.
     """
 
     run_dir: Path | None
@@ -65,34 +59,40 @@ class Trained(Protocol):
     begun: tuple[Sums, float]
     models: int
     epoch_of: Epoch
-    watch: Watch
+    divergence: DivergenceCheck
 
     def params(self, state: TrainState) -> Params:
-        """Return the parameters to evaluate with, on this process's first device."""
+        """Return the parameters for evaluation, on the first device of this process."""
 
     def measure(self, params: Params) -> dict[str, Any]:
-        """Return the test metrics: numbers, or of many models arrays [models]."""
+        """Return the test metrics: numbers, or in a sweep arrays [models]."""
 
     def record(
         self, about: dict[str, Any], train: Sums, test: Sums, seconds: float
     ) -> dict[str, Any]:
-        """Write the lines of an epoch to metrics.jsonl and return the one of all models."""
+        """Append the epoch to metrics.jsonl, and return the line of the run or sweep."""
 
     def save(self, state: TrainState, test: Sums, begun: tuple[Sums, float]) -> None:
         """Write a checkpoint."""
 
 
 def run_epochs(trained: Trained, callbacks: Iterable[Callback] = ()) -> TrainState:
-    """Train to the last epoch: the loop of a run and of a sweep.
+    """Train to the last epoch: the training loop of runs and sweeps.
 
-    Every epoch ends with the test metrics, a line in metrics.jsonl, the callbacks and a
-    checkpoint.
+    Every epoch ends with test metrics, a line in metrics.jsonl, callbacks and a checkpoint.
+
+    Args:
+      trained: the model or models.
+      callbacks: callbacks of the training loop.
+
+    Returns:
+      The state after the last epoch.
 
     Raises:
       TrainingFailed: a loss or a parameter is NaN or infinite, or the directory cannot be written.
-      Preempted: told to stop by SIGTERM or Ctrl-C, and saved.
+      Preempted: SIGTERM or Ctrl-C stopped the training, which was saved.
     """
-    config, state, watch = trained.config.train, trained.state, trained.watch
+    config, state, divergence = trained.config.train, trained.state, trained.divergence
     totals, seconds = trained.begun
     steps = len(trained.data.train_images) // config.batch_size
     done, first = divmod(step_of(state), steps)
@@ -110,10 +110,10 @@ def run_epochs(trained: Trained, callbacks: Iterable[Callback] = ()) -> TrainSta
         trained.run_dir,
     )
     own = [EarlyStopping(config.patience)] if config.patience else []
-    followers = [*callbacks, *own] if is_first() else []
+    active = [*callbacks, *own] if is_first() else []
     with (
-        _following(followers, training) as (is_over, ended),
-        preemption(step_of(state)) as is_to_stop,
+        _run_callbacks(active, training) as (is_over, ended),
+        preemption(step_of(state)) as should_stop,
     ):
         for epoch in range(done + 1, config.epochs + 1) if all_agree(not is_over) else ():
             began = time.perf_counter() - seconds
@@ -121,66 +121,67 @@ def run_epochs(trained: Trained, callbacks: Iterable[Callback] = ()) -> TrainSta
             start = replace(state, step=state.step - first)
             for count, advance in trained.epoch_of(start, first):
                 state, metrics = advance(state)
-                watch.expect_losses(state, count, metrics.pop("finite"))
+                divergence.check_losses(state, count, metrics.pop("finite"))
                 means = {}
                 for name, value in jax.device_get(metrics).items():
-                    value = watch.good(value)
+                    value = divergence.mask_diverged(value)
                     sums[name] = sums.get(name, 0.0) + value
                     means[name] = float(np.nanmean(value)) / count
-                for follower in followers:
-                    follower.dispatch(count * config.batch_size * trained.models, means)
-                if is_to_stop(step_of(state)):
+                for callback in active:
+                    callback.dispatch(count * config.batch_size * trained.models, means)
+                if should_stop(step_of(state)):
                     break
             step = step_of(state)
             if step < epoch * steps:
-                watch.expect_numbers(state, {})
+                divergence.check_finite(state, {})
                 trained.save(state, {}, (sums, time.perf_counter() - began))
-                raise Preempted(stopped(trained.run_dir, step))
+                raise Preempted(stop_message(trained.run_dir, step))
             params = trained.params(state)
             test = trained.measure(params)
-            watch.expect_numbers(state, test)
+            divergence.check_finite(state, test)
             train = {name: total / steps for name, total in sums.items()}
-            # The line before the checkpoint: a kill in between leaves a line too many, which the
-            # resumed run takes back, and never one too few.
+            # The line is written before the checkpoint: a kill in between leaves an extra line,
+            # which the resumed run removes, but never a missing one.
             about = {"epoch": epoch, "step": step}
             record = trained.record(about, train, test, round(time.perf_counter() - began, 3))
             with _writing(trained.run_dir):
-                verdicts = [follower.epoch(record, params) for follower in followers]
+                stops = [callback.epoch(record, params) for callback in active]
             trained.save(state, test, ({}, 0.0))
-            if not all_agree(not any(verdicts)):
+            if not all_agree(not any(stops)):
                 break
-            if epoch < config.epochs and is_to_stop(step):
-                raise Preempted(stopped(trained.run_dir, step))
+            if epoch < config.epochs and should_stop(step):
+                raise Preempted(stop_message(trained.run_dir, step))
             first, totals, seconds = 0, {}, 0.0
         ended(trained.params(state))
     return state
 
 
 @contextmanager
-def _following(
-    followers: Sequence[Callback], training: Training
+def _run_callbacks(
+    active: Sequence[Callback], training: Training
 ) -> Iterator[tuple[bool, Callable[[Params], None]]]:
-    """Start callbacks, and end them however the training ends.
+    """Start callbacks, and call their `end` however the training ends.
 
-    Returns:
-      Whether the training is over already, and what to tell the last parameters when it is.
+    Yields:
+      Whether a callback ends the training before its first step, and a function that takes the
+      last parameters.
     """
     last: list[Params] = []
     with ExitStack() as stack:
         is_over = False
-        for follower in followers:
+        for callback in active:
             with _writing(training.run_dir):
-                is_over |= bool(follower.start(training))
-            stack.callback(_end, follower, last)
+                is_over |= bool(callback.start(training))
+            stack.callback(_end, callback, last)
         yield is_over, last.append
 
 
 def _writing(run_dir: Path | None) -> AbstractContextManager[None]:
-    return on_disk(run_dir) if run_dir else nullcontext()
+    return disk_errors(run_dir) if run_dir else nullcontext()
 
 
-def _end(follower: Callback, last: list[Params]) -> None:
-    follower.end(last[0] if last else None)
+def _end(callback: Callback, last: list[Params]) -> None:
+    callback.end(last[0] if last else None)
 
 
 def train(
@@ -190,30 +191,29 @@ def train(
     *,
     callbacks: Iterable[Callback] = (),
 ) -> TrainState:
-    """Train one model from the run's last whole checkpoint, or from the start, to its last epoch.
+    """Train a single model to its last epoch, from the newest intact checkpoint if there is one.
 
     Args:
-      run_dir: made by `directory.start`; None: nothing is kept.
-      config: the run's; its `train.epochs` may have grown since.
-      data: as of `load_run_data`.
-      callbacks: what follows the training.
+      run_dir: the run directory, prepared by `directory.start`; None: nothing is written.
+      config: the configuration of the run, from `directory.start` or `directory.with_shape`.
+      data: the data set, from `load_run_data`.
+      callbacks: callbacks of the training loop.
 
     Returns:
       The state after the last epoch.
 
     Raises:
-      InputError: fewer training images than one batch; another training is in the directory; it
-        has checkpoints, but none that is whole.
-      TrainingFailed: as of `run_epochs`.
-      Preempted: as of `run_epochs`.
+      InputError: another training has locked the directory, or all its checkpoints are damaged.
+      TrainingFailed: as for `run_epochs`.
+      Preempted: as for `run_epochs`.
     """
-    with owned(run_dir) if run_dir and is_first() else nullcontext(), ExitStack() as stack:
-        one = _One(run_dir, config, data, stack)
+    with locked(run_dir) if run_dir and is_first() else nullcontext(), ExitStack() as stack:
+        one = _OneModel(run_dir, config, data, stack)
         return gather(run_epochs(one, callbacks), one.mesh)
 
 
-class _One:
-    """One model, on all devices of all processes."""
+class _OneModel:
+    """A single model, on all devices of all processes."""
 
     models = 1
 
@@ -225,9 +225,9 @@ class _One:
         self.mesh = devices_for(config.train.batch_size)
         images, labels = model_inputs(data.train_images, data.train_labels, config.model)
         steps = len(images) // config.train.batch_size
-        self.measure = _measuring(config, data, test_key)
-        self.watch = Watch(run_dir, len(images), steps)
-        saved = newest_whole(run_dir) if run_dir else None
+        self.measure = _evaluator(config, data, test_key)
+        self.divergence = DivergenceCheck(run_dir, len(images), steps)
+        saved = newest_intact(run_dir) if run_dir else None
         self._checkpoints = stack.enter_context(open_checkpoints(run_dir)) if run_dir else None
         self.begun: tuple[Sums, float] = ({}, 0.0)
         if saved is None or run_dir is None:
@@ -235,14 +235,14 @@ class _One:
         else:
             state = restore(run_dir, saved, mesh=self.mesh, fsdp=config.fsdp, **components(config))
             self.state = replace(state, config=config.train)
-            self.begun = told(run_dir, saved)["begun"]
+            self.begun = metadata(run_dir, saved)["begun"]
         specs = fsdp_specs(self.state, self.mesh) if config.fsdp else jax.P()
         self.epoch_of = epoch_pipeline(
             images, labels, config.train, self.mesh, specs, workers=config.workers
         )
         if run_dir and is_first():
-            with on_disk(run_dir):
-                take_up_history(run_dir, int(self.state.step) // steps)
+            with disk_errors(run_dir):
+                truncate_history(run_dir, int(self.state.step) // steps)
 
     def params(self, state: TrainState) -> Params:
         return gather(state.eval_params, self.mesh)
@@ -253,8 +253,8 @@ class _One:
         numbers = {name: float(value) for name, value in train.items()}
         record = {**about, "train": numbers, "test": dict(test), "seconds": seconds}
         if self.run_dir and is_first():
-            with on_disk(self.run_dir):
-                append_history(self.run_dir, record)
+            with disk_errors(self.run_dir):
+                append_metrics(self.run_dir, record)
         return record
 
     def save(self, state: TrainState, test: Sums, begun: tuple[Sums, float]) -> None:
@@ -262,21 +262,21 @@ class _One:
             write(self._checkpoints, state, test, begun)
 
 
-def stopped(run_dir: Path | None, step: int) -> str:
-    """Return what to tell the user who has sent SIGTERM, or pressed Ctrl-C."""
+def stop_message(run_dir: Path | None, step: int) -> str:
+    """Return the message for a training that SIGTERM or Ctrl-C stopped."""
     if run_dir is None:
         return f"stopped after step {step}"
     return f"stopped and saved after step {step}; resume with: {resume_command(run_dir)}"
 
 
-def _measuring(
+def _evaluator(
     config: RunConfig, data: Dataset, key: jax.Array
 ) -> Callable[[Params], dict[str, float]]:
-    """What measures parameters of this process on the test images: means over all of them."""
+    """Return a function from parameters to the test metrics: means over all test images."""
     images, labels = model_inputs(data.test_images, data.test_labels, config.model)
     count, shared = len(images), len(images) - len(images) % jax.process_count()
     examples = (example_keys(key, count), images, labels)
-    # What cannot be dealt out in equal numbers, every process measures by itself.
+    # Images left over after equal shares are evaluated by every process.
     parts: list[tuple[int, Callable[[Params], Metrics]]] = []
     if shared:
         mesh = devices_for(shared)
@@ -298,5 +298,5 @@ def _measuring(
 
 
 def step_of(state: TrainState) -> int:
-    """Return how many steps a state, or each of those that are stacked in one, has taken."""
+    """Return the number of steps of a state; stacked models have all taken the same number."""
     return int(np.ravel(state.step)[0])

@@ -1,4 +1,4 @@
-"""Progress of a training: a bar on a terminal and in Jupyter, a line per epoch everywhere."""
+"""Progress display: a bar on a terminal and in Jupyter, and one line per epoch everywhere."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from jaxvae.runs.callbacks import Callback, Training
 
 
 def _can_move(console: Console) -> bool:
-    """Whether a bar can be drawn over: on a terminal, and in Jupyter where it has widgets."""
+    """Return whether a bar can be redrawn: on a terminal, or in Jupyter with ipywidgets."""
     return console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
 
 
 class _Console(Console):
-    """A console whose reader may leave, where rich would end the program."""
+    """A console that goes quiet when its output is closed; rich's would exit."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
-        with suppress(OSError):  # what is left to write as well
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.file.fileno())
-            os.close(nowhere)
+        with suppress(OSError):  # for what is still buffered
+            devnull = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(devnull, self.file.fileno())
+            os.close(devnull)
 
 
 class Progress(Callback):
-    """Shows a training on a console, by default standard error, or in a Jupyter notebook."""
+    """Show the progress of training on a console, by default standard error, or in Jupyter."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or _Console(stderr=True)
@@ -70,9 +70,9 @@ class Progress(Callback):
         self._bar.update(self._task, status=status)
 
     def epoch(self, record: dict[str, Any], params: Params) -> None:
-        """Print a line."""
+        """Print the metrics of the epoch as a line."""
         epoch, test = record["epoch"], record["test"]
-        # Images that fill no batch are left out of an epoch, not of the bar.
+        # The last, incomplete batch is dropped from the epoch but counted by the bar.
         self._bar.update(
             self._task, completed=epoch * self._images, epoch=min(epoch + 1, self._epochs)
         )

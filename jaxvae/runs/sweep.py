@@ -1,12 +1,13 @@
-"""Many models trained at once, in one program: every learning rate and beta with every seed.
+"""Sweeps: models that are trained together, for every learning rate, beta and seed.
 
     sweep.json       the configuration of every model
-    metrics.jsonl    a line per epoch: means over the models, standard deviations, each model's
+    metrics.jsonl    a line per epoch: means and standard deviations over the models, and the
+                     metrics of each model
     seed-0/, ...     a run directory for every model, as if it had been trained alone
 
-Like a run, it can be killed at any instant: the models go on from the last step of which all
-have a whole checkpoint. A model that diverges is left out from there on, marked by diverged.json
-in its directory, and the others are trained on.
+Like a run, a sweep can be killed at any instant: the models resume from the last step of which
+all have an intact checkpoint. A model that diverges gets a diverged.json in its directory, and the
+training of the others continues.
 """
 
 import itertools
@@ -33,17 +34,24 @@ from jaxvae.models.vae import Params
 from jaxvae.runs import config as run_config
 from jaxvae.runs import directory, loop
 from jaxvae.runs.callbacks import Callback
-from jaxvae.runs.checkpoints import newest_whole, open_checkpoints, restore, steps_of, told, write
+from jaxvae.runs.checkpoints import (
+    metadata,
+    newest_intact,
+    open_checkpoints,
+    restore,
+    steps_of,
+    write,
+)
 from jaxvae.runs.config import RunConfig, as_flag, own_components, run_keys, updated
 from jaxvae.runs.data import describe, model_inputs
-from jaxvae.runs.divergence import DIVERGED, Watch
+from jaxvae.runs.divergence import DIVERGED, DivergenceCheck
 from jaxvae.runs.files import (
-    append_history,
-    on_disk,
-    owned,
+    append_metrics,
+    disk_errors,
+    locked,
     read_json,
     read_metrics,
-    take_up_history,
+    truncate_history,
     version,
     write_json,
 )
@@ -53,20 +61,26 @@ from jaxvae.training.state import TrainState
 from jaxvae.training.step import Metrics, shuffle, train_steps
 from jaxvae.validation import shown
 
-_IMAGES_PER_DISPATCH = 8192  # of all models, between two movements of the progress bar
-_MOST = 10_000  # models: each has a directory and open files of its own
+_IMAGES_PER_DISPATCH = 8192  # summed over the models; the progress bar moves once per dispatch
+_MOST = 10_000  # models: each has its own directory and open files
 _NAME = re.compile(r"\w[\w.+-]*", re.ASCII)
 
 
 def configured(
     flags: Mapping[str, Any], seeds: int = 1, base: RunConfig | None = None
 ) -> dict[str, RunConfig]:
-    """The models of a new sweep by name, at least one: every combination times every seed.
+    """Return the configurations of a new sweep: every combination of values with every seed.
 
     Args:
-      flags: as of `configured`, but `learning_rate` and `beta` are lists of values.
-      seeds: how many, from the one in `flags` on.
-      base: what holds where there is no flag.
+      flags: as for `jaxvae.runs.config.configured`, but `learning_rate` and `beta` are lists.
+      seeds: number of seeds, counted up from the seed in `flags`.
+      base: the configuration of the other fields; by default the defaults.
+
+    Returns:
+      The configurations by the names of the models, at least one.
+
+    Raises:
+      InputError: an unknown field, a wrong value, or too many models.
     """
     if seeds < 1:
         raise InputError(f"--seeds is {seeds}: expected at least 1")
@@ -75,12 +89,12 @@ def configured(
     choices = {name: flags.get(name, [getattr(base.train, name)]) for name in several}
     for name, values in choices.items():
         if len(set(values)) < len(values):
-            raise InputError(f"{as_flag(name)} has a value twice: expected each value once")
+            raise InputError(f"{as_flag(name)} has a repeated value: expected each value once")
     count = seeds * math.prod(map(len, choices.values()))
     if count > _MOST:
         raise InputError(
-            f"{shown(count)} models are asked for, --seeds {shown(seeds)} of them for each "
-            f"--learning-rate and --beta: expected at most {_MOST:,}"
+            f"--seeds {shown(seeds)} with these values of --learning-rate and --beta gives "
+            f"{shown(count)} models: expected at most {_MOST:,}"
         )
     choices["seed"] = range(base.seed, base.seed + seeds)
     models = {}
@@ -93,15 +107,22 @@ def configured(
 
 
 def resumed(run_dir: Path, flags: Mapping[str, Any]) -> dict[str, RunConfig]:
-    """The models of a sweep that goes on.
+    """Return the configurations of a resumed sweep.
 
-    Raises InputError if the flags ask for other models than the recorded ones; where the data
-    lie and for how many epochs to train may change.
+    Args:
+      run_dir: the directory of the sweep.
+      flags: fields that were given, by name.
+
+    Returns:
+      The configurations by the names of the models.
+
+    Raises:
+      InputError: a field that is not in `MAY_CHANGE` differs from the recorded one.
     """
     for name in ("seeds", "seed", "learning_rate", "beta"):
         if name in flags:
             raise InputError(
-                f"{as_flag(name)} was settled when {run_dir} was started: leave it out"
+                f"{as_flag(name)} cannot change when a sweep is resumed ({run_dir}): leave it out"
             )
     own = own_components(flags)
     recorded = read_json(run_dir / "sweep.json", partial(_models, own=own))
@@ -109,14 +130,14 @@ def resumed(run_dir: Path, flags: Mapping[str, Any]) -> dict[str, RunConfig]:
 
 
 def _models(content: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, RunConfig]:
-    """The models that sweep.json tells of; raises InputError if they are not those of a sweep."""
+    """Return the configurations in sweep.json; raise InputError if they are not a sweep."""
     if not content:
         raise InputError("it holds no models: expected the configuration of each by its name")
     for name in content:
-        if not _NAME.fullmatch(name):  # it is the name of a directory in that of the sweep
+        if not _NAME.fullmatch(name):  # it names a subdirectory: no path may leave the sweep
             raise InputError(
-                f"a model has the name {shown(name)}: expected one as seed-0, of letters, digits, "
-                "'.', '_', '+' and '-'"
+                f"a model has the name {shown(name)}: expected letters, digits, '.', '_', '+' and "
+                "'-', as in seed-0"
             )
     models = {name: RunConfig.from_dict(config, **own) for name, config in content.items()}
     alike = {
@@ -136,20 +157,30 @@ def start(
     resume: bool,
     new_data: bool = False,
 ) -> dict[str, RunConfig]:
-    """Make the directory of a sweep and those of its models, or prepare them to go on.
+    """Make the directories of a sweep and its models, or prepare them to be resumed.
 
-    Returns and raises what `directory.start` does, for every model. Raises InputError as well if
-    the training images are not in memory.
+    Args:
+      run_dir: the directory of the sweep.
+      models: the configurations by the names of the models.
+      data: the data set.
+      resume: whether the sweep is resumed.
+      new_data: as for `jaxvae.runs.directory.start`.
+
+    Returns:
+      The configurations with the shape of the images and a record of the data.
+
+    Raises:
+      InputError: as for `jaxvae.runs.directory.start`, or the training images are not in memory.
     """
     if not isinstance(data.train_images, np.ndarray):
         raise InputError(
-            f"{next(iter(models.values())).data} is read from disk image by image, and many models "
-            "are trained on images in memory: train one model at a time"
+            f"{next(iter(models.values())).data} is read from disk image by image, but a sweep "
+            "needs the images in memory: train one model at a time"
         )
     record = describe(data)
     lost = diverged(run_dir, models) if resume else []
     fitted = {
-        name: directory.fitted(
+        name: directory.with_data(
             run_dir / name, config, data, record, resume=resume, new_data=new_data
         )
         for name, config in models.items()
@@ -157,14 +188,14 @@ def start(
     }
     if not resume:
         for place in (run_dir, *(run_dir / name for name in fitted)):
-            directory.refuse_another(place)
-        directory.try_out(next(iter(fitted.values())), data, len(fitted))
+            directory.expect_no_run(place)
+        directory.check_first_step(next(iter(fitted.values())), data, len(fitted))
     else:
         for name, config in fitted.items():
-            directory.expect_the_same(run_dir / name, config)
+            directory.expect_same_config(run_dir / name, config)
     refuse_links(*(run_dir / name for name in fitted))
     directory.make_directory(run_dir)
-    with owned(run_dir):
+    with locked(run_dir):
         all_of_them = {name: fitted.get(name, config) for name, config in models.items()}
         recorded = {name: config.to_dict() for name, config in all_of_them.items()}
         write_json(run_dir / "sweep.json", {"jaxvae": version(), **recorded})
@@ -180,43 +211,42 @@ def train(
     *,
     callbacks: Iterable[Callback] = (),
 ) -> TrainState:
-    """Train every model at once, from their last common checkpoint to their last epoch.
+    """Train all models together, from their last common checkpoint to the last epoch.
 
-    Every epoch ends with each model's test metrics, a line in each metrics.jsonl, and a
-    checkpoint of each model.
+    Every epoch ends with test metrics, a line in each metrics.jsonl, and a checkpoint of each
+    model. A model that diverges is reported by a warning of the category `jaxvae.errors.Diverged`.
 
     Args:
-      run_dir: made by `start`.
-      models: as `start` returned them; they differ in seed, learning rate and beta.
-      data: as of `load_run_data`.
-      callbacks: what follows the training; metrics are means over the models.
+      run_dir: the directory of the sweep, prepared by `start`.
+      models: as returned by `start`; they differ in seed, learning rate and beta.
+      data: the data set, from `load_run_data`.
+      callbacks: callbacks of the training loop; their metrics are means over the models.
 
     Returns:
-      The models' states after the last epoch, stacked: every array has a first axis [models].
-      Those that have diverged are not among them.
+      The states after the last epoch, stacked: every array has a first axis [models]. Models that
+      have diverged are left out.
 
     Raises:
-      InputError: as of `loop.train`.
-      TrainingFailed: all models have diverged, or the directory cannot be written. Of each that
-        diverges, a warning of the category `jaxvae.errors.Diverged` tells.
-      Preempted: as of `loop.train`.
+      InputError: as for `jaxvae.runs.loop.train`.
+      TrainingFailed: all models have diverged, or the directory cannot be written.
+      Preempted: as for `jaxvae.runs.loop.train`.
     """
     lost = diverged(run_dir, models)
     models = {name: config for name, config in models.items() if name not in lost}
     if not models:
         raise TrainingFailed(
-            f"all models of {run_dir} have diverged, as {DIVERGED} in each of their directories "
-            "tells: train anew with a lower --learning-rate or with --clip-norm 1"
+            f"all models of {run_dir} have diverged, see {DIVERGED} in their directories: train "
+            "again with a lower --learning-rate or with --clip-norm 1"
         )
     with ExitStack() as stack:
-        many = _Many(run_dir, models, data, stack)
+        many = _ManyModels(run_dir, models, data, stack)
         states = jax.device_put(loop.run_epochs(many, callbacks), jax.local_devices()[0])
-        left = np.array([i for i in range(len(models)) if i not in many.watch.diverged])
-    return jax.tree.map(lambda x: x[left], states) if many.watch.diverged else states
+        left = np.array([i for i in range(len(models)) if i not in many.divergence.diverged])
+    return jax.tree.map(lambda x: x[left], states) if many.divergence.diverged else states
 
 
-class _Many:
-    """Many models, dealt out to the devices of this process."""
+class _ManyModels:
+    """The models of a sweep, distributed over the devices of this process."""
 
     def __init__(
         self, run_dir: Path, models: Mapping[str, RunConfig], data: Dataset, stack: ExitStack
@@ -245,13 +275,13 @@ class _Many:
             "learning_rate": jnp.array([config.train.learning_rate for config in self._configs]),
             "beta": jnp.array([config.train.beta for config in self._configs]),
         }
-        if isinstance(shared.optimizer, optax.GradientTransformation):  # with a rate of its own
+        if isinstance(shared.optimizer, optax.GradientTransformation):  # has its own learning rate
             del hyper["learning_rate"]
-        if not hasattr(shared.objective, "across_batch"):  # a function, which takes no beta
+        if not hasattr(shared.objective, "across_batch"):  # a plain function, without beta
             del hyper["beta"]
         train_keys, test_keys = map(jnp.stack, zip(*map(run_keys, self._configs), strict=True))
         for folder in (run_dir, *self._folders):
-            stack.enter_context(owned(folder))
+            stack.enter_context(locked(folder))
         saved = _common_step(self._folders)
         self._checkpoints = [
             stack.enter_context(open_checkpoints(folder)) for folder in self._folders
@@ -262,7 +292,7 @@ class _Many:
         else:
             own_ones = run_config.components(self.config)
             ones = [restore(folder, saved, **own_ones) for folder in self._folders]
-            begun = [told(folder, saved)["begun"] for folder in self._folders]
+            begun = [metadata(folder, saved)["begun"] for folder in self._folders]
             sums = {
                 name: np.array([own.get(name, 0.0) for own, _ in begun]) for name in begun[0][0]
             }
@@ -275,10 +305,10 @@ class _Many:
         images = len(data.train_images)
         steps = images // shared.batch_size
         self.epoch_of = _pipeline(take_steps, hyper, train)
-        self.watch = Watch(run_dir, images, steps, tuple(models))
-        with on_disk(run_dir):
+        self.divergence = DivergenceCheck(run_dir, images, steps, tuple(models))
+        with disk_errors(run_dir):
             for folder in (run_dir, *self._folders):
-                take_up_history(folder, loop.step_of(self.state) // steps)
+                truncate_history(folder, loop.step_of(self.state) // steps)
 
     def params(self, state: TrainState) -> Params:
         return state.eval_params
@@ -289,27 +319,26 @@ class _Many:
     def record(
         self, about: dict[str, Any], train: loop.Sums, test: loop.Sums, seconds: float
     ) -> dict[str, Any]:
-        splits = _each(train, self.watch), _each(test, self.watch)
+        splits = _each(train, self.divergence), _each(test, self.divergence)
         ours = {i: {"train": one, "test": splits[1][i]} for i, one in splits[0].items()}
         record = {
             **about,
             **_moments(list(ours.values())),
             "seconds": seconds,
-            "models": {self.watch.models[i]: line for i, line in ours.items()},
+            "models": {self.divergence.models[i]: line for i, line in ours.items()},
         }
-        with on_disk(self._run_dir):
-            append_history(self._run_dir, record)
+        with disk_errors(self._run_dir):
+            append_metrics(self._run_dir, record)
             for i, line in ours.items():
-                append_history(self._folders[i], {**about, **line, "seconds": seconds})
+                append_metrics(self._folders[i], {**about, **line, "seconds": seconds})
         return record
 
     def save(self, state: TrainState, test: loop.Sums, begun: tuple[loop.Sums, float]) -> None:
-        # On the host as a whole, before any model is taken out: a slice of what several devices
-        # share is a program in which they wait for each other, and of hundreds begun at once some
-        # could hold the threads that the others wait for.
+        # All models are moved to the host before they are sliced: slicing a sharded array is a
+        # program that synchronises the devices, and hundreds of them in flight can deadlock.
         numbers = jax.device_get(replace(state, key=jax.random.key_data(state.key)))
-        sums = _each(begun[0], self.watch)
-        for i, metrics in _each(test, self.watch).items():
+        sums = _each(begun[0], self.divergence)
+        for i, metrics in _each(test, self.divergence).items():
             one = jax.tree.map(lambda x, i=i: jnp.asarray(x[i]), numbers)
             key, config = jax.random.wrap_key_data(one.key), self._configs[i].train
             write(self._checkpoints[i], replace(one, key=key, config=config), metrics,
@@ -322,28 +351,34 @@ def diverged(run_dir: Path, models: Iterable[str]) -> list[str]:
 
 
 def _common_step(folders: list[Path]) -> int | None:
-    """The last step of which every model has a whole checkpoint, if they have any.
+    """Return the last step of which every model has an intact checkpoint, or None.
 
-    Raises InputError if only some have.
+    Raises InputError if only some models have checkpoints.
     """
-    newest = [newest_whole(folder) for folder in folders]
+    newest = [newest_intact(folder) for folder in folders]
     found = [step for step in newest if step is not None]
     if len(found) < len(folders) and not any(len(steps_of(folder)) > 1 for folder in folders):
-        return None  # killed while the first ones were written
+        return None  # killed while the first checkpoints were written
     step = min(found, default=None)
     for folder in folders:
         if step not in steps_of(folder):
             raise InputError(
-                f"{folder} holds no checkpoint of step {step}, the last that the other models "
-                "have: put it back from a copy, or start anew in another directory"
+                f"{folder} holds no checkpoint of step {step}, the last of the other models: "
+                "restore it from a copy, or start again in another directory"
             )
     return step
 
 
 def results(run_dir: Path, models: Mapping[str, RunConfig]) -> Iterator[str]:
-    """A line for every learning rate and beta: mean and standard deviation over its seeds.
+    """Summarise a sweep, for display.
 
-    And one for every model that has diverged, which the others do not count.
+    Args:
+      run_dir: the directory of the sweep.
+      models: as returned by `start`.
+
+    Yields:
+      A line for every learning rate and beta, with mean and standard deviation of the test ELBO
+      over the seeds, and a line for every model that has diverged, which is left out of the means.
     """
     lost = diverged(run_dir, models)
     groups: dict[tuple[float, float], list[float]] = {}
@@ -354,10 +389,10 @@ def results(run_dir: Path, models: Mapping[str, RunConfig]) -> Iterator[str]:
     for (rate, beta), elbos in groups.items():
         several = len(elbos) > 1
         spread = f" ± {np.std(elbos, ddof=1):.2f} over {len(elbos)} seeds" if several else ""
-        found = f"{np.mean(elbos):.2f}{spread}" if elbos else "unknown, as metrics.jsonl is lost"
+        found = f"{np.mean(elbos):.2f}{spread}" if elbos else "unknown (metrics.jsonl is missing)"
         yield f"learning rate {rate:g}, beta {beta:g}: test ELBO {found}"
     for name in lost:
-        yield f"{name} has diverged and was left out: {run_dir / name / DIVERGED} tells where"
+        yield f"{name} has diverged and was left out: see {run_dir / name / DIVERGED}"
 
 
 def _pipeline(
@@ -365,7 +400,7 @@ def _pipeline(
     hyper: dict[str, jax.Array],
     examples: tuple[jax.Array, jax.Array | None],
 ) -> Epoch:
-    """The dispatches of an epoch of all models, as `training.pipeline` gives those of one."""
+    """Return the dispatches of an epoch of all models, like `training.pipeline` for one model."""
 
     def epoch(start: TrainState, first: int) -> Iterator[tuple[int, Advance]]:
         batches = jax.vmap(partial(shuffle, num_images=len(examples[0])))(start)
@@ -382,7 +417,7 @@ def _pipeline(
     return epoch
 
 
-# The devices of the axis take their own models each and tell each other nothing.
+# Each device trains its own models; there is no communication between them.
 
 
 def _take_steps(
@@ -404,7 +439,7 @@ def _measure(
 
 
 def _for_each(f: Callable[[Any], Any], models: Any) -> Any:
-    """f of every model: all at once, but on a CPU one by one, to keep what f needs in cache."""
+    """Map f over the models: by vmap, but on a CPU one at a time, which uses the cache better."""
     size = 1 if backend() == "cpu" else len(jax.tree.leaves(models)[0])
     return in_blocks(jax.vmap(f), models, size)
 
@@ -413,14 +448,14 @@ def _stacked(states: list[TrainState]) -> TrainState:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
 
 
-def _each(values: Mapping[str, Any], watch: Watch) -> dict[int, dict[str, float]]:
-    """Every model's own, by its position; not of those that have diverged."""
-    left = [i for i in range(len(watch.models)) if i not in watch.diverged]
+def _each(values: Mapping[str, Any], divergence: DivergenceCheck) -> dict[int, dict[str, float]]:
+    """Return the values of every model by its position, without those that have diverged."""
+    left = [i for i in range(len(divergence.models)) if i not in divergence.diverged]
     return {i: {name: float(x[i]) for name, x in values.items()} for i in left}
 
 
 def _moments(models: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
-    """Means over the models, and of several standard deviations as `train_sd` and `test_sd`."""
+    """Return means, and with several models standard deviations `train_sd` and `test_sd`."""
     splits = {
         split: {name: [one[split][name] for one in models] for name in metrics}
         for split, metrics in models[0].items()

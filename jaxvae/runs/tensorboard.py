@@ -1,4 +1,4 @@
-"""Scalars, pictures and latents for TensorBoard, without TensorFlow: RUN_DIR/tensorboard."""
+"""TensorBoard files in RUN_DIR/tensorboard: scalars, images and latents, without TensorFlow."""
 
 import importlib.util
 import json
@@ -16,15 +16,19 @@ from jaxvae.models.vae import Params, encode, reconstruct, sample
 from jaxvae.runs.callbacks import Callback, Training
 from jaxvae.runs.config import run_keys
 from jaxvae.runs.data import model_inputs
-from jaxvae.storage import own_folder, refuse_links
+from jaxvae.storage import make_folder, refuse_links
 
-_PICTURED = 8  # reconstructions, and the square root of how many samples
+_PICTURED = 8  # reconstructions, and samples per row and column
 _PROJECTED = 2500  # test latents in the projector
-_SPRITE = 8192  # pixels, of which TensorBoard takes no larger picture
+_SPRITE = 8192  # pixels: TensorBoard's limit for the side of the projector's sprite image
 
 
-def need_tensorboard() -> None:
-    """Raises InputError if what writes TensorBoard's files is not installed."""
+def require_tensorboard() -> None:
+    """Check that tensorboardX is installed.
+
+    Raises:
+      InputError: it is not.
+    """
     if importlib.util.find_spec("tensorboardX") is None:
         raise InputError(
             "--tensorboard needs tensorboardX, which is not installed: "
@@ -33,16 +37,18 @@ def need_tensorboard() -> None:
 
 
 class TensorBoard(Callback):
-    """Writes TensorBoard's files into RUN_DIR/tensorboard.
+    """Write TensorBoard files to RUN_DIR/tensorboard.
 
-    A resumed run writes into the same place; TensorBoard passes over what was written of the
-    steps that are taken again.
+    A resumed run writes to the same directory; TensorBoard ignores earlier entries of the steps
+    that are repeated.
     """
 
     def start(self, training: Training) -> None:
-        """Write the pictures of an untrained model."""
+        """Write the images of the untrained model."""
         if training.run_dir is None:
-            raise InputError("TensorBoard's files lie in the run directory: expected a run_dir")
+            raise InputError(
+                "TensorBoard files are written to the run directory: expected a run_dir"
+            )
         config, data = training.config, training.data
         self._folder, self._config = training.run_dir / "tensorboard", config
         self._images, self._labels = model_inputs(data.test_images, data.test_labels, config.model)
@@ -52,7 +58,7 @@ class TensorBoard(Callback):
             self.epoch({"epoch": 0, "step": 0}, training.params)
 
     def epoch(self, record: dict[str, Any], params: Params) -> None:
-        """Write the metrics and pictures of an epoch; on the disk before this returns."""
+        """Write the metrics and images of an epoch, and flush them to disk."""
         step = record["step"]
         if self._writer is None:
             self._open(step)
@@ -81,7 +87,7 @@ class TensorBoard(Callback):
         rows = np.linspace(0, len(self._images) - 1, count).astype(int)
         labels = None if self._labels is None else jnp.asarray(self._labels[rows])
         center = encode(params, jnp.asarray(self._images[rows]), labels).center
-        # Those of an earlier end of the run, which tensorboardX would add to.
+        # Remove those of an earlier end of the run: tensorboardX would append to them.
         (self._folder / "projector_config.pbtxt").unlink(missing_ok=True)
         shutil.rmtree(self._folder / "00000", ignore_errors=True)
         self._writer.add_embedding(
@@ -95,9 +101,9 @@ class TensorBoard(Callback):
         from tensorboardX import SummaryWriter
         from tensorboardX.summary import hparams
 
-        own_folder(self._folder.parent, self._folder.name)
+        make_folder(self._folder.parent, self._folder.name)
         refuse_links(*self._folder.rglob("*"))
-        # A file is named after the second it was opened in: the step tells two of them apart.
+        # File names have a resolution of one second: the suffix keeps two of them distinct.
         self._writer = SummaryWriter(
             str(self._folder), purge_step=step, filename_suffix=f".{step or 0:010}"
         )
@@ -111,7 +117,7 @@ class TensorBoard(Callback):
             self._writer.file_writer.add_summary(summary)
 
     def _pictures(self, params: Params) -> dict[str, np.ndarray]:
-        """Reconstructions, and the plane of two latents or samples: uint8 [height, width, 3]."""
+        """Return reconstructions, and a grid over two latents or samples: uint8 [H, W, 3]."""
         rows = np.linspace(0, len(self._images) - 1, _PICTURED).astype(int)
         images = jnp.asarray(self._images[rows])
         labels = None if self._labels is None else jnp.asarray(self._labels[rows])
@@ -133,7 +139,7 @@ def _rgb(image: np.ndarray) -> np.ndarray:
 
 
 def _squares(images: np.ndarray) -> np.ndarray:
-    """Images as the projector takes them: floats [N, 3, side, side], what is missing black."""
+    """Return images as squares padded with black: floats [N, 3, side, side]."""
     coloured = np.asarray(scale_images(jnp.asarray(images)))
     if coloured.shape[3] != 3:
         coloured = np.repeat(coloured.mean(axis=3, keepdims=True), 3, axis=3)

@@ -19,10 +19,12 @@ PARTS = ("encoder", "decoder", "likelihood", "prior", "posterior")
 @no_type_check  # not at run time: it converts and checks its fields itself
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(Config):
-    """How a model is trained; the defaults are the notebook's, except for its batch size of 16.
+    """The training of a model; the defaults are the notebook's, except for its batch size of 16.
 
     `objective`, `warmup`, `optimizer` and `schedule` take a name, a name with options
-    ("iwae:num_samples=50", "adamw:weight_decay=1e-4") or an object.
+    ("iwae:num_samples=50", "adamw:weight_decay=1e-4") or an object. The optimizer may be an
+    `optax.GradientTransformation`, with its own learning rate, or a function from the learning
+    rate to one; the schedule an optax schedule; the objective a function as for `train_step`.
 
     Attributes:
       batch_size: images per step, over all devices.

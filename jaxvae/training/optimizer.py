@@ -188,10 +188,12 @@ class _OptaxNames(Mapping[str, Any]):
 
 
 def _named(make: Any, name: str, function: Any) -> Any:
-    def component(**options: Any) -> Any:
-        return make(name, tuple(options.items()))
-
     known = [n for n in option_names(function) if n != "learning_rate"]
+
+    def component(**options: Any) -> Any:
+        # In the order of the signature, so that equal options have one spelling.
+        return make(name, tuple((n, options[n]) for n in known if n in options))
+
     kind = inspect.Parameter.KEYWORD_ONLY
     component.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [inspect.Parameter(n, kind, default=None) for n in known]

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 import jaxvae
-from jaxvae.cli.commands import _COMMANDS, _called, _drop_oldest, main
+from jaxvae.cli.commands import _COMMANDS, _drop_oldest, _program_name, main
 from jaxvae.cli.parser import SHELLS, config_fields, make_parser
 from jaxvae.interchange.export import load_safetensors
 from jaxvae.runs.config import RunConfig, as_flag, read_config
@@ -34,7 +34,7 @@ FLAGS = [as_flag(name) for name in config_fields()]
 def keep_no_programs():
     """Leaves this process's settings and the user's cache folder alone."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jaxvae.cli.commands._keep_programs", lambda: None)
+        patch.setattr("jaxvae.cli.commands._enable_compilation_cache", lambda: None)
         yield
 
 
@@ -235,7 +235,7 @@ def test_train_goes_on_with_moved_data_and_with_new_data_on_request(run_dir, npz
     assert main(train[:-1]) == 2
     told = capsys.readouterr().err
     assert told.startswith(f"jaxvae: {moved} does not exist: expected ")
-    assert told.endswith("; where the data have moved, name them with --data\n")
+    assert told.endswith("; if the data have moved, pass their path with --data\n")
     assert main([*train, str(other)]) == 2
     assert "take this one with --new-data" in capsys.readouterr().err
     assert main([*train, str(other), "--new-data"]) == 0
@@ -257,7 +257,7 @@ def test_a_diverged_model_of_many_is_told_and_the_others_are_drawn(npz, tmp_path
     bad, good = "learning-rate-900000.0_seed-0", "learning-rate-0.001_seed-0"
     told = capsys.readouterr().err
     assert f"jaxvae: the loss of {bad} is NaN or infinite at step " in told
-    assert f"{bad} has diverged and was left out: {run / bad / 'diverged.json'} tells" in told
+    assert f"{bad} has diverged and was left out: see {run / bad / 'diverged.json'}" in told
     assert f"explore {run / good}" in told
     assert not (run / bad / "figures").exists()
     assert (run / good / "figures" / "training.png").exists()
@@ -309,7 +309,7 @@ def test_a_copied_line_calls_the_program_as_the_user_did(monkeypatch):
         "pytest": "jaxvae",
     }.items():
         monkeypatch.setattr("sys.argv", [called])
-        assert _called() == name
+        assert _program_name() == name
 
 
 def test_train_resume_of_a_finished_run_changes_nothing(run_dir):
@@ -476,7 +476,7 @@ def test_an_interrupted_training_says_how_to_go_on(npz, tmp_path, capsys, monkey
     monkeypatch.setattr("jaxvae.runs.loop.train", interrupt)
     path = tmp_path / "run"
     assert main(["train", "--data", str(npz), "--run-dir", str(path)]) == 1
-    expected = f"jaxvae: interrupted; go on with: jaxvae train --resume --run-dir {path}"
+    expected = f"jaxvae: interrupted; resume with: jaxvae train --resume --run-dir {path}"
     assert capsys.readouterr().err.splitlines()[-1] == expected
 
 
@@ -556,15 +556,15 @@ WRONG = {
         "learning_rate is -1.0: expected a number above",
     ),
     "negative beta": ("train --beta -1", "beta is -1.0: expected a number of at least 0"),
-    "beta twice": ("train --beta 1 4 1", "--beta has a value twice: expected each value once"),
+    "beta twice": ("train --beta 1 4 1", "--beta has a repeated value: expected each value once"),
     "a billion seeds": (
         "train --seeds 1000000000",
-        "1000000000 models are asked for, --seeds 1000000000 of them for each --learning-rate and "
-        "--beta: expected at most 10,000",
+        "--seeds 1000000000 with these values of --learning-rate and --beta gives 1000000000 "
+        "models: expected at most 10,000",
     ),
     "a billion samples": (
         "sample {run} --n 1000000000 --out {tmp}/a.png",
-        "--n is 1000000000: so many images need 1,536 GB, and this machine has",
+        "--n is 1000000000, which needs 1,536 GB: expected at most the ",
     ),
     "a seed beyond 64 bits": (
         "sample {run} --n 1 --out {tmp}/a.png --seed 99999999999999999999",
@@ -574,24 +574,27 @@ WRONG = {
         "train --seed 99999999999999999999",
         "seed is 99999999999999999999: expected at most 4294967295",
     ),
-    "new data of a new run": ("train --new-data", "--new-data is for a run that goes on: give it"),
+    "new data of a new run": ("train --new-data", "--new-data is for a resumed run: pass"),
     "no seeds": ("train --seeds 0", "--seeds is 0: expected at least 1"),
     "large batch of many": ("train --data {npz} --seeds 2 --batch-size 1000", "batch_size is 1000"),
     "many over one": ("train --data {npz} --seeds 2 --run-dir {run}", "already holds a run"),
     "one over many": ("train --data {npz} --run-dir {many}", "already holds a run"),
-    "one goes on as many": ("train --resume --run-dir {run} --seeds 2", "--seeds asks for many"),
+    "one goes on as many": ("train --resume --run-dir {run} --seeds 2", "--seeds asks for several"),
     "one of two rates": (
         "train --resume --run-dir {run} --learning-rate 1 2",
-        "--learning-rate asks for many models, but",
+        "--learning-rate asks for several models, but",
     ),
-    "more seeds": ("train --resume --run-dir {many} --seeds 3", "--seeds was settled when"),
-    "evaluate many": ("evaluate {many}", "holds many models: name the run directory of one"),
+    "more seeds": ("train --resume --run-dir {many} --seeds 3", "--seeds cannot change when"),
+    "evaluate many": (
+        "evaluate {many}",
+        "is a sweep: expected the run directory of one of its models",
+    ),
     "figures as an animation": ("figures {run} --format mp4", "invalid choice: 'mp4'"),
     "tensorboard of many": (
         "train --data {npz} --seeds 2 --tensorboard --run-dir {tmp}/x",
-        "--tensorboard shows the training of one model, not of many",
+        "--tensorboard is for a single model, but 2 are trained: leave it out",
     ),
-    "figures of many": ("figures {many}", "holds many models"),
+    "figures of many": ("figures {many}", "is a sweep: expected"),
     "negative seed": ("train --seed -1", "seed is -1: expected at least 0"),
     "large batch": ("train --data {npz} --batch-size 1000", "batch_size is 1000: expected at most"),
     "unknown data set": ("train --data tfds:no_such_set", "no data set 'no_such_set'"),
@@ -675,7 +678,7 @@ WRONG = {
     ),
     "start from another": (
         "train --data {npz} --start-from {run} --run-dir {tmp}/x",
-        "has a model with latent_dim 3: expected 2, as the run that starts from it",
+        "has a model with latent_dim 3: expected 2, as in the run that starts from it",
     ),
     "another likelihood": (
         "train --resume --run-dir {run} --likelihood gaussian",
@@ -687,7 +690,10 @@ WRONG = {
     ),
     "NaN": ("train --data {nan}", "image 1 holds NaN or infinity"),
     "wrong shape": ("train --data {flat}", "images of shape (4, 4): expected (images, height"),
-    "resume what": ("train --resume", "say which, with --run-dir DIR"),
+    "resume what": (
+        "train --resume",
+        "--resume needs the directory of the run: pass --run-dir DIR",
+    ),
     "resume nothing": ("train --resume --run-dir {tmp}", "is not a run directory"),
     "run over run": ("train --data {npz} --run-dir {run}", "already holds a run"),
     "run in a file": ("train --data {npz} --run-dir {npz}/x", "cannot be written"),

@@ -21,7 +21,7 @@ def started(monkeypatch):
     def train(run_dir, config, data, **more):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("jaxvae.cli.commands._keep_programs", lambda: None)
+    monkeypatch.setattr("jaxvae.cli.commands._enable_compilation_cache", lambda: None)
     monkeypatch.setattr(loop, "train", train)
 
 
@@ -185,9 +185,9 @@ def test_a_relative_path_in_a_file_is_kept_as_an_absolute_one(tmp_path, npz, mon
 WRONG = {
     "nothing": (None, "cannot be read: No such file or directory"),
     "a folder": ("folder", "cannot be read: Is a directory"),
-    "neither": ("<model/>", "is not TOML, nor .json and JSON: "),
-    "bytes": (b"data = '\xff'", "is not TOML, nor .json and JSON: "),
-    "a key twice": ("seed = 1\nseed = 2", "is not TOML, nor .json and JSON: "),
+    "neither": ("<model/>", "is not valid TOML: "),
+    "bytes": (b"data = '\xff'", "is not valid TOML: "),
+    "a key twice": ("seed = 1\nseed = 2", "is not valid TOML: "),
     "an unknown field": ("speed = 3", "a run has no field 'speed': expected one of accumulate, "),
     "an unknown field of the model": (
         "[model]\nspeed = 3", "ModelConfig has no field 'speed': expected compute_dtype, "
@@ -198,11 +198,11 @@ WRONG = {
     ),
     "contradictory": (
         "epochs = 2\n[train]\nepochs = 3",
-        "epochs stands at the top and in the table train: expected it once",
+        "epochs is given at the top level and in table train: expected it once",
     ),
     "twice alike": (
         "prior = 'vamp'\n[model]\nprior = 'vamp'",
-        "prior stands at the top and in the table model: expected it once",
+        "prior is given at the top level and in table model: expected it once",
     ),
     "a table that is none": ("model = 'mlp'", "model is 'mlp': expected a table of named fields"),
     "a wrong value": ("[train]\nepochs = 0", "epochs is 0: expected at least 1"),
@@ -259,7 +259,7 @@ def test_a_file_is_for_a_new_run(tmp_path, npz, capsys):
     capsys.readouterr()
     resume = ["train", "--resume", "--run-dir", str(tmp_path / "run"), "--config", str(path)]
     assert main(resume) == 2
-    assert "--config is for a new run: a run that is resumed has its" in capsys.readouterr().err
+    assert "--config is for a new run, but a resumed run keeps its" in capsys.readouterr().err
 
 
 def test_an_empty_file_is_the_defaults(tmp_path):

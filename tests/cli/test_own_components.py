@@ -101,7 +101,7 @@ array = squares().train_images
 @pytest.fixture(scope="module")
 def keep_no_programs():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jaxvae.cli.commands._keep_programs", lambda: None)
+        patch.setattr("jaxvae.cli.commands._enable_compilation_cache", lambda: None)
         patch.setattr("jaxvae.runs.drawing.draw", lambda *_: [Path("a.png")])
         yield
 
@@ -127,6 +127,17 @@ def train(tmp_path, npz):
         return main([*map(str, [*words, *(["--data", data] if data else []), *flags])])
 
     return run
+
+
+def test_a_dotted_path_is_looked_for_in_the_current_directory_too(
+    module, train, tmp_path, monkeypatch
+):
+    folder = str(module.parent)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path != folder])
+    monkeypatch.chdir(folder)
+    before = list(sys.path)
+    assert train("--prior", "mine_vae.Wide:scale=2", "--epochs", 1) == 0
+    assert sys.path == before
 
 
 def said(capsys):
@@ -302,7 +313,7 @@ WRONG = {
     "no path": ("--callback Counts", "expected a dotted path, such as package.module.Name"),
     "an empty part": ("--callback .Counts", "expected a dotted path, such as package.module.Name"),
     "no images": ("--data os.sep", "images"),
-    "no data": ("--data mine_vae.nothing", "there is no file mine_vae.nothing, and data is "),
+    "no data": ("--data mine_vae.nothing", "mine_vae.nothing is not a file, and data is "),
 }
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from conftest import refused
 
-from jaxvae.cli.commands import _COMMANDS, _tell_next, main
+from jaxvae.cli.commands import _COMMANDS, _print_next_steps, main
 from jaxvae.cli.parser import make_parser
 from jaxvae.models.priors import PRIORS
 from jaxvae.runs.files import as_argument, cannot_write
-from jaxvae.runs.loop import stopped
+from jaxvae.runs.loop import stop_message
 
 pytestmark = pytest.mark.usefixtures("compile_quickly", "keep_no_programs")
 NAME = "-it's $HOME [0.1]"
@@ -21,7 +21,7 @@ NAME = "-it's $HOME [0.1]"
 @pytest.fixture(scope="module")
 def keep_no_programs():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jaxvae.cli.commands._keep_programs", lambda: None)
+        patch.setattr("jaxvae.cli.commands._enable_compilation_cache", lambda: None)
         yield
 
 
@@ -31,7 +31,7 @@ def train(npz):
 
 
 def test_what_a_training_says_to_try_next_works_in_a_shell(capsys):
-    _tell_next(Path(NAME), "", [Path("a.png")])
+    _print_next_steps(Path(NAME), "", [Path("a.png")])
     told = [line.split("  ")[1] for line in capsys.readouterr().err.splitlines()[1:]]
     for line, command in zip(told, ["explore", "evaluate", "sample", "train"], strict=True):
         program, *arguments = shlex.split(line.replace("epochs N", "epochs 2"))
@@ -48,7 +48,11 @@ def test_an_interrupted_training_says_how_to_go_on_in_a_shell(train, tmp_path, c
     monkeypatch.setattr("jaxvae.runs.loop.train", interrupt)
     path = tmp_path / NAME
     assert main([*train, "--run-dir", str(path)]) == 1
-    for told in (capsys.readouterr().err, stopped(path, 3), cannot_write(path, "No space left")):
+    for told in (
+        capsys.readouterr().err,
+        stop_message(path, 3),
+        cannot_write(path, "No space left"),
+    ):
         command = told.splitlines()[-1].partition(" with: ")[2]
         assert shlex.split(command) == ["jaxvae", "train", "--resume", "--run-dir", str(path)]
 
@@ -89,6 +93,6 @@ def test_a_path_that_is_not_utf_8_is_refused_for_runs_alone(train, tmp_path, cap
         assert main(arguments) == 2
         told = capsys.readouterr()
         assert "caf\\udce9" in told.err
-        assert "is not a path in UTF-8, as that of a run has to be: rename" in told.err
+        assert "is not valid UTF-8: expected a UTF-8 path for a run directory; rename" in told.err
         assert told.err.count("\n") == 1
     assert not (odd / "x").exists()

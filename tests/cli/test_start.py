@@ -59,7 +59,7 @@ def test_a_platform_without_a_device_is_one_line(platforms):
     if code == 0 or "CUDA" in told:
         pytest.skip("there is one")
     assert code == 2
-    assert told.startswith(f"jaxvae: JAX finds no device to compute on, as JAX_PLATFORMS is "
+    assert told.startswith(f"jaxvae: JAX finds no device, as JAX_PLATFORMS is "
                            f"{platforms!r}: ")  # fmt: skip
     assert told.count("\n") == 1
 

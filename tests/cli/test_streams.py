@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 @pytest.fixture(autouse=True)
 def keep_no_programs(monkeypatch):
-    monkeypatch.setattr("jaxvae.cli.commands._keep_programs", lambda: None)
+    monkeypatch.setattr("jaxvae.cli.commands._enable_compilation_cache", lambda: None)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from jaxvae.runs import directory, loop, sweep
 from jaxvae.runs.callbacks import AnimationFrames, EarlyStopping, Training, expect_callbacks
 from jaxvae.runs.config import configured, resumed, run_keys
 from jaxvae.runs.data import load_run_data
-from jaxvae.runs.files import read_metrics, take_up_history
+from jaxvae.runs.files import read_metrics, truncate_history
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -199,14 +199,16 @@ def test_a_disk_that_is_full_at_the_start_ends_in_one_line(tmp_path, flags):
         def start(self, training):
             raise OSError(28, "No space left on device")
 
-    with pytest.raises(TrainingFailed, match="cannot be written: No space left on device; mend"):
+    with pytest.raises(
+        TrainingFailed, match="cannot be written: No space left on device; correct that"
+    ):
         trained(tmp_path, flags, Writes())
 
 
 def test_without_a_run_directory_there_are_no_frames(flags):
     config = configured(flags)
     data = load_run_data(config)
-    with refused("the frames lie in the run directory: expected a run_dir"):
+    with refused("animation frames are written to the run directory: expected a run_dir"):
         loop.train(None, directory.with_shape(config, data), data, callbacks=[AnimationFrames()])
 
 
@@ -289,14 +291,14 @@ def test_epochs_without_a_line_count():
 def worse(monkeypatch):
     """Test ELBOs that are best after the second epoch."""
     elbos = {4: -30.0, 8: -20.0, 12: -21.0, 16: -22.0, 20: -23.0}
-    real = loop._measuring
+    real = loop._evaluator
 
     def measuring(*args):
         measure = real(*args)
         steps = iter(sorted(elbos))
         return lambda params: {**measure(params), "elbo": elbos[next(steps)]}
 
-    monkeypatch.setattr(loop, "_measuring", measuring)
+    monkeypatch.setattr(loop, "_evaluator", measuring)
 
 
 def test_patience_ends_a_run_which_stays_ended(tmp_path, flags, worse):
@@ -318,7 +320,7 @@ def test_a_killed_run_ends_where_it_would_have_ended(tmp_path, flags, worse):
     """Killed after the line and the checkpoint of the third epoch, and resumed."""
     heard = Heard(ends_after=3)
     trained(tmp_path, {**flags, "epochs": 9, "patience": 2}, heard)
-    take_up_history(tmp_path, 3)
+    truncate_history(tmp_path, 3)
     # The measurements of the resumed process start again: of epoch 4 the first one, -30.
     assert int(trained(tmp_path, {}, resume=True).step) == 16
 

@@ -16,7 +16,7 @@ from conftest import OwnDecoder, OwnEncoder, at_once, refused
 import jaxvae
 from jaxvae.errors import Damaged, TrainingFailed
 from jaxvae.runs import checkpoints
-from jaxvae.runs.checkpoints import newest_whole, open_checkpoints, steps_of, told, write
+from jaxvae.runs.checkpoints import metadata, newest_intact, open_checkpoints, steps_of, write
 from jaxvae.training.step import optimizer
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -336,8 +336,8 @@ def test_of_a_damaged_checkpoint_no_file_is_believed(of_two_steps, tmp_path, dam
             assert_states_equal(jaxvae.restore(copy), newer)
         else:
             for which in ("latest", "best"):
-                with pytest.warns(Damaged, match="step 2 is damaged .*; that of step 1 takes its"):
-                    assert newest_whole(copy, which) == 1
+                with pytest.warns(Damaged, match="step 2 is damaged .*; using that of step 1"):
+                    assert newest_intact(copy, which) == 1
             with refused("the checkpoint of step 2 is damaged: "):
                 jaxvae.restore(copy, 2)
         shutil.rmtree(copy)
@@ -353,7 +353,7 @@ def test_with_no_whole_checkpoint_all_is_left_as_it_is(of_two_steps, tmp_path):
     for step in (1, 2):
         flip(copy / files_of(copy, step)[4])
     before = contents(copy)
-    with refused(f"{copy} holds no whole checkpoint, and nothing was changed (step 2: "):
+    with refused(f"{copy} holds no intact checkpoint (step 2: "):
         jaxvae.load(copy)
     assert contents(copy) == before
 
@@ -441,7 +441,7 @@ def test_a_path_is_no_pattern(saved, small, tmp_path, name):
     ("spoil", "says"),
     [
         (lambda state: (state / "manifest.ocdbt").unlink(), r".+"),
-        (lambda state: None, "other numbers"),
+        (lambda state: None, "the values differ"),
     ],
     ids=["cannot be read", "differs"],
 )
@@ -487,11 +487,11 @@ def test_odd_metadata_of_an_unsealed_checkpoint_are_damage(saved, tmp_path, odd)
     unseal(copy, 2)
     assert int(jaxvae.restore(copy).step) == 2
     (copy / "checkpoints" / "2" / "config" / "metadata").write_text(odd)
-    with pytest.warns(Damaged, match=r"of step 2 is damaged .*; that of step 1 takes its place"):
+    with pytest.warns(Damaged, match=r"of step 2 is damaged .*; using that of step 1 instead"):
         assert int(jaxvae.restore(copy).step) == 1
     with refused("metadata is damaged ("):
-        told(copy, 2)
-    checkpoints._seal(copy / "checkpoints" / "2")  # by a stranger
+        metadata(copy, 2)
+    checkpoints._write_digests(copy / "checkpoints" / "2")  # by a stranger
     with refused("metadata is damaged ("):
         jaxvae.restore(copy)
 
@@ -530,7 +530,7 @@ def test_a_pipe_among_the_files_of_a_checkpoint_is_damage(saved, tmp_path, seale
         (copy / name).unlink(missing_ok=True)
         os.mkfifo(copy / name)
         with at_once(), pytest.warns(Damaged, match="of step 2 is damaged .*; that of step 1"):
-            assert newest_whole(copy) == 1
+            assert newest_intact(copy) == 1
         shutil.rmtree(copy)
 
 

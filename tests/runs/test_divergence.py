@@ -15,7 +15,7 @@ from jaxvae.runs import directory, loop, sweep
 from jaxvae.runs.checkpoints import steps_of
 from jaxvae.runs.config import configured
 from jaxvae.runs.data import load_run_data
-from jaxvae.runs.divergence import Watch, _finite
+from jaxvae.runs.divergence import DivergenceCheck, _finite
 from jaxvae.runs.files import read_metrics
 from jaxvae.training.step import shuffle, train_steps
 
@@ -46,8 +46,8 @@ def test_the_step_the_images_and_the_last_good_checkpoint_are_named(tmp_path, np
         loop.train(tmp_path, config, data._replace(train_images=clean))
     told = str(failed.value)
     assert "the loss is NaN or infinite at step 19 (epoch 2, batch 3: training images" in told
-    assert ", ".join(map(str, batch[:8])) + ", ...; all in" in told
-    assert f"the last good checkpoint is that of step 16, in {tmp_path}" in told
+    assert ", ".join(map(str, batch[:8])) + ", ...; all are listed in" in told
+    assert f"the last good checkpoint is step 16 in {tmp_path}" in told
     assert "\n" not in told
     written = json.loads((tmp_path / "diverged.json").read_text())
     assert written == {"step": 19, "epoch": 2, "batch": 3, "images": batch.tolist()}
@@ -74,7 +74,7 @@ def test_one_of_many_models_that_diverges_is_left_out_and_the_others_go_on(
     models = sweep.configured(flags)
     bad, good = models
     once, stopped = tmp_path / "once", tmp_path / "stopped"
-    told = f"the loss of {bad} is NaN or infinite .*none is saved.* other models are trained on"
+    told = f"the loss of {bad} is NaN or infinite .*no checkpoint was saved.* other models continue"
     with pytest.warns(Diverged, match=told):
         states = swept(once, flags)
     with pytest.warns(Diverged), pytest.raises(Preempted):
@@ -100,7 +100,7 @@ def test_one_of_many_models_that_diverges_is_left_out_and_the_others_go_on(
 
 def test_a_sweep_of_which_all_models_diverge_ends_and_so_does_its_resume(tmp_path, npz):
     flags = {**MANY, "data": str(npz), "learning_rate": [9e5, 8e5]}
-    with pytest.warns(Diverged), pytest.raises(TrainingFailed, match="none of the models is left"):
+    with pytest.warns(Diverged), pytest.raises(TrainingFailed, match="all models have diverged"):
         swept(tmp_path, flags)
     with pytest.raises(TrainingFailed, match=f"all models of {tmp_path} have diverged"):
         swept(tmp_path, {}, resume=True)
@@ -108,15 +108,15 @@ def test_a_sweep_of_which_all_models_diverge_ends_and_so_does_its_resume(tmp_pat
 
 def test_parameters_of_one_of_many_models_that_are_no_numbers_are_left_out(tmp_path):
     states = jax.tree.map(lambda x: jnp.stack([x, x, x]), _state())
-    watch = Watch(tmp_path, 64, 4, ("a", "b", "c"))
+    divergence = DivergenceCheck(tmp_path, 64, 4, ("a", "b", "c"))
     bad = jax.tree.map(lambda x: x.at[1].set(jnp.inf), states.params)
     with pytest.warns(Diverged, match="a parameter of b is NaN or infinite after step 0"):
-        watch.expect_numbers(replace(states, params=bad), {"elbo": np.zeros(3)})
-    assert watch.diverged == {1}
+        divergence.check_finite(replace(states, params=bad), {"elbo": np.zeros(3)})
+    assert divergence.diverged == {1}
     assert json.loads((tmp_path / "b" / "diverged.json").read_text())["model"] == "b"
     with pytest.warns(Diverged, match="the test elbo of c is NaN"):
-        watch.expect_numbers(states, {"elbo": np.array([0, np.nan, np.nan])})
-    np.testing.assert_array_equal(watch.good([1, 2, 3]), [1, np.nan, np.nan])
+        divergence.check_finite(states, {"elbo": np.array([0, np.nan, np.nan])})
+    np.testing.assert_array_equal(divergence.mask_diverged([1, 2, 3]), [1, np.nan, np.nan])
 
 
 def test_whether_numbers_are_finite_is_asked_in_one_program():
@@ -128,13 +128,13 @@ def test_whether_numbers_are_finite_is_asked_in_one_program():
 
 def test_parameters_that_are_no_numbers_are_not_saved(tmp_path):
     state = _state()
-    watch = Watch(tmp_path, 64, 4)
-    watch.expect_numbers(state, {"elbo": -3.0})
+    divergence = DivergenceCheck(tmp_path, 64, 4)
+    divergence.check_finite(state, {"elbo": -3.0})
     bad = replace(state, params=jax.tree.map(lambda x: x * jnp.inf, state.params))
     with pytest.raises(TrainingFailed, match="a parameter is NaN or infinite after step 0"):
-        watch.expect_numbers(bad, {})
+        divergence.check_finite(bad, {})
     with pytest.raises(TrainingFailed, match="the test elbo is NaN or infinite"):
-        watch.expect_numbers(state, {"elbo": np.nan, "kl": 1.0})
+        divergence.check_finite(state, {"elbo": np.nan, "kl": 1.0})
 
 
 def test_finite_counts_the_steps_before_the_first_bad_one(images):
@@ -169,7 +169,7 @@ def test_extreme_images_train(make, likelihood):
     state = jaxvae.create_train_state(jax.random.key(0), config, train_config)
     for _ in range(3):
         state, metrics = jaxvae.train_epoch(state, images)
-    Watch("", len(images), 1).expect_numbers(state, jax.device_get(metrics))
+    DivergenceCheck("", len(images), 1).check_finite(state, jax.device_get(metrics))
 
 
 def test_a_thousand_latents_train(images):
@@ -185,19 +185,21 @@ def test_a_thousand_latents_train(images):
 
 
 def test_a_run_directory_without_a_checkpoint_says_so(tmp_path):
-    with pytest.raises(TrainingFailed, match="none is saved"):
-        Watch(tmp_path, 8, 1).expect_numbers(_state(), {"elbo": np.inf})
+    with pytest.raises(TrainingFailed, match="no checkpoint was saved"):
+        DivergenceCheck(tmp_path, 8, 1).check_finite(_state(), {"elbo": np.inf})
     assert read_metrics(tmp_path) == []
 
 
 def test_a_training_without_a_run_directory_names_none():
-    watch = Watch(None, 64, 4)
-    with pytest.raises(TrainingFailed, match="after step 0; none is saved; train anew with"):
-        watch.expect_numbers(_state(), {"elbo": np.inf})
+    divergence = DivergenceCheck(None, 64, 4)
     with pytest.raises(
-        TrainingFailed, match=r"training images [\d, ]+, \.\.\.\); none is saved; tr"
+        TrainingFailed, match="after step 0; no checkpoint was saved; train again with"
     ):
-        watch.expect_losses(replace(_state(batch_size=16), step=jnp.int32(1)), 1, 0)
+        divergence.check_finite(_state(), {"elbo": np.inf})
+    with pytest.raises(
+        TrainingFailed, match=r"training images [\d, ]+, \.\.\.\); no checkpoint was saved; tr"
+    ):
+        divergence.check_losses(replace(_state(batch_size=16), step=jnp.int32(1)), 1, 0)
 
 
 def _state(**train):

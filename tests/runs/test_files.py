@@ -16,9 +16,9 @@ from jaxvae.runs import files
 OWN = """
 import sys
 from pathlib import Path
-from jaxvae.runs.files import owned
+from jaxvae.runs.files import locked
 
-with owned(Path(sys.argv[1])):
+with locked(Path(sys.argv[1])):
     print("mine", flush=True)
     sys.stdin.read()
 """
@@ -38,14 +38,14 @@ def other(tmp_path):
 
 def test_a_directory_has_one_training_at_a_time(tmp_path, other):
     says = f"{tmp_path} is being trained by process {other.pid} on"
-    with refused(says), files.owned(tmp_path):
+    with refused(says), files.locked(tmp_path):
         pytest.fail("it has two")
 
 
 def test_a_killed_training_gives_its_directory_back(tmp_path, other):
     other.kill()
     other.wait()
-    with files.owned(tmp_path):
+    with files.locked(tmp_path):
         pass
 
 
@@ -61,7 +61,7 @@ def test_what_a_killed_training_left_half_written_is_taken_away(tmp_path):
     for name in (*others, *ours, kept_elsewhere):
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_text("half")
-    with files.owned(tmp_path):
+    with files.locked(tmp_path):
         left = {str(one.relative_to(tmp_path)) for one in tmp_path.rglob("*") if one.is_file()}
     assert left == {".lock", *others, kept_elsewhere}
 
@@ -75,11 +75,11 @@ def test_a_lock_that_is_a_link_is_refused_and_not_followed(tmp_path):
     victim = tmp_path / "victim"
     victim.write_text("precious")
     link(tmp_path / "run" / ".lock", victim)
-    with refused(".lock is a symbolic link"), files.owned(tmp_path / "run"):
+    with refused(".lock is a symbolic link"), files.locked(tmp_path / "run"):
         pass
     (tmp_path / "run" / ".lock").unlink()
     os.link(victim, tmp_path / "run" / ".lock")
-    with files.owned(tmp_path / "run"):
+    with files.locked(tmp_path / "run"):
         pass
     assert victim.read_text() == "precious"
 
@@ -92,7 +92,7 @@ def test_what_kills_left_behind_a_link_is_not_touched(tmp_path):
         link(tmp_path / "run" / name, outside)
     link(tmp_path / "other" / "checkpoints" / "8", outside)
     for run in ("run", "other"):
-        with files.owned(tmp_path / run):
+        with files.locked(tmp_path / run):
             pass
     assert [path.name for path in outside.iterdir()] == [".jaxvae-0123456789abcdef.part"]
 
@@ -112,12 +112,12 @@ def test_a_line_is_not_appended_through_a_link(tmp_path):
     victim.write_text("precious")
     link(tmp_path / "run" / "metrics.jsonl", victim)
     with pytest.raises(OSError, match="symbolic link"):
-        files.append_history(tmp_path / "run", line(1))
+        files.append_metrics(tmp_path / "run", line(1))
     assert victim.read_text() == "precious"
 
 
 def test_a_directory_that_is_not_there_is_refused(tmp_path):
-    with refused("cannot be written: No such file"), files.owned(tmp_path / "nowhere"):
+    with refused("cannot be written: No such file"), files.locked(tmp_path / "nowhere"):
         pass
 
 
@@ -179,10 +179,10 @@ def test_blank_lines_are_no_damage(tmp_path):
 def test_odd_lines_are_passed_over_and_kept_in_a_copy(tmp_path, odd):
     content = text(line(1), odd + "\n", line(3)).encode(errors="surrogateescape")
     (tmp_path / "metrics.jsonl").write_bytes(content)
-    with pytest.warns(Damaged, match=r"metrics.jsonl is damaged in line 2, passed over: put it"):
+    with pytest.warns(Damaged, match=r"metrics.jsonl is damaged in line 2, skipped: restore it"):
         assert files.read_metrics(tmp_path) == [line(1), line(3)]
-    with pytest.warns(Damaged, match="has lost the lines of 1 of 3 epochs, from epoch 2 on"):
-        files.take_up_history(tmp_path, 3)
+    with pytest.warns(Damaged, match="lacks the lines of 1 of 3 epochs, from epoch 2 on"):
+        files.truncate_history(tmp_path, 3)
     assert files.read_metrics(tmp_path) == [line(1), line(3)]
     assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == content
 
@@ -191,6 +191,6 @@ def test_odd_lines_are_passed_over_and_kept_in_a_copy(tmp_path, odd):
 def test_a_pipe_is_refused_at_once(tmp_path, name):
     """Of a pipe that nobody writes to, reading would never end."""
     os.mkfifo(tmp_path / name)
-    with at_once(), refused("not a regular file"), files.owned(tmp_path):
+    with at_once(), refused("not a regular file"), files.locked(tmp_path):
         files.read_metrics(tmp_path)
         files.read_json(tmp_path / "config.json", dict)

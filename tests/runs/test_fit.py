@@ -107,6 +107,8 @@ def test_a_data_set_with_labels_trains_a_conditional_model(data):
     terms = jaxvae.elbo(result.params, key, data.test_images, labels)
     recorded = result.history[-1]["test"]["elbo"]
     assert recorded == pytest.approx(float(terms.value.mean()), rel=1e-5)
+    pairs = (data.train_images, data.train_labels.tolist()), (data.test_images, data.test_labels)
+    assert_leaves_equal(fitted(pairs, model).params, result.params)
     with refused("has no train labels: expected classes from 0 to 2"):
         fitted((data.train_images, data.test_images), model)
 
@@ -236,6 +238,10 @@ def test_a_sweep_in_the_directory_is_refused(data, npz, tmp_path):
         (np.zeros((40, 8, 8), np.uint8), "batch_size is 64: expected at most the number of"),
         ([[1], [2, 3], [4]], "the data cannot be read as an array"),
         ((np.zeros((40, 8, 8), np.uint8),) * 3, "the data: a tuple of 3 parts: expected "),
+        (
+            ((np.zeros((40, 8, 8), np.uint8), np.zeros(40)),) * 2,
+            "labels of shape (40,) and type float64: expected one whole number for each image",
+        ),
         ({"train": 3}, "the data holds images of shape (): expected (images, height, width)"),
         (None, "the data holds images of shape ()"),
         ("none.npz", "there is no file none.npz"),
@@ -328,7 +334,9 @@ def test_binarized_images_are_those_of_the_run(data):
 
 def test_a_training_that_diverges_says_so_without_a_directory(data):
     train = jaxvae.TrainConfig(batch_size=64, epochs=1, learning_rate=9e5)
-    with pytest.raises(TrainingFailed, match=r"is NaN or infinite .*; none is saved; train anew"):
+    with pytest.raises(
+        TrainingFailed, match=r"is NaN or infinite .*; no checkpoint was saved; train again"
+    ):
         fitted(data, train=train)
 
 
@@ -358,7 +366,9 @@ def test_functions_that_are_defined_in_a_cell_are_handed_over_again(data, tmp_pa
 
 
 def test_a_run_of_data_from_python_is_measured_on_what_is_named(finished, npz, tmp_path):
-    with refused("the data of this run were handed over in Python: name a data set with --data"):
+    with refused(
+        "the data of this run were passed as arrays in Python: name a data set with --data"
+    ):
         evaluation.measure(finished, 2)
     assert evaluation.measure(finished, 2, data_name=str(npz))["images"] == 100
     arrays = dict(np.load(npz))

@@ -73,12 +73,12 @@ def test_an_interrupted_training_stops_its_trace(tmp_path, npz, monkeypatch):
 def test_without_a_run_directory_it_is_refused(npz):
     config = configured({"data": str(npz), "network": "mlp:width=8"})
     data = load_run_data(config)
-    with refused("the profiler's trace lies in the run directory: expected a run_dir"):
+    with refused("the profiler trace is written to the run directory: expected a run_dir"):
         loop.train(None, directory.with_shape(config, data), data, callbacks=[Profiler()])
 
 
 def test_train_writes_a_trace_and_tensorboards_files_where_asked_to(tmp_path, npz, monkeypatch):
-    monkeypatch.setattr("jaxvae.cli.commands._keep_programs", lambda: None)
+    monkeypatch.setattr("jaxvae.cli.commands._enable_compilation_cache", lambda: None)
     monkeypatch.setattr("jaxvae.runs.drawing.draw", lambda *_: [])
     words = ["train", "--data", str(npz), "--network", "mlp:width=8", "--batch-size", "64"]
     path = tmp_path / "run"

@@ -190,7 +190,7 @@ def test_a_conditional_run_is_trained_and_measured_with_its_labels(conditional, 
 def test_a_measurement_is_of_the_latest_model_and_is_written_down(conditional, npz):
     run_dir, state = conditional
     found = evaluation.measure(run_dir, num_samples=20)
-    evaluation.keep(run_dir, found)
+    evaluation.write_evaluation(run_dir, found)
     assert json.loads((run_dir / "evaluation.json").read_text()) == found
     _, (images, labels) = jaxvae.load_data(str(npz), labels=True)
     _, key = run_keys(read_config(run_dir))
@@ -464,10 +464,10 @@ def test_other_data_are_taken_on_request_and_recorded(finished, tmp_path, npz):
     arrays, other = dict(np.load(npz)), tmp_path / "other.npz"
     np.savez(other, **changed(arrays, "more"))
     flags = {"data": str(other), "epochs": 3}
-    with refused(", 16 batches per epoch instead of 8, which a run cannot change; name the former"):
+    with refused(", 16 batches per epoch instead of 8, which cannot change; pass the original"):
         started(run_dir, flags, new_data=True)
     np.savez(other, **changed(arrays, "a pixel"))
-    with refused("take this one with --new-data"):
+    with refused("accept this one with --new-data"):
         started(run_dir, flags)
     config, data = started(run_dir, flags, new_data=True)
     first, second = config.data_seen
@@ -679,7 +679,7 @@ def test_nothing_is_written_outside_of_a_run_directory(finished, tmp_path, name)
     state = finished[1]
     config = read_config(run_dir)
     data = load_run_data(config)
-    with refused(f"{name} is a symbolic link, and jaxvae writes only into the directory itself"):
+    with refused(f"{name} is a symbolic link: expected a regular file or folder"):
         if name == "figures":
             draw(run_dir, state.params)
         elif name == "manifolds":
@@ -697,7 +697,7 @@ def test_nothing_is_written_outside_of_a_run_directory(finished, tmp_path, name)
 def test_a_run_is_not_started_among_checkpoints_of_something_else(tmp_path, npz, name):
     (tmp_path / name).parent.mkdir(parents=True)
     (tmp_path / name).write_text("of another program")
-    with refused(f"{tmp_path / name.split('/')[0]} is there already, of something else"):
+    with refused(f"{tmp_path / name.split('/')[0]} exists already but does not belong to a run"):
         trained(tmp_path, {"data": str(npz), "network": NETWORK, "epochs": 1})
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / name]
 
@@ -711,7 +711,7 @@ def saved(run_dir):
 def test_a_run_is_not_started_over_another(finished, npz):
     run_dir, _ = finished
     before = (run_dir / "config.json").read_text()
-    with pytest.raises(jaxvae.InputError, match="already holds a run: go on with it"):
+    with pytest.raises(jaxvae.InputError, match="already holds a run: resume it"):
         trained(run_dir, {"data": str(npz)})
     assert (run_dir / "config.json").read_text() == before
 
@@ -795,7 +795,7 @@ def test_a_second_ctrl_c_interrupts_at_once(tmp_path, npz):
 def test_two_trainings_do_not_share_a_directory(finished, tmp_path, npz):
     run_dir = shutil.copytree(finished[0], tmp_path / "run")
     before = contents(run_dir)
-    with files.owned(run_dir):
+    with files.locked(run_dir):
         for resume in (False, True):
             with refused(f"{run_dir} "):
                 trained(run_dir, {"epochs": 9} if resume else {"data": str(npz)}, resume=resume)
@@ -825,7 +825,7 @@ def test_a_config_that_contradicts_the_checkpoint_is_refused(
     config[part][name] = value
     (run_dir / "config.json").write_text(json.dumps(config))
     before = contents(run_dir)
-    with refused(f"{run_dir}/config.json says {name} {value}, but", says):
+    with refused(f"{run_dir}/config.json has {name} {value}, but", says):
         trained(run_dir, {"epochs": 3}, resume=True)
     assert contents(run_dir) == before
 
@@ -835,7 +835,9 @@ def test_a_run_falls_back_on_an_older_checkpoint_and_comes_to_the_same_end(finis
     for step in (8, 16):
         assert (run_dir / "checkpoints" / str(step)).is_dir()
     (run_dir / "checkpoints" / "16" / "state" / "manifest.ocdbt").write_bytes(b"")
-    with pytest.warns(Damaged, match=r"16 is damaged \(state/manifest.ocdbt is not .*step 8 takes"):
+    with pytest.warns(
+        Damaged, match=r"16 is damaged \(state/manifest.ocdbt is not .*step 8 instead"
+    ):
         state = trained(run_dir, {}, resume=True)
     assert_leaves_equal(state.params, finished[1].params)
     assert without_seconds(run_dir) == without_seconds(finished[0])
@@ -847,11 +849,11 @@ def test_a_run_without_a_whole_checkpoint_does_not_begin_anew(finished, tmp_path
     for step in (8, 16):
         (run_dir / "checkpoints" / str(step) / "config" / "metadata").unlink()
     before = contents(run_dir)
-    with refused("holds no whole checkpoint, and nothing was changed (step 16: config/metadata is"):
+    with refused("holds no intact checkpoint (step 16: config/metadata is"):
         trained(run_dir, {}, resume=True)
     assert contents(run_dir) == before
     shutil.rmtree(run_dir / "checkpoints")
-    with refused("has lost its checkpoints, of which metrics.jsonl tells"):
+    with refused("holds no checkpoint, but its metrics.jsonl lists finished epochs"):
         trained(run_dir, {}, resume=True)
 
 
@@ -874,7 +876,7 @@ def test_a_full_disk_ends_the_training_and_loses_nothing(small_disk, tmp_path, n
     trained(run_dir, {**flags, "epochs": 1})
     free = shutil.disk_usage(small_disk).free
     (small_disk / "ballast").write_bytes(bytes(free - 4096))
-    with pytest.raises(TrainingFailed, match=r"run cannot be written: 0.0 MB are free, .* go on"):
+    with pytest.raises(TrainingFailed, match=r"run cannot be written: 0.0 MB are free, .* resume"):
         trained(run_dir, {"epochs": 2}, resume=True)
     assert int(jaxvae.restore(run_dir).step) == 8
     (small_disk / "ballast").unlink()

@@ -139,7 +139,7 @@ def test_images_of_any_shape_and_without_labels_are_projected(tmp_path):
 def test_without_tensorboardx_there_is_one_line_and_no_directory(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with refused("--tensorboard needs tensorboardX", 'pip install "jaxvae[tensorboard]"'):
-        tensorboard.need_tensorboard()
+        tensorboard.require_tensorboard()
 
 
 def test_steps_of_an_epoch_that_was_interrupted_are_no_start(tmp_path, npz, monkeypatch):
@@ -160,6 +160,6 @@ def test_steps_of_an_epoch_that_was_interrupted_are_no_start(tmp_path, npz, monk
 def test_without_a_run_directory_it_is_refused(npz):
     config = configured({"data": str(npz), "network": NETWORK})
     data = load_run_data(config)
-    with refused("TensorBoard's files lie in the run directory: expected a run_dir"):
+    with refused("TensorBoard files are written to the run directory: expected a run_dir"):
         loop.train(None, directory.with_shape(config, data), data,
                    callbacks=[tensorboard.TensorBoard()])  # fmt: skip

@@ -123,6 +123,21 @@ def test_those_that_are_elementwise_update_parts_as_they_update_the_whole(name):
     assert same == (name in ELEMENTWISE)
 
 
+@pytest.mark.parametrize(
+    ("name", "first", "second"),
+    [
+        ("optimizer", "adamw:weight_decay=1e-4,b1=0.8", "adamw:b1=0.8,weight_decay=0.0001"),
+        ("schedule", "exponential_decay:decay_rate=0.5,transition_steps=9",
+         "exponential_decay:transition_steps=9,decay_rate=5e-1"),
+        ("objective", "elbo:free_bits=0.5", "elbo:free_bits=5e-1"),
+    ],
+)  # fmt: skip
+def test_equal_options_have_one_spelling(name, first, second):
+    one, other = (jaxvae.TrainConfig(**{name: spec}) for spec in (first, second))
+    assert one == other
+    assert one.to_dict() == other.to_dict()
+
+
 def test_rmsprop_follows_keras():
     """Keras: v = 0.9 v + 0.1 g^2; w = w - 1e-3 g / sqrt(v + 1e-7), from v = 0."""
     assert jaxvae.TrainConfig().to_dict()["optimizer"] == "rmsprop"
@@ -364,14 +379,16 @@ def test_fsdp_refuses_an_optimizer_that_needs_whole_arrays():
         if name in ELEMENTWISE:
             assert RunConfig(fsdp=True, train=train).fsdp
             continue
-        with refused(f"optimizer is '{name}'", "with fsdp", "expected 'adabelief', "):
+        with refused(
+            f"optimizer is '{name}'", "fsdp needs an elementwise", "expected 'adabelief', "
+        ):
             RunConfig(fsdp=True, train=train)
-        with refused(f"optimizer is '{name}'", "with fsdp"):
+        with refused(f"optimizer is '{name}'", "fsdp needs an elementwise"):
             replace(RunConfig(train=train), fsdp=True)
     for made in optax.adam(1e-3), lambda rate: optax.adam(rate):
         train = jaxvae.TrainConfig(optimizer=made)
         assert not RunConfig(train=train).fsdp
-        with refused("optimizer is ", "with fsdp", "expected 'adabelief', "):
+        with refused("optimizer is ", "fsdp needs an elementwise", "expected 'adabelief', "):
             RunConfig(fsdp=True, train=train)
 
 
