@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import ArrayLike
 
 from jaxvae.components import Registry
 from jaxvae.errors import InputError
@@ -675,7 +676,7 @@ WARMUPS: Registry[Any] = Registry(
 )
 
 
-def example_keys(key: jax.Array, batch: int, first: jax.Array | int = 0) -> jax.Array:
+def example_keys(key: ArrayLike, batch: int, first: jax.Array | int = 0) -> jax.Array:
     """Return one key for each example, by its index: [batch] keys, of Threefry.
 
     An example's noise then depends neither on the device nor on the block that computes it. That

@@ -18,7 +18,14 @@ from jaxvae.evaluation.metrics import (
     variance_of_means,
 )
 from jaxvae.models.distributions import Gaussian
-from jaxvae.models.vae import Params, encode, prior, reconstruct
+from jaxvae.models.vae import (
+    Params,
+    encode,
+    expected_images,
+    expected_labels,
+    prior,
+    reconstruct,
+)
 from jaxvae.objectives import elbo, example_keys
 from jaxvae.validation import jit
 
@@ -50,7 +57,9 @@ def evaluate(
     Raises:
       InputError: images of another shape than the model's.
     """
-    examples = own_part((example_keys(key, len(images)), jnp.asarray(images), labels), axis_name)
+    images = expected_images(params, images)
+    labels = expected_labels(params, labels, len(images))
+    examples = own_part((example_keys(key, len(images)), images, labels), axis_name)
     terms = in_blocks(lambda block: elbo(params, *block), examples, _BLOCK)
     means = {name: jnp.mean(values) for name, values in terms._asdict().items()}
     if axis_name:
@@ -82,7 +91,9 @@ def mean_log_likelihood(
     Returns:
       The mean, in nats per image.
     """
-    examples = own_part((example_keys(key, len(images)), jnp.asarray(images), labels), axis_name)
+    images = expected_images(params, images)
+    labels = expected_labels(params, labels, len(images))
+    examples = own_part((example_keys(key, len(images)), images, labels), axis_name)
 
     def estimate(block: tuple[Array, Array, Array | None]) -> Float[Array, " block"]:
         keys, images, labels = block

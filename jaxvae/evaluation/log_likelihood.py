@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float, Int, Integer, Key, Num, UInt32
 
-from jaxvae.models.vae import Params, encode, expected_images, prior
+from jaxvae.models.vae import Params, encode, expected_images, expected_labels, prior
 from jaxvae.objectives import example_keys, log_likelihood_at, numbered_samples
 from jaxvae.validation import jit, whole_number
 
@@ -42,6 +42,7 @@ def log_likelihood(
     """
     num_samples = whole_number("num_samples", num_samples)
     images = expected_images(params, images)
+    labels = expected_labels(params, labels, len(images))
     posterior, p_z = encode(params, images, labels), prior(params)
     batch = images.shape[0]
     keys = example_keys(key, batch)

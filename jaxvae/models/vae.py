@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import ArrayLike
 
 from jaxvae.devices.convolution import block_size, in_blocks
 from jaxvae.errors import InputError
@@ -237,7 +238,7 @@ def sample(params: Params, key: jax.Array, n: int, labels: jax.Array | None = No
     return decode(params, prior(params).sample(as_key(key), n), labels).mean
 
 
-def expected_images(params: Params, images: jax.Array) -> jax.Array:
+def expected_images(params: Params, images: ArrayLike) -> jax.Array:
     """Images as an array, or InputError where they are not those of the model."""
     images = as_array("images", images)
     if images.ndim != 4 or images.shape[1:] != params.config.image_shape or images.shape[0] < 1:
@@ -248,7 +249,7 @@ def expected_images(params: Params, images: jax.Array) -> jax.Array:
     return images
 
 
-def expected_labels(params: Params, labels: jax.Array | None, batch: int) -> jax.Array | None:
+def expected_labels(params: Params, labels: ArrayLike | None, batch: int) -> jax.Array | None:
     """Labels as an array, or InputError where they are not what the model takes."""
     classes = params.config.num_classes
     if labels is None and not classes:

@@ -265,9 +265,9 @@ def read_config_file(path: Path, flags: Collection[str] = ()) -> RunConfig:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
-        kind = "JSON" if path.suffix == ".json" else "TOML"
+        language = "JSON" if path.suffix == ".json" else "TOML"
         raise InputError(
-            f"{path} is not valid {kind}: {reason}; expected TOML, or JSON in a file named .json"
+            f"{path} is not valid {language}: {reason}; expected TOML, or JSON in a file named .json"
         ) from None
     try:
         content = without_version(content, path)

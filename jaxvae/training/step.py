@@ -40,8 +40,8 @@ def train_step(
     *,
     axis_name: str | None = None,
     objective: LossFunction | None = None,
-    learning_rate: Num[ArrayLike, ""] | None = None,
-    beta: Num[ArrayLike, ""] | None = None,
+    learning_rate: Num[Array, ""] | float | None = None,
+    beta: Num[Array, ""] | float | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Take one optimizer step on the mean loss of a batch.
 
@@ -136,8 +136,8 @@ def train_epoch(
     *,
     axis_name: str | None = None,
     objective: LossFunction | None = None,
-    learning_rate: Num[ArrayLike, ""] | None = None,
-    beta: Num[ArrayLike, ""] | None = None,
+    learning_rate: Num[Array, ""] | float | None = None,
+    beta: Num[Array, ""] | float | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Shuffle the images and take every step of an epoch, in one dispatch.
 
@@ -211,8 +211,8 @@ def train_steps(
     *,
     axis_name: str | None = None,
     objective: LossFunction | None = None,
-    learning_rate: Num[ArrayLike, ""] | None = None,
-    beta: Num[ArrayLike, ""] | None = None,
+    learning_rate: Num[Array, ""] | float | None = None,
+    beta: Num[Array, ""] | float | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Take the steps on batches[first:last], in one dispatch.
 
@@ -299,7 +299,7 @@ def _step_of_a_run(
     images: Num[Array, "..."],
     labels: Integer[Array, "..."] | None,
     steps: int,
-    learning_rate: Num[ArrayLike, ""] | None = None,
+    learning_rate: Num[Array, ""] | float | None = None,
     **options: Any,
 ) -> tuple[TrainState, Metrics]:
     """Apply `train_step` to images[batch], at the scheduled learning rate of a run of `steps`."""
