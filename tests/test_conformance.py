@@ -24,7 +24,7 @@ SHAPE = (4, 4, 1)
 IMAGES = np.random.default_rng(0).integers(0, 256, (32, *SHAPE), np.uint8)
 SMALL = {"mixture": "mixture:components=3", "vamp": "vamp:components=3", "mlp": "mlp:width=8",
          "residual": "residual:width=4", "spatial": "spatial:width=4",
-         "iaf": "iaf:steps=1,hidden=8"}  # fmt: skip
+         "iaf": "iaf:steps=1,hidden=8", "realnvp": "realnvp:layers=2,hidden=8"}  # fmt: skip
 
 
 def small(name):

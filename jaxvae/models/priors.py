@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jaxvae.components import Registry
 from jaxvae.errors import InputError
+from jaxvae.models.coupling import RealNVP
 from jaxvae.models.distributions import GaussianMixture, UnitGaussian
 from jaxvae.models.likelihoods import at_least_float32, sigmoid
 from jaxvae.models.protocols import Learned
@@ -120,5 +121,6 @@ def pseudo_images(learned: Learned) -> jax.Array:
 
 
 PRIORS: Registry[Any] = Registry(
-    "prior", {"standard_normal": StandardNormal, "mixture": Mixture, "vamp": Vamp}
+    "prior",
+    {"standard_normal": StandardNormal, "mixture": Mixture, "vamp": Vamp, "realnvp": RealNVP},
 )

@@ -267,7 +267,7 @@ def read_config_file(path: Path, flags: Collection[str] = ()) -> RunConfig:
         reason = " ".join(str(error).split())[:200]
         language = "JSON" if path.suffix == ".json" else "TOML"
         raise InputError(
-            f"{path} is not valid {language}: {reason}; expected TOML, or JSON in a file named .json"
+            f"{path} is not valid {language}: {reason}; expected TOML, or JSON in a .json file"
         ) from None
     try:
         content = without_version(content, path)
