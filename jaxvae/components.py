@@ -16,8 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
-from jaxvae.errors import ComponentNeeded, InputError
-from jaxvae.validation import either, shown
+from jaxvae.errors import ComponentNeeded, InputError, either, shown
 
 C = TypeVar("C")
 _UNNAMED = ("<locals>", "<lambda>")

@@ -1,4 +1,7 @@
-"""What ends a command otherwise than as asked."""
+"""Exceptions and warnings, and how their messages quote values."""
+
+from collections.abc import Iterable
+from typing import Any
 
 
 class InputError(ValueError):
@@ -53,3 +56,17 @@ class Diverged(UserWarning):
 
 class NotDrawn(UserWarning):
     """A figure could not be drawn; the others were."""
+
+
+def shown(value: Any) -> str:
+    """Format a value for a message."""
+    try:
+        return repr(value)
+    except Exception:  # too many digits, nested too deeply, or raised by its own __repr__
+        return f"of type {type(value).__name__}"
+
+
+def either(names: Iterable[str], before: str = "") -> str:
+    """Format names as a list for a message: 'a', 'b' or 'c'."""
+    *most, last = map(repr, names)
+    return f"{before}{', '.join(most)} or {last}" if most else f"{before}{last}"

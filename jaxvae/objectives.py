@@ -20,12 +20,12 @@ from jax import lax
 from jaxtyping import ArrayLike
 
 from jaxvae.components import Registry
-from jaxvae.errors import InputError
+from jaxvae.errors import InputError, shown
 from jaxvae.models.distributions import Gaussian
 from jaxvae.models.likelihoods import scale_images
 from jaxvae.models.protocols import Posterior
 from jaxvae.models.vae import Params, decode, encode, prior
-from jaxvae.validation import as_key, is_number, jit, native, shown, whole_number
+from jaxvae.validation import as_key, is_number, jit, native, whole_number
 
 
 class Elbo(NamedTuple):

@@ -6,14 +6,14 @@ they are not: images of floats have to lie between 0 and 1, labels have to be cl
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxvae.errors import InputError
+from jaxvae.errors import InputError, shown
 
 R = TypeVar("R")
 _THREEFRY = "threefry2x32"
@@ -206,14 +206,6 @@ def _kind(x: Any) -> str:
     return f"one of type {dtype}" if dtype is not None else f"a {type(x).__name__}"
 
 
-def shown(value: Any) -> str:
-    """A value as a message quotes it."""
-    try:
-        return repr(value)
-    except Exception:  # too many digits, too deep, or of its own making
-        return f"of type {type(value).__name__}"
-
-
 def whole_number(name: str, value: Any, least: int = 1, most: int = 2**31 - 1) -> int:
     """`value` as an int from `least` to `most`; anything that counts as an index will do."""
     try:
@@ -233,9 +225,3 @@ def whole_number(name: str, value: Any, least: int = 1, most: int = 2**31 - 1) -
 
 def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def either(names: Iterable[str], before: str = "") -> str:
-    """Write names as a message lists them: 'a', 'b' or 'c'."""
-    *most, last = map(repr, names)
-    return f"{before}{', '.join(most)} or {last}" if most else f"{before}{last}"

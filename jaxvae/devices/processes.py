@@ -12,8 +12,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxvae.errors import InputError
-from jaxvae.validation import shown
+from jaxvae.errors import InputError, shown
 
 # Values that libtpu otherwise requests from a metadata server, with warnings if there is none.
 _NO_TPU = {

@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 import flax.linen as nn
 
 from jaxvae.components import Config, Registry
-from jaxvae.errors import ComponentNeeded, InputError
+from jaxvae.errors import ComponentNeeded, InputError, either, shown
 from jaxvae.models.likelihoods import LIKELIHOODS
 from jaxvae.models.networks import NETWORKS, Modules
 from jaxvae.models.posteriors import POSTERIORS
 from jaxvae.models.priors import PRIORS
-from jaxvae.validation import either, shown, whole_number
+from jaxvae.validation import whole_number
 
 DTYPES = ("float32", "bfloat16")
 

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxvae.data import Dataset
-from jaxvae.errors import InputError
+from jaxvae.errors import InputError, shown
 from jaxvae.models.vae import Params
 from jaxvae.runs.config import RunConfig
-from jaxvae.validation import shown
 
 _METHODS = ("start", "dispatch", "epoch", "end")
 

@@ -27,7 +27,7 @@ from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
 from jaxvae.components import is_dotted_path
 from jaxvae.devices.processes import all_agree, is_first
 from jaxvae.devices.sharding import placement
-from jaxvae.errors import Damaged, InputError, TrainingFailed
+from jaxvae.errors import Damaged, InputError, TrainingFailed, shown
 from jaxvae.models.config import ModelConfig
 from jaxvae.models.vae import Params
 from jaxvae.runs.files import (
@@ -49,7 +49,7 @@ from jaxvae.storage import (
 )
 from jaxvae.training.config import TrainConfig
 from jaxvae.training.state import TrainState, create_train_state
-from jaxvae.validation import as_key, shown
+from jaxvae.validation import as_key
 
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp

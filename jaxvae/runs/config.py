@@ -10,12 +10,12 @@ from typing import Any, Self
 import jax
 
 from jaxvae.components import Config, is_dotted_path
-from jaxvae.errors import InputError
+from jaxvae.errors import InputError, either, shown
 from jaxvae.models.config import ModelConfig
 from jaxvae.runs.files import NewerVersion, read_json, without_version
 from jaxvae.training.config import TrainConfig
 from jaxvae.training.optimizer import ELEMENTWISE
-from jaxvae.validation import either, shown, whole_number
+from jaxvae.validation import whole_number
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ import optax
 from jaxvae.data import Dataset
 from jaxvae.devices.convolution import backend, in_blocks
 from jaxvae.devices.sharding import AXIS, data_parallel, devices_for, replicated
-from jaxvae.errors import InputError, TrainingFailed
+from jaxvae.errors import InputError, TrainingFailed, shown
 from jaxvae.evaluation.evaluate import evaluate
 from jaxvae.models.vae import Params
 from jaxvae.runs import config as run_config
@@ -59,7 +59,6 @@ from jaxvae.storage import refuse_links
 from jaxvae.training.pipeline import Advance, Epoch
 from jaxvae.training.state import TrainState
 from jaxvae.training.step import Metrics, shuffle, train_steps
-from jaxvae.validation import shown
 
 _IMAGES_PER_DISPATCH = 8192  # summed over the models; the progress bar moves once per dispatch
 _MOST = 10_000  # models: each has its own directory and open files

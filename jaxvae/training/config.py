@@ -7,10 +7,10 @@ from typing import Any, ClassVar, no_type_check
 import optax
 
 from jaxvae.components import Config, Registry
-from jaxvae.errors import InputError
+from jaxvae.errors import InputError, either, shown
 from jaxvae.objectives import OBJECTIVES, WARMUPS, parse_objective
 from jaxvae.training.optimizer import OPTIMIZERS, SCHEDULES, parse_optimizer, parse_schedule
-from jaxvae.validation import either, is_number, shown, whole_number
+from jaxvae.validation import is_number, whole_number
 
 BINARIZATIONS = ("none", "dynamic", "fixed")
 PARTS = ("encoder", "decoder", "likelihood", "prior", "posterior")
