@@ -82,8 +82,8 @@ class CouplingFlow:
     def _latent_dim(self) -> int:
         return self.layers["kernel_1"].shape[-2]
 
-    def _masks(self) -> Bool[np.ndarray, "layers latent"]:
-        return masks(len(self.layers["kernel_1"]), self._latent_dim)
+    def _masks(self) -> Bool[Array, "layers latent"]:
+        return jnp.asarray(masks(len(self.layers["kernel_1"]), self._latent_dim))
 
 
 def masks(layers: int, latent_dim: int) -> Bool[np.ndarray, "layers latent"]:

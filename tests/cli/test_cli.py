@@ -237,7 +237,7 @@ def test_train_goes_on_with_moved_data_and_with_new_data_on_request(run_dir, npz
     assert told.startswith(f"jaxvae: {moved} does not exist: expected ")
     assert told.endswith("; if the data have moved, pass their path with --data\n")
     assert main([*train, str(other)]) == 2
-    assert "take this one with --new-data" in capsys.readouterr().err
+    assert "accept this one with --new-data" in capsys.readouterr().err
     assert main([*train, str(other), "--new-data"]) == 0
     assert len(read_config(copy).data_seen) == 2
     capsys.readouterr()

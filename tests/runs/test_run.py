@@ -437,7 +437,7 @@ def test_a_run_does_not_go_on_with_other_data(finished, tmp_path, npz, how, says
     before = contents(run_dir)
     with refused(
         f"{other} is not the data set that {run_dir} was trained on: {says}",
-        "; name the former data set with --data",
+        "; pass the original data set with --data",
         f"--start-from {run_dir}",
     ):
         trained(run_dir, {"data": str(other), "epochs": 3}, resume=True)
