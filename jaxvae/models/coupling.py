@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from jaxvae.models.vae import Params
 
 Layer = dict[str, Array]
+Carry = tuple[Array, Array]  # the latents and the log-determinant so far
 
 # Bounds a layer's log scale softly: a layer scales by e^2 at most.
 _MAX_LOG_SCALE = 2.0
@@ -55,7 +56,7 @@ class CouplingFlow:
           The log-density of each, in nats.
         """
 
-        def invert(carry: tuple[Array, Array], step: tuple[Array, Layer]) -> tuple[Array, None]:
+        def invert(carry: Carry, step: tuple[Array, Layer]) -> tuple[Carry, None]:
             z, log_det = carry
             mask, layer = step
             log_scale, shift = _scale_and_shift(layer, mask, z)
