@@ -6,7 +6,7 @@ from typing import no_type_check
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int, Key, Num
+from jaxtyping import Array, ArrayLike, Int, Key, Num, UInt32
 
 from jaxvae.errors import InputError
 from jaxvae.models.config import ModelConfig
@@ -87,7 +87,9 @@ def _trained(params: Params, parts: tuple[str, ...]) -> Params:
 
 
 def create_train_state(
-    key: jax.Array, config: ModelConfig, train_config: TrainConfig
+    key: Key[Array, "..."] | UInt32[ArrayLike, "..."],
+    config: ModelConfig,
+    train_config: TrainConfig,
 ) -> TrainState:
     """Initialise parameters and optimizer state, at step 0.
 
