@@ -107,8 +107,8 @@ class Draw(NamedTuple):
 def draw(
     params: Params,
     key: jax.Array,
-    images: jax.Array,
-    labels: jax.Array | None = None,
+    images: ArrayLike,
+    labels: ArrayLike | None = None,
     num_samples: int = 1,
     *,
     path: bool = False,
@@ -165,7 +165,7 @@ def numbered_samples(
 
 
 def log_likelihood_at(
-    params: Params, z: jax.Array, images: jax.Array, labels: jax.Array | None
+    params: Params, z: jax.Array, images: ArrayLike, labels: ArrayLike | None
 ) -> jax.Array:
     """Compute log p(x|z) of samples [samples, batch, latent]: [samples, batch], in nats.
 
@@ -183,7 +183,7 @@ def log_likelihood_at(
 
 @jit()
 def elbo(
-    params: Params, key: jax.Array, images: jax.Array, labels: jax.Array | None = None
+    params: Params, key: jax.Array, images: ArrayLike, labels: ArrayLike | None = None
 ) -> Elbo:
     """Estimate the evidence lower bound on log p(x) with one sample per image.
 

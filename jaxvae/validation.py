@@ -7,7 +7,7 @@ they are not: images of floats have to lie between 0 and 1, labels have to be cl
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +15,13 @@ import numpy as np
 
 from jaxvae.errors import InputError, shown
 
+P = ParamSpec("P")
 R = TypeVar("R")
 _THREEFRY = "threefry2x32"
 _ROUNDING = 1e-3  # how far resizing or half precision may take an image's values beyond 0 and 1
 
 
-def jit(*, wait: bool = True, **options: Any) -> Callable[[Callable[..., R]], Callable[..., R]]:
+def jit(*, wait: bool = True, **options: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Return `jax.jit`, where arguments that are wrong end as InputError.
 
     What JAX cannot take is looked at once JAX has refused it. The values of images and labels are
@@ -31,18 +32,18 @@ def jit(*, wait: bool = True, **options: Any) -> Callable[[Callable[..., R]], Ca
       options: as of `jax.jit`.
     """
 
-    def decorate(function: Callable[..., R]) -> Callable[..., R]:
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
         jitted = jax.jit(function, **options)
         signature = inspect.signature(function)
         first, *_ = names = tuple(signature.parameters)
         places = {name: names.index(name) for name in ("images", "labels") if name in names}
 
         @functools.wraps(function)
-        def call(*args: Any, **kwargs: Any) -> R:
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
             # Once it has seen an array, `jax.jit` takes one of the other byte order for the same.
             if any(map(_is_swapped, (*args, *kwargs.values()))):
-                args = tuple(map(native, args))
-                kwargs = {name: native(x) for name, x in kwargs.items()}
+                args = tuple(map(native, args))  # type: ignore[assignment]
+                kwargs = {name: native(x) for name, x in kwargs.items()}  # type: ignore[assignment]
             for name, place in places.items():
                 x = args[place] if place < len(args) else kwargs.get(name)
                 if x is None:

@@ -136,7 +136,7 @@ def examine(params: Params, key: Key[Array, ""], data: Dataset) -> dict[str, flo
         and data.test_labels is not None
         and np.ptp(data.train_labels) > 0
     ):
-        train_mean = encode(params, data.train_images, train_labels).center
+        train_mean = encode(params, jnp.asarray(data.train_images), train_labels).center
         probe = latent_probe(
             np.asarray(train_mean),
             data.train_labels,

@@ -165,7 +165,7 @@ def init(key: jax.Array, config: ModelConfig) -> Params:
 
 
 @jit()
-def encode(params: Params, images: jax.Array, labels: jax.Array | None = None) -> Posterior:
+def encode(params: Params, images: ArrayLike, labels: ArrayLike | None = None) -> Posterior:
     """The posterior q(z|x), whose `.mean` and `.log_var` are [batch, latent].
 
     Args:
@@ -184,7 +184,7 @@ def encode(params: Params, images: jax.Array, labels: jax.Array | None = None) -
 
 
 @jit()
-def decode(params: Params, z: jax.Array, labels: jax.Array | None = None) -> Likelihood:
+def decode(params: Params, z: ArrayLike, labels: ArrayLike | None = None) -> Likelihood:
     """The likelihood p(x|z), of pixels [batch, height, width, channels]: by default Bernoulli.
 
     Args:
@@ -209,7 +209,7 @@ def prior(params: Params) -> Prior:
 
 
 @jit()
-def reconstruct(params: Params, images: jax.Array, labels: jax.Array | None = None) -> jax.Array:
+def reconstruct(params: Params, images: ArrayLike, labels: ArrayLike | None = None) -> jax.Array:
     """The decoder's mean at the posterior's centre: float32 [batch, height, width, channels].
 
     The centre of a Gaussian is its mean; of a flow, where it takes the mean.
@@ -224,7 +224,7 @@ def reconstruct(params: Params, images: jax.Array, labels: jax.Array | None = No
 
 
 @jit(static_argnames="n")
-def sample(params: Params, key: jax.Array, n: int, labels: jax.Array | None = None) -> jax.Array:
+def sample(params: Params, key: jax.Array, n: int, labels: ArrayLike | None = None) -> jax.Array:
     """Decoder means of n draws from the prior: float32 [n, height, width, channels].
 
     Args:

@@ -434,7 +434,11 @@ def _take_steps(
 def _measure(
     params: Params, keys: jax.Array, images: jax.Array, labels: Any, *, axis_name: str
 ) -> Metrics:
-    return _for_each(lambda model: evaluate(*model, images, labels), (params, keys))
+    def one(model: tuple[Params, jax.Array]) -> Metrics:
+        params, key = model
+        return evaluate(params, key, images, labels)
+
+    return _for_each(one, (params, keys))
 
 
 def _for_each(f: Callable[[Any], Any], models: Any) -> Any:
