@@ -1,6 +1,7 @@
 """What importing jaxvae costs, and what it does not do."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -59,3 +60,47 @@ def test_no_file_may_load_a_pickle():
         text = source.read_text()
         assert "import pickle" not in text
         assert text.count("np.load(") == text.count("allow_pickle=False")
+
+
+PROGRAM = """
+from typing import assert_type
+
+import jax
+import numpy as np
+
+import jaxvae
+
+key = jax.random.key(0)
+params = jaxvae.init(key, jaxvae.ModelConfig())
+images = jaxvae.sample(params, key, 4)
+state = jaxvae.create_train_state(key, jaxvae.ModelConfig(), jaxvae.TrainConfig())
+state, metrics = jaxvae.train_step(state, images, beta=0.5)
+train_images, test_images = jaxvae.load_data("mnist-5k")
+
+assert_type(params, jaxvae.Params)
+assert_type(images, jax.Array)
+assert_type(state, jaxvae.TrainState)
+assert_type(metrics, dict[str, jax.Array])
+assert_type(jaxvae.elbo(params, key, images), jaxvae.Elbo)
+assert_type(jaxvae.reconstruct(params, test_images), jax.Array)
+assert_type(jaxvae.log_likelihood(params, key, images, 10), jax.Array)
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [("", ""), ('jaxvae.sample(params, key, "4")', '"str"; expected "int"'),
+     ("jaxvae.elbo(params, images)", "call-arg")],
+)  # fmt: skip
+def test_a_users_program_is_type_checked_strictly(tmp_path, line, error):
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM + line)
+    checked = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--follow-imports", "silent", program],
+        cwd=ROOT,
+        env=os.environ | {"MYPYPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert (checked.returncode == 0) == (not error), checked.stdout
+    assert error in checked.stdout
