@@ -244,10 +244,11 @@ def test_a_sweep_in_the_directory_is_refused(data, npz, tmp_path):
         ),
         ({"train": 3}, "the data holds images of shape (): expected (images, height, width)"),
         (None, "the data holds images of shape ()"),
-        ("none.npz", "there is no file none.npz"),
+        ("none.npz", "none.npz is not a file"),
         ("/nowhere/none.npz", "/nowhere/none.npz does not exist: expected"),
     ],
     ids=["flat", "empty", "large", "nan", "two shapes", "channels", "few", "ragged", "three",
+         "labels",
          "dict", "none", "module", "file"],
 )  # fmt: skip
 @pytest.mark.parametrize("with_run_dir", [False, True])

@@ -336,7 +336,10 @@ def test_a_run_that_has_started_needs_the_other_no_longer(finished, tmp_path, np
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        ({"network": "conv"}, f"network {NETWORK}: expected conv, as the run that starts from it"),
+        (
+            {"network": "conv"},
+            f"network {NETWORK}: expected conv, as in the run that starts from it",
+        ),
         ({"latent_dim": 3}, "latent_dim 2: expected 3"),
         ({"num_classes": 3}, "num_classes 0: expected 3"),
         ({"prior": "vamp"}, "prior standard_normal: expected vamp"),
@@ -422,8 +425,14 @@ def changed(arrays, how):
 @pytest.mark.parametrize(
     ("how", "says"),
     [
-        ("a pixel", "it has 512 training and 100 test images too, but with other pixels or labels"),
-        ("a label", "it has 512 training and 100 test images too, but with other pixels or labels"),
+        (
+            "a pixel",
+            "it also has 512 training and 100 test images, but with other pixels or labels",
+        ),
+        (
+            "a label",
+            "it also has 512 training and 100 test images, but with other pixels or labels",
+        ),
         ("more", "it has 1,024 training and 100 test images instead of 512 training and 100"),
         ("fewer", "it has 300 training and 100 test images instead of 512 training and 100"),
         ("too few", "it has 50 training and 100 test images instead of 512 training and 100"),
@@ -464,7 +473,7 @@ def test_other_data_are_taken_on_request_and_recorded(finished, tmp_path, npz):
     arrays, other = dict(np.load(npz)), tmp_path / "other.npz"
     np.savez(other, **changed(arrays, "more"))
     flags = {"data": str(other), "epochs": 3}
-    with refused(", 16 batches per epoch instead of 8, which cannot change; pass the original"):
+    with refused("16 batches per epoch instead of 8, which cannot change; pass the original"):
         started(run_dir, flags, new_data=True)
     np.savez(other, **changed(arrays, "a pixel"))
     with refused("accept this one with --new-data"):
@@ -633,8 +642,8 @@ def test_a_run_killed_again_and_again_goes_on_bit_for_bit(tmp_path, npz):
 @pytest.mark.parametrize(
     ("left", "says"),
     [
-        (lambda text: None, "has lost the lines of 2 of 2 epochs, from epoch 1 on"),
-        (lambda text: "", "has lost the lines of 2 of 2 epochs, from epoch 1 on"),
+        (lambda text: None, "lacks the lines of 2 of 2 epochs, from epoch 1 on"),
+        (lambda text: "", "lacks the lines of 2 of 2 epochs, from epoch 1 on"),
         (lambda text: text.splitlines()[0] + "\n", "has lost the lines of 1 of 2 epochs, from epo"),
         (lambda text: text + "\n", None),
     ],
@@ -813,8 +822,8 @@ def contents(folder):
 @pytest.mark.parametrize(
     ("part", "name", "value", "says"),
     [
-        ("model", "likelihood", "gaussian", "says likelihood gaussian, but the checkpoint of step"),
-        ("train", "learning_rate", 0.5, "step 16 was trained with 0.001: put config.json right"),
+        ("model", "likelihood", "gaussian", "has likelihood gaussian, but the checkpoint of step"),
+        ("train", "learning_rate", 0.5, "step 16 was trained with 0.001: correct config.json"),
     ],
 )
 def test_a_config_that_contradicts_the_checkpoint_is_refused(

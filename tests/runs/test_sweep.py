@@ -377,5 +377,5 @@ def test_results_are_told_of_lost_metrics(eight, tmp_path):
     for name in list(models)[:3]:
         (run_dir / name / "metrics.jsonl").unlink()
     first, second, *_ = sweep.results(run_dir, models)
-    assert first == "learning rate 0.001, beta 0.5: test ELBO unknown, as metrics.jsonl is lost"
+    assert first == "learning rate 0.001, beta 0.5: test ELBO unknown (metrics.jsonl is missing)"
     assert "over" not in second
