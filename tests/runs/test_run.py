@@ -644,7 +644,7 @@ def test_a_run_killed_again_and_again_goes_on_bit_for_bit(tmp_path, npz):
     [
         (lambda text: None, "lacks the lines of 2 of 2 epochs, from epoch 1 on"),
         (lambda text: "", "lacks the lines of 2 of 2 epochs, from epoch 1 on"),
-        (lambda text: text.splitlines()[0] + "\n", "has lost the lines of 1 of 2 epochs, from epo"),
+        (lambda text: text.splitlines()[0] + "\n", "lacks the lines of 1 of 2 epochs, from epo"),
         (lambda text: text + "\n", None),
     ],
     ids=["all", "emptied", "one", "none"],
