@@ -722,7 +722,7 @@ WRONG = {
     "import nothing": ("import {tmp}/no.h5 --run-dir {tmp}/x", "no.h5 does not exist: expected a"),
     "import data": (
         "import {npz} --run-dir {tmp}/x",
-        "has no config.json in it: expected a .keras",
+        "has no config.json: expected a .keras",
     ),
     "import over a run": ("import {npz} --run-dir {run}", "already holds a run"),
     "explore a jpeg": (
