@@ -27,7 +27,7 @@ from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
 from jaxvae.components import is_dotted_path
 from jaxvae.devices.processes import all_agree, is_first
 from jaxvae.devices.sharding import placement
-from jaxvae.errors import Damaged, InputError, TrainingFailed, shown
+from jaxvae.errors import Damaged, InputError, TrainingFailed
 from jaxvae.models.config import ModelConfig
 from jaxvae.models.vae import Params
 from jaxvae.runs.files import (
@@ -524,7 +524,8 @@ def _expect_restorable(state: TrainState) -> None:
     """Raise InputError unless the arrays of a state match its configuration."""
     if not isinstance(state, TrainState):
         raise InputError(
-            f"state is {shown(state)}: expected a TrainState from `jaxvae.create_train_state`"
+            f"state is a {type(state).__name__}: expected a TrainState, as "
+            "`jaxvae.create_train_state` returns"
         )
     as_key(state.key)  # rejects a batch of keys
     model, train = state.params.config, state.config

@@ -245,7 +245,7 @@ def test_train_goes_on_with_moved_data_and_with_new_data_on_request(run_dir, npz
     assert main(["figures", str(copy)]) == 0
     told = capsys.readouterr().err
     assert told.startswith(
-        f"jaxvae: {other} is not the data set that {copy} was trained on: it has"
+        f"jaxvae: {other} is not the data set that {copy} was trained on: it also has"
     )
     assert told.count("\n") == 1
 

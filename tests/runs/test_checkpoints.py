@@ -74,7 +74,7 @@ def test_the_latest_and_the_best_are_kept(tmp_path, state):
 
 
 @pytest.mark.parametrize("which", ["latest", "best"])
-@pytest.mark.parametrize("where", ["_fault", "_read"])
+@pytest.mark.parametrize("where", ["_find_fault", "_read"])
 def test_a_checkpoint_that_a_training_deletes_meanwhile_is_passed_over_for_the_next(
     tmp_path, state, monkeypatch, which, where
 ):
@@ -248,7 +248,7 @@ def test_a_state_that_could_not_be_read_again_is_not_saved(tmp_path):
         (replace(state, params=wider), "of shape (67, 4): expected .params.encoder['dense_1']['ke"),
         (stacked, ""),
         (replace(state, key=jax.random.split(state.key)), "there are (2,) keys: expected one"),
-        (state.params, "state: expected what `jaxvae.create_train_state` gives"),
+        (state.params, "state is a Params: expected a TrainState"),
     ):
         with refused(says):
             jaxvae.save(tmp_path, bad)
@@ -529,7 +529,10 @@ def test_a_pipe_among_the_files_of_a_checkpoint_is_damage(saved, tmp_path, seale
             unseal(copy, 2)
         (copy / name).unlink(missing_ok=True)
         os.mkfifo(copy / name)
-        with at_once(), pytest.warns(Damaged, match="of step 2 is damaged .*; that of step 1"):
+        with (
+            at_once(),
+            pytest.warns(Damaged, match="of step 2 is damaged .*; using that of step 1"),
+        ):
             assert newest_intact(copy) == 1
         shutil.rmtree(copy)
 
