@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 import jaxvae
 
@@ -47,6 +48,18 @@ def compile_quickly():
         environment.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # for the processes they start
         yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def draw_coarsely(request):
+    """Every run draws a dozen figures. All are drawn, but in few pixels where no test is of them."""
+    if "figures" in request.path.parts:
+        yield
+        return
+    savefig = Figure.savefig
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda *to, **how: savefig(*to, **how | {"dpi": 20}))
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)
