@@ -12,20 +12,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 import jaxvae
 
 # The tests are of the CPU; with libtpu, which is there to compile with, JAX would look for a TPU
 # and tell at length of finding none.
 jax.config.update("jax_platforms", os.environ.setdefault("JAX_PLATFORMS", "cpu"))
+# The older of XLA's two code generators for the CPU compiles in half the time; JAX 0.12 has one.
+# The processes that tests start inherit it.
+if jax.__version_info__[:2] == (0, 10):
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
+    )
 # Eight devices of one CPU, for what is shared between devices. Must come before JAX's first use.
 jax.config.update("jax_num_cpu_devices", 8)
-# What one module or worker has compiled, the others find. Not for the processes that tests start,
-# some of which are killed in the midst of writing.
+# What one module or worker has compiled, the others find, down to single operations: most modules
+# use the same. Not for the processes that tests start, some of which are killed while they write.
 if "JAXVAE_TESTS_PROGRAMS" not in os.environ:
     os.environ["JAXVAE_TESTS_PROGRAMS"] = tempfile.mkdtemp(prefix="jaxvae-")
 jax.config.update("jax_compilation_cache_dir", os.environ["JAXVAE_TESTS_PROGRAMS"])
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 def pytest_unconfigure(config):
@@ -37,8 +44,22 @@ def pytest_unconfigure(config):
 def compile_quickly():
     """For modules that compile much and compute little: half the time, the same semantics."""
     jax.config.update("jax_disable_most_optimizations", True)
-    yield
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # for the processes they start
+        yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def draw_coarsely(request):
+    """Every run draws a dozen figures. All are drawn, but in few pixels where no test is of them."""
+    if "figures" in request.path.parts:
+        yield
+        return
+    savefig = Figure.savefig
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda *to, **how: savefig(*to, **how | {"dpi": 20}))
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -50,8 +50,8 @@ class Together:
         environment = os.environ | {
             "PYTHONPATH": str(Path(jaxvae.__file__).parents[1]),
             "XDG_CACHE_HOME": str(run_dir.parent / "cache"),
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # as compile_quickly
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} "
+            f"--xla_force_host_platform_device_count={devices}",
         }
         self.run_dir = run_dir
         self.logs = [run_dir.parent / f"{run_dir.name}-{count}-{i}.log" for i in range(count)]

@@ -124,7 +124,6 @@ for batch in batches:
 def in_a_process(code, *arguments, cwd=None):
     places = [str(Path(jaxvae.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = {"PYTHONPATH": os.pathsep.join(places), "JAX_PLATFORMS": "cpu"}
-    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # as compile_quickly
     subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
         check=True,
