@@ -52,7 +52,7 @@ def compile_quickly():
 
 @pytest.fixture(scope="module", autouse=True)
 def draw_coarsely(request):
-    """Every run draws a dozen figures. All are drawn, but in few pixels where no test is of them."""
+    """Draw the dozen figures of a run in few pixels where no test is of them."""
     if "figures" in request.path.parts:
         yield
         return
