@@ -12,7 +12,7 @@ them are written in terms of one primitive, `draw`.
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -23,17 +23,9 @@ from jaxvae.components import Registry
 from jaxvae.errors import InputError, shown
 from jaxvae.models.distributions import Gaussian
 from jaxvae.models.likelihoods import scale_images
-from jaxvae.models.protocols import Posterior
+from jaxvae.models.protocols import Draw, Elbo, Posterior
 from jaxvae.models.vae import Params, decode, encode, prior
 from jaxvae.validation import as_key, is_number, jit, native, whole_number
-
-
-class Elbo(NamedTuple):
-    """The bound and its two terms, each [batch], nats per image: value = log_likelihood - kl."""
-
-    value: jax.Array
-    log_likelihood: jax.Array
-    kl: jax.Array
 
 
 class Objective(Protocol):
@@ -73,37 +65,6 @@ class Objective(Protocol):
         """
 
 
-class Draw(NamedTuple):
-    """Samples z ~ q(z|x) of every image, and what objectives need to know of them, in nats.
-
-    Attributes:
-      z: [samples, batch, latent].
-      log_likelihood: log p(x|z), [samples, batch].
-      log_prior: log p(z), [samples, batch].
-      log_posterior: log q(z|x), [samples, batch].
-      kl: KL(q(z|x) || p(z)), [batch], where it is known exactly; else None.
-      posterior: q(z|x).
-    """
-
-    z: jax.Array
-    log_likelihood: jax.Array
-    log_prior: jax.Array
-    log_posterior: jax.Array
-    kl: jax.Array | None
-    posterior: Posterior
-
-    @property
-    def log_ratio(self) -> jax.Array:
-        """log q(z|x) - log p(z), [samples, batch]: an estimate of the KL."""
-        return self.log_posterior - self.log_prior
-
-    def elbo(self, *, exact: bool = True) -> Elbo:
-        """Average the ELBO over the samples, with the exact KL where it is known and wanted."""
-        log_likelihood = jnp.mean(self.log_likelihood, axis=0)
-        kl = self.kl if exact and self.kl is not None else jnp.mean(self.log_ratio, axis=0)
-        return Elbo(log_likelihood - kl, log_likelihood, kl)
-
-
 def draw(
     params: Params,
     key: jax.Array,
@@ -131,9 +92,38 @@ def draw(
       InputError: as of `jaxvae.encode`; `path` of a posterior without `log_prob`.
     """
     posterior = encode(params, images, labels)
-    z, log_posterior = samples(posterior, example_keys(key, len(posterior.mean)), num_samples)
+    keys = sample_keys(example_keys(key, len(posterior.mean)), num_samples)
+    drawn = draw_at(params, posterior, keys, images, labels)
     if path:
-        log_posterior = lax.stop_gradient(with_log_prob(posterior)).log_prob(z)
+        held = lax.stop_gradient(with_log_prob(posterior))
+        drawn = drawn._replace(log_posterior=held.log_prob(drawn.z))
+    return drawn
+
+
+def draw_at(
+    params: Params,
+    posterior: Posterior,
+    keys: jax.Array,
+    images: ArrayLike,
+    labels: ArrayLike | None = None,
+) -> Draw:
+    """Sample a posterior by given keys and evaluate everything at the samples.
+
+    A model that evaluates all of it in one pass does so by its own `draw`.
+
+    Args:
+      params: the model.
+      posterior: q(z|x) of the images.
+      keys: PRNG keys, [samples, batch].
+      images: [batch, height, width, channels], float32 in [0, 1] or uint8.
+      labels: [batch], the images' classes, where the model is conditional.
+
+    Returns:
+      The samples and their log-densities.
+    """
+    if hasattr(params.model, "draw"):
+        return params.model.draw(params, posterior, keys, images, labels)
+    z, log_posterior = samples(posterior, keys)
     p_z = prior(params)
     return Draw(
         z,
@@ -142,26 +132,27 @@ def draw(
         log_posterior,
         posterior.kl(p_z),
         posterior,
+        penalty=getattr(posterior, "penalty", 0.0),
     )
 
 
-def samples(posterior: Posterior, keys: jax.Array, num_samples: int) -> tuple[jax.Array, jax.Array]:
-    """Draw [samples, batch, latent] by [batch] keys; also return log q(z|x), [samples, batch]."""
-    if num_samples == 1:
-        z, log_q = posterior.sample_and_log_prob(keys)
+def samples(posterior: Posterior, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Draw [samples, batch, latent] by [samples, batch] keys; also return log q(z|x) of them."""
+    if len(keys) == 1:
+        z, log_q = posterior.sample_and_log_prob(keys[0])
         return z[None], log_q[None]
-    return numbered_samples(posterior, keys, jnp.arange(num_samples))
+    return jax.vmap(posterior.sample_and_log_prob)(keys)
 
 
-def numbered_samples(
-    posterior: Posterior, keys: jax.Array, numbers: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Draw the samples of these numbers, as of `samples`."""
+def sample_keys(keys: jax.Array, num_samples: int) -> jax.Array:
+    """Return keys of samples, [samples, batch], from a key of each image, [batch]."""
+    return keys[None] if num_samples == 1 else numbered_keys(keys, jnp.arange(num_samples))
 
-    def sample(k: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return posterior.sample_and_log_prob(jax.vmap(jax.random.fold_in, (0, None))(keys, k))
 
-    return jax.vmap(sample)(numbers)
+def numbered_keys(keys: jax.Array, numbers: jax.Array) -> jax.Array:
+    """Return the keys of the samples of these numbers, [samples, batch]."""
+    fold_in = jax.vmap(jax.random.fold_in, (0, None))
+    return jax.vmap(lambda number: fold_in(keys, number))(numbers)
 
 
 def log_likelihood_at(
@@ -257,15 +248,18 @@ class ELBO:
         terms = drawn.elbo()
         kl = terms.kl
         if self.free_bits:
-            if not isinstance(drawn.posterior, Gaussian) or drawn.kl is None:
+            if drawn.kl_per_group is not None:
+                kls = jnp.mean(drawn.kl_per_group, axis=0)
+            elif isinstance(drawn.posterior, Gaussian) and drawn.kl is not None:
+                kls = drawn.posterior.kl_per_latent()
+            else:
                 raise InputError(
-                    "free_bits needs the KL of every latent: expected the posterior 'gaussian' "
-                    "and the prior 'standard_normal'"
+                    "free_bits needs the KL of every latent or group: expected the posterior "
+                    "'gaussian' and the prior 'standard_normal'"
                 )
-            kls = drawn.posterior.kl_per_latent()
             mean = _mean(lax.stop_gradient(kls), axis_name)
             kl = jnp.sum(jnp.where(mean > self.free_bits, kls, self.free_bits), axis=-1)
-        return -(terms.log_likelihood - beta * kl), terms
+        return -(terms.log_likelihood - beta * kl) + drawn.penalty, terms
 
 
 @dataclass(frozen=True)
@@ -309,7 +303,7 @@ class StickingTheLanding:
         """
         drawn = draw(params, key, images, labels, self.num_samples, path=True)
         terms = drawn.elbo(exact=False)
-        return -(terms.log_likelihood - beta * terms.kl), terms
+        return -(terms.log_likelihood - beta * terms.kl) + drawn.penalty, terms
 
 
 @dataclass(frozen=True)
@@ -344,7 +338,7 @@ class ImportanceWeighted:
         """Compute the loss and the ELBO's terms, as of `Objective`."""
         drawn = draw(params, key, images, labels, self.num_samples)
         log_w = drawn.log_likelihood - beta * drawn.log_ratio
-        return -_log_mean_exp(log_w), drawn.elbo(exact=False)
+        return -_log_mean_exp(log_w) + drawn.penalty, drawn.elbo(exact=False)
 
 
 @dataclass(frozen=True)
@@ -393,7 +387,8 @@ class DoublyReparameterized:
           InputError: a posterior without `log_prob`.
         """
         posterior = with_log_prob(encode(params, images, labels))
-        z, _ = samples(posterior, example_keys(key, len(posterior.mean)), self.num_samples)
+        keys = example_keys(key, len(posterior.mean))
+        z, _ = samples(posterior, sample_keys(keys, self.num_samples))
         images = scale_images(images)  # which may be differentiated by, as uint8 may not
         bound, (log_p_x, log_ratio) = _doubly(
             params, z, beta, lax.stop_gradient(posterior), images, native(labels)
@@ -593,7 +588,9 @@ class MaximumMeanDiscrepancy:
         pairs = jnp.where(own[:, None] == everyone, 0, pairs) * weights[own][:, None] * weights
         of_y = whole * jnp.sum((pairs * kernel(y, all_y)).reshape(batch, -1), axis=1)
         squared = of_z + of_y - 2 * (kernel(z, all_y) @ weights)
-        return -(terms.log_likelihood - beta * terms.kl) + self.weight * squared, terms
+        return -(
+            terms.log_likelihood - beta * terms.kl
+        ) + self.weight * squared + drawn.penalty, terms
 
 
 OBJECTIVES: Registry[Any] = Registry(

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float, Int, Integer, Key, Num, UInt32
 
-from jaxvae.models.vae import Params, encode, expected_images, expected_labels, prior
-from jaxvae.objectives import example_keys, log_likelihood_at, numbered_samples
+from jaxvae.models.vae import Params, encode, expected_images, expected_labels
+from jaxvae.objectives import draw_at, example_keys, numbered_keys
 from jaxvae.validation import jit, whole_number
 
 
@@ -43,13 +43,13 @@ def log_likelihood(
     num_samples = whole_number("num_samples", num_samples)
     images = expected_images(params, images)
     labels = expected_labels(params, labels, len(images))
-    posterior, p_z = encode(params, images, labels), prior(params)
+    posterior = encode(params, images, labels)
     batch = images.shape[0]
     keys = example_keys(key, batch)
 
     def log_weights(k: Int[Array, " samples"]) -> Float[Array, "samples batch"]:
-        z, log_q = numbered_samples(posterior, keys, k)
-        return log_likelihood_at(params, z, images, labels) + p_z.log_prob(z) - log_q
+        drawn = draw_at(params, posterior, numbered_keys(keys, k), images, labels)
+        return drawn.log_likelihood - drawn.log_ratio
 
     # With few images, several samples at once keep the device busy.
     at_once = min(num_samples, max(1, 1024 // batch))

@@ -6,16 +6,62 @@ them to a distribution, which is a pytree.
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 if TYPE_CHECKING:
     from jaxvae.models.config import ModelConfig
     from jaxvae.models.vae import Params
 
 Learned = Mapping[str, Any]
+
+
+class Elbo(NamedTuple):
+    """The bound and its two terms, each [batch], nats per image: value = log_likelihood - kl."""
+
+    value: jax.Array
+    log_likelihood: jax.Array
+    kl: jax.Array
+
+
+class Draw(NamedTuple):
+    """Samples z ~ q(z|x) of every image, and what objectives need to know of them, in nats.
+
+    Attributes:
+      z: [samples, batch, latent].
+      log_likelihood: log p(x|z), [samples, batch].
+      log_prior: log p(z), [samples, batch].
+      log_posterior: log q(z|x), [samples, batch].
+      kl: KL(q(z|x) || p(z)), [batch], where it is known exactly, or more exactly than by
+        log_ratio; else None.
+      posterior: q(z|x).
+      kl_per_group: of a hierarchy, the KL of every group of latents given the groups above,
+        [samples, batch, groups]; else None.
+      penalty: what the posterior adds to every loss, such as the losses of a code book: [batch].
+    """
+
+    z: jax.Array
+    log_likelihood: jax.Array
+    log_prior: jax.Array
+    log_posterior: jax.Array
+    kl: jax.Array | None
+    posterior: "Posterior"
+    kl_per_group: jax.Array | None = None
+    penalty: jax.Array | float = 0.0
+
+    @property
+    def log_ratio(self) -> jax.Array:
+        """log q(z|x) - log p(z), [samples, batch]: an estimate of the KL."""
+        return self.log_posterior - self.log_prior
+
+    def elbo(self, *, exact: bool = True) -> Elbo:
+        """Average the ELBO over the samples, with the exact KL where it is known and wanted."""
+        log_likelihood = jnp.mean(self.log_likelihood, axis=0)
+        kl = self.kl if exact and self.kl is not None else jnp.mean(self.log_ratio, axis=0)
+        return Elbo(log_likelihood - kl, log_likelihood, kl)
 
 
 class Prior(Protocol):
@@ -130,7 +176,12 @@ class LikelihoodFamily(Protocol):
 
 
 class Model(Protocol):
-    """A whole model, frozen and hashable: what the static part of `Params` describes."""
+    """A whole model, frozen and hashable: what the static part of `Params` describes.
+
+    A model that evaluates log p(x|z), log p(z) and log q(z|x) in one pass may have
+    `draw(params, posterior, keys, images, labels)`, which returns the `Draw` of keys
+    [samples, batch]: see `jaxvae.objectives.draw_at`.
+    """
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Return fresh parameters: the fields of `Params` but for `config`."""
