@@ -28,8 +28,9 @@ from jaxvae.components import (
     written,
 )
 from jaxvae.errors import InputError
+from jaxvae.models.config import NETWORKS
 from jaxvae.models.likelihoods import LIKELIHOODS, Bernoulli
-from jaxvae.models.networks import MLP, NETWORKS
+from jaxvae.models.networks import MLP
 from jaxvae.models.posteriors import POSTERIORS
 from jaxvae.models.priors import PRIORS, Mixture, StandardNormal
 from jaxvae.objectives import ELBO, OBJECTIVES, WARMUPS, Linear

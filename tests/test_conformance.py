@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import jaxvae
+from jaxvae.models.config import NETWORKS
 from jaxvae.models.likelihoods import LIKELIHOODS
-from jaxvae.models.networks import NETWORKS
 from jaxvae.models.posteriors import POSTERIORS
 from jaxvae.models.priors import PRIORS
 from jaxvae.models.vae import prior

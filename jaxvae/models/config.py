@@ -8,13 +8,19 @@ import flax.linen as nn
 
 from jaxvae.components import Config, Registry
 from jaxvae.errors import ComponentNeeded, InputError, either, shown
+from jaxvae.models.ladder import Ladder
 from jaxvae.models.likelihoods import LIKELIHOODS
-from jaxvae.models.networks import NETWORKS, Modules
+from jaxvae.models.networks import MLP, Conv, Modules, Residual, Spatial
 from jaxvae.models.posteriors import POSTERIORS
 from jaxvae.models.priors import PRIORS
 from jaxvae.validation import whole_number
 
 DTYPES = ("float32", "bfloat16")
+
+NETWORKS: Registry[Any] = Registry(
+    "network",
+    {"conv": Conv, "mlp": MLP, "residual": Residual, "spatial": Spatial, "ladder": Ladder},
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +76,14 @@ class ModelConfig(Config):
                 f"compute_dtype is {shown(self.compute_dtype)}: expected {either(DTYPES)}"
             )
         set_field(self, "network", _network(self.network))
+        if hasattr(self.network, "latent_dim"):
+            latent_dim = self.network.latent_dim(shape)
+            if self.latent_dim not in (type(self).latent_dim, latent_dim):
+                raise InputError(
+                    f"latent_dim is {self.latent_dim}, but the network has {latent_dim} latents: "
+                    "leave latent_dim out"
+                )
+            set_field(self, "latent_dim", latent_dim)
         needed = {
             "likelihood": ("outputs_per_channel", "init", "from_outputs"),
             "prior": ("init", "bind"),
@@ -78,8 +92,9 @@ class ModelConfig(Config):
         for name, protocol in needed.items():
             registry = self._registries[name]
             set_field(self, name, registry.parse(getattr(self, name), protocol=protocol))
-        if hasattr(self.prior, "validate"):
-            self.prior.validate(self)
+        for part in (self.network, self.prior):
+            if hasattr(part, "validate"):
+                part.validate(self)
 
     @classmethod
     def _updated(cls, fields: dict[str, Any]) -> dict[str, Any]:
@@ -109,6 +124,5 @@ def _network(network: Any) -> Any:
         raise ComponentNeeded(
             "the model has a network of its own: hand its modules over, network=(encoder, decoder)"
         )
-    return NETWORKS.parse(
-        network, ", or a pair of Flax modules, (Encoder(), Decoder())", ("modules",)
-    )
+    needed = "model" if hasattr(network, "model") else "modules"
+    return NETWORKS.parse(network, ", or a pair of Flax modules, (Encoder(), Decoder())", (needed,))

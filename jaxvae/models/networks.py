@@ -20,7 +20,6 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from flax.typing import DotGeneralT, Dtype, Initializer
 
-from jaxvae.components import Registry
 from jaxvae.devices.convolution import conv_general_dilated, conv_transpose
 from jaxvae.errors import InputError
 from jaxvae.validation import whole_number
@@ -187,8 +186,8 @@ class MlpDecoder(nn.Module):
 
 # Keeps the scale of what passes through relus: He et al. (2015), Delving Deep into Rectifiers,
 # equation 10. A transposed convolution of stride 2 meets a quarter of its taps at every pixel.
-_he = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
-_he_transposed = nn.initializers.variance_scaling(8.0, "fan_in", "normal")
+he = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+he_transposed = nn.initializers.variance_scaling(8.0, "fan_in", "normal")
 
 
 class ResidualBlock(nn.Module):
@@ -205,7 +204,7 @@ class ResidualBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         conv = partial(conv_3x3, x.shape[-1], dtype=self.dtype)
-        y = conv(kernel_init=_he, name="conv_1")(nn.relu(x))
+        y = conv(kernel_init=he, name="conv_1")(nn.relu(x))
         return x + conv(kernel_init=nn.initializers.zeros, name="conv_2")(nn.relu(y))
 
 
@@ -228,7 +227,7 @@ class ResidualEncoder(nn.Module):
         _, rows, columns, _ = images.shape
         x = _down(images, _halvings(rows, columns, self.width), self.blocks, self.dtype)
         x = with_labels(x.reshape(x.shape[0], -1), labels)
-        x = dense(self.hidden, kernel_init=_he, dtype=self.dtype, name="dense")(x)
+        x = dense(self.hidden, kernel_init=he, dtype=self.dtype, name="dense")(x)
         x = nn.relu(x)
         return heads(x, self.latent_dim, self.dtype)
 
@@ -270,7 +269,7 @@ class SpatialEncoder(nn.Module):
         sizes = _halvings(rows, columns, self.width, 1)[:3]
         x = _down(images, sizes, self.blocks, self.dtype)
         each = _latents_a_place(self.latent_dim, sizes[-1])
-        x = _with_planes(x, labels)
+        x = with_planes(x, labels)
         head = partial(conv_3x3, each, dtype=self.dtype)
         mean = head(kernel_init=nn.initializers.lecun_normal(), name="mean")(x)
         # With equal noise at first, every place has something to tell.
@@ -291,8 +290,8 @@ class SpatialDecoder(nn.Module):
         sizes = _halvings(*self.image_shape[:2], self.width, 1)[:3]
         rows, columns, features = sizes[-1]
         each = _latents_a_place(z.shape[1], sizes[-1])
-        x = _with_planes(z.reshape(-1, rows, columns, each), labels)
-        x = conv_3x3(features, kernel_init=_he, dtype=self.dtype, name="conv_in")(x)
+        x = with_planes(z.reshape(-1, rows, columns, each), labels)
+        x = conv_3x3(features, kernel_init=he, dtype=self.dtype, name="conv_in")(x)
         return _up(x, sizes, self.image_shape[2], self.blocks, self.dtype)
 
 
@@ -300,7 +299,7 @@ def _down(
     x: jax.Array, sizes: list[tuple[int, int, int]], blocks: int, dtype: Dtype | None
 ) -> jax.Array:
     """Strided convolutions and residual blocks through all sizes, by the module that asks."""
-    conv = partial(conv_3x3, kernel_init=_he, dtype=dtype)
+    conv = partial(conv_3x3, kernel_init=he, dtype=dtype)
     x = conv(sizes[0][2], name="conv_0")(x)
     for level, (*_, features) in enumerate(sizes[1:], start=1):
         x = conv(features, stride=2, name=f"conv_{level}")(nn.relu(x))
@@ -321,7 +320,7 @@ def _up(
         for block in range(blocks):
             x = ResidualBlock(dtype, name=f"block_{level}_{block}")(x)
         rows, columns, features = sizes[level - 1]
-        up = ConvTranspose(features, 2, dtype, _he_transposed, name=f"conv_transpose_{level}")
+        up = ConvTranspose(features, 2, dtype, he_transposed, name=f"conv_transpose_{level}")
         # An odd side was rounded up when halved.
         x = up(nn.relu(x))[:, :rows, :columns]
     return conv_3x3(outputs, dtype=dtype, name="conv")(nn.relu(x))
@@ -337,7 +336,7 @@ def _latents_a_place(latent_dim: int, grid: tuple[int, int, int]) -> int:
     return latent_dim // (rows * columns)
 
 
-def _with_planes(x: jax.Array, labels: jax.Array | None) -> jax.Array:
+def with_planes(x: jax.Array, labels: jax.Array | None) -> jax.Array:
     """x [batch, rows, columns, features], with the classes beside it in every place."""
     if labels is None:
         return x
@@ -468,8 +467,3 @@ class Modules:
     ) -> tuple[nn.Module, nn.Module]:
         """Return encoder and decoder, as they were handed over."""
         return self.encoder, self.decoder
-
-
-NETWORKS: Registry[Any] = Registry(
-    "network", {"conv": Conv, "mlp": MLP, "residual": Residual, "spatial": Spatial}
-)
