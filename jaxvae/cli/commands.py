@@ -403,6 +403,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         if name in found:
             digits = 0 if name == "active_units" else 4 if "error" in name else 3
             print(f"  {says.format(**found):34}{found[name]:10.{digits}f}")
+    for group, kl in enumerate(found.get("kl_per_group", ()), start=1):
+        print(f"  {f'KL of group {group}, from the top':34}{kl:10.3f}")
     sys.stdout.flush()
     try:
         print(f"evaluation: {evaluation.write_evaluation(options.run, found)}", file=sys.stderr)
@@ -432,7 +434,10 @@ def _sample(options: argparse.Namespace) -> None:
             f"{available / 1e9:,.0f} GB of memory of this machine; draw fewer images"
         )
     seed = config.seed if options.seed is None else options.seed
-    save_images(sample(_params(options), jax.random.key(seed), options.n), options.out)
+    first, *others = options.temperature
+    temperature = tuple(options.temperature) if others else first
+    images = sample(_params(options), jax.random.key(seed), options.n, temperature=temperature)
+    save_images(images, options.out)
     print(options.out)
 
 

@@ -216,6 +216,9 @@ def make_parser(
     sample.add_argument("--out", type=Path, required=True, metavar="FILE.png",
                         help="the image file, a grid of all samples")  # fmt: skip
     sample.add_argument("--seed", type=int, metavar="N", help="default: the seed of the run")
+    sample.add_argument("--temperature", type=float, nargs="+", default=[1.0], metavar="X",
+                        help="factor of the prior's standard deviations; of a ladder also one for "
+                             "each group, from the top down")  # fmt: skip
     figures = command("figures", "draw the figures of a run")
     figures.add_argument("--format", choices=["png", "svg", "pdf"], default="png",
                          help="default png; the animation is always a GIF")  # fmt: skip

@@ -1,5 +1,7 @@
 """Metrics of a test set."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from jaxtyping import Array, ArrayLike, Float, Integer, Key, Num, UInt32
 from jaxvae.data import Dataset
 from jaxvae.devices.convolution import in_blocks
 from jaxvae.devices.sharding import own_part
+from jaxvae.errors import InputError
 from jaxvae.evaluation.log_likelihood import log_likelihood
 from jaxvae.evaluation.metrics import (
     ACTIVE,
@@ -26,7 +29,7 @@ from jaxvae.models.vae import (
     prior,
     reconstruct,
 )
-from jaxvae.objectives import elbo, example_keys
+from jaxvae.objectives import draw, elbo, example_keys
 from jaxvae.validation import jit
 
 _BLOCK = 1000  # images at once, which bounds memory
@@ -103,7 +106,38 @@ def mean_log_likelihood(
     return lax.pmean(mean, axis_name) if axis_name else mean
 
 
-def examine(params: Params, key: Key[Array, ""], data: Dataset) -> dict[str, float | int]:
+@jit()
+def kl_per_group(
+    params: Params,
+    key: Key[Array, "..."] | UInt32[ArrayLike, "..."],
+    images: Num[ArrayLike, "n height width channels"],
+    labels: Integer[ArrayLike, " n"] | None = None,
+) -> Float[Array, " groups"]:
+    """Compute the mean KL of every group of a hierarchy, given samples of the groups above.
+
+    Args:
+      params: a model with the network "ladder".
+      key: PRNG key.
+      images: float32 in [0, 1], or uint8.
+      labels: classes of the images, if the model is conditional.
+
+    Returns:
+      E[KL(q(z_g | z_<g, x) || p(z_g | z_<g))] of each group, from the top down, in nats per image.
+    """
+    images = expected_images(params, images)
+    labels = expected_labels(params, labels, len(images))
+
+    def of_block(block: tuple[Array, Array, Array | None]) -> Float[Array, "block groups"]:
+        kl = draw(params, *block).kl_per_group
+        if kl is None:
+            raise InputError("the model has no groups of latents: expected the network 'ladder'")
+        return kl[0]
+
+    examples = example_keys(key, len(images)), images, labels
+    return jnp.mean(in_blocks(of_block, examples, _BLOCK), axis=0)
+
+
+def examine(params: Params, key: Key[Array, ""], data: Dataset) -> dict[str, Any]:
     """Compute the metrics of the latents and the reconstruction error of a test set.
 
     Args:
@@ -113,8 +147,9 @@ def examine(params: Params, key: Key[Array, ""], data: Dataset) -> dict[str, flo
 
     Returns:
       `mutual_information` and `marginal_kl`, in nats per image, if the posterior is Gaussian;
-      `active_units`; `reconstruction_error`, the mean square per pixel; and, if there are labels
-      of at least two classes, the accuracies of `jaxvae.evaluation.metrics.latent_probe`.
+      `active_units`, or of a hierarchy `kl_per_group`, in nats per image; `reconstruction_error`,
+      the mean square per pixel; and, if there are labels of at least two classes, the accuracies
+      of `jaxvae.evaluation.metrics.latent_probe`.
     """
     images = jnp.asarray(data.test_images)
     labels, train_labels = (
@@ -122,13 +157,17 @@ def examine(params: Params, key: Key[Array, ""], data: Dataset) -> dict[str, flo
         for labels in (data.test_labels, data.train_labels)
     )
     posterior = encode(params, images, labels)
-    found: dict[str, float | int] = {}
+    found: dict[str, Any] = {}
     if isinstance(posterior, Gaussian):
         z = posterior.sample(key)
         surgery = elbo_surgery(posterior, z, prior(params).log_prob(z))
         found |= {name: float(part) for name, part in surgery._asdict().items()}
-    variance = variance_of_means(posterior, jax.random.fold_in(key, 1))
-    found["active_units"] = int(jnp.sum(variance > ACTIVE))
+    if hasattr(params.model, "groups"):
+        kl = kl_per_group(params, jax.random.fold_in(key, 2), images, labels)
+        found["kl_per_group"] = np.asarray(kl).tolist()
+    else:
+        variance = variance_of_means(posterior, jax.random.fold_in(key, 1))
+        found["active_units"] = int(jnp.sum(variance > ACTIVE))
     means = reconstruct(params, images, labels)
     found["reconstruction_error"] = float(jnp.mean(reconstruction_error(images, means)))
     if (

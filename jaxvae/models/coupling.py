@@ -68,8 +68,10 @@ class CouplingFlow:
         (eps, log_det), _ = lax.scan(invert, start, (self._masks(), self.layers))
         return UnitGaussian(z.shape[-1]).log_prob(eps) + log_det
 
-    def sample(self, key: Key[Array, ""], n: int) -> Float[Array, "n latent"]:
-        """Draw n latents."""
+    def sample(
+        self, key: Key[Array, ""], n: int, temperature: float = 1.0
+    ) -> Float[Array, "n latent"]:
+        """Draw n latents, from noise scaled by the temperature."""
 
         def transform(z: Array, step: tuple[Array, Layer]) -> tuple[Array, None]:
             mask, layer = step
@@ -77,7 +79,7 @@ class CouplingFlow:
             return jnp.where(mask, z, z * jnp.exp(log_scale) + shift), None
 
         eps = UnitGaussian(self._latent_dim).sample(key, n).astype(self.layers["kernel_1"].dtype)
-        return lax.scan(transform, eps, (self._masks(), self.layers), reverse=True)[0]
+        return lax.scan(transform, temperature * eps, (self._masks(), self.layers), reverse=True)[0]
 
     @property
     def _latent_dim(self) -> int:

@@ -64,9 +64,11 @@ class UnitGaussian:
         """Compute log N(z; 0, I), in nats."""
         return -0.5 * jnp.sum(jnp.square(z) + LOG_2_PI, axis=-1)
 
-    def sample(self, key: Key[Array, ""], n: int) -> Float[Array, "n latent"]:
-        """Draw n latents."""
-        return jax.random.normal(key, (n, self.latent_dim), jnp.float32)
+    def sample(
+        self, key: Key[Array, ""], n: int, temperature: float = 1.0
+    ) -> Float[Array, "n latent"]:
+        """Draw n latents, with the temperature as the factor of the standard deviation."""
+        return temperature * jax.random.normal(key, (n, self.latent_dim), jnp.float32)
 
     @property
     def weights(self) -> Float[Array, "1"]:
@@ -118,11 +120,14 @@ class GaussianMixture(NamedTuple):
         log_p_z_k = -0.5 * (square + jnp.sum(self.log_var + LOG_2_PI, axis=-1))
         return jax.nn.logsumexp(jax.nn.log_softmax(self.logits) + log_p_z_k, axis=-1)
 
-    def sample(self, key: Key[Array, ""], n: int) -> Float[Array, "n latent"]:
-        """Draw n latents."""
+    def sample(
+        self, key: Key[Array, ""], n: int, temperature: float = 1.0
+    ) -> Float[Array, "n latent"]:
+        """Draw n latents, with the temperature as the factor of the standard deviations."""
         which_key, key = jax.random.split(key)
         k = jax.random.categorical(which_key, self.logits, shape=(n,))
-        return reparameterize(key, self.mean[k], self.log_var[k])
+        noise = jax.random.normal(key, self.mean[k].shape, self.mean.dtype)
+        return self.mean[k] + temperature * jnp.exp(self.log_var[k] / 2) * noise
 
     @property
     def weights(self) -> Float[Array, " components"]:

@@ -70,7 +70,8 @@ class Prior(Protocol):
     It may have `marginal(latent)`, the `Prior` of one latent alone, which figures then draw as a
     curve instead of a histogram of draws. A mixture, whose samples are no differentiable function
     of its weights, has `weights`, [K], and `sample_component(key, k)`, [latent]: the objective
-    "mmd" sums over the components.
+    "mmd" sums over the components. `sample` may take `temperature`, a factor of the standard
+    deviations.
     """
 
     def log_prob(self, z: jax.Array) -> jax.Array:

@@ -1,6 +1,7 @@
 """The layer table of a model."""
 
 import math
+import re
 from typing import Any
 
 import jax
@@ -15,14 +16,21 @@ Row = tuple[str, str, str, int]
 def summary(config: ModelConfig) -> str:
     """A line for every layer: its name, output shape, kernel shape and number of parameters."""
     params = jax.eval_shape(init, jax.random.key(0), config)
-    encoder, decoder = VAE(config).modules()
-    classes = [jnp.zeros((1, config.num_classes))] if config.num_classes else []
-    images = [jnp.zeros((1, *config.image_shape)), *classes]
-    latents = [jnp.zeros((1, config.latent_dim)), *classes]
-    tables = {
-        "encoder, q(z|x)": _rows(encoder, params.encoder, "images", images),
-        "decoder, p(x|z)": _rows(decoder, params.decoder, "latents", latents),
-    }
+    model = params.model
+    if isinstance(model, VAE):
+        encoder, decoder = model.modules()
+        classes = [jnp.zeros((1, config.num_classes))] if config.num_classes else []
+        images = [jnp.zeros((1, *config.image_shape)), *classes]
+        latents = [jnp.zeros((1, config.latent_dim)), *classes]
+        tables = {
+            "encoder, q(z|x)": _rows(encoder, params.encoder, "images", images),
+            "decoder, p(x|z)": _rows(decoder, params.decoder, "latents", latents),
+        }
+    else:  # a model whose modules are not called in the same way
+        tables = {
+            "encoder": _parts(params.encoder),
+            "decoder": _parts(params.decoder),
+        }
     learned = {
         "posterior": params.posterior,
         "prior": params.prior,
@@ -61,6 +69,13 @@ def _rows(module: Any, params: Any, input_name: str, examples: list[jax.Array]) 
     # What belongs to no layer that was called.
     rows += [(name, "", "", _count(params[name])) for name in params if name not in names]
     return rows
+
+
+def _parts(params: Any) -> list[Row]:
+    def numbers(name: str) -> list[Any]:
+        return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+    return [(name, "", "", _count(params[name])) for name in sorted(params, key=numbers)]
 
 
 def _count(params: Any) -> int:

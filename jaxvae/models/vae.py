@@ -1,5 +1,7 @@
 """The VAE as pure functions of its parameters."""
 
+import inspect
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,11 +11,19 @@ import jax.numpy as jnp
 from jaxtyping import ArrayLike
 
 from jaxvae.devices.convolution import block_size, in_blocks
-from jaxvae.errors import InputError
+from jaxvae.errors import InputError, shown
 from jaxvae.models.config import ModelConfig
 from jaxvae.models.likelihoods import at_least_float32, scale_images
 from jaxvae.models.protocols import Likelihood, Model, Posterior, Prior
-from jaxvae.validation import as_array, as_key, expect_config, expect_real, jit, whole_number
+from jaxvae.validation import (
+    as_array,
+    as_key,
+    expect_config,
+    expect_real,
+    is_number,
+    jit,
+    whole_number,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -223,19 +233,47 @@ def reconstruct(params: Params, images: ArrayLike, labels: ArrayLike | None = No
     return decode(params, encode(params, images, labels).center, labels).mean
 
 
-@jit(static_argnames="n")
-def sample(params: Params, key: jax.Array, n: int, labels: ArrayLike | None = None) -> jax.Array:
-    """Decoder means of n draws from the prior: float32 [n, height, width, channels].
+@jit(static_argnames=("n", "temperature"))
+def sample(
+    params: Params,
+    key: jax.Array,
+    n: int,
+    labels: ArrayLike | None = None,
+    *,
+    temperature: float | tuple[float, ...] = 1.0,
+) -> jax.Array:
+    """Compute the decoder's means of n samples from the prior.
 
     Args:
-      labels: [n], the classes to draw from a conditional model; by default all in turn.
+      params: the model.
+      key: PRNG key.
+      n: number of samples.
+      labels: [n], classes of a conditional model; by default all classes in turn.
+      temperature: factor of the standard deviations of the prior's Gaussians. A ladder also takes
+        one number for each group, from the top down: with 0 a group is at its mean.
+
+    Returns:
+      Images, float32 [n, height, width, channels] in [0, 1].
+
     Raises:
-      InputError: n below 1, or labels as of `encode`.
+      InputError: n below 1; a temperature below 0, or one that the prior has no use for; labels as
+        of `encode`.
     """
     n = whole_number("n", n)
+    each = temperature if isinstance(temperature, tuple) else (temperature,)
+    if not all(is_number(t) and 0 <= t < math.inf for t in each):
+        raise InputError(f"temperature is {shown(temperature)}: expected a number of at least 0")
     if params.config.num_classes and labels is None:
         labels = jnp.arange(n) % params.config.num_classes
-    return decode(params, prior(params).sample(as_key(key), n), labels).mean
+    p_z: Any = prior(params)
+    key = as_key(key)
+    if temperature == 1:
+        return decode(params, p_z.sample(key, n), labels).mean
+    if "temperature" not in inspect.signature(p_z.sample).parameters:
+        raise InputError(
+            f"temperature is {shown(temperature)}, but the prior has none: leave it at 1"
+        )
+    return decode(params, p_z.sample(key, n, temperature=temperature), labels).mean
 
 
 def expected_images(params: Params, images: ArrayLike) -> jax.Array:

@@ -30,7 +30,7 @@ def measure(
     which: Which = "latest",
     data_name: str | None = None,
     **own: Any,
-) -> dict[str, float | str]:
+) -> dict[str, Any]:
     """Evaluate the model of a run on its test images.
 
     Args:
@@ -88,7 +88,7 @@ def measure(
     }
 
 
-def write_evaluation(run_dir: Path, metrics: Mapping[str, float | str]) -> Path:
+def write_evaluation(run_dir: Path, metrics: Mapping[str, Any]) -> Path:
     """Write the result of `measure` to evaluation.json.
 
     Args:
