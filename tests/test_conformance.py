@@ -24,11 +24,17 @@ SHAPE = (4, 4, 1)
 IMAGES = np.random.default_rng(0).integers(0, 256, (32, *SHAPE), np.uint8)
 SMALL = {"mixture": "mixture:components=3", "vamp": "vamp:components=3", "mlp": "mlp:width=8",
          "residual": "residual:width=4", "spatial": "spatial:width=4",
+         "ladder": "ladder:groups=2x1+1x1,width=4,latents=1",
          "iaf": "iaf:steps=1,hidden=8", "realnvp": "realnvp:layers=2,hidden=8"}  # fmt: skip
 
 
 def small(name):
     return SMALL.get(name, name)
+
+
+def latents_of(network):
+    """A number of latents for every network; a ladder has its own, beside the default of 2."""
+    return 2 if network == "ladder" else 4
 
 
 def params_of(latent_dim=2, moved=0.3, image_shape=SHAPE, **fields):
@@ -155,12 +161,13 @@ def test_a_likelihood_is_differentiable_under_jit_and_vmap(name):
 @pytest.mark.parametrize("num_classes", [0, 3])
 @pytest.mark.parametrize("name", list(NETWORKS))
 def test_a_network_has_the_shapes_of_its_model_and_treats_images_alone(name, num_classes):
-    params = params_of(4, image_shape=(8, 7, 2), network=small(name), num_classes=num_classes)
+    fields = {"image_shape": (8, 7, 2), "network": small(name), "num_classes": num_classes}
+    params = params_of(latents_of(name), **fields)
     images = np.random.default_rng(1).integers(0, 256, (5, 8, 7, 2), np.uint8)
     labels = (jnp.arange(5) % 3,) if num_classes else ()
     together = jaxvae.encode(params, images, *labels)
     alone = jaxvae.encode(params, images[3:4], *(x[3:4] for x in labels))
-    assert together.mean.shape == together.log_var.shape == (5, 4)
+    assert together.mean.shape == together.log_var.shape == (5, params.config.latent_dim)
     np.testing.assert_allclose(together.mean[3], alone.mean[0], rtol=1e-4, atol=1e-5)
     means = jaxvae.decode(params, together.mean, *labels).mean
     assert means.shape == images.shape
@@ -218,7 +225,7 @@ EVERY = [(kind, name) for kind, registry in KINDS.items() for name in registry]
 @pytest.mark.parametrize(("kind", "name"), EVERY)
 def test_a_component_survives_config_and_checkpoint_and_trains(kind, name, tmp_path):
     fields = {"network": "mlp:width=8"} | {kind: small(name)}
-    config = jaxvae.ModelConfig(SHAPE, 4, **fields)
+    config = jaxvae.ModelConfig(SHAPE, latents_of(name), **fields)
     assert config.to_dict()[kind] == small(name)
     assert jaxvae.ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert hash(jaxvae.ModelConfig.from_dict(config.to_dict())) == hash(config)
@@ -232,7 +239,7 @@ def test_a_component_survives_config_and_checkpoint_and_trains(kind, name, tmp_p
     for a, b in zip(jax.tree.leaves(again.params), jax.tree.leaves(state.params), strict=True):
         np.testing.assert_array_equal(a, b)
     assert jaxvae.sample(jaxvae.load(tmp_path), KEY, 2).shape == (2, *SHAPE)
-    assert replace(config, latent_dim=5) != config
+    assert replace(config, compute_dtype="bfloat16") != config
 
 
 @pytest.mark.parametrize("name", list(OBJECTIVES))

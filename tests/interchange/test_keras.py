@@ -268,7 +268,7 @@ def test_the_command_makes_a_run_to_sample_and_to_start_from(notebook, npz, tmp_
     assert main(["sample", str(old), "--n", "4", "--out", str(tmp_path / "a.png")]) == 0
     config = configured({"data": str(npz), "latent_dim": 3, "start_from": str(old)})
     data = load_run_data(config)
-    config = directory.fitted(tmp_path / "new", config, data, describe(data), resume=False)
+    config = directory.with_data(tmp_path / "new", config, data, describe(data), resume=False)
     begun = directory.first_state(jax.random.key(0), config)
     saved = load_keras(folder / "nested.keras")
     assert jax.tree.all(jax.tree.map(np.array_equal, begun.params, saved))

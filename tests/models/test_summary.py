@@ -8,8 +8,8 @@ import pytest
 from conftest import OwnDecoder, OwnEncoder
 
 import jaxvae
+from jaxvae.models.config import NETWORKS
 from jaxvae.models.likelihoods import LIKELIHOODS
-from jaxvae.models.networks import NETWORKS
 from jaxvae.models.priors import PRIORS
 from jaxvae.models.summary import summary
 
@@ -42,7 +42,7 @@ def test_any_image_shape_has_one():
 
 def small(prior):
     """A learned prior of few components."""
-    return prior if prior == "standard_normal" else f"{prior}:components=5"
+    return {"mixture": "mixture:components=5", "vamp": "vamp:components=5"}.get(prior, prior)
 
 
 class Gain(nn.Module):
@@ -62,10 +62,12 @@ class Two(nn.Module):
         return OwnEncoder(2, name="body")(images)
 
 
+# A ladder has its own number of latents, beside the default of 2.
+LATENTS = {name: {"latent_dim": 2 if name == "ladder" else 6} for name in NETWORKS}
 MODELS = {
-    **{name: {"network": name, "latent_dim": 6} for name in NETWORKS},
+    **{name: {"network": name} | LATENTS[name] for name in NETWORKS},
     **{
-        f"{name}, 10 classes": {"network": name, "latent_dim": 6, "num_classes": 10}
+        f"{name}, 10 classes": {"network": name, "num_classes": 10} | LATENTS[name]
         for name in NETWORKS
     },
     **{name: {"likelihood": name} for name in LIKELIHOODS},

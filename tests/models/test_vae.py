@@ -590,7 +590,9 @@ def test_every_model_is_trained_sampled_saved_and_loaded(
         2,
         network="mlp",
         likelihood=likelihood,
-        prior=prior_name if prior_name == "standard_normal" else f"{prior_name}:components=5",
+        prior={"mixture": "mixture:components=5", "vamp": "vamp:components=5"}.get(
+            prior_name, prior_name
+        ),
         posterior=posterior if posterior == "gaussian" else f"{posterior}:steps=1",
     )
     state = jaxvae.create_train_state(KEY, config, TrainConfig(batch_size=8))
