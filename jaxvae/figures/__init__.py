@@ -12,6 +12,7 @@ from jaxvae.figures.charts import aggregate, latents, training, units
 from jaxvae.figures.pictures import (
     classes,
     interpolations,
+    levels,
     manifold,
     reconstructions,
     samples,
@@ -60,6 +61,8 @@ def draw_all(
         "aggregate": partial(aggregate, params, data, key),
         "units": partial(units, params, data, key=key),
     }
+    if hasattr(params.model, "groups"):
+        figures["levels"] = partial(levels, params, key)
     if params.config.num_classes:
         figures["classes"] = partial(classes, params, key)
     if history:

@@ -83,6 +83,34 @@ def samples(params: Params, key: jax.Array, rows: int = 10) -> Figure:
     return image_grid(images, rows, title)[0]
 
 
+def levels(params: Params, key: jax.Array, rows: int = 8) -> Figure:
+    """Draw what each group of a ladder decides: a row per sample, a column per group.
+
+    In column g the groups 1 to g, from the top down, are samples; those below are at their means.
+
+    Args:
+      params: a model with the network "ladder".
+      key: PRNG key of the samples.
+      rows: number of samples.
+
+    Returns:
+      The figure.
+    """
+    groups = params.model.groups  # type: ignore[attr-defined]
+    columns = [
+        sample(params, key, rows, temperature=(1.0,) * g + (0.0,) * (len(groups) - g))
+        for g in range(1, len(groups) + 1)
+    ]
+    images = jnp.stack(columns, axis=1).reshape(-1, *params.config.image_shape)
+    title = "Samples with the groups up to the column's drawn, the others at their means"
+    figure, axes = image_grid(images, rows, title)
+    height, width, _ = params.config.image_shape
+    places = [f"{g}\n{group.rows}x{group.columns}" for g, group in enumerate(groups, start=1)]
+    axes.set_xticks((np.arange(len(groups)) + 0.5) * width, places)
+    axes.set_xlabel("groups drawn, from the top down, and the resolution of the last")
+    return figure
+
+
 def classes(params: Params, key: jax.Array, columns: int = 10) -> Figure:
     """Draw the decoder's means of a conditional model: a row per class, a column per sample.
 
