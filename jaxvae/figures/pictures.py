@@ -104,7 +104,7 @@ def levels(params: Params, key: jax.Array, rows: int = 8) -> Figure:
     images = jnp.stack(columns, axis=1).reshape(-1, *params.config.image_shape)
     title = "Samples with the groups up to the column's drawn, the others at their means"
     figure, axes = image_grid(images, rows, title)
-    height, width, _ = params.config.image_shape
+    _, width, _ = params.config.image_shape
     places = [f"{g}\n{group.rows}x{group.columns}" for g, group in enumerate(groups, start=1)]
     axes.set_xticks((np.arange(len(groups)) + 0.5) * width, places)
     axes.set_xlabel("groups drawn, from the top down, and the resolution of the last")
