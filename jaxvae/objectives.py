@@ -92,7 +92,7 @@ def draw(
       InputError: as of `jaxvae.encode`; `path` of a posterior without `log_prob`.
     """
     posterior = encode(params, images, labels)
-    keys = sample_keys(example_keys(key, len(posterior.mean)), num_samples)
+    keys = sample_keys(example_keys(key, jnp.shape(images)[0]), num_samples)
     drawn = draw_at(params, posterior, keys, images, labels)
     if path:
         held = lax.stop_gradient(with_log_prob(posterior))
@@ -387,7 +387,7 @@ class DoublyReparameterized:
           InputError: a posterior without `log_prob`.
         """
         posterior = with_log_prob(encode(params, images, labels))
-        keys = example_keys(key, len(posterior.mean))
+        keys = example_keys(key, len(images))
         z, _ = samples(posterior, sample_keys(keys, self.num_samples))
         images = scale_images(images)  # which may be differentiated by, as uint8 may not
         bound, (log_p_x, log_ratio) = _doubly(

@@ -61,6 +61,6 @@ def log_likelihood(
         weights = jnp.where(k[:, None] < num_samples, log_weights(k), -jnp.inf)
         return jnp.logaddexp(total, jax.nn.logsumexp(weights, axis=0)), None
 
-    nothing = jnp.full(batch, -jnp.inf, posterior.mean.dtype)
+    nothing = jnp.full(batch, -jnp.inf, jnp.result_type(jnp.float32, *jax.tree.leaves(params)))
     total, _ = lax.scan(add, nothing, jnp.arange(0, num_samples, at_once))
     return total - jnp.log(num_samples)
