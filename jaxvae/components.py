@@ -1,9 +1,9 @@
 """Components by name: registries, and the one-line form `NAME:KEY=VALUE,KEY=VALUE`.
 
-A component is a frozen dataclass whose fields are its options (or a class or function without
-options). A registry lists the components of one kind by name; the command line, its completion
-and the documentation read the names and options from there. Reading never imports anything:
-`Registry.parse` knows registered names only, and `imported` is for what a user types.
+A component is a frozen dataclass whose fields are its options, or a class or function without
+options. A registry lists the components of one kind by name; the command line, its completion
+and the documentation read names and options from it. `Registry.parse` knows registered names only
+and never imports anything; `imported` imports what a user has typed.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ class Registry(Generic[C]):
     """The components of one kind, by name.
 
     Attributes:
-      kind: what they are, as a message names it: "prior".
+      kind: name of the kind in messages, such as "prior".
       entries: a class, or a function or class without options, for each name.
     """
 
@@ -38,12 +38,15 @@ class Registry(Generic[C]):
         return iter(self.entries)
 
     def parse(self, value: Any, expected: str = "", protocol: tuple[str, ...] = ()) -> C:
-        """Return the component that `value` names, or `value` itself where it is an object.
+        """Return the component of a name or specification.
 
         Args:
-          value: a name, a name with options, or a component.
-          expected: what else the field takes, for the message.
-          protocol: attributes that an object must have to be a component of this kind.
+          value: a name, a name with options, or a component, which is returned unchanged.
+          expected: further values that the field accepts, for the message.
+          protocol: attributes that a component of this kind must have.
+
+        Returns:
+          The component.
 
         Raises:
           InputError: an unknown name or option, a wrong value, or an object of another kind.
@@ -76,9 +79,9 @@ class Registry(Generic[C]):
         return build(self.kind, name, self.entries[name], options)
 
     def spec(self, component: Any) -> str:
-        """Return the one-line form of a component, as `config.json` records it.
+        """Return the specification of a component, as `config.json` records it.
 
-        A component of a class that is not registered is named by its dotted path.
+        A component of a class that is not registered is named by the dotted path of the class.
         """
         named = getattr(component, "spec", None)
         if isinstance(named, str):
@@ -98,19 +101,19 @@ class Registry(Generic[C]):
 
 
 class Config:
-    """What the configurations share: the way to and from a JSON object."""
+    """Base class of the configurations: conversion to and from a JSON object."""
 
     _registries: ClassVar[Mapping[str, Registry[Any]]] = {}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as a JSON object: components in their one-line form."""
+        """Return the fields as a JSON object, with the specifications of components."""
         return {
             field.name: self._recorded(field.name)
             for field in dataclasses.fields(self)  # type: ignore[arg-type]
         }
 
     def specs(self) -> dict[str, str]:
-        """Return the components in their one-line form, by field."""
+        """Return the specifications of the components, by field."""
         return {name: r.spec(getattr(self, name)) for name, r in self._registries.items()}
 
     def _recorded(self, name: str) -> Any:
@@ -126,13 +129,15 @@ class Config:
         """Build from a JSON object.
 
         Args:
-          fields: as `to_dict` returned them, or some of them.
-          own: components of the user's own, by field, in the place of those that `fields` names
-            but cannot build.
+          fields: the result of `to_dict`, or some of its fields.
+          **own: components of a user's classes, by field, which cannot be built from `fields`.
+
+        Returns:
+          The configuration.
 
         Raises:
-          InputError: an unknown or wrong field, or another component of the user's own than the
-            recorded one.
+          InputError: an unknown or wrong field, or another component in `own` than the recorded
+            one.
         """
         if not isinstance(fields, Mapping):
             raise InputError(
@@ -154,15 +159,22 @@ class Config:
 
     @classmethod
     def _updated(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        """Return fields that an older version wrote as this one writes them."""
+        """Convert the fields of an older version to those of this one."""
         return fields
 
 
 def parse_spec(kind: str, text: str) -> tuple[str, dict[str, Any]]:
     """Split `NAME:KEY=VALUE,KEY=VALUE` into the name and its options.
 
+    Args:
+      kind: kind of the component, for the message.
+      text: the specification.
+
+    Returns:
+      The name, and the options with values as bool, int, float, str or None.
+
     Raises:
-      InputError: something between the commas is no KEY=VALUE, or a key is there twice.
+      InputError: a part is not of the form KEY=VALUE, or a key occurs twice.
     """
     name, _, rest = text.partition(":")
     options = {}
@@ -179,7 +191,7 @@ def parse_spec(kind: str, text: str) -> tuple[str, dict[str, Any]]:
 
 
 def spec(name: str, component: Any) -> str:
-    """Write a component as NAME:KEY=VALUE,KEY=VALUE, with the options that are not the defaults."""
+    """Write a component as NAME:KEY=VALUE,KEY=VALUE, with the options that differ from defaults."""
     options = []
     if dataclasses.is_dataclass(component) and not isinstance(component, type):
         for field in dataclasses.fields(component):
@@ -190,17 +202,27 @@ def spec(name: str, component: Any) -> str:
 
 
 def written(name: str, options: Iterable[tuple[str, Any]]) -> str:
-    """Write NAME:KEY=VALUE,KEY=VALUE, or NAME where there are no options."""
+    """Write NAME:KEY=VALUE,KEY=VALUE, or NAME if there are no options."""
     return ":".join(filter(None, (name, ",".join(f"{k}={_text(v)}" for k, v in options))))
 
 
 def build(kind: str, name: str, entry: Any, options: Mapping[str, Any]) -> Any:
-    """Return the component that an entry of a registry, or an imported object, makes of options.
+    """Build a component from an entry of a registry, or from an imported object.
+
+    Args:
+      kind: kind of the component, for the message.
+      name: name of the component, for the message.
+      entry: a class or function, which is called with the options; without options, anything else
+        than a class is the component.
+      options: the options.
+
+    Returns:
+      The component.
 
     Raises:
-      InputError: an option that it does not have, or one that it needs is missing.
+      InputError: an unknown option, or a required option is missing.
     """
-    # The class of a NamedTuple is the component itself; its fields are not options.
+    # A NamedTuple class is itself the component; its fields are not options.
     itself = inspect.isclass(entry) and issubclass(entry, tuple)
     if not options and (itself or not inspect.isclass(entry)):
         return entry
@@ -220,7 +242,7 @@ def build(kind: str, name: str, entry: Any, options: Mapping[str, Any]) -> Any:
 
 
 def option_names(entry: Any) -> tuple[str, ...]:
-    """Return the options that a class or function takes by name."""
+    """Return the names of the options of a class or function."""
     return tuple(p.name for p in _parameters(entry))
 
 
@@ -245,12 +267,19 @@ def _needs_object(kind: type, name: str) -> bool:
 
 
 def imported(kind: str, text: str) -> Any:
-    """Import what a user typed as a dotted path, with options: `package.module.Class:scale=2`.
+    """Import a component by dotted path, with options: `package.module.Class:scale=2`.
 
-    Only for what a user types: a name in a file is never imported.
+    Only for paths that a user has typed: names in files are never imported.
+
+    Args:
+      kind: kind of the component, for the message.
+      text: the path, with options.
+
+    Returns:
+      The component.
 
     Raises:
-      InputError: there is no such module or attribute, or its options are wrong.
+      InputError: there is no such module or attribute, or the options are wrong.
     """
     path, options = parse_spec(kind, text)
     module_name, _, attribute = path.rpartition(".")
@@ -266,7 +295,7 @@ def imported(kind: str, text: str) -> Any:
 
 @contextmanager
 def _current_directory_on_path() -> Iterator[None]:
-    """Import from the current directory as `python -m` does, which a console script does not."""
+    """Allow imports from the current directory, as `python -m` does but console scripts do not."""
     if sys.flags.safe_path:
         yield
         return
@@ -279,18 +308,17 @@ def _current_directory_on_path() -> Iterator[None]:
 
 
 def is_dotted_path(text: Any) -> bool:
-    """Whether a value reads as the dotted path of a component of the user's own.
+    """Whether a value has the form of a dotted path, such as that of a user's component.
 
-    One that was made inside a function is included, as the schedules that optax returns.
+    Paths of local functions are included, such as those of the schedules that optax returns.
     """
     name = text.partition(":")[0] if isinstance(text, str) else ""
     parts = name.split(".")
-    # Functions that were defined in another one, or without a name, have such a path as well.
     return len(parts) > 1 and all(p.isidentifier() or p in _UNNAMED for p in parts)
 
 
 def field_docs(config: type) -> dict[str, str]:
-    """Return what the docstring of a class says of its fields, under "Attributes:"."""
+    """Return the descriptions of fields in the "Attributes:" section of a class's docstring."""
     section = (inspect.getdoc(config) or "").partition("\nAttributes:\n")[2].partition("\n\n")[0]
     docs: dict[str, str] = {}
     name = ""

@@ -5,64 +5,64 @@ from typing import Any
 
 
 class InputError(ValueError):
-    """The caller's input is wrong: what was given, what was expected and what to do, in one line.
+    """Wrong input. The message, one line, names the value, what was expected and the remedy.
 
-    The command line prints it without a traceback and exits with code 2.
+    The command line prints the message without a traceback and exits with code 2.
     """
 
     def __init__(self, message: str) -> None:
-        """What the message quotes may be anything: it is shortened, and escaped for terminals."""
+        """Shorten a long message and escape control characters, as it may quote any input."""
         if len(message) > _MOST:
             message = f"{message[: _MOST // 2]} ... {message[-_MOST // 2 + 5 :]}"
         super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
 
 
 class ComponentNeeded(InputError):
-    """A recorded component is the user's own, which no file holds: it has to be handed over."""
+    """A recorded component is of a user's class, which no file contains: pass it as an object."""
 
 
 _MOST = 4000  # characters
 
 
 class TrainingFailed(Exception):
-    """Training cannot go on, as its numbers or the disk went wrong; what it had saved is whole.
+    """Training failed, by divergence or an error of the disk. Saved checkpoints stay valid.
 
-    The command line prints it without a traceback and exits with code 1.
+    The command line prints the message without a traceback and exits with code 1.
     """
 
 
 class Preempted(Exception):
-    """Training was told to stop, and has saved all that it needs to go on.
+    """Training was interrupted by a signal and saved a checkpoint; it can be resumed.
 
-    The command line prints it and exits with code 75, EX_TEMPFAIL: try again.
+    The command line prints the message and exits with code 75 (EX_TEMPFAIL).
     """
 
 
 class Converted(UserWarning):
-    """Pictures of a data set were scaled to 8 bits, composed on white or rotated."""
+    """Images of a data set were scaled to 8 bits, composited on white or rotated."""
 
 
 class Damaged(UserWarning):
-    """Something of a run directory is damaged and was passed over for an older whole one."""
+    """A file of a run directory is damaged: it, or a part, was skipped or an older one used."""
 
 
 class OtherData(UserWarning):
-    """The data set at a run's recorded place is not the one that the run was trained on."""
+    """The data set at the recorded path is not the one that the run was trained on."""
 
 
 class Diverged(UserWarning):
-    """One of many models that are trained at once has diverged; the others are trained on."""
+    """One of several models trained together diverged; training of the others continues."""
 
 
 class NotDrawn(UserWarning):
-    """A figure could not be drawn; the others were."""
+    """A figure could not be drawn; the others were drawn."""
 
 
 def shown(value: Any) -> str:
     """Format a value for a message."""
     try:
         return repr(value)
-    except Exception:  # too many digits, nested too deeply, or raised by its own __repr__
+    except Exception:  # too many digits, too deep nesting, or an error in the value's __repr__
         return f"of type {type(value).__name__}"
 
 

@@ -1,23 +1,23 @@
-"""Bounds on log p(x), and what training minimises.
+"""Objectives of training, and bounds on log p(x).
 
 An objective is a frozen dataclass of its options, called as
 
     loss, terms = objective(params, key, images, labels, beta=..., axis_name=...)
 
-where the loss is [batch], nats per image, and the terms are the ELBO's. `beta` weights all that
-posterior and prior contribute: log p(z) - log q(z|x), or its expectation, the negative KL. All of
-them are written in terms of one primitive, `draw`.
+where the loss is [batch], in nats per image, and the terms are those of the ELBO. `beta` weights
+log p(z) - log q(z|x), or its expectation, the negative KL. All objectives use one primitive,
+`draw`.
 """
 
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import ArrayLike
+from jaxtyping import Array, ArrayLike, Float, Int, Integer, Key, Num
 
 from jaxvae.components import Registry
 from jaxvae.errors import InputError, shown
@@ -25,19 +25,26 @@ from jaxvae.models.distributions import Gaussian
 from jaxvae.models.likelihoods import scale_images
 from jaxvae.models.protocols import Draw, Elbo, Posterior
 from jaxvae.models.vae import Params, decode, encode, prior
-from jaxvae.validation import as_key, is_number, jit, native, whole_number
+from jaxvae.validation import AnyKey, as_key, is_number, jit, native, whole_number
+
+Images = Num[ArrayLike, "batch height width channels"]
+Labels = Integer[ArrayLike, " batch"] | None
+Scalar = Num[Array, ""] | float
+Loss = Float[Array, " batch"]
 
 
+@runtime_checkable
 class Objective(Protocol):
-    """What training minimises: `TrainConfig(objective=...)`.
+    """A loss that training minimises: `TrainConfig(objective=...)`.
 
-    A plain function of (params, keys, images[, labels]) to a loss [batch] and an `Elbo` will do as
-    well; it treats every image on its own, and the configuration's beta does not reach it.
+    It may also be a plain function of (params, keys, images[, labels]) that returns a loss [batch]
+    and an `Elbo`. The loss of an image must then not depend on the other images, and the
+    configuration's beta is not used.
 
     Attributes:
       num_samples: latent samples per image.
-      across_batch: whether an image's loss depends on the others of the batch, which is then
-        taken in one piece and, over several devices, by `axis_name`.
+      across_batch: whether the loss of an image depends on the other images of the batch. The
+        batch is then not split into blocks, and over several devices `axis_name` is passed.
     """
 
     num_samples: int
@@ -46,50 +53,52 @@ class Objective(Protocol):
     def __call__(
         self,
         params: Params,
-        key: jax.Array,
-        images: jax.Array,
-        labels: jax.Array | None = None,
+        key: AnyKey,
+        images: Images,
+        labels: Labels = None,
         *,
-        beta: jax.Array | float = 1.0,
+        beta: Scalar = 1.0,
         axis_name: str | None = None,
-    ) -> tuple[jax.Array, Elbo]:
-        """Compute the loss, [batch] in nats per image, and the terms of the ELBO.
+    ) -> tuple[Loss, Elbo]:
+        """Compute the loss, in nats per image, and the terms of the ELBO.
 
         Args:
           params: the model.
           key: a PRNG key, or [batch] keys, one for each image.
-          images: [batch, height, width, channels], float32 in [0, 1] or uint8.
-          labels: [batch], the images' classes, where the model is conditional.
+          images: float32 in [0, 1], or uint8.
+          labels: classes of the images, if the model is conditional.
           beta: weight of the KL term.
-          axis_name: of the `pmap` whose devices share the batch.
+          axis_name: axis of the `pmap` over which the batch is split.
+
+        Returns:
+          The loss and the ELBO of each image.
         """
 
 
 def draw(
     params: Params,
-    key: jax.Array,
-    images: ArrayLike,
-    labels: ArrayLike | None = None,
+    key: AnyKey,
+    images: Images,
+    labels: Labels = None,
     num_samples: int = 1,
     *,
     path: bool = False,
 ) -> Draw:
-    """Sample the posterior and evaluate everything at the samples.
+    """Sample the posterior and evaluate the log-densities at the samples.
 
     Args:
       params: the model.
       key: a PRNG key, or [batch] keys, one for each image.
-      images: [batch, height, width, channels], float32 in [0, 1] or uint8.
-      labels: [batch], the images' classes, where the model is conditional.
+      images: float32 in [0, 1], or uint8.
+      labels: classes of the images, if the model is conditional.
       num_samples: samples per image.
-      path: whether log q(z|x) is differentiated through z alone and not through the posterior's
-        own parameters.
+      path: differentiate log q(z|x) only through z, not through the parameters of the posterior.
 
     Returns:
       The samples and their log-densities.
 
     Raises:
-      InputError: as of `jaxvae.encode`; `path` of a posterior without `log_prob`.
+      InputError: as in `jaxvae.encode`; `path` with a posterior without `log_prob`.
     """
     posterior = encode(params, images, labels)
     keys = sample_keys(example_keys(key, jnp.shape(images)[0]), num_samples)
@@ -103,20 +112,20 @@ def draw(
 def draw_at(
     params: Params,
     posterior: Posterior,
-    keys: jax.Array,
-    images: ArrayLike,
-    labels: ArrayLike | None = None,
+    keys: Key[Array, "samples batch"],
+    images: Images,
+    labels: Labels = None,
 ) -> Draw:
-    """Sample a posterior by given keys and evaluate everything at the samples.
+    """Sample a posterior by given keys and evaluate the log-densities at the samples.
 
-    A model that evaluates all of it in one pass does so by its own `draw`.
+    If the model has `draw`, which evaluates them in one pass, it is called instead.
 
     Args:
       params: the model.
       posterior: q(z|x) of the images.
-      keys: PRNG keys, [samples, batch].
-      images: [batch, height, width, channels], float32 in [0, 1] or uint8.
-      labels: [batch], the images' classes, where the model is conditional.
+      keys: PRNG keys.
+      images: float32 in [0, 1], or uint8.
+      labels: classes of the images, if the model is conditional.
 
     Returns:
       The samples and their log-densities.
@@ -136,34 +145,38 @@ def draw_at(
     )
 
 
-def samples(posterior: Posterior, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Draw [samples, batch, latent] by [samples, batch] keys; also return log q(z|x) of them."""
+def samples(
+    posterior: Posterior, keys: Key[Array, "samples batch"]
+) -> tuple[Float[Array, "samples batch latent"], Float[Array, "samples batch"]]:
+    """Draw z by a key for each sample; also return log q(z|x), in nats."""
     if len(keys) == 1:
         z, log_q = posterior.sample_and_log_prob(keys[0])
         return z[None], log_q[None]
     return jax.vmap(posterior.sample_and_log_prob)(keys)
 
 
-def sample_keys(keys: jax.Array, num_samples: int) -> jax.Array:
-    """Return keys of samples, [samples, batch], from a key of each image, [batch]."""
+def sample_keys(keys: Key[Array, " batch"], num_samples: int) -> Key[Array, "samples batch"]:
+    """Derive a key for each sample from the key of its image; a single sample takes the key."""
     return keys[None] if num_samples == 1 else numbered_keys(keys, jnp.arange(num_samples))
 
 
-def numbered_keys(keys: jax.Array, numbers: jax.Array) -> jax.Array:
-    """Return the keys of the samples of these numbers, [samples, batch]."""
+def numbered_keys(
+    keys: Key[Array, " batch"], numbers: Int[Array, " samples"]
+) -> Key[Array, "samples batch"]:
+    """Derive the keys of the samples with these numbers from the keys of the images."""
     fold_in = jax.vmap(jax.random.fold_in, (0, None))
     return jax.vmap(lambda number: fold_in(keys, number))(numbers)
 
 
 def log_likelihood_at(
-    params: Params, z: jax.Array, images: ArrayLike, labels: ArrayLike | None
-) -> jax.Array:
-    """Compute log p(x|z) of samples [samples, batch, latent]: [samples, batch], in nats.
+    params: Params, z: Float[Array, "samples batch latent"], images: Images, labels: Labels
+) -> Float[Array, "samples batch"]:
+    """Compute log p(x|z) of samples, in nats.
 
-    The samples are rows of one batch: convolutions under `vmap` take half as long again.
+    The samples are decoded as one batch: convolutions under `vmap` take 1.5 times as long.
     """
 
-    def repeated(x: jax.Array) -> jax.Array:
+    def repeated(x: Num[Array, "batch ..."]) -> Num[Array, "rows ..."]:
         return jnp.broadcast_to(x, (len(z), *x.shape)).reshape(-1, *x.shape[1:])
 
     images = repeated(jnp.asarray(native(images)))
@@ -173,9 +186,7 @@ def log_likelihood_at(
 
 
 @jit()
-def elbo(
-    params: Params, key: jax.Array, images: ArrayLike, labels: ArrayLike | None = None
-) -> Elbo:
+def elbo(params: Params, key: AnyKey, images: Images, labels: Labels = None) -> Elbo:
     """Estimate the evidence lower bound on log p(x) with one sample per image.
 
         ELBO(x) = E_q(z|x)[log p(x|z)] - KL(q(z|x) || p(z))
@@ -186,14 +197,14 @@ def elbo(
     Args:
       params: the model.
       key: a PRNG key, or [batch] keys, one for each image.
-      images: [batch, height, width, channels], float32 in [0, 1] or uint8.
-      labels: [batch], the images' classes, where the model is conditional.
+      images: float32 in [0, 1], or uint8.
+      labels: classes of the images, if the model is conditional.
 
     Returns:
-      Elbo, each field [batch], nats per image.
+      The bound and its terms, each [batch], in nats per image.
 
     Raises:
-      InputError: images of another shape than the model's; labels as of `jaxvae.encode`.
+      InputError: images of another shape than the model's; labels as in `jaxvae.encode`.
 
     References:
       Kingma and Welling (2014), Auto-Encoding Variational Bayes, equation 10.
@@ -207,12 +218,12 @@ class ELBO:
 
         loss = -E_q(z|x)[log p(x|z)] + beta KL(q(z|x) || p(z))
 
-    With free bits lambda, a latent whose KL is below lambda on the batch's average costs lambda:
+    With free bits lambda, the KL of a latent counts as lambda where its batch mean is below that:
 
         loss = -E_q(z|x)[log p(x|z)] + beta sum_j max(lambda, mean_x KL_j)
 
     Attributes:
-      num_samples: samples of the posterior, averaged over.
+      num_samples: number of posterior samples, over which the loss is averaged.
       free_bits: lambda, KL per latent in nats below which it is not penalised; needs a Gaussian
         posterior and the standard normal prior.
 
@@ -230,20 +241,20 @@ class ELBO:
 
     @property
     def across_batch(self) -> bool:
-        """Whether there are free bits, which depend on the batch's average KL."""
+        """Whether there are free bits, which depend on the batch mean of the KL."""
         return self.free_bits > 0
 
     def __call__(
         self,
         params: Params,
-        key: jax.Array,
-        images: jax.Array,
-        labels: jax.Array | None = None,
+        key: AnyKey,
+        images: Images,
+        labels: Labels = None,
         *,
-        beta: jax.Array | float = 1.0,
+        beta: Scalar = 1.0,
         axis_name: str | None = None,
-    ) -> tuple[jax.Array, Elbo]:
-        """Compute the loss and the ELBO's terms, as of `Objective`."""
+    ) -> tuple[Loss, Elbo]:
+        """Compute the loss and the ELBO's terms, as in `Objective`."""
         drawn = draw(params, key, images, labels, self.num_samples)
         terms = drawn.elbo()
         kl = terms.kl
@@ -264,17 +275,17 @@ class ELBO:
 
 @dataclass(frozen=True)
 class StickingTheLanding:
-    """The negative ELBO by samples, with the path derivative as its gradient.
+    """The negative ELBO estimated by samples, with the path derivative as its gradient.
 
         loss = -(log p(x|z) + beta (log p(z) - log q(z|x))),    z = mean + exp(log_var / 2) eps
 
-    log q(z|x) is differentiated through z alone, not through its own mean and log_var. What is
-    left out has expectation 0, and is all that varies where q(z|x) is the true posterior. As an
-    estimator of a gradient it cannot be differentiated a second time: what is left out has a
-    derivative whose expectation is not 0. For second derivatives take "elbo".
+    log q(z|x) is differentiated only through z, not through mean and log_var. The omitted term has
+    expectation 0, and is the only source of variance where q(z|x) is the true posterior. Second
+    derivatives are wrong, as the derivative of the omitted term does not have expectation 0: use
+    "elbo" for them.
 
     Attributes:
-      num_samples: samples of the posterior, averaged over.
+      num_samples: number of posterior samples, over which the loss is averaged.
 
     References:
       Roeder, Wu and Duvenaud (2017), Sticking the Landing, equation 7.
@@ -289,14 +300,14 @@ class StickingTheLanding:
     def __call__(
         self,
         params: Params,
-        key: jax.Array,
-        images: jax.Array,
-        labels: jax.Array | None = None,
+        key: AnyKey,
+        images: Images,
+        labels: Labels = None,
         *,
-        beta: jax.Array | float = 1.0,
+        beta: Scalar = 1.0,
         axis_name: str | None = None,
-    ) -> tuple[jax.Array, Elbo]:
-        """Compute the loss and the ELBO's terms, as of `Objective`.
+    ) -> tuple[Loss, Elbo]:
+        """Compute the loss and the ELBO's terms, as in `Objective`.
 
         Raises:
           InputError: a posterior without `log_prob`.
@@ -328,14 +339,14 @@ class ImportanceWeighted:
     def __call__(
         self,
         params: Params,
-        key: jax.Array,
-        images: jax.Array,
-        labels: jax.Array | None = None,
+        key: AnyKey,
+        images: Images,
+        labels: Labels = None,
         *,
-        beta: jax.Array | float = 1.0,
+        beta: Scalar = 1.0,
         axis_name: str | None = None,
-    ) -> tuple[jax.Array, Elbo]:
-        """Compute the loss and the ELBO's terms, as of `Objective`."""
+    ) -> tuple[Loss, Elbo]:
+        """Compute the loss and the ELBO's terms, as in `Objective`."""
         drawn = draw(params, key, images, labels, self.num_samples)
         log_w = drawn.log_likelihood - beta * drawn.log_ratio
         return -_log_mean_exp(log_w) + drawn.penalty, drawn.elbo(exact=False)
@@ -343,19 +354,19 @@ class ImportanceWeighted:
 
 @dataclass(frozen=True)
 class DoublyReparameterized:
-    """The negative importance-weighted bound, its encoder's gradient reparameterized twice.
+    """The negative importance-weighted bound, with a doubly reparameterized encoder gradient.
 
-    With v_i = w_i / sum_j w_j, and log q in log w_i differentiated through z_i alone:
+    With v_i = w_i / sum_j w_j, and log q in log w_i differentiated only through z_i:
 
         decoder, prior   sum_i v_i   d log w_i / d theta
         encoder          sum_i v_i^2 (d log w_i / d z_i) (d z_i / d phi)
 
-    It has the expectation of the bound's own gradient, and less variance. At another beta than 1,
-    by the same argument, v_i^2 is (1 - beta) v_i + beta v_i^2.
+    The expectation is that of the gradient of "iwae", and the variance is lower. For other beta
+    than 1, the same derivation gives (1 - beta) v_i + beta v_i^2 in the place of v_i^2.
 
-    Derivatives by the images and by beta are reparameterized alike, and have the expectation of
-    the bound's own; those of the terms are of the averages that they are. As an estimator of a
-    gradient it cannot be differentiated a second time: for that take "iwae".
+    Derivatives by the images and by beta are doubly reparameterized too, and have the expectation
+    of those of "iwae". The derivatives of the ELBO's terms are those of plain averages. Second
+    derivatives are wrong: use "iwae" for them.
 
     Attributes:
       num_samples: k.
@@ -374,22 +385,22 @@ class DoublyReparameterized:
     def __call__(
         self,
         params: Params,
-        key: jax.Array,
-        images: jax.Array,
-        labels: jax.Array | None = None,
+        key: AnyKey,
+        images: Images,
+        labels: Labels = None,
         *,
-        beta: jax.Array | float = 1.0,
+        beta: Scalar = 1.0,
         axis_name: str | None = None,
-    ) -> tuple[jax.Array, Elbo]:
-        """Compute the loss and the ELBO's terms, as of `Objective`.
+    ) -> tuple[Loss, Elbo]:
+        """Compute the loss and the ELBO's terms, as in `Objective`.
 
         Raises:
           InputError: a posterior without `log_prob`.
         """
         posterior = with_log_prob(encode(params, images, labels))
-        keys = example_keys(key, len(images))
+        keys = example_keys(key, jnp.shape(images)[0])
         z, _ = samples(posterior, sample_keys(keys, self.num_samples))
-        images = scale_images(images)  # which may be differentiated by, as uint8 may not
+        images = scale_images(images)  # to floats, as the custom derivative includes the images
         bound, (log_p_x, log_ratio) = _doubly(
             params, z, beta, lax.stop_gradient(posterior), images, native(labels)
         )
@@ -400,16 +411,16 @@ class DoublyReparameterized:
 @jax.custom_jvp
 def _doubly(
     params: Params,
-    z: jax.Array,
-    beta: jax.Array | float,
+    z: Float[Array, "samples batch latent"],
+    beta: Scalar,
     posterior: Any,
-    images: jax.Array,
-    labels: jax.Array | None,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Compute the importance-weighted bound, and what its weights are made of.
+    images: Images,
+    labels: Labels,
+) -> tuple[Loss, tuple[Float[Array, "samples batch"], Float[Array, "samples batch"]]]:
+    """Compute the importance-weighted bound, log p(x|z) and log q(z|x) - log p(z).
 
-    In the bound's derivative through z_i, v_i counts as (1 - beta) v_i + beta v_i^2. By the
-    posterior, which is held fixed, there is no derivative.
+    In the derivative of the bound through z_i, v_i is replaced by (1 - beta) v_i + beta v_i^2. The
+    posterior is held fixed: there is no derivative by it.
     """
     log_w, parts = _log_weights(params, z, beta, posterior, images, labels)
     return _log_mean_exp(log_w), parts
@@ -420,11 +431,11 @@ def _doubly_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[An
     params, z, beta, posterior, images, labels = primals
     of_params, of_z, of_beta, _, of_images, _ = tangents
 
-    def log_weights(params: Params, z: jax.Array, beta: Any, images: jax.Array) -> Any:
+    def log_weights(params: Params, z: Array, beta: Any, images: Array) -> Any:
         return _log_weights(params, z, beta, posterior, images, labels)
 
-    # Of all samples at once, as the weights v depend on all of them. The networks are evaluated
-    # here; both uses of the derivative are linear, and the second is dropped where it is not used.
+    # All samples at once, as each v_i depends on all of them. The networks are evaluated only here:
+    # `derivative` is linear, and its second call is eliminated if the result is not used.
     (log_w, parts), derivative = jax.linearize(log_weights, params, z, beta, images)
     v = jax.nn.softmax(log_w, axis=0)
     scaled = ((1 - beta) + beta * v)[..., None] * of_z
@@ -435,13 +446,16 @@ def _doubly_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[An
 
 def _log_weights(
     params: Params,
-    z: jax.Array,
-    beta: jax.Array | float,
+    z: Float[Array, "samples batch latent"],
+    beta: Scalar,
     posterior: Any,
-    images: jax.Array,
-    labels: jax.Array | None,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Compute log w of samples [samples, batch, latent], and log p(x|z) and log q - log p(z)."""
+    images: Images,
+    labels: Labels,
+) -> tuple[
+    Float[Array, "samples batch"],
+    tuple[Float[Array, "samples batch"], Float[Array, "samples batch"]],
+]:
+    """Compute log w of samples, with log p(x|z) and log q(z|x) - log p(z)."""
     log_ratio = posterior.log_prob(z) - prior(params).log_prob(z)
     log_p_x = log_likelihood_at(params, z, images, labels)
     return log_p_x - beta * log_ratio, (log_p_x, log_ratio)
@@ -459,8 +473,8 @@ class BetaTC:
 
         log q(z) = log 1/M sum_m q(z|x_m)
 
-    The paper divides by the number N of training images besides, which moves the parts by
-    constants and leaves the gradient as it is.
+    The paper also divides by the number N of training images, which shifts the parts by constants
+    and does not change the gradient.
 
     References:
       Chen, Li, Grosse and Duvenaud (2018), Isolating Sources of Disentanglement in Variational
@@ -473,14 +487,14 @@ class BetaTC:
     def __call__(
         self,
         params: Params,
-        key: jax.Array,
-        images: jax.Array,
-        labels: jax.Array | None = None,
+        key: AnyKey,
+        images: Images,
+        labels: Labels = None,
         *,
-        beta: jax.Array | float = 1.0,
+        beta: Scalar = 1.0,
         axis_name: str | None = None,
-    ) -> tuple[jax.Array, Elbo]:
-        """Compute the loss and the ELBO's terms, as of `Objective`.
+    ) -> tuple[Loss, Elbo]:
+        """Compute the loss and the ELBO's terms, as in `Objective`.
 
         Raises:
           InputError: a posterior that is not Gaussian.
@@ -493,7 +507,7 @@ class BetaTC:
                 "posterior 'gaussian'"
             )
         others = _gathered(drawn.posterior, axis_name)
-        # [z, x, latent]
+        # log q(z_j|x_m) for every pair: [z, x, latent].
         log_q = Gaussian(others.mean, others.log_var).log_prob_per_latent(z[:, None])
         log_m = math.log(len(others.mean))
         log_q_z = jax.nn.logsumexp(jnp.sum(log_q, axis=-1), axis=1) - log_m
@@ -508,21 +522,21 @@ class BetaTC:
 
 @dataclass(frozen=True)
 class MaximumMeanDiscrepancy:
-    """The negative ELBO and the discrepancy between aggregate posterior and prior.
+    """The negative ELBO plus the discrepancy between the aggregate posterior and the prior.
 
         loss = -E_q(z|x)[log p(x|z)] + beta KL(q(z|x) || p(z)) + lambda MMD^2(q(z), p(z))
 
         MMD^2 = E[k(z, z')] + E[k(y, y')] - 2 E[k(z, y)],    z, z' ~ q(z),  y, y' ~ p(z)
         k(z, y) = C / (C + |z - y|^2),    C = 2 latent_dim
 
-    At beta 0 a Wasserstein autoencoder, at beta 1 - alpha the InfoVAE. The expectations are
-    over pairs of different images of the batch. Over a prior of K components of weights w_k they
-    are sums, as the choice of a component has no derivative by its weights:
+    With beta 0 it is a Wasserstein autoencoder, with beta 1 - alpha the InfoVAE. The expectations
+    are over pairs of different images of the batch. For a prior of K components with weights w_k,
+    they are sums over the components, as sampling a component has no derivative by the weights:
 
         E[f(y)] = sum_k w_k E[f(y_k)],    y_k ~ component k
 
     Attributes:
-      weight: lambda, nats.
+      weight: lambda, in nats.
 
     References:
       Zhao, Song and Ermon (2019), InfoVAE, equation 6. Tolstikhin et al. (2018), Wasserstein
@@ -539,50 +553,52 @@ class MaximumMeanDiscrepancy:
     def __call__(
         self,
         params: Params,
-        key: jax.Array,
-        images: jax.Array,
-        labels: jax.Array | None = None,
+        key: AnyKey,
+        images: Images,
+        labels: Labels = None,
         *,
-        beta: jax.Array | float = 1.0,
+        beta: Scalar = 1.0,
         axis_name: str | None = None,
-    ) -> tuple[jax.Array, Elbo]:
-        """Compute the loss and the ELBO's terms, as of `Objective`."""
+    ) -> tuple[Loss, Elbo]:
+        """Compute the loss and the ELBO's terms, as in `Objective`."""
         drawn = draw(params, key, images, labels)
         z, terms, p_z = drawn.z[0], drawn.elbo(), prior(params)
         keys = example_keys(key, len(z))
-        # A prior that is no mixture is one component.
+        # A prior without components counts as one component.
         of_component = getattr(p_z, "sample_component", lambda key, k: p_z.sample(key, 1)[0])
         prior_weights = getattr(p_z, "weights", jnp.ones(1, z.dtype))
         all_z = _gathered(z, axis_name)
         c, batch, whole = 2 * z.shape[1], len(z), len(all_z)
         first = _first(axis_name, batch)
 
-        # Draw i of the batch's is of component i mod K. Every component has two draws or more, so
-        # that there are pairs of each with each.
+        # Draw i of the batch is from component i mod K. Every component has two draws or more, as
+        # the sums need pairs of draws from the same component.
         components = len(prior_weights)
         each = -(-2 * components // whole)
         own = first * each + jnp.arange(batch * each)
         everyone = jnp.arange(whole * each)
-        draws = (len(everyone) - 1 - jnp.arange(components)) // components + 1  # of each component
+        draws = (len(everyone) - 1 - jnp.arange(components)) // components + 1  # per component
         draws = draws.astype(z.dtype)
         weights = (prior_weights / draws)[everyone % components]
 
-        def draws_of(key: jax.Array, own: jax.Array) -> jax.Array:
+        def draws_of(
+            key: Key[Array, ""], own: Int[Array, " draws"]
+        ) -> Float[Array, "draws latent"]:
             keys = jax.vmap(partial(jax.random.fold_in, key))(1 + jnp.arange(each))
             return jax.vmap(of_component)(keys, own % components)
 
         y = jax.vmap(draws_of)(keys, own.reshape(batch, each)).reshape(-1, z.shape[1])
         all_y = _gathered(y, axis_name)
 
-        def kernel(a: jax.Array, b: jax.Array) -> jax.Array:
-            # |a - b|^2 by one matrix product: beside C the rounding does not show, and differences
-            # of a thousand draws take fifty times as long.
+        def kernel(a: Float[Array, "n latent"], b: Float[Array, "m latent"]) -> Float[Array, "n m"]:
+            # |a - b|^2 by one matrix product: its rounding error is small relative to C, and the
+            # differences themselves, of a thousand draws, take fifty times as long.
             products = jnp.matmul(a, b.T, precision=lax.Precision.HIGHEST)
             return c / (c + jnp.sum(a**2, axis=1)[:, None] + jnp.sum(b**2, axis=1) - 2 * products)
 
         others = jnp.arange(whole) != (first + jnp.arange(batch))[:, None]
         of_z = jnp.sum(jnp.where(others, kernel(z, all_z), 0), axis=1) / max(1, whole - 1)
-        # Of n draws of a component, n (n - 1) ordered pairs stand for all n^2.
+        # Of n draws from a component, the n (n - 1) pairs of different draws represent all n^2.
         alike = own[:, None] % components == everyone % components
         pairs = jnp.where(alike, (draws / (draws - 1))[own % components][:, None], 1)
         pairs = jnp.where(own[:, None] == everyone, 0, pairs) * weights[own][:, None] * weights
@@ -607,10 +623,16 @@ OBJECTIVES: Registry[Any] = Registry(
 
 
 def parse_objective(value: Any) -> Any:
-    """Return the objective that `value` names, or `value` itself where it is a function.
+    """Return the objective of a name or specification.
+
+    Args:
+      value: a name, a name with options, an objective or a function.
+
+    Returns:
+      The objective; an object or a function is returned unchanged.
 
     Raises:
-      InputError: an unknown name or option, or no function.
+      InputError: an unknown name or option, or something that cannot be called.
     """
     if not isinstance(value, str) and not callable(value):
         raise InputError(f"objective is {shown(value)}: expected a name or a function")
@@ -619,16 +641,16 @@ def parse_objective(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class NoWarmup:
-    """beta as it is."""
+    """A constant beta."""
 
-    def __call__(self, beta: jax.Array | float, step: jax.Array) -> jax.Array | float:
+    def __call__(self, beta: Scalar, step: Int[Array, ""]) -> Scalar:
         """Return beta."""
         return beta
 
 
 @dataclass(frozen=True)
 class Linear:
-    """beta grows linearly over the first steps.
+    """A beta that grows linearly over the first W steps.
 
         beta min(1, step / W)
 
@@ -644,14 +666,14 @@ class Linear:
     def __post_init__(self) -> None:
         object.__setattr__(self, "steps", whole_number("steps", self.steps))
 
-    def __call__(self, beta: jax.Array | float, step: jax.Array) -> jax.Array | float:
+    def __call__(self, beta: Scalar, step: Int[Array, ""]) -> Scalar:
         """Return beta at a step."""
         return beta * jnp.minimum(1, step / self.steps)
 
 
 @dataclass(frozen=True)
 class Cyclical(Linear):
-    """beta grows linearly over W steps, stays for W, and starts again from 0.
+    """A beta that grows linearly over W steps, is constant for W, and starts again from 0.
 
         beta min(1, (step mod 2 W) / W)
 
@@ -663,7 +685,7 @@ class Cyclical(Linear):
       the growth.
     """
 
-    def __call__(self, beta: jax.Array | float, step: jax.Array) -> jax.Array | float:
+    def __call__(self, beta: Scalar, step: Int[Array, ""]) -> Scalar:
         """Return beta at a step."""
         return super().__call__(beta, step % (2 * self.steps))
 
@@ -673,16 +695,20 @@ WARMUPS: Registry[Any] = Registry(
 )
 
 
-def example_keys(key: ArrayLike, batch: int, first: jax.Array | int = 0) -> jax.Array:
-    """Return one key for each example, by its index: [batch] keys, of Threefry.
+def example_keys(key: AnyKey, batch: int, first: Int[Array, ""] | int = 0) -> Key[Array, " batch"]:
+    """Derive a Threefry key for each example from its index.
 
-    An example's noise then depends neither on the device nor on the block that computes it. That
-    holds for keys of every implementation ("rbg" too), whose bits are taken for Threefry's.
+    The noise of an example then does not depend on the device or the block that computes it, for
+    keys of every implementation ("rbg" too), which are converted to Threefry.
 
     Args:
-      key: one PRNG key; [batch] keys are handed back as they are.
+      key: one PRNG key; [batch] keys are returned as Threefry keys.
       batch: number of examples.
-      first: index of the first of them.
+      first: index of the first example.
+
+    Returns:
+      The keys.
+
     Raises:
       InputError: another number of keys than one or `batch`.
     """
@@ -695,10 +721,10 @@ def example_keys(key: ArrayLike, batch: int, first: jax.Array | int = 0) -> jax.
 
 
 def with_log_prob(posterior: Any) -> Any:
-    """Return a posterior whose density is known at any z.
+    """Return the posterior if it can evaluate its density at any z.
 
     Raises:
-      InputError: it has no `log_prob`, as a flow's is known at its own samples alone.
+      InputError: the posterior has no `log_prob`, such as that of a flow.
     """
     if not hasattr(posterior, "log_prob"):
         raise InputError(
@@ -708,7 +734,7 @@ def with_log_prob(posterior: Any) -> Any:
     return posterior
 
 
-def _log_mean_exp(log_weights: jax.Array) -> jax.Array:
+def _log_mean_exp(log_weights: Float[Array, "samples batch"]) -> Loss:
     return jax.nn.logsumexp(log_weights, axis=0) - math.log(len(log_weights))
 
 
@@ -724,17 +750,17 @@ def _check_number(objective: Any, name: str) -> None:
     object.__setattr__(objective, name, float(value))
 
 
-def _mean(x: jax.Array, axis_name: str | None) -> jax.Array:
-    """Over the whole batch."""
+def _mean(x: Float[Array, "batch latent"], axis_name: str | None) -> Float[Array, " latent"]:
+    """Compute the mean over the whole batch."""
     mean = jnp.mean(x, axis=0)
     return lax.pmean(mean, axis_name) if axis_name else mean
 
 
 def _gathered(tree: Any, axis_name: str | None) -> Any:
-    """The rows of all devices that share the batch, in their order."""
+    """Gather the rows of all devices over which the batch is split, in order."""
     return lax.all_gather(tree, axis_name, tiled=True) if axis_name else tree
 
 
-def _first(axis_name: str | None, batch: int) -> jax.Array | int:
-    """The index, in the whole batch, of this device's first image."""
+def _first(axis_name: str | None, batch: int) -> Int[Array, ""] | int:
+    """Return the index, in the whole batch, of this device's first image."""
     return lax.axis_index(axis_name) * batch if axis_name else 0

@@ -1,7 +1,7 @@
-"""What the arguments of the public functions must be.
+"""Checks of the arguments of the public functions.
 
-Shapes and types are checked always. Values are checked where they are known, which inside `jit`
-they are not: images of floats have to lie between 0 and 1, labels have to be classes of the model.
+Shapes and types are always checked. Values are checked where they are known, which they are not
+inside `jit`: float images must be between 0 and 1, and labels must be classes of the model.
 """
 
 import functools
@@ -12,24 +12,30 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, ArrayLike, Key, UInt32
 
 from jaxvae.errors import InputError, shown
+
+AnyKey = Key[Array, "..."] | UInt32[ArrayLike, "..."]  # one PRNG key or several, typed or raw
 
 P = ParamSpec("P")
 R = TypeVar("R")
 _THREEFRY = "threefry2x32"
-_ROUNDING = 1e-3  # how far resizing or half precision may take an image's values beyond 0 and 1
+_ROUNDING = 1e-3  # tolerance for values that resizing or half precision moves outside [0, 1]
 
 
 def jit(*, wait: bool = True, **options: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Return `jax.jit`, where arguments that are wrong end as InputError.
+    """Make a decorator like `jax.jit` which raises InputError for wrong arguments.
 
-    What JAX cannot take is looked at once JAX has refused it. The values of images and labels are
-    checked beforehand; of uint8 images there is nothing to check.
+    Values of images and labels are checked before the call; uint8 images need no check. Other
+    arguments are examined only after JAX has refused them.
 
     Args:
-      wait: whether to check values that only an accelerator knows, which means to wait for it.
-      options: as of `jax.jit`.
+      wait: whether to check values on an accelerator, which waits for their computation.
+      **options: options of `jax.jit`.
+
+    Returns:
+      The decorator.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -40,7 +46,7 @@ def jit(*, wait: bool = True, **options: Any) -> Callable[[Callable[P, R]], Call
 
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            # Once it has seen an array, `jax.jit` takes one of the other byte order for the same.
+            # The cache of `jax.jit` does not distinguish the byte orders of NumPy arrays.
             if any(map(_is_swapped, (*args, *kwargs.values()))):
                 args = tuple(map(native, args))  # type: ignore[assignment]
                 kwargs = {name: native(x) for name, x in kwargs.items()}  # type: ignore[assignment]
@@ -60,7 +66,7 @@ def jit(*, wait: bool = True, **options: Any) -> Callable[[Callable[P, R]], Call
                 _refuse(signature.bind(*args, **kwargs).arguments)
                 raise
 
-        for name in ("lower", "trace", "eval_shape", "clear_cache"):  # as of what `jax.jit` gives
+        for name in ("lower", "trace", "eval_shape", "clear_cache"):  # methods of a jitted function
             setattr(call, name, getattr(jitted, name))
         return call
 
@@ -68,7 +74,7 @@ def jit(*, wait: bool = True, **options: Any) -> Callable[[Callable[P, R]], Call
 
 
 def native(x: Any) -> Any:
-    """Return a NumPy array of the other byte order in this machine's own; all else as it is."""
+    """Convert a NumPy array to the machine's byte order; return anything else unchanged."""
     return x.astype(x.dtype.newbyteorder("=")) if _is_swapped(x) else x
 
 
@@ -77,9 +83,14 @@ def _is_swapped(x: Any) -> bool:
 
 
 def expect_unit_interval(images: Any, *, wait: bool = True) -> None:
-    """Raise InputError if images of floats are known to have values beyond 0 and 1.
+    """Raise InputError if float images are known to have values outside [0, 1].
 
-    wait: as of `jit`.
+    Args:
+      images: of any type; only floats are checked.
+      wait: as in `jit`.
+
+    Raises:
+      InputError: NaN, or values outside [0, 1].
     """
     if getattr(images, "dtype", None) == np.uint8:
         return
@@ -92,7 +103,16 @@ def expect_unit_interval(images: Any, *, wait: bool = True) -> None:
 
 
 def _expect_classes(model: Any, labels: Any, wait: bool) -> None:
-    """Raise InputError if labels are known to be no classes of a model, or of a state's model."""
+    """Raise InputError if labels are known to be outside the classes of the model.
+
+    Args:
+      model: `Params` or a training state; anything else is not checked.
+      labels: classes.
+      wait: as in `jit`.
+
+    Raises:
+      InputError: labels below 0, or not below the number of classes.
+    """
     config = getattr(getattr(model, "params", model), "config", None)
     classes = getattr(config, "num_classes", 0)
     found = _extremes(labels, jnp.integer, wait) if classes else None
@@ -104,7 +124,7 @@ def _expect_classes(model: Any, labels: Any, wait: bool) -> None:
 
 
 def _extremes(x: Any, kind: Any, wait: bool) -> tuple[Any, Any] | None:
-    """Return the least and the greatest number of an array of this kind, where they are known."""
+    """Return the minimum and maximum of an array of this kind; None if they are not known."""
     if isinstance(x, jax.core.Tracer):
         return None
     if isinstance(x, jax.Array):
@@ -113,7 +133,7 @@ def _extremes(x: Any, kind: Any, wait: bool) -> tuple[Any, Any] | None:
         if not _on_host(x):
             if not wait or not x.size or not jnp.issubdtype(x.dtype, kind):
                 return None
-            with jax.ensure_compile_time_eval():  # it may be a constant of an outer function
+            with jax.ensure_compile_time_eval():  # x may be a constant of a function being traced
                 return jnp.min(x).item(), jnp.max(x).item()
     try:
         array = np.asarray(x)
@@ -129,7 +149,18 @@ def _on_host(x: jax.Array) -> bool:
 
 
 def as_array(name: str, x: Any) -> jax.Array:
-    """`x` as an array, or InputError where it is none of numbers."""
+    """Convert an argument to an array.
+
+    Args:
+      name: of the argument, for the message.
+      x: array-like.
+
+    Returns:
+      The array.
+
+    Raises:
+      InputError: not an array of numbers.
+    """
     try:
         if x is None:
             raise TypeError
@@ -139,10 +170,20 @@ def as_array(name: str, x: Any) -> jax.Array:
 
 
 def as_key(key: Any, *, several: bool = False) -> jax.Array:
-    """A PRNG key, or several, typed or raw: as typed ones of Threefry, or InputError.
+    """Convert a PRNG key to a typed Threefry key.
 
-    Under `vmap`, a key of another implementation ("rbg", "unsafe_rbg") draws numbers that depend
-    on the other keys of the batch. The first 64 bits of it are taken for a Threefry key.
+    Keys of other implementations ("rbg", "unsafe_rbg") draw numbers which, under `vmap`, depend on
+    the other keys of the batch. Their first 64 bits become a Threefry key.
+
+    Args:
+      key: typed or raw.
+      several: whether an array of keys is allowed.
+
+    Returns:
+      The key, or the keys.
+
+    Raises:
+      InputError: not a PRNG key, or several where one was expected.
     """
     if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
         try:
@@ -159,13 +200,13 @@ def as_key(key: Any, *, several: bool = False) -> jax.Array:
 
 
 def expect_real(name: str, x: jax.Array) -> None:
-    """Raises InputError unless an array is of whole numbers or floats."""
+    """Raise InputError unless the dtype is an integer or floating type."""
     if not jnp.issubdtype(x.dtype, jnp.floating) and not jnp.issubdtype(x.dtype, jnp.integer):
         raise InputError(f"{name} are of type {x.dtype}: expected floats")
 
 
 def expect_number(name: str, x: Any) -> None:
-    """Raises InputError unless `x` is one number."""
+    """Raise InputError unless `x` is a scalar."""
     array = as_array(name, x)
     expect_real(name, array)
     if array.shape:
@@ -173,13 +214,13 @@ def expect_number(name: str, x: Any) -> None:
 
 
 def expect_config(name: str, config: Any, kind: type) -> None:
-    """Raises InputError unless `config` is of this kind."""
+    """Raise InputError unless `config` is an instance of the class."""
     if not isinstance(config, kind):
         raise InputError(f"{name} is {shown(config)}: expected a {kind.__name__}")
 
 
 def _refuse(arguments: Mapping[str, Any]) -> None:
-    """Raises InputError for the first argument that is none."""
+    """Raise InputError for the first argument of a wrong type, if any."""
     for name, value in arguments.items():
         if name in ("params", "state"):
             made_by = {"params": "jaxvae.init", "state": "jaxvae.create_train_state"}[name]
@@ -208,7 +249,20 @@ def _kind(x: Any) -> str:
 
 
 def whole_number(name: str, value: Any, least: int = 1, most: int = 2**31 - 1) -> int:
-    """`value` as an int from `least` to `most`; anything that counts as an index will do."""
+    """Convert an option to an int.
+
+    Args:
+      name: of the option, for the message.
+      value: anything with `__index__` except a bool.
+      least: smallest allowed value.
+      most: largest allowed value.
+
+    Returns:
+      The number.
+
+    Raises:
+      InputError: not a whole number, or out of range.
+    """
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -225,4 +279,5 @@ def whole_number(name: str, value: Any, least: int = 1, most: int = 2**31 - 1) -
 
 
 def is_number(value: Any) -> bool:
+    """Whether a value is an int or a float; a bool is not."""
     return isinstance(value, int | float) and not isinstance(value, bool)

@@ -3,17 +3,17 @@
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, ArrayLike, Float, Int, Integer, Key, Num, UInt32
+from jaxtyping import Array, ArrayLike, Float, Int, Integer, Num
 
 from jaxvae.models.vae import Params, encode, expected_images, expected_labels
 from jaxvae.objectives import draw_at, example_keys, numbered_keys
-from jaxvae.validation import jit, whole_number
+from jaxvae.validation import AnyKey, jit, whole_number
 
 
 @jit(static_argnames="num_samples")
 def log_likelihood(
     params: Params,
-    key: Key[Array, "..."] | UInt32[ArrayLike, "..."],
+    key: AnyKey,
     images: Num[ArrayLike, "batch height width channels"],
     num_samples: int = 5000,
     labels: Integer[ArrayLike, " batch"] | None = None,

@@ -1,4 +1,4 @@
-"""The architecture of a VAE, as a frozen configuration that checks itself."""
+"""The configuration of a model's architecture."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -28,8 +28,8 @@ class ModelConfig(Config):
     """The architecture of a VAE; the defaults are the notebook's.
 
     `network`, `likelihood`, `prior` and `posterior` take a name, a name with options
-    ("mixture:components=100") or an object (`priors.Mixture(components=100)`), which may be your
-    own: see `jaxvae.models.protocols`. A network may also be a pair of Flax modules
+    ("mixture:components=100") or an object (`priors.Mixture(components=100)`). An object may be of
+    a user's class: see `jaxvae.models.protocols`. A network may also be a pair of Flax modules
     (encoder, decoder).
 
     Attributes:
@@ -98,7 +98,7 @@ class ModelConfig(Config):
 
     @classmethod
     def _updated(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        """Take the fields of version 0.1, whose options were fields of their own."""
+        """Convert the fields of version 0.1, which had a field for each option."""
         if fields.get("network") == "notebook":
             fields["network"] = "conv"
         width = fields.pop("width", None)
@@ -115,7 +115,7 @@ class ModelConfig(Config):
 
 
 def _network(network: Any) -> Any:
-    """Return the network that a field names; a pair of modules is one as well."""
+    """Return the network of a name, a specification, an object or a pair of modules."""
     if isinstance(network, list | tuple):
         if len(network) == 2 and all(isinstance(module, nn.Module) for module in network):
             return Modules(*network)

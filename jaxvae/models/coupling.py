@@ -133,7 +133,7 @@ class RealNVP:
         for name in ("layers", "hidden"):
             object.__setattr__(self, name, whole_number(name, getattr(self, name)))
 
-    def init(self, key: jax.Array, config: "ModelConfig") -> Learned:
+    def init(self, key: Key[Array, ""], config: "ModelConfig") -> Learned:
         """Return the parameters of the layers: Glorot uniform kernels, the last of each 0."""
         widths = config.latent_dim, self.hidden, self.hidden
         glorot = jax.nn.initializers.glorot_uniform(in_axis=-2, out_axis=-1, batch_axis=0)

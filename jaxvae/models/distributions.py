@@ -7,16 +7,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, ArrayLike, Float, Int, Key, Num, UInt32
+from jaxtyping import Array, ArrayLike, Float, Int, Key, Num
 
 from jaxvae.errors import InputError
-from jaxvae.validation import as_array, as_key
+from jaxvae.validation import AnyKey, as_array, as_key
 
 LOG_2_PI = math.log(2 * math.pi)
 
 
 def reparameterize(
-    key: Key[Array, "..."] | UInt32[ArrayLike, "..."],
+    key: AnyKey,
     mean: Float[ArrayLike, "*shape"],
     log_var: Float[ArrayLike, "*shape"],
 ) -> Float[Array, "*shape"]:
@@ -174,9 +174,7 @@ class Gaussian(NamedTuple):
         square = (z - self.mean) ** 2 * jnp.exp(-self.log_var)
         return -0.5 * (jnp.log(2 * jnp.pi) + self.log_var + square)
 
-    def sample(
-        self, key: Key[Array, "..."] | UInt32[ArrayLike, "..."]
-    ) -> Float[Array, "*batch latent"]:
+    def sample(self, key: AnyKey) -> Float[Array, "*batch latent"]:
         """Draw z once for every mean."""
         return reparameterize(key, self.mean, self.log_var)
 

@@ -1,9 +1,8 @@
 """Likelihoods of pixels.
 
-A likelihood p(x|z) is made of what the decoder gives: `outputs`, [batch, height, width,
-channels * outputs_per_channel], unbounded, and `shared`, the parameters that all pixels have in
-common, learned from what `init(channels)` returns. It has `.mean`, [batch, height, width,
-channels] in [0, 1], `.log_prob(images)`, [batch] in nats per image, and `.sample(key)`.
+A likelihood p(x|z) is made from the decoder's unbounded `outputs`, [batch, height, width,
+channels * outputs_per_channel], and from `shared`, learned parameters that all pixels have in
+common, which start as `init(channels)`.
 """
 
 import math
@@ -13,157 +12,195 @@ from typing import Any, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, ArrayLike, Float, Key, Num, Shaped
 
 from jaxvae.components import Registry
 from jaxvae.errors import InputError
-from jaxvae.validation import as_array, as_key, expect_unit_interval, native
+from jaxvae.validation import AnyKey, as_array, as_key, expect_unit_interval, native
+
+Images = Num[ArrayLike, "*batch height width channels"]
+Pixels = Float[Array, "*batch height width channels"]
 
 
-# The fields stand apart: type checkers take a class attribute of a NamedTuple for another field.
+# A base class has the fields, as type checkers take class attributes of a NamedTuple for fields.
 class _Logits(NamedTuple):
-    """Pixels of one logit each."""
+    """Pixels with one logit each."""
 
-    logits: jax.Array
+    logits: Pixels
 
     @staticmethod
-    def init(channels: int) -> dict[str, jax.Array]:
-        """No shared parameters."""
+    def init(channels: int) -> dict[str, Array]:
+        """Return no parameters: there are no shared ones."""
         return {}
 
     @classmethod
-    def from_outputs(cls, outputs: jax.Array, shared: Mapping[str, jax.Array]) -> Self:
-        """logits = outputs."""
+    def from_outputs(
+        cls, outputs: Float[Array, "*batch height width outputs"], shared: Mapping[str, Array]
+    ) -> Self:
+        """Return the likelihood whose logits are the decoder's outputs."""
         return cls(outputs)
 
 
 class Bernoulli(_Logits):
-    """Independent Bernoulli pixels; `logits` are [batch, height, width, channels].
+    """Independent Bernoulli pixels.
 
-    The density is a probability of pixels that are 0 or 1 (with respect to counting measure).
+    The density is the probability of pixels that are 0 or 1 (with respect to counting measure).
+
+    Attributes:
+      logits: log-odds of each pixel being 1, [batch, height, width, channels].
     """
 
     outputs_per_channel = 1
     support = "binary"
 
     @property
-    def mean(self) -> jax.Array:
-        """The probability of each pixel being 1, float32 [batch, height, width, channels]."""
+    def mean(self) -> Pixels:
+        """The probability of each pixel being 1."""
         return jax.nn.sigmoid(self.logits)
 
-    def log_prob(self, images: jax.Array) -> jax.Array:
-        """log p(images): [batch], nats per image.
+    def log_prob(self, images: Images) -> Float[Array, "*batch"]:
+        """Compute log p(images), the negative cross-entropy.
 
-        A grey level x in [0, 1] counts as the probability of a 1, so that this is the
-        negative cross-entropy, with l the logits:
-
-            sum_pixels x log sigmoid(l) + (1 - x) log sigmoid(-l) = sum_pixels x l - softplus(l)
+            log p(x) = sum_pixels x log sigmoid(l) + (1 - x) log sigmoid(-l)
+                     = sum_pixels x l - softplus(l)
             softplus(l) = log(1 + e^l) = max(l, 0) + log(1 + e^-|l|)
 
-        Raises InputError for images of another shape than the logits'.
+        where l are the logits. A grey level x in [0, 1] counts as the probability of a 1.
+
+        Args:
+          images: floats in [0, 1] or uint8, of the shape of the logits.
+
+        Returns:
+          The log-probability of each image, in nats.
+
+        Raises:
+          InputError: images of another shape than the logits.
         """
         x, logits = _flat(_pixels(images, self.logits.shape), self.logits)
-        # Not `maximum` and `abs`: JAX's derivatives of these at 0, 1/2 and 1, give softplus the
-        # slope 0 there instead of 1/2.
+        # Not by `maximum` and `abs`: JAX's derivatives of these at 0 (1/2 and 1) would give
+        # softplus the slope 0 there instead of 1/2.
         positive = logits > 0
         tail = jnp.log1p(jnp.exp(jnp.where(positive, -logits, logits)))
         softplus = jnp.where(positive, logits, 0) + tail
         return jnp.sum(x * logits - softplus, axis=-1)
 
-    def sample(self, key: jax.Array) -> jax.Array:
-        """Pixels of 0 or 1 drawn from the distribution: float32, the logits' shape."""
+    def sample(self, key: AnyKey) -> Pixels:
+        """Draw pixels of 0 or 1."""
         return jax.random.bernoulli(key, self.mean).astype(self.logits.dtype)
 
 
 class ContinuousBernoulli(_Logits):
-    """Independent continuous Bernoulli pixels; `logits` are [batch, height, width, channels].
+    """Independent continuous Bernoulli pixels.
 
     The density is with respect to Lebesgue measure on [0, 1]; with l the logit of lambda,
 
         p(x) = C(lambda) lambda^x (1 - lambda)^(1 - x) = e^(x l) / Z(l),    Z(l) = (e^l - 1) / l
 
-    Positive logits are turned around: 1 - x has the distribution that x has at -l.
+    Positive logits are computed by symmetry: 1 - x has the distribution that x has at -l.
 
-    Loaiza-Ganem and Cunningham (2019), The continuous Bernoulli: fixing a pervasive error in
-    variational autoencoders.
+    Attributes:
+      logits: log-odds of lambda, [batch, height, width, channels].
+
+    References:
+      Loaiza-Ganem and Cunningham (2019), The continuous Bernoulli: fixing a pervasive error in
+      variational autoencoders.
     """
 
     outputs_per_channel = 1
     support = "unit"
 
     @property
-    def mean(self) -> jax.Array:
+    def mean(self) -> Pixels:
         """The mean of each pixel, d log Z / dl, which is not lambda = sigmoid(l)."""
         mean = jax.grad(lambda logits: jnp.sum(_log_partition(logits)))(self._negative())
         return jnp.where(self.logits > 0, 1 - mean, mean)
 
-    def log_prob(self, images: jax.Array) -> jax.Array:
-        """log p(images): [batch], nats per image.
+    def log_prob(self, images: Images) -> Float[Array, "*batch"]:
+        """Compute log p(images).
 
-        Raises InputError for images of another shape than the logits'.
+        Args:
+          images: floats in [0, 1] or uint8, of the shape of the logits.
+
+        Returns:
+          The log-density of each image, in nats.
+
+        Raises:
+          InputError: images of another shape than the logits.
         """
         x = _pixels(images, self.logits.shape)
         x, logits = _flat(jnp.where(self.logits > 0, 1 - x, x), self._negative())
         return jnp.sum(x * logits - _log_partition(logits), axis=-1)
 
-    def sample(self, key: jax.Array) -> jax.Array:
-        """Pixels in [0, 1] drawn from the distribution, the logits' shape.
+    def sample(self, key: AnyKey) -> Pixels:
+        """Draw pixels in [0, 1], by the inverse of the cumulative distribution function.
 
-        By the inverse of the cumulative distribution function:
-
-            F(x) = (e^(l x) - 1) / (e^l - 1)    F^-1(u) = log(1 + u (e^l - 1)) / l
+        F(x) = (e^(l x) - 1) / (e^l - 1)    F^-1(u) = log(1 + u (e^l - 1)) / l
         """
         u = jax.random.uniform(key, self.logits.shape, self.logits.dtype)
-        # Nearer to 0 than this it is u, and at 0 the quotient is 0 / 0.
+        # Logits closer to 0 give u to rounding; at 0 the quotient would be 0 / 0.
         logits = jnp.minimum(self._negative(), -1e-12)
         x = jnp.minimum(jnp.log1p(u * jnp.expm1(logits)) / logits, 1)
         return jnp.where(self.logits > 0, 1 - x, x)
 
-    def _negative(self) -> jax.Array:
+    def _negative(self) -> Pixels:
         return jnp.where(self.logits > 0, -self.logits, self.logits)
 
 
 class _LocationScale(NamedTuple):
-    """Pixels of a location and a scale."""
+    """Pixels with a location and a scale."""
 
-    location: jax.Array
-    log_scale: jax.Array
+    location: Pixels
+    log_scale: Float[Array, "..."]
 
 
 class GaussianPixels(_LocationScale):
-    """Independent Gaussian pixels, N(location, exp(2 log_scale)), of one scale, which is learned.
+    """Independent Gaussian pixels, N(location, exp(2 log_scale)), with one learned scale.
 
-    location: [batch, height, width, channels], in [0, 1].
-    log_scale: of shape (), the logarithm of every pixel's standard deviation.
+    The density is with respect to Lebesgue measure on the whole real line, not only on [0, 1].
 
-    The density is with respect to Lebesgue measure on the real line: it does not know that pixels
-    end at 0 and 1.
+    Attributes:
+      location: means of the pixels, in [0, 1]: [batch, height, width, channels].
+      log_scale: logarithm of the standard deviation of every pixel, [].
 
-    Rybkin, Daniilidis and Levine (2021), Simple and Effective VAE Training with Calibrated
-    Decoders: sigma-VAE, with the scale learned by gradient descent.
+    References:
+      Rybkin, Daniilidis and Levine (2021), Simple and Effective VAE Training with Calibrated
+      Decoders: sigma-VAE, with the scale learned by gradient descent.
     """
 
     outputs_per_channel = 1
     support = "real"
 
     @staticmethod
-    def init(channels: int) -> dict[str, jax.Array]:
-        """A scale of 0.37, a little above the spread of pixels in [0, 1]."""
+    def init(channels: int) -> dict[str, Array]:
+        """Return a scale of 0.37, a little above the standard deviation of pixels in [0, 1]."""
         return {"log_scale": jnp.array(-1.0, jnp.float32)}
 
     @classmethod
-    def from_outputs(cls, outputs: jax.Array, shared: Mapping[str, jax.Array]) -> Self:
-        """location = sigmoid(outputs); the log scale is kept above -6, softly."""
+    def from_outputs(
+        cls, outputs: Float[Array, "*batch height width outputs"], shared: Mapping[str, Array]
+    ) -> Self:
+        """Return the likelihood of a batch; its log scale is smoothly bounded below by -6.
+
+        location = sigmoid(outputs)
+        """
         return cls(sigmoid(outputs), _soft_maximum(shared["log_scale"], -6))
 
     @property
-    def mean(self) -> jax.Array:
+    def mean(self) -> Pixels:
         """The location."""
         return self.location
 
-    def log_prob(self, images: jax.Array) -> jax.Array:
-        """log N(images; location, exp(2 log_scale)): [batch], nats per image.
+    def log_prob(self, images: Images) -> Float[Array, "*batch"]:
+        """Compute log N(images; location, exp(2 log_scale)).
 
-        Raises InputError for images of another shape than the location's.
+        Args:
+          images: floats or uint8, of the shape of the location.
+
+        Returns:
+          The log-density of each image, in nats.
+
+        Raises:
+          InputError: images of another shape than the location.
         """
         x = _pixels(images, self.location.shape, bounded=False)
         x, location = _flat(x, self.location)
@@ -171,8 +208,8 @@ class GaussianPixels(_LocationScale):
         square = ((x - location) * jnp.exp(-log_scale)) ** 2
         return jnp.sum(-0.5 * (math.log(2 * math.pi) + square) - log_scale, axis=-1)
 
-    def sample(self, key: jax.Array) -> jax.Array:
-        """Pixels drawn from the distribution, the location's shape: not clipped to [0, 1]."""
+    def sample(self, key: AnyKey) -> Pixels:
+        """Draw pixels; they are not clipped to [0, 1]."""
         noise = jax.random.normal(key, self.location.shape, self.location.dtype)
         return self.location + jnp.exp(self.log_scale) * noise
 
@@ -180,61 +217,74 @@ class GaussianPixels(_LocationScale):
 class DiscretizedLogistic(_LocationScale):
     """Independent pixels of 256 grey levels, each a logistic variable rounded to a level.
 
-    location, log_scale: [batch, height, width, channels], of pixels in [0, 1].
-
-    The density is a probability of grey levels (with respect to counting measure). With
+    The density is the probability of grey levels (with respect to counting measure). With
     F(y) = sigmoid((y - location) / exp(log_scale)), level k = 0, ..., 255 has
 
         P(k) = F((k + 1/2) / 255) - F((k - 1/2) / 255)
 
-    where the bins of levels 0 and 255 reach to minus and plus infinity.
+    where the bins of levels 0 and 255 extend to minus and plus infinity.
 
-    Salimans, Karpathy, Chen and Kingma (2017), PixelCNN++, equation 2, with one component.
+    Attributes:
+      location: of pixels in [0, 1], [batch, height, width, channels].
+      log_scale: logarithms of the scales, of the same shape.
+
+    References:
+      Salimans, Karpathy, Chen and Kingma (2017), PixelCNN++, equation 2, with one component.
     """
 
     outputs_per_channel = 2
     support = "levels"
 
     @staticmethod
-    def init(channels: int) -> dict[str, jax.Array]:
-        """No shared parameters."""
+    def init(channels: int) -> dict[str, Array]:
+        """Return no parameters: there are no shared ones."""
         return {}
 
     @classmethod
-    def from_outputs(cls, outputs: jax.Array, shared: Mapping[str, jax.Array]) -> Self:
-        """The first half of the last axis gives the locations, the second their log scales.
-
-        As in the paper they are outputs for pixels in [-1, 1], the log scale kept above -7, here
-        softly; at outputs of 0 it is -2, about what a blurred image leaves of a pixel's spread:
+    def from_outputs(
+        cls, outputs: Float[Array, "*batch height width outputs"], shared: Mapping[str, Array]
+    ) -> Self:
+        """Return the likelihood of a batch.
 
             location = (1 + outputs_1) / 2    log_scale = max(outputs_2 - 2, -7) - log 2
+
+        where outputs_1 and outputs_2 are the halves of the last axis. As in the paper the outputs
+        are for pixels in [-1, 1], with log scales of at least -7; here the maximum is smooth. The
+        scales start at e^-2, about the error of a blurred image.
         """
         location, log_scale = jnp.split(outputs, 2, axis=-1)
         return cls((1 + location) / 2, _soft_maximum(log_scale - 2, -7) - math.log(2))
 
     @property
-    def mean(self) -> jax.Array:
+    def mean(self) -> Pixels:
         """The location, clipped to [0, 1]."""
         return jnp.clip(self.location, 0, 1)
 
-    def log_prob(self, images: jax.Array) -> jax.Array:
-        """log P(images): [batch], nats per image. Floats count as the nearest of the 256 levels.
-
-        With a and b the upper and lower end of a bin, in scales from the location,
+    def log_prob(self, images: Images) -> Float[Array, "*batch"]:
+        """Compute log P(images).
 
             sigmoid(a) - sigmoid(b) = sigmoid(a) sigmoid(-b) (1 - e^(b - a))
 
-        where a - b = w = exp(-log_scale) / 255.
+        where a and b are the upper and lower end of a bin, minus the location, divided by the
+        scale, and a - b = w = exp(-log_scale) / 255.
 
-        Raises InputError for images of another shape than the location's.
+        Args:
+          images: floats in [0, 1], which are rounded to the nearest of the 256 levels, or uint8;
+            of the shape of the location.
+
+        Returns:
+          The log-probability of each image, in nats.
+
+        Raises:
+          InputError: images of another shape than the location.
         """
         x = _pixels(images, self.location.shape)
         x, location, log_scale = _flat(x, self.location, self.log_scale)
         level = jnp.round(255 * x)
-        # Below, float32 overflows.
+        # For smaller scales the width overflows in float32.
         log_scale = jnp.where(log_scale < -80, -80, log_scale)
         width = jnp.exp(-log_scale) / 255
-        # In levels the ends are exact, so that neighbouring bins meet exactly.
+        # In units of levels the ends are exact, so neighbouring bins meet exactly.
         a = (level + 0.5 - 255 * location) * width
         b = (level - 0.5 - 255 * location) * width
         below_a = jnp.where(level < 255, -jax.nn.softplus(-a), 0)
@@ -243,8 +293,8 @@ class DiscretizedLogistic(_LocationScale):
         between = jnp.where(ends, 0, _log_one_minus_exp(width, -log_scale - math.log(255)))
         return jnp.sum(below_a + above_b + between, axis=-1)
 
-    def sample(self, key: jax.Array) -> jax.Array:
-        """Grey levels k / 255 drawn from the distribution, the location's shape."""
+    def sample(self, key: AnyKey) -> Pixels:
+        """Draw grey levels k / 255."""
         noise = jax.random.logistic(key, self.location.shape, self.location.dtype)
         y = self.location + jnp.exp(self.log_scale) * noise
         return jnp.round(255 * jnp.clip(y, 0, 1)) / 255
@@ -261,26 +311,44 @@ LIKELIHOODS: Registry[Any] = Registry(
 )
 
 
-def bits_per_dimension(log_prob: jax.Array, image_shape: tuple[int, int, int]) -> jax.Array:
-    """-log P(x) / (height * width * channels * log 2), of a log_prob in nats per image."""
+def bits_per_dimension(
+    log_prob: Float[Array, "*batch"], image_shape: tuple[int, int, int]
+) -> Float[Array, "*batch"]:
+    """Convert log-probabilities to bits per dimension.
+
+        -log P(x) / (height * width * channels * log 2)
+
+    Args:
+      log_prob: log P(x), in nats per image.
+      image_shape: (height, width, channels).
+
+    Returns:
+      Bits per dimension of each image.
+    """
     return -log_prob / (math.prod(image_shape) * math.log(2))
 
 
-def binarize(key: jax.Array, images: jax.Array) -> jax.Array:
-    """Draw black and white images, each pixel 1 with its grey level as the probability.
+def binarize(
+    key: AnyKey, images: Shaped[ArrayLike, "batch height width channels"]
+) -> Float[Array, "batch height width channels"]:
+    """Draw binary images: each pixel is 1 with its grey level as the probability.
 
-    The probability is exact to 2^-16: pixels are compared with 16 random bits. Levels 0 and 1
-    (or 255) stay what they are.
+    The probability is exact to 2^-16, as pixels are compared with 16 random bits. Levels 0 and 1
+    (255 of uint8) are certain.
 
     Args:
-      key: a PRNG key, or [batch] keys, one for each image, which alone decides on its pixels.
-      images: [batch, height, width, channels], floats in [0, 1] or uint8.
+      key: a PRNG key, or [batch] keys, one for each image. With one for each, an image's pixels
+        do not depend on the rest of the batch.
+      images: floats in [0, 1] or uint8.
+
     Returns:
-      Zeros and ones: float32, of that shape.
+      Zeros and ones, float32.
+
     Raises:
       InputError: another number of keys than one or `batch`; images of another type.
 
-    Salakhutdinov and Murray (2008), On the Quantitative Analysis of Deep Belief Networks.
+    References:
+      Salakhutdinov and Murray (2008), On the Quantitative Analysis of Deep Belief Networks.
     """
     expect_unit_interval(images)
     x = scale_images(images).astype(jnp.float32)
@@ -288,8 +356,8 @@ def binarize(key: jax.Array, images: jax.Array) -> jax.Array:
     if key.shape not in ((), x.shape[:1]):
         raise InputError(f"there are {key.shape} keys: expected one, or one for each of {len(x)}")
 
-    def draw(key: jax.Array, x: jax.Array) -> jax.Array:
-        # On a CPU random bits are most of the work: every word of 32 is two pixels'.
+    def draw(key: Key[Array, ""], x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        # On a CPU random bits take most of the time: a word of 32 serves two pixels.
         words = jax.random.bits(key, ((x.size + 1) // 2,), jnp.uint32)
         halves = jnp.concatenate([words >> 16, words & 0xFFFF])[: x.size].reshape(x.shape)
         return (halves.astype(jnp.int32) < 65536 * x).astype(jnp.float32)
@@ -297,17 +365,24 @@ def binarize(key: jax.Array, images: jax.Array) -> jax.Array:
     return jax.vmap(draw)(key, x) if key.shape else draw(key, x)
 
 
-def scale_images(images: jax.Array) -> jax.Array:
-    """Images as floats in [0, 1]: uint8 is divided by 255, floats are taken as they are.
+def scale_images(images: Shaped[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
+    """Convert images to floats in [0, 1].
 
-    Raises InputError for any other type.
+    Args:
+      images: uint8, which is divided by 255; bool; or floats, which are returned unchanged.
+
+    Returns:
+      The images as floats.
+
+    Raises:
+      InputError: images of any other type.
     """
     if not isinstance(images, np.ndarray):  # whose division is exact
         images = as_array("images", images)
     if images.dtype == jnp.uint8:
-        return images.astype(jnp.float32) / 255
+        return jnp.asarray(images.astype(jnp.float32) / 255)
     if images.dtype == jnp.bool_:
-        return images.astype(jnp.float32)
+        return jnp.asarray(images.astype(jnp.float32))
     if jnp.issubdtype(images.dtype, jnp.floating):
         return jnp.asarray(native(images))
     raise InputError(
@@ -315,10 +390,16 @@ def scale_images(images: jax.Array) -> jax.Array:
     )
 
 
-def _pixels(images: jax.Array, shape: tuple[int, ...], *, bounded: bool = True) -> jax.Array:
-    """Return images as floats in [0, 1]. Raises InputError for another shape than the decoder's.
+def _pixels(images: Images, shape: tuple[int, ...], *, bounded: bool = True) -> Pixels:
+    """Return images as floats in [0, 1].
 
-    bounded: whether values beyond 0 and 1 are refused, where they are known.
+    Args:
+      images: of the decoder's shape.
+      shape: the decoder's shape.
+      bounded: whether to refuse values outside [0, 1], where values are known.
+
+    Raises:
+      InputError: images of another shape, or values outside [0, 1].
     """
     if bounded:
         expect_unit_interval(images)
@@ -328,64 +409,66 @@ def _pixels(images: jax.Array, shape: tuple[int, ...], *, bounded: bool = True) 
     return x
 
 
-def _flat(*arrays: jax.Array) -> list[jax.Array]:
-    """Each as [..., height * width * channels], for terms in float32 at least.
+def _flat(*arrays: Pixels) -> list[Float[Array, "*batch pixels"]]:
+    """Reshape each array to [..., height * width * channels], at least float32.
 
-    On a CPU, XLA takes arrays with a last axis of 1 number by number: ten times as long.
+    On a CPU, XLA does not vectorise over a last axis of size 1, which takes ten times as long.
     """
     return [at_least_float32(x).reshape(*x.shape[:-3], -1) for x in arrays]
 
 
-def at_least_float32(x: jax.Array) -> jax.Array:
-    """Return an array of numbers as float32, or as float64 where it is of that type.
+def at_least_float32(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Promote floats to float32; float64 stays float64.
 
-    A sum over the pixels of an image, in bfloat16, would be off by nats.
+    In bfloat16 the sum over the pixels of an image would be off by nats.
     """
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _log_partition(logits: jax.Array) -> jax.Array:
-    """log Z(l) of the continuous Bernoulli for l <= 0, with its derivatives, which at 0 are finite.
+def _log_partition(logits: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Compute log Z(l) of the continuous Bernoulli for l <= 0, with finite derivatives at 0.
 
         log Z(l) = log((e^l - 1) / l) = log(1 - e^l) - log(-l)
                  = l/2 + l^2/24 - l^4/2880 + l^6/181440 - l^8/9676800 + l^10/479001600 - ...
 
-    The series is taken where l > -1 and is right to 1e-10 there.
+    The series is used for l > -1, where it is accurate to 1e-10.
     """
     near = logits > -1
-    # Either branch sees logits of its own only: at others its gradient may be infinite or NaN.
+    # Each branch gets only logits of its own range: outside it the gradient may be inf or NaN.
     small, large = jnp.where(near, logits, 0), jnp.where(near, -1, logits)
     return jnp.where(near, _series(small), jnp.log1p(-jnp.exp(large)) - jnp.log(-large))
 
 
-def _series(logits: jax.Array) -> jax.Array:
+def _series(logits: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Evaluate the series of `_log_partition`."""
     even = [1 / 479001600, -1 / 9676800, 1 / 181440, -1 / 2880, 1 / 24, 0]
     return logits / 2 + jnp.polyval(jnp.array(even, logits.dtype), logits**2)
 
 
-def _log_one_minus_exp(w: jax.Array, log_w: jax.Array) -> jax.Array:
+def _log_one_minus_exp(
+    w: Float[Array, "*shape"], log_w: Float[Array, "*shape"]
+) -> Float[Array, "*shape"]:
     """Compute log(1 - e^-w) for w > 0, given log w, which is finite where w rounds to 0.
 
         log(1 - e^-w) = log w + log((1 - e^-w) / w)
 
-    For small w the derivatives of the left side are differences of numbers like 1 / w^2.
+    For small w the derivatives of the left side would be differences of numbers near 1 / w^2.
     """
     near = w < 1
     small, large = jnp.where(near, w, 0), jnp.where(near, 1, w)
     return jnp.where(near, log_w + _series(-small), jnp.log1p(-jnp.exp(-large)))
 
 
-def sigmoid(x: jax.Array) -> jax.Array:
+def sigmoid(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Compute 1 / (1 + e^-x), with derivatives that do not round to 0 at large x.
 
-    JAX's derivative is s (1 - s), which is 0 in float32 from x = 17 on, where s rounds to 1.
+    JAX's derivative is s (1 - s), which is 0 in float32 for x > 17, where s rounds to 1.
     """
     positive = x > 0
     tail = jax.nn.sigmoid(jnp.where(positive, -x, x))
     return jnp.where(positive, 1 - tail, tail)
 
 
-def _soft_maximum(x: jax.Array, least: float) -> jax.Array:
-    """x where it is well above `least`, approaching `least` from above where it is below."""
+def _soft_maximum(x: Float[Array, "*shape"], least: float) -> Float[Array, "*shape"]:
+    """Compute a smooth maximum of x and `least`, which is always above `least`."""
     return least + jax.nn.softplus(x - least)

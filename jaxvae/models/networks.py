@@ -1,12 +1,12 @@
 """Encoders and decoders.
 
-An encoder takes images [batch, height, width, channels] to (mean, log_var), each [batch, latent];
-a third result is what a flow on top of the posterior may look at. A decoder takes latents
-[batch, latent] to the likelihood's raw outputs [batch, height, width, outputs]. Where the model is
-conditional, both take the classes as a second argument, `labels`, [batch, classes] of 0 and 1.
+An encoder maps images [batch, height, width, channels] to (mean, log_var), each [batch, latent];
+its third result, features, is the context of a flow posterior. A decoder maps latents
+[batch, latent] to the likelihood's raw outputs [batch, height, width, outputs]. In a conditional
+model both take one-hot classes, `labels`, as a second argument.
 
-A module's `dtype` is that of its layers' inputs, kernels and products; None is what they come in.
-Parameters and outputs are float32 all the same.
+A module's `dtype` is that of its layers' inputs, kernels and products; None is that of its inputs.
+Parameters and outputs are float32 in any case.
 """
 
 import math
@@ -15,19 +15,24 @@ from functools import partial
 from typing import Any, ClassVar
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from flax.typing import DotGeneralT, Dtype, Initializer
+from jaxtyping import Array, Float, Num
 
 from jaxvae.devices.convolution import conv_general_dilated, conv_transpose
 from jaxvae.errors import InputError
 from jaxvae.validation import whole_number
 
-Encoded = tuple[jax.Array, jax.Array, jax.Array]
+Images = Float[Array, "batch height width channels"]
+Latents = Float[Array, "batch latent"]
+Labels = Num[Array, "batch classes"] | None  # one-hot
+Outputs = Float[Array, "batch height width outputs"]
+Features = Float[Array, "batch rows columns features"]
+Encoded = tuple[Latents, Latents, Float[Array, "batch features"]]
 OutputsShape = tuple[int, int, int]  # (height, width, outputs)
 
-# Keras's defaults, which the notebook leaves as they are.
+# The default of Keras, which the notebook uses.
 _kernel_init = nn.initializers.glorot_uniform()
 
 
@@ -39,6 +44,7 @@ def conv_3x3(
     name: str,
     kernel_init: Initializer = _kernel_init,
 ) -> nn.Conv:
+    """Make a 3x3 convolution with "SAME" padding."""
     return nn.Conv(
         features,
         (3, 3),
@@ -60,6 +66,7 @@ def dense(
     kernel_init: Initializer = _kernel_init,
     dot_general: DotGeneralT | None = None,
 ) -> nn.Dense:
+    """Make a dense layer; `dot_general` replaces its matrix product."""
     return nn.Dense(
         features,
         dtype=dtype,
@@ -71,33 +78,38 @@ def dense(
 
 
 def _promote(
-    x: jax.Array, kernel: jax.Array, bias: jax.Array, dtype: Dtype | None, **options: Any
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """A layer's operands in `dtype`, but for the bias.
+    x: Array, kernel: Array, bias: Array, dtype: Dtype | None, **options: Any
+) -> tuple[Array, Array, Array]:
+    """Convert the operands of a layer to `dtype`, except the bias.
 
-    A bias's gradient is a sum over all pixels of a batch, too long for eight bits: the bias is
-    added in float32, and so that sum is taken in float32.
+    The gradient of a bias is a sum over all pixels of a batch, for which the 8 bits of bfloat16 are
+    too few. The bias is added in float32, so its gradient is summed in float32.
     """
     x, kernel = promote_dtype(x, kernel, dtype=dtype, **options)
     return x, kernel, bias
 
 
-def heads(x: jax.Array, latent_dim: int, dtype: Dtype | None) -> Encoded:
-    """The posterior's mean and log_var, linear in the last hidden layer x, and x itself."""
+def heads(x: Float[Array, "batch features"], latent_dim: int, dtype: Dtype | None) -> Encoded:
+    """Return mean and log_var, linear in the last hidden layer x, and x as features."""
     mean = dense(latent_dim, dtype=dtype, name="mean")(x)
     return mean, dense(latent_dim, dtype=dtype, name="log_var")(x), x
 
 
-def with_labels(x: jax.Array, labels: jax.Array | None) -> jax.Array:
-    """x [batch, features], with the classes beside it where there are any."""
+def with_labels(x: Float[Array, "batch features"], labels: Labels) -> Float[Array, "batch inputs"]:
+    """Append one-hot classes to features, if there are classes."""
     return x if labels is None else jnp.concatenate([x, labels.astype(x.dtype)], axis=1)
 
 
 class ConvTranspose(nn.Module):
-    """A 3x3 transposed convolution with "SAME" padding, `stride` times the size of its input.
+    """A 3x3 transposed convolution with "SAME" padding, which scales the size by `stride`.
 
-    flax.linen.ConvTranspose, but for how it is carried out: that takes no
-    `conv_general_dilated`.
+    The result is that of flax.linen.ConvTranspose, which takes no `conv_general_dilated`.
+
+    Attributes:
+      features: output channels.
+      stride: output size over input size.
+      dtype: of the input, kernel and products.
+      kernel_init: initializer of the kernel.
     """
 
     features: int
@@ -106,7 +118,8 @@ class ConvTranspose(nn.Module):
     kernel_init: Initializer = _kernel_init
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Features) -> Float[Array, "batch height width outputs"]:
+        """Return the layer's output."""
         shape = 3, 3, x.shape[-1], self.features
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
@@ -115,13 +128,19 @@ class ConvTranspose(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The notebook's: four 3x3 convolutions and a dense layer of 32."""
+    """The notebook's encoder: four 3x3 convolutions and a dense layer of 32.
+
+    Attributes:
+      latent_dim: number of latents.
+      dtype: of the layers' inputs, kernels and products.
+    """
 
     latent_dim: int
     dtype: Dtype | None = None
 
     @nn.compact
-    def __call__(self, images: jax.Array, labels: jax.Array | None = None) -> Encoded:
+    def __call__(self, images: Images, labels: Labels = None) -> Encoded:
+        """Return mean, log_var and features."""
         conv = partial(conv_3x3, dtype=self.dtype)
         x = nn.relu(conv(32, name="conv_1")(images))
         x = nn.relu(conv(64, stride=2, name="conv_2")(x))
@@ -133,27 +152,40 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The notebook's: a dense layer, a transposed convolution and a convolution."""
+    """The notebook's decoder: a dense layer, a transposed convolution and a convolution.
+
+    Attributes:
+      image_shape: (height, width, outputs).
+      dtype: of the layers' inputs, kernels and products.
+    """
 
     image_shape: tuple[int, int, int]
     dtype: Dtype | None = None
 
     @nn.compact
-    def __call__(self, z: jax.Array, labels: jax.Array | None = None) -> jax.Array:
+    def __call__(self, z: Latents, labels: Labels = None) -> Outputs:
+        """Return the outputs for the likelihood."""
         height, width, outputs = self.image_shape
         rows, columns = -(-height // 2), -(-width // 2)
         x = with_labels(z, labels)
         x = nn.relu(dense(rows * columns * 64, dtype=self.dtype, name="dense")(x))
         x = x.reshape(x.shape[0], rows, columns, 64)
         x = nn.relu(ConvTranspose(32, stride=2, dtype=self.dtype, name="conv_transpose")(x))
-        # An odd side was rounded up by the encoder's stride.
+        # Strides round odd sizes up: crop.
         return conv_3x3(outputs, dtype=self.dtype, name="conv")(x[:, :height, :width])
 
 
 class MlpEncoder(nn.Module):
-    """Two layers of tanh units, 200 by default.
+    """An encoder with two hidden layers of tanh units.
 
-    Burda, Grosse and Salakhutdinov (2016), appendix C: one stochastic layer.
+    Attributes:
+      latent_dim: number of latents.
+      dtype: of the layers' inputs, kernels and products.
+      width: units of a hidden layer.
+
+    References:
+      Burda, Grosse and Salakhutdinov (2016), Importance Weighted Autoencoders, appendix C: one
+      stochastic layer.
     """
 
     latent_dim: int
@@ -161,7 +193,8 @@ class MlpEncoder(nn.Module):
     width: int = 200
 
     @nn.compact
-    def __call__(self, images: jax.Array, labels: jax.Array | None = None) -> Encoded:
+    def __call__(self, images: Images, labels: Labels = None) -> Encoded:
+        """Return mean, log_var and features."""
         x = with_labels(images.reshape(images.shape[0], -1), labels)
         x = nn.tanh(dense(self.width, dtype=self.dtype, name="dense_1")(x))
         x = nn.tanh(dense(self.width, dtype=self.dtype, name="dense_2")(x))
@@ -169,14 +202,21 @@ class MlpEncoder(nn.Module):
 
 
 class MlpDecoder(nn.Module):
-    """Two layers of tanh units and a linear one, as of `MlpEncoder`."""
+    """The decoder for `MlpEncoder`: two hidden layers of tanh units and a linear layer.
+
+    Attributes:
+      image_shape: (height, width, outputs).
+      dtype: of the layers' inputs, kernels and products.
+      width: units of a hidden layer.
+    """
 
     image_shape: tuple[int, int, int]
     dtype: Dtype | None = None
     width: int = 200
 
     @nn.compact
-    def __call__(self, z: jax.Array, labels: jax.Array | None = None) -> jax.Array:
+    def __call__(self, z: Latents, labels: Labels = None) -> Outputs:
+        """Return the outputs for the likelihood."""
         x = with_labels(z, labels)
         x = nn.tanh(dense(self.width, dtype=self.dtype, name="dense_1")(x))
         x = nn.tanh(dense(self.width, dtype=self.dtype, name="dense_2")(x))
@@ -184,36 +224,47 @@ class MlpDecoder(nn.Module):
         return x.reshape(-1, *self.image_shape)
 
 
-# Keeps the scale of what passes through relus: He et al. (2015), Delving Deep into Rectifiers,
-# equation 10. A transposed convolution of stride 2 meets a quarter of its taps at every pixel.
+# Keeps the variance of activations through relus: He et al. (2015), Delving Deep into Rectifiers,
+# equation 10. In a transposed convolution of stride 2, a quarter of the taps meet each pixel.
 he = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 he_transposed = nn.initializers.variance_scaling(8.0, "fan_in", "normal")
 
 
 class ResidualBlock(nn.Module):
-    """x + conv_2(relu(conv_1(relu(x)))), which begins as x.
+    """A residual block, which is the identity at initialisation.
 
-    He, Zhang, Ren and Sun (2016), Identity Mappings in Deep Residual Networks, figure 4(e), but
-    without batch normalization, which would tie the examples of a batch together. What it gives,
-    a deep network that begins as a shallow one, a last kernel of zeros gives as well: Zhang,
-    Dauphin and Ma (2019), Fixup Initialization, section 3.
+        x + conv_2(relu(conv_1(relu(x))))
+
+    There is no batch normalization, which would make examples depend on their batch. Instead the
+    last kernel starts at 0.
+
+    Attributes:
+      dtype: of the layers' inputs, kernels and products.
+
+    References:
+      He, Zhang, Ren and Sun (2016), Identity Mappings in Deep Residual Networks, figure 4(e).
+      Zhang, Dauphin and Ma (2019), Fixup Initialization, section 3.
     """
 
     dtype: Dtype | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Features) -> Features:
+        """Return the block's output."""
         conv = partial(conv_3x3, x.shape[-1], dtype=self.dtype)
         y = conv(kernel_init=he, name="conv_1")(nn.relu(x))
         return x + conv(kernel_init=nn.initializers.zeros, name="conv_2")(nn.relu(y))
 
 
 class ResidualEncoder(nn.Module):
-    """For colour images: strided convolutions and residual blocks, down to at most 4x4 pixels.
+    """An encoder for colour images: strided convolutions and residual blocks, down to 4x4 or less.
 
-    width: channels at the images' own resolution; twice as many at half of it, four times below.
-    blocks: residual blocks at half the resolution, and at each below.
-    hidden: units of the dense layer.
+    Attributes:
+      latent_dim: number of latents.
+      dtype: of the layers' inputs, kernels and products.
+      width: channels at full resolution; twice as many at half of it, four times below.
+      blocks: residual blocks at half the resolution, and at each below.
+      hidden: units of the dense layer.
     """
 
     latent_dim: int
@@ -223,7 +274,8 @@ class ResidualEncoder(nn.Module):
     hidden: int = 256
 
     @nn.compact
-    def __call__(self, images: jax.Array, labels: jax.Array | None = None) -> Encoded:
+    def __call__(self, images: Images, labels: Labels = None) -> Encoded:
+        """Return mean, log_var and features."""
         _, rows, columns, _ = images.shape
         x = _down(images, _halvings(rows, columns, self.width), self.blocks, self.dtype)
         x = with_labels(x.reshape(x.shape[0], -1), labels)
@@ -233,7 +285,14 @@ class ResidualEncoder(nn.Module):
 
 
 class ResidualDecoder(nn.Module):
-    """`ResidualEncoder` backwards: residual blocks and transposed convolutions."""
+    """The decoder for `ResidualEncoder`: residual blocks and transposed convolutions.
+
+    Attributes:
+      image_shape: (height, width, outputs).
+      dtype: of the layers' inputs, kernels and products.
+      width: as in `ResidualEncoder`.
+      blocks: as in `ResidualEncoder`.
+    """
 
     image_shape: tuple[int, int, int]
     dtype: Dtype | None = None
@@ -241,21 +300,28 @@ class ResidualDecoder(nn.Module):
     blocks: int = 1
 
     @nn.compact
-    def __call__(self, z: jax.Array, labels: jax.Array | None = None) -> jax.Array:
+    def __call__(self, z: Latents, labels: Labels = None) -> Outputs:
+        """Return the outputs for the likelihood."""
         sizes = _halvings(*self.image_shape[:2], self.width)
         x = dense(math.prod(sizes[-1]), dtype=self.dtype, name="dense")(with_labels(z, labels))
         return _up(x.reshape(-1, *sizes[-1]), sizes, self.image_shape[2], self.blocks, self.dtype)
 
 
 class SpatialEncoder(nn.Module):
-    """For colour images in many latents: convolutions only, and equally many latents a place.
+    """A convolutional encoder to a grid of latents, for colour images and many latents.
 
-    The places are a grid of a quarter of the images' height and width, rounded up; the latents of
-    one are next to each other. Raises InputError where their number is no multiple of its size.
+    The grid has a quarter of the images' height and width, rounded up, and the same number of
+    latents at every position, which are adjacent in the latent vector.
 
-    width, blocks: as of `ResidualEncoder`.
+    Attributes:
+      latent_dim: number of latents, a multiple of the positions of the grid.
+      dtype: of the layers' inputs, kernels and products.
+      width: as in `ResidualEncoder`.
+      blocks: as in `ResidualEncoder`.
 
-    Kingma et al. (2016), Inverse Autoregressive Flow, section 6.2, has latents of this kind.
+    References:
+      Kingma et al. (2016), Improving Variational Inference with Inverse Autoregressive Flow,
+      section 6.2, which has latents of this kind.
     """
 
     latent_dim: int
@@ -264,7 +330,12 @@ class SpatialEncoder(nn.Module):
     blocks: int = 1
 
     @nn.compact
-    def __call__(self, images: jax.Array, labels: jax.Array | None = None) -> Encoded:
+    def __call__(self, images: Images, labels: Labels = None) -> Encoded:
+        """Return mean, log_var and features.
+
+        Raises:
+          InputError: `latent_dim` is not a multiple of the positions of the grid.
+        """
         _, rows, columns, _ = images.shape
         sizes = _halvings(rows, columns, self.width, 1)[:3]
         x = _down(images, sizes, self.blocks, self.dtype)
@@ -272,13 +343,20 @@ class SpatialEncoder(nn.Module):
         x = with_planes(x, labels)
         head = partial(conv_3x3, each, dtype=self.dtype)
         mean = head(kernel_init=nn.initializers.lecun_normal(), name="mean")(x)
-        # With equal noise at first, every place has something to tell.
+        # log_var starts at 0, the same at every position.
         log_var = head(kernel_init=nn.initializers.zeros, name="log_var")(x)
         return _flat(mean), _flat(log_var), jnp.mean(x, axis=(1, 2))
 
 
 class SpatialDecoder(nn.Module):
-    """`SpatialEncoder` backwards."""
+    """The decoder for `SpatialEncoder`.
+
+    Attributes:
+      image_shape: (height, width, outputs).
+      dtype: of the layers' inputs, kernels and products.
+      width: as in `ResidualEncoder`.
+      blocks: as in `ResidualEncoder`.
+    """
 
     image_shape: tuple[int, int, int]
     dtype: Dtype | None = None
@@ -286,7 +364,8 @@ class SpatialDecoder(nn.Module):
     blocks: int = 1
 
     @nn.compact
-    def __call__(self, z: jax.Array, labels: jax.Array | None = None) -> jax.Array:
+    def __call__(self, z: Latents, labels: Labels = None) -> Outputs:
+        """Return the outputs for the likelihood."""
         sizes = _halvings(*self.image_shape[:2], self.width, 1)[:3]
         rows, columns, features = sizes[-1]
         each = _latents_a_place(z.shape[1], sizes[-1])
@@ -296,9 +375,9 @@ class SpatialDecoder(nn.Module):
 
 
 def _down(
-    x: jax.Array, sizes: list[tuple[int, int, int]], blocks: int, dtype: Dtype | None
-) -> jax.Array:
-    """Strided convolutions and residual blocks through all sizes, by the module that asks."""
+    x: Images, sizes: list[tuple[int, int, int]], blocks: int, dtype: Dtype | None
+) -> Float[Array, "batch rows columns features"]:
+    """Apply strided convolutions and residual blocks through all sizes, in the calling module."""
     conv = partial(conv_3x3, kernel_init=he, dtype=dtype)
     x = conv(sizes[0][2], name="conv_0")(x)
     for level, (*_, features) in enumerate(sizes[1:], start=1):
@@ -309,19 +388,30 @@ def _down(
 
 
 def _up(
-    x: jax.Array,
+    x: Features,
     sizes: list[tuple[int, int, int]],
     outputs: int,
     blocks: int,
     dtype: Dtype | None,
-) -> jax.Array:
-    """`_down` backwards, and a convolution to the outputs."""
+) -> Outputs:
+    """Apply residual blocks and transposed convolutions through all sizes, from the last.
+
+    Args:
+      x: features of the last size.
+      sizes: (rows, columns, features) of each resolution, from the finest.
+      outputs: channels of the result.
+      blocks: residual blocks at each resolution except the finest.
+      dtype: of the layers' inputs, kernels and products.
+
+    Returns:
+      The outputs for the likelihood.
+    """
     for level in range(len(sizes) - 1, 0, -1):
         for block in range(blocks):
             x = ResidualBlock(dtype, name=f"block_{level}_{block}")(x)
         rows, columns, features = sizes[level - 1]
         up = ConvTranspose(features, 2, dtype, he_transposed, name=f"conv_transpose_{level}")
-        # An odd side was rounded up when halved.
+        # Halving rounds odd sizes up: crop.
         x = up(nn.relu(x))[:, :rows, :columns]
     return conv_3x3(outputs, dtype=dtype, name="conv")(nn.relu(x))
 
@@ -336,22 +426,24 @@ def _latents_a_place(latent_dim: int, grid: tuple[int, int, int]) -> int:
     return latent_dim // (rows * columns)
 
 
-def with_planes(x: jax.Array, labels: jax.Array | None) -> jax.Array:
-    """x [batch, rows, columns, features], with the classes beside it in every place."""
+def with_planes(
+    x: Float[Array, "batch rows columns channels"], labels: Labels
+) -> Float[Array, "batch rows columns inputs"]:
+    """Append one-hot classes to the channels at every position, if there are classes."""
     if labels is None:
         return x
     planes = jnp.broadcast_to(labels[:, None, None], (*x.shape[:3], labels.shape[1]))
     return jnp.concatenate([x, planes.astype(x.dtype)], axis=-1)
 
 
-def _flat(x: jax.Array) -> jax.Array:
+def _flat(x: Float[Array, "batch rows columns each"]) -> Float[Array, "batch latent"]:
     return x.reshape(x.shape[0], -1)
 
 
 def _halvings(rows: int, columns: int, features: int, least: int = 4) -> list[tuple[int, int, int]]:
-    """(rows, columns, features), halving the sides until both are at most `least`.
+    """Return (rows, columns, features) of each resolution, halved until both are at most `least`.
 
-    The features are doubled twice. Below 4 a kernel meets too few pixels to be worth its time.
+    The features are doubled twice. Sides below 4 are too small for 3x3 kernels.
     """
     sizes = [(rows, columns, features)]
     while max(rows, columns) > least:
@@ -362,7 +454,7 @@ def _halvings(rows: int, columns: int, features: int, least: int = 4) -> list[tu
 
 @dataclass(frozen=True)
 class Conv:
-    """The notebook's network: four 3x3 convolutions; a dense layer and two convolutions back."""
+    """The notebook's network: four 3x3 convolutions in the encoder, two in the decoder."""
 
     def modules(
         self, latent_dim: int, outputs_shape: OutputsShape, dtype: Dtype | None
@@ -373,13 +465,14 @@ class Conv:
 
 @dataclass(frozen=True)
 class MLP:
-    """Two hidden layers of tanh units each way.
+    """Two hidden layers of tanh units in the encoder and in the decoder.
 
     Attributes:
       width: units of a hidden layer.
 
     References:
-      Burda, Grosse and Salakhutdinov (2016), appendix C: one stochastic layer.
+      Burda, Grosse and Salakhutdinov (2016), Importance Weighted Autoencoders, appendix C: one
+      stochastic layer.
     """
 
     width: int = 200
@@ -402,7 +495,7 @@ class Residual:
     """Residual blocks and strided convolutions, down to at most 4x4 pixels; for colour images.
 
     Attributes:
-      width: channels at the images' own resolution; twice as many at half of it, four times below.
+      width: channels at full resolution; twice as many at half of it, four times below.
       blocks: residual blocks at half the resolution, and at each below.
     """
 
@@ -428,7 +521,7 @@ class Spatial:
     """As `residual`, with the latents on a grid of a quarter of the images' height and width.
 
     Attributes:
-      width: channels at the images' own resolution; twice as many at half of it, four times below.
+      width: channels at full resolution; twice as many at half of it, four times below.
       blocks: residual blocks at half the resolution, and at a quarter.
     """
 
@@ -451,11 +544,13 @@ class Spatial:
 
 @dataclass(frozen=True)
 class Modules:
-    """Encoder and decoder of the user's own: Flax modules as `protocols.Network` describes them.
+    """A user's Flax modules as encoder and decoder: see `protocols.Network`.
 
     Attributes:
-      encoder: images [batch, height, width, channels] to (mean, log_var), each [batch, latent].
-      decoder: latents [batch, latent] to [batch, height, width, outputs].
+      encoder: maps images [batch, height, width, channels] to (mean, log_var), each
+        [batch, latent].
+      decoder: maps latents [batch, latent] to [batch, height, width, outputs].
+      spec: the name in `config.json`.
     """
 
     encoder: nn.Module
@@ -465,5 +560,5 @@ class Modules:
     def modules(
         self, latent_dim: int, outputs_shape: OutputsShape, dtype: Dtype | None
     ) -> tuple[nn.Module, nn.Module]:
-        """Return encoder and decoder, as they were handed over."""
+        """Return encoder and decoder."""
         return self.encoder, self.decoder

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-import jax
+from jaxtyping import Array, Key
 
 from jaxvae.components import Registry
 from jaxvae.models.distributions import Gaussian
@@ -19,11 +19,11 @@ class DiagonalGaussian:
       Kingma and Welling (2014), Auto-Encoding Variational Bayes, section 3.
     """
 
-    def init(self, key: jax.Array, encoded: tuple[jax.Array, ...]) -> Learned:
-        """Return no parameters: the encoder learns all there is."""
+    def init(self, key: Key[Array, ""], encoded: tuple[Array, ...]) -> Learned:
+        """Return no parameters: the encoder returns mean and log_var."""
         return {}
 
-    def bind(self, learned: Learned, encoded: tuple[jax.Array, ...]) -> Gaussian:
+    def bind(self, learned: Learned, encoded: tuple[Array, ...]) -> Gaussian:
         """Return the Gaussian of a batch."""
         return Gaussian(*encoded[:2])
 

@@ -1,16 +1,18 @@
-"""What the components of a model are: distributions, the families that make them, networks.
+"""Protocols of the components of a model: distributions, their families, and networks.
 
-A family belongs to the configuration: it is frozen and hashable, its fields are its options. It
-initialises the parameters that it learns, `learned`, a dict of arrays that may be empty, and binds
-them to a distribution, which is a pytree.
+A family belongs to the configuration: it is frozen and hashable, and its fields are its options. It
+initialises its learned parameters, a dict of arrays that may be empty, and binds them to a
+distribution, which is a pytree.
 """
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, Int, Key, Num
+
+from jaxvae.validation import AnyKey
 
 if TYPE_CHECKING:
     from jaxvae.models.config import ModelConfig
@@ -20,143 +22,171 @@ Learned = Mapping[str, Any]
 
 
 class Elbo(NamedTuple):
-    """The bound and its two terms, each [batch], nats per image: value = log_likelihood - kl."""
+    """The evidence lower bound and its two terms, in nats per image.
 
-    value: jax.Array
-    log_likelihood: jax.Array
-    kl: jax.Array
+        value = log_likelihood - kl
+
+    Attributes:
+      value: the bound.
+      log_likelihood: E_q(z|x)[log p(x|z)], or an estimate.
+      kl: KL(q(z|x) || p(z)), or an estimate.
+    """
+
+    value: Float[Array, " batch"]
+    log_likelihood: Float[Array, " batch"]
+    kl: Float[Array, " batch"]
 
 
 class Draw(NamedTuple):
-    """Samples z ~ q(z|x) of every image, and what objectives need to know of them, in nats.
+    """Samples z ~ q(z|x) for every image, and the log-densities at them, in nats.
 
     Attributes:
-      z: [samples, batch, latent].
-      log_likelihood: log p(x|z), [samples, batch].
-      log_prior: log p(z), [samples, batch].
-      log_posterior: log q(z|x), [samples, batch].
-      kl: KL(q(z|x) || p(z)), [batch], where it is known exactly, or more exactly than by
-        log_ratio; else None.
+      z: the samples.
+      log_likelihood: log p(x|z).
+      log_prior: log p(z).
+      log_posterior: log q(z|x).
+      kl: KL(q(z|x) || p(z)) in closed form, or an estimate with less variance than `log_ratio`;
+        None if there is neither.
       posterior: q(z|x).
-      kl_per_group: of a hierarchy, the KL of every group of latents given the groups above,
-        [samples, batch, groups]; else None.
-      penalty: what the posterior adds to every loss, such as the losses of a code book: [batch].
+      kl_per_group: in a hierarchy, the KL of each group of latents given the groups above; else
+        None.
+      penalty: term that the posterior adds to every loss, such as the losses of a code book.
     """
 
-    z: jax.Array
-    log_likelihood: jax.Array
-    log_prior: jax.Array
-    log_posterior: jax.Array
-    kl: jax.Array | None
+    z: Float[Array, "samples batch latent"]
+    log_likelihood: Float[Array, "samples batch"]
+    log_prior: Float[Array, "samples batch"]
+    log_posterior: Float[Array, "samples batch"]
+    kl: Float[Array, " batch"] | None
     posterior: "Posterior"
-    kl_per_group: jax.Array | None = None
-    penalty: jax.Array | float = 0.0
+    kl_per_group: Float[Array, "samples batch groups"] | None = None
+    penalty: Float[Array, " batch"] | float = 0.0
 
     @property
-    def log_ratio(self) -> jax.Array:
-        """log q(z|x) - log p(z), [samples, batch]: an estimate of the KL."""
+    def log_ratio(self) -> Float[Array, "samples batch"]:
+        """An estimate of the KL at each sample, log q(z|x) - log p(z)."""
         return self.log_posterior - self.log_prior
 
     def elbo(self, *, exact: bool = True) -> Elbo:
-        """Average the ELBO over the samples, with the exact KL where it is known and wanted."""
+        """Average the ELBO over the samples.
+
+        Args:
+          exact: use `kl` where there is one, instead of `log_ratio`.
+
+        Returns:
+          The ELBO and its terms.
+        """
         log_likelihood = jnp.mean(self.log_likelihood, axis=0)
         kl = self.kl if exact and self.kl is not None else jnp.mean(self.log_ratio, axis=0)
         return Elbo(log_likelihood - kl, log_likelihood, kl)
 
 
+@runtime_checkable
 class Prior(Protocol):
     """p(z), bound to its parameters: a pytree.
 
-    It may have `marginal(latent)`, the `Prior` of one latent alone, which figures then draw as a
-    curve instead of a histogram of draws. A mixture, whose samples are no differentiable function
-    of its weights, has `weights`, [K], and `sample_component(key, k)`, [latent]: the objective
-    "mmd" sums over the components. `sample` may take `temperature`, a factor of the standard
-    deviations.
+    It may have `marginal(latent)`, the `Prior` of one latent, which figures then draw as a curve
+    instead of a histogram of samples. A mixture, whose samples are not differentiable by its
+    weights, has `weights`, [K], and `sample_component(key, k)`, [latent]: the objective "mmd" sums
+    over the components. `sample` may take `temperature`, a factor of the standard deviations.
     """
 
-    def log_prob(self, z: jax.Array) -> jax.Array:
-        """Compute log p(z) in nats: z is [..., latent], the result [...]."""
+    def log_prob(self, z: Float[Array, "*batch latent"]) -> Float[Array, "*batch"]:
+        """Compute log p(z), in nats."""
 
-    def sample(self, key: jax.Array, n: int) -> jax.Array:
-        """Draw n latents, [n, latent]."""
+    def sample(self, key: Key[Array, ""], n: int) -> Float[Array, "n latent"]:
+        """Draw n latents."""
 
 
 @runtime_checkable
 class Posterior(Protocol):
     """q(z|x) of a batch: a pytree.
 
-    A posterior whose density is known at any z has `log_prob(z)` besides, which the objectives
+    A posterior that can evaluate its density at any z also has `log_prob(z)`, which the objectives
     "stl", "dreg" and "beta_tc" need.
     """
 
     @property
-    def mean(self) -> jax.Array:
-        """The mean of q(z|x), or of the Gaussian that it is made from: [batch, latent]."""
+    def mean(self) -> Float[Array, "batch latent"]:
+        """The mean of q(z|x), or of the Gaussian to which a flow is applied."""
 
     @property
-    def log_var(self) -> jax.Array:
-        """The log variance that belongs to `mean`: [batch, latent]."""
+    def log_var(self) -> Float[Array, "batch latent"]:
+        """The log variance of the distribution whose mean is `mean`."""
 
     @property
-    def center(self) -> jax.Array:
-        """The latents that `reconstruct` decodes, [batch, latent]."""
+    def center(self) -> Float[Array, "batch latent"]:
+        """The latents that `reconstruct` decodes."""
 
-    def sample_and_log_prob(self, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Draw [batch, latent] by a key for each row; also return log q of the draw, [batch]."""
+    def sample_and_log_prob(
+        self, keys: Key[Array, " batch"]
+    ) -> tuple[Float[Array, "batch latent"], Float[Array, " batch"]]:
+        """Draw z by a key for each row; also return log q(z|x), in nats."""
 
-    def kl(self, prior: Prior) -> jax.Array | None:
-        """Compute KL(q(z|x) || p(z)) in nats, [batch], where it is known exactly; else None."""
+    def kl(self, prior: Prior) -> Float[Array, " batch"] | None:
+        """Compute KL(q(z|x) || p(z)), in nats; return None if it has no closed form."""
 
 
+@runtime_checkable
 class Likelihood(Protocol):
     """p(x|z) of a batch: a pytree."""
 
     @property
-    def mean(self) -> jax.Array:
-        """The mean of p(x|z): float32 [batch, height, width, channels]."""
+    def mean(self) -> Float[Array, "batch height width channels"]:
+        """The mean of p(x|z), float32."""
 
-    def log_prob(self, images: jax.Array) -> jax.Array:
-        """Compute log p(x|z) in nats per image: [batch]."""
+    def log_prob(
+        self, images: Num[ArrayLike, "batch height width channels"]
+    ) -> Float[Array, " batch"]:
+        """Compute log p(x|z), in nats per image."""
 
-    def sample(self, key: jax.Array) -> jax.Array:
-        """Draw images, [batch, height, width, channels]."""
+    def sample(self, key: AnyKey) -> Float[Array, "batch height width channels"]:
+        """Draw images."""
 
 
+@runtime_checkable
 class PriorFamily(Protocol):
     """A choice of the prior: `ModelConfig(prior=...)`.
 
-    It may have `validate(config)`, which raises InputError for a model it does not go with.
+    It may have `validate(config)`, which raises InputError for a model that it does not support.
     """
 
-    def init(self, key: jax.Array, config: "ModelConfig") -> Learned:
-        """Return the parameters that the prior starts from."""
+    def init(self, key: Key[Array, ""], config: "ModelConfig") -> Learned:
+        """Return the initial parameters of the prior."""
 
     def bind(self, learned: Learned, params: "Params") -> Prior:
-        """Return the prior; `params` are the whole model's, for one that needs its encoder."""
+        """Return the prior.
+
+        Args:
+          learned: parameters of the prior.
+          params: parameters of the whole model, for a prior that needs its encoder.
+        """
 
 
+@runtime_checkable
 class PosteriorFamily(Protocol):
     """A choice of the posterior: `ModelConfig(posterior=...)`."""
 
-    def init(self, key: jax.Array, encoded: tuple[jax.Array, ...]) -> Learned:
-        """Return the parameters that the posterior starts from.
+    def init(self, key: Key[Array, ""], encoded: tuple[Array, ...]) -> Learned:
+        """Return the initial parameters of the posterior.
 
         Args:
           key: PRNG key.
-          encoded: what the encoder returns for one image: mean, log_var and, where it has them,
+          encoded: the encoder's results for one image: mean, log_var and, if it returns them,
             features, each [1, ...].
         """
 
-    def bind(self, learned: Learned, encoded: tuple[jax.Array, ...]) -> Posterior:
-        """Return the posterior of a batch from what the encoder returns for it."""
+    def bind(self, learned: Learned, encoded: tuple[Array, ...]) -> Posterior:
+        """Return the posterior of a batch, from the encoder's results for it."""
 
 
+@runtime_checkable
 class LikelihoodFamily(Protocol):
     """A choice of the likelihood: `ModelConfig(likelihood=...)`.
 
     Attributes:
-      outputs_per_channel: numbers that the decoder returns for each channel of a pixel.
-      support: the values that pixels take: "binary" (0 and 1), "levels" (k / 255), "unit" (the
+      outputs_per_channel: number of decoder outputs for each channel of a pixel.
+      support: the possible values of pixels: "binary" (0 and 1), "levels" (k / 255), "unit" (the
         interval from 0 to 1) or "real".
     """
 
@@ -164,43 +194,56 @@ class LikelihoodFamily(Protocol):
     support: str
 
     def init(self, channels: int) -> Learned:
-        """Return the parameters that all pixels have in common."""
+        """Return the initial parameters that all pixels have in common."""
 
-    def from_outputs(self, outputs: jax.Array, learned: Learned) -> Likelihood:
+    def from_outputs(
+        self, outputs: Float[Array, "batch height width outputs"], learned: Learned
+    ) -> Likelihood:
         """Return the likelihood of a batch.
 
         Args:
-          outputs: what the decoder returns, [batch, height, width,
-            channels * outputs_per_channel], unbounded.
-          learned: as of `init`, trained.
+          outputs: the decoder's unbounded outputs, channels * outputs_per_channel for each pixel.
+          learned: parameters that all pixels have in common.
         """
 
 
+@runtime_checkable
 class Model(Protocol):
-    """A whole model, frozen and hashable: what the static part of `Params` describes.
+    """A whole model, frozen and hashable, which belongs to the static part of `Params`.
 
     A model that evaluates log p(x|z), log p(z) and log q(z|x) in one pass may have
     `draw(params, posterior, keys, images, labels)`, which returns the `Draw` of keys
     [samples, batch]: see `jaxvae.objectives.draw_at`.
     """
 
-    def init(self, key: jax.Array) -> dict[str, Any]:
-        """Return fresh parameters: the fields of `Params` but for `config`."""
+    def init(self, key: Key[Array, ""]) -> dict[str, Any]:
+        """Return the initial parameters: the fields of `Params` except `config`."""
 
     def prior(self, params: "Params") -> Prior:
         """Return p(z)."""
 
-    def posterior(self, params: "Params", images: jax.Array, labels: jax.Array | None) -> Posterior:
-        """Return q(z|x) of images [batch, ...], floats in [0, 1], and of their classes [batch]."""
+    def posterior(
+        self,
+        params: "Params",
+        images: Float[Array, "batch height width channels"],
+        labels: Int[Array, " batch"] | None,
+    ) -> Posterior:
+        """Return q(z|x) of images in [0, 1] and, if the model is conditional, their classes."""
 
-    def likelihood(self, params: "Params", z: jax.Array, labels: jax.Array | None) -> Likelihood:
-        """Return p(x|z) of latents [batch, latent], and of their classes [batch]."""
+    def likelihood(
+        self,
+        params: "Params",
+        z: Float[Array, "batch latent"],
+        labels: Int[Array, " batch"] | None,
+    ) -> Likelihood:
+        """Return p(x|z) of latents and, if the model is conditional, their classes."""
 
 
+@runtime_checkable
 class Network(Protocol):
     """A choice of encoder and decoder: `ModelConfig(network=...)`.
 
-    It may have `model(config)`, which returns the whole `Model`, where that is no `VAE`.
+    It may have `model(config)`, which returns the whole `Model` instead of a `VAE`.
     """
 
     def modules(
@@ -210,12 +253,12 @@ class Network(Protocol):
 
         Args:
           latent_dim: number of latents.
-          outputs_shape: (height, width, outputs) of what the decoder returns for one image.
-          dtype: of the layers' inputs, kernels and products; None: as they come in.
+          outputs_shape: (height, width, outputs) of the decoder's outputs for one image.
+          dtype: of the layers' inputs, kernels and products; None: that of the inputs.
 
         Returns:
-          The encoder takes images [batch, height, width, channels] to (mean, log_var), each
+          The encoder maps images [batch, height, width, channels] to (mean, log_var), each
           [batch, latent], and may return features [batch, ...] as a third result. The decoder
-          takes latents [batch, latent] to [batch, height, width, outputs]. Of a conditional model
-          both take the classes as a second argument, one-hot [batch, classes].
+          maps latents [batch, latent] to [batch, height, width, outputs]. In a conditional model
+          both take one-hot classes, [batch, classes], as a second argument.
         """

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from jaxvae.models.config import ModelConfig
 from jaxvae.models.vae import VAE, init
@@ -14,7 +15,14 @@ Row = tuple[str, str, str, int]
 
 
 def summary(config: ModelConfig) -> str:
-    """A line for every layer: its name, output shape, kernel shape and number of parameters."""
+    """Format the layer table of a model.
+
+    Args:
+      config: the architecture.
+
+    Returns:
+      Lines with the name, output shape, kernel shape and number of parameters of each layer.
+    """
     params = jax.eval_shape(init, jax.random.key(0), config)
     model = params.model
     if isinstance(model, VAE):
@@ -49,10 +57,10 @@ def summary(config: ModelConfig) -> str:
     return "\n".join([*lines, f"{_count(params):,} parameters"])
 
 
-def _rows(module: Any, params: Any, input_name: str, examples: list[jax.Array]) -> list[Row]:
-    names: list[str] = []  # in the order of the calls, which tracing sorts away
+def _rows(module: Any, params: Any, input_name: str, examples: list[Array]) -> list[Row]:
+    names: list[str] = []  # in the order of the calls; tracing sorts the outputs
 
-    def outputs(params: Any) -> list[jax.Array]:
+    def outputs(params: Any) -> list[Any]:
         _, state = module.apply({"params": params}, *examples, capture_intermediates=True)
         layers = {k: v for k, v in state["intermediates"].items() if k != "__call__"}
         names[:] = layers
@@ -62,11 +70,11 @@ def _rows(module: Any, params: Any, input_name: str, examples: list[jax.Array]) 
     rows: list[Row] = [(input_name, _shape(examples[0].shape[1:]), "", 0)]
     for name, output in zip(names, shapes, strict=True):
         weights = params.get(name, {})
-        # A block of several layers has no kernel of its own, and may have several results.
+        # A block of several layers has no kernel, and may have several outputs.
         kernel = _shape(weights["kernel"].shape) if "kernel" in weights else ""
         shape = _shape(output.shape[1:]) if hasattr(output, "shape") else ""
         rows.append((name, shape, kernel, _count(weights)))
-    # What belongs to no layer that was called.
+    # Parameters of layers that were not called.
     rows += [(name, "", "", _count(params[name])) for name in params if name not in names]
     return rows
 

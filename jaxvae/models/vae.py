@@ -1,4 +1,4 @@
-"""The VAE as pure functions of its parameters."""
+"""The VAE, as pure functions of its parameters."""
 
 import inspect
 import math
@@ -8,7 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import ArrayLike
+from jaxtyping import Array, ArrayLike, Float, Integer, Key, Num
 
 from jaxvae.devices.convolution import block_size, in_blocks
 from jaxvae.errors import InputError, shown
@@ -16,6 +16,7 @@ from jaxvae.models.config import ModelConfig
 from jaxvae.models.likelihoods import at_least_float32, scale_images
 from jaxvae.models.protocols import Likelihood, Model, Posterior, Prior
 from jaxvae.validation import (
+    AnyKey,
     as_array,
     as_key,
     expect_config,
@@ -25,19 +26,22 @@ from jaxvae.validation import (
     whole_number,
 )
 
+Images = Num[ArrayLike, "batch height width channels"]
+Labels = Integer[ArrayLike, " batch"] | None
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Params:
-    """A VAE: a pytree whose leaves are its weights and whose static part is its architecture.
+    """The parameters of a VAE: a pytree that carries its architecture as static metadata.
 
     Attributes:
       encoder: the encoder's "params" collection.
       decoder: the decoder's "params" collection.
-      config: the architecture they belong to (static).
-      likelihood: what the likelihood has learned, where it learns.
-      prior: what the prior has learned, where it learns.
-      posterior: what the posterior has learned besides the encoder, where it learns.
+      config: the architecture (static).
+      likelihood: parameters of the likelihood, such as a learned scale; may be empty.
+      prior: parameters of the prior; may be empty.
+      posterior: parameters of the posterior other than the encoder's; may be empty.
     """
 
     encoder: Any
@@ -49,13 +53,13 @@ class Params:
 
     @property
     def model(self) -> Model:
-        """The model that these are the parameters of."""
+        """The model to which the parameters belong."""
         return model_of(self.config)
 
 
 @dataclass(frozen=True)
 class VAE:
-    """A VAE with one vector of latents, put together from the components of its configuration.
+    """A VAE with one vector of latents, composed of the components of its configuration.
 
     Attributes:
       config: the components.
@@ -69,16 +73,16 @@ class VAE:
     def modules(self) -> tuple[nn.Module, nn.Module]:
         """Return the Flax modules: encoder and decoder."""
         config = self.config
-        # None, not float32: parameters made wider are computed with as they are.
+        # None instead of float32: float64 parameters are then computed with in float64.
         dtype = jnp.bfloat16 if config.compute_dtype == "bfloat16" else None
         return config.network.modules(config.latent_dim, self._outputs_shape(), dtype)
 
-    def init(self, key: jax.Array) -> dict[str, Any]:
-        """Return fresh parameters: the fields of `Params`."""
+    def init(self, key: Key[Array, ""]) -> dict[str, Any]:
+        """Return the initial parameters: the fields of `Params` except `config`."""
         config = self.config
         encoder_key, decoder_key = jax.random.split(key)
         prior_key, posterior_key = jax.random.split(jax.random.fold_in(key, 2))
-        # float32, as modules may take their parameters' type from their inputs'.
+        # float32, as a module's parameters may take the dtype of its inputs.
         images, latents, one_hot = (
             jnp.zeros((1, *shape), jnp.float32)
             for shape in (config.image_shape, (config.latent_dim,), (config.num_classes,))
@@ -102,30 +106,39 @@ class VAE:
         return self.config.prior.bind(params.prior, params)
 
     def posterior(
-        self, params: Params, images: jax.Array, labels: jax.Array | None = None
+        self,
+        params: Params,
+        images: Float[Array, "batch height width channels"],
+        labels: Integer[Array, " batch"] | None = None,
     ) -> Posterior:
-        """Return q(z|x) of images, floats in [0, 1], and of their classes [batch]."""
+        """Return q(z|x) of images in [0, 1] and, if the model is conditional, their classes."""
         return self.config.posterior.bind(params.posterior, self.encoded(params, images, labels))
 
     def likelihood(
-        self, params: Params, z: jax.Array, labels: jax.Array | None = None
+        self,
+        params: Params,
+        z: Num[Array, "batch latent"],
+        labels: Integer[Array, " batch"] | None = None,
     ) -> Likelihood:
-        """Return p(x|z) of latents [batch, latent], and of their classes [batch]."""
+        """Return p(x|z) of latents and, if the model is conditional, their classes."""
         _, decoder = self.modules()
         outputs = in_blocks(
             lambda block: decoder.apply({"params": params.decoder}, *block),
             (z, *self._one_hot(labels)),
             block_size(z.shape[0], params.decoder),
         )
-        # Networks may compute in bfloat16; distributions do not.
+        # Networks may compute in bfloat16; distributions never do.
         return self.config.likelihood.from_outputs(
             *jax.tree.map(at_least_float32, (outputs, params.likelihood))
         )
 
     def encoded(
-        self, params: Params, images: jax.Array, labels: jax.Array | None = None
-    ) -> tuple[jax.Array, ...]:
-        """Return what the encoder makes of images, floats in [0, 1]: mean, log_var and more."""
+        self,
+        params: Params,
+        images: Float[Array, "batch height width channels"],
+        labels: Integer[Array, " batch"] | None = None,
+    ) -> tuple[Array, ...]:
+        """Apply the encoder to images in [0, 1]: mean, log_var and, if it has them, features."""
         encoder, _ = self.modules()
         encoded = in_blocks(
             lambda block: tuple(encoder.apply({"params": params.encoder}, *block)),
@@ -138,55 +151,62 @@ class VAE:
         height, width, channels = self.config.image_shape
         return height, width, channels * self.config.likelihood.outputs_per_channel
 
-    def _one_hot(self, labels: jax.Array | None) -> tuple[jax.Array, ...]:
-        """Return the classes as the networks take them, [batch, classes]; nothing without any."""
+    def _one_hot(
+        self, labels: Integer[Array, " batch"] | None
+    ) -> tuple[Float[Array, "batch classes"], ...]:
+        """Return the further arguments of the networks: one-hot classes, if there are classes."""
         if labels is None:
             return ()
         return (jax.nn.one_hot(labels, self.config.num_classes, dtype=jnp.float32),)
 
 
 def model_of(config: ModelConfig) -> Model:
-    """Return the model that a configuration describes: a `VAE`, unless its network says another."""
+    """Return the model of a configuration: a `VAE`, unless its network has its own `model`."""
     return getattr(config.network, "model", VAE)(config)
 
 
 @jit(static_argnames="config")
-def init(key: jax.Array, config: ModelConfig) -> Params:
-    """Draw fresh parameters: Glorot uniform kernels, zero biases, unless a network says otherwise.
+def init(key: AnyKey, config: ModelConfig) -> Params:
+    """Initialise the parameters of a model.
 
-    They are float32, whether 64-bit types are enabled or not, unless modules of one's own ask for
-    others by their `param_dtype`.
+    By default kernels are Glorot uniform, as in Keras, and biases zero. Parameters are float32,
+    whether 64-bit types are enabled or not, except in a user's modules with another `param_dtype`.
 
     Args:
       key: PRNG key.
       config: the architecture.
 
     Returns:
-      The parameters, with `.encoder`, `.decoder` and `.config`.
+      The parameters.
 
     Raises:
-      InputError: modules of one's own return other shapes than the model has.
+      InputError: a user's modules return other shapes than the model's.
 
     References:
-      Glorot and Bengio (2010), equation 16, as Keras initialises.
+      Glorot and Bengio (2010), Understanding the difficulty of training deep feedforward neural
+      networks, equation 16.
     """
     expect_config("config", config, ModelConfig)
     return Params(config=config, **model_of(config).init(as_key(key)))
 
 
 @jit()
-def encode(params: Params, images: ArrayLike, labels: ArrayLike | None = None) -> Posterior:
-    """The posterior q(z|x), whose `.mean` and `.log_var` are [batch, latent].
+def encode(params: Params, images: Images, labels: Labels = None) -> Posterior:
+    """Compute the posterior q(z|x).
 
     Args:
-      images: [batch, height, width, channels], float32 in [0, 1] or uint8.
-      labels: [batch], the images' classes, where the model is conditional.
+      params: the model.
+      images: float32 in [0, 1], or uint8.
+      labels: classes of the images, if the model is conditional.
+
     Returns:
-      A Gaussian, or for an inverse autoregressive flow a FlowPosterior, whose mean and log_var are
-      those of the Gaussian that the flow starts from.
+      The posterior, with `.mean` and `.log_var` of shape [batch, latent]: by default a `Gaussian`.
+      For an inverse autoregressive flow it is a `FlowPosterior`, whose mean and log_var are those
+      of the Gaussian to which the flow is applied.
+
     Raises:
-      InputError: images of another shape than the model's; labels where the model knows none, or
-        none where it needs them.
+      InputError: images of another shape than the model's; labels for an unconditional model, or
+        none for a conditional one.
     """
     images = expected_images(params, images)
     labels = expected_labels(params, labels, images.shape[0])
@@ -194,14 +214,19 @@ def encode(params: Params, images: ArrayLike, labels: ArrayLike | None = None) -
 
 
 @jit()
-def decode(params: Params, z: ArrayLike, labels: ArrayLike | None = None) -> Likelihood:
-    """The likelihood p(x|z), of pixels [batch, height, width, channels]: by default Bernoulli.
+def decode(params: Params, z: Num[ArrayLike, "batch latent"], labels: Labels = None) -> Likelihood:
+    """Compute the likelihood p(x|z).
 
     Args:
-      z: latents, [batch, latent].
-      labels: [batch], the images' classes, where the model is conditional.
+      params: the model.
+      z: latents.
+      labels: classes of the images, if the model is conditional.
+
+    Returns:
+      The likelihood of pixels [batch, height, width, channels]: by default `Bernoulli`.
+
     Raises:
-      InputError: latents of another shape than the model's; labels as of `encode`.
+      InputError: latents of another shape than the model's; labels as in `encode`.
     """
     z = as_array("latents", z)
     expect_real("latents", z)
@@ -214,21 +239,29 @@ def decode(params: Params, z: ArrayLike, labels: ArrayLike | None = None) -> Lik
 
 
 def prior(params: Params) -> Prior:
-    """Return the prior p(z): `.log_prob(z)` of [..., latent], in nats, and `.sample(key, n)`."""
+    """Return the prior p(z), with `.log_prob(z)`, in nats, and `.sample(key, n)`."""
     return params.model.prior(params)
 
 
 @jit()
-def reconstruct(params: Params, images: ArrayLike, labels: ArrayLike | None = None) -> jax.Array:
-    """The decoder's mean at the posterior's centre: float32 [batch, height, width, channels].
+def reconstruct(
+    params: Params, images: Images, labels: Labels = None
+) -> Float[Array, "batch height width channels"]:
+    """Decode the center of the posterior of each image.
 
-    The centre of a Gaussian is its mean; of a flow, where it takes the mean.
+    The center of a Gaussian is its mean; that of a flow posterior is the flow's output for the
+    mean.
 
     Args:
-      images: [batch, height, width, channels], float32 in [0, 1] or uint8.
-      labels: [batch], the images' classes, where the model is conditional.
+      params: the model.
+      images: float32 in [0, 1], or uint8.
+      labels: classes of the images, if the model is conditional.
+
+    Returns:
+      Means of p(x|z), float32.
+
     Raises:
-      InputError: as of `encode`.
+      InputError: as in `encode`.
     """
     return decode(params, encode(params, images, labels).center, labels).mean
 
@@ -236,28 +269,28 @@ def reconstruct(params: Params, images: ArrayLike, labels: ArrayLike | None = No
 @jit(static_argnames=("n", "temperature"))
 def sample(
     params: Params,
-    key: jax.Array,
+    key: AnyKey,
     n: int,
-    labels: ArrayLike | None = None,
+    labels: Integer[ArrayLike, " n"] | None = None,
     *,
     temperature: float | tuple[float, ...] = 1.0,
-) -> jax.Array:
-    """Compute the decoder's means of n samples from the prior.
+) -> Float[Array, "n height width channels"]:
+    """Draw n latents from the prior and decode them.
 
     Args:
       params: the model.
       key: PRNG key.
-      n: number of samples.
-      labels: [n], classes of a conditional model; by default all classes in turn.
+      n: number of images.
+      labels: their classes, if the model is conditional; None: all classes in turn.
       temperature: factor of the standard deviations of the prior's Gaussians. A ladder also takes
         one number for each group, from the top down: with 0 a group is at its mean.
 
     Returns:
-      Images, float32 [n, height, width, channels] in [0, 1].
+      Means of p(x|z), float32.
 
     Raises:
       InputError: n below 1; a temperature below 0, or one that the prior has no use for; labels as
-        of `encode`.
+        in `encode`.
     """
     n = whole_number("n", n)
     each = temperature if isinstance(temperature, tuple) else (temperature,)
@@ -276,8 +309,8 @@ def sample(
     return decode(params, p_z.sample(key, n, temperature=temperature), labels).mean
 
 
-def expected_images(params: Params, images: ArrayLike) -> jax.Array:
-    """Images as an array, or InputError where they are not those of the model."""
+def expected_images(params: Params, images: Images) -> Num[Array, "batch height width channels"]:
+    """Convert images to an array, or raise InputError if their shape is not the model's."""
     images = as_array("images", images)
     if images.ndim != 4 or images.shape[1:] != params.config.image_shape or images.shape[0] < 1:
         expected = ", ".join(map(str, params.config.image_shape))
@@ -287,8 +320,21 @@ def expected_images(params: Params, images: ArrayLike) -> jax.Array:
     return images
 
 
-def expected_labels(params: Params, labels: ArrayLike | None, batch: int) -> jax.Array | None:
-    """Labels as an array, or InputError where they are not what the model takes."""
+def expected_labels(params: Params, labels: Labels, batch: int) -> Integer[Array, " batch"] | None:
+    """Convert labels to an array, or raise InputError if the model does not take them.
+
+    Args:
+      params: the model.
+      labels: classes, or None.
+      batch: expected number of labels.
+
+    Returns:
+      The labels; None for an unconditional model.
+
+    Raises:
+      InputError: labels for an unconditional model, none for a conditional one, or labels of
+        another shape or type.
+    """
     classes = params.config.num_classes
     if labels is None and not classes:
         return None
@@ -310,20 +356,20 @@ def expected_labels(params: Params, labels: ArrayLike | None, batch: int) -> jax
     return labels
 
 
-def _init(which: str, module: nn.Module, key: jax.Array, *inputs: jax.Array) -> tuple[Any, Any]:
-    """What a module gives for `inputs`, and its parameters."""
-    given, variables = module.init_with_output(key, *inputs)
+def _init(which: str, module: nn.Module, key: Key[Array, ""], *inputs: Array) -> tuple[Any, Any]:
+    """Initialise a module; return its results for the inputs, and its parameters."""
+    results, variables = module.init_with_output(key, *inputs)
     if others := sorted(set(variables) - {"params"}):
         raise InputError(
             f"the {which} has variables {others[0]!r}: expected parameters alone, as its results "
             "for an image depend on nothing else (so layer or group norm, not batch norm)"
         )
-    return given, variables.get("params", {})
+    return results, variables.get("params", {})
 
 
-def _expect_shapes(which: str, given: Any, expected: tuple[tuple[int, ...], ...]) -> None:
-    """Raises InputError unless the first results have these shapes."""
-    results = given if isinstance(given, tuple | list) else (given,)
+def _expect_shapes(which: str, results: Any, expected: tuple[tuple[int, ...], ...]) -> None:
+    """Raise InputError unless the first results have these shapes."""
+    results = results if isinstance(results, tuple | list) else (results,)
     shapes = tuple(getattr(x, "shape", type(x).__name__) for x in results)
     if shapes[: len(expected)] != expected:
         raise InputError(
