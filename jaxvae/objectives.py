@@ -25,7 +25,7 @@ from jaxvae.models.distributions import Gaussian
 from jaxvae.models.likelihoods import scale_images
 from jaxvae.models.protocols import Draw, Elbo, Posterior
 from jaxvae.models.vae import Params, decode, encode, prior
-from jaxvae.validation import AnyKey, as_key, is_number, jit, native, whole_number
+from jaxvae.validation import AnyKey, as_array, as_key, is_number, jit, native, whole_number
 
 Images = Num[ArrayLike, "batch height width channels"]
 Labels = Integer[ArrayLike, " batch"] | None
@@ -101,7 +101,8 @@ def draw(
       InputError: as in `jaxvae.encode`; `path` with a posterior without `log_prob`.
     """
     posterior = encode(params, images, labels)
-    keys = sample_keys(example_keys(key, jnp.shape(images)[0]), num_samples)
+    images = as_array("images", images)
+    keys = sample_keys(example_keys(key, len(images)), num_samples)
     drawn = draw_at(params, posterior, keys, images, labels)
     if path:
         held = lax.stop_gradient(with_log_prob(posterior))
@@ -398,9 +399,9 @@ class DoublyReparameterized:
           InputError: a posterior without `log_prob`.
         """
         posterior = with_log_prob(encode(params, images, labels))
-        keys = example_keys(key, jnp.shape(images)[0])
-        z, _ = samples(posterior, sample_keys(keys, self.num_samples))
         images = scale_images(images)  # to floats, as the custom derivative includes the images
+        keys = example_keys(key, len(images))
+        z, _ = samples(posterior, sample_keys(keys, self.num_samples))
         bound, (log_p_x, log_ratio) = _doubly(
             params, z, beta, lax.stop_gradient(posterior), images, native(labels)
         )

@@ -148,7 +148,9 @@ def test_of_modules_of_ones_own_json_keeps_only_that_there_are_some():
     ids=["one module", "a tuple of one", "three", "classes", "names", "half a pair", "a function"],
 )
 def test_a_network_that_is_no_pair_of_modules_is_refused(network):
-    with refused("network is ", "expected 'conv', 'mlp', 'residual' or 'spatial', or a pair of"):
+    with refused(
+        "network is ", "expected 'conv', 'mlp', 'residual', 'spatial' or 'ladder', or a pair of"
+    ):
         ModelConfig(network=network)
 
 
