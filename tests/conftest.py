@@ -10,9 +10,16 @@ from contextlib import contextmanager
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+
+# Check the annotations of these packages at run time. Must come before they are imported.
+jaxtyping.install_import_hook(
+    ("jaxvae.models", "jaxvae.objectives", "jaxvae.training", "jaxvae.evaluation"),
+    "typechecker.checked",
+)
 
 import jaxvae
 
@@ -126,9 +133,19 @@ def browser():
 
 
 @contextmanager
+def unchecked():
+    """For wrong input on purpose: leaves it to the package's own checks to refuse it."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@contextmanager
 def refused(*texts):
     """An InputError whose message is one line that has these texts in it."""
-    with pytest.raises(jaxvae.InputError) as error:
+    with pytest.raises(jaxvae.InputError) as error, unchecked():
         yield
     message = str(error.value)
     assert "\n" not in message

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Key, Num, Shaped
+from jaxtyping import Array, ArrayLike, Float, Key, Shaped
 
 from jaxvae.components import Registry
 from jaxvae.errors import InputError
 from jaxvae.validation import AnyKey, as_array, as_key, expect_unit_interval, native
 
-Images = Num[ArrayLike, "*batch height width channels"]
+Images = Shaped[ArrayLike, "*batch height width channels"]
 Pixels = Float[Array, "*batch height width channels"]
 
 

@@ -163,7 +163,7 @@ class Decoder(nn.Module):
     dtype: Dtype | None = None
 
     @nn.compact
-    def __call__(self, z: Latents, labels: Labels = None) -> Outputs:
+    def __call__(self, z: Num[Array, "batch latent"], labels: Labels = None) -> Outputs:
         """Return the outputs for the likelihood."""
         height, width, outputs = self.image_shape
         rows, columns = -(-height // 2), -(-width // 2)
@@ -215,7 +215,7 @@ class MlpDecoder(nn.Module):
     width: int = 200
 
     @nn.compact
-    def __call__(self, z: Latents, labels: Labels = None) -> Outputs:
+    def __call__(self, z: Num[Array, "batch latent"], labels: Labels = None) -> Outputs:
         """Return the outputs for the likelihood."""
         x = with_labels(z, labels)
         x = nn.tanh(dense(self.width, dtype=self.dtype, name="dense_1")(x))
@@ -300,7 +300,7 @@ class ResidualDecoder(nn.Module):
     blocks: int = 1
 
     @nn.compact
-    def __call__(self, z: Latents, labels: Labels = None) -> Outputs:
+    def __call__(self, z: Num[Array, "batch latent"], labels: Labels = None) -> Outputs:
         """Return the outputs for the likelihood."""
         sizes = _halvings(*self.image_shape[:2], self.width)
         x = dense(math.prod(sizes[-1]), dtype=self.dtype, name="dense")(with_labels(z, labels))
@@ -364,7 +364,7 @@ class SpatialDecoder(nn.Module):
     blocks: int = 1
 
     @nn.compact
-    def __call__(self, z: Latents, labels: Labels = None) -> Outputs:
+    def __call__(self, z: Num[Array, "batch latent"], labels: Labels = None) -> Outputs:
         """Return the outputs for the likelihood."""
         sizes = _halvings(*self.image_shape[:2], self.width, 1)[:3]
         rows, columns, features = sizes[-1]

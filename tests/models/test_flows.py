@@ -85,7 +85,9 @@ def test_log_det_is_the_jacobians(latents, steps):
     with jax.enable_x64(True):
         params = jax.tree.map(jnp.float64, random_params(flow, latents))
         for z, context in zip(
-            rng.normal(size=(3, latents)), rng.normal(size=(3, CONTEXT)), strict=True
+            jnp.asarray(rng.normal(size=(3, latents))),
+            jnp.asarray(rng.normal(size=(3, CONTEXT))),
+            strict=True,
         ):
             _, log_det = flow.apply({"params": params}, z, context)
             sign, expected = np.linalg.slogdet(jacobian(flow, params, z, context))

@@ -197,12 +197,15 @@ def test_continuous_bernoulli_log_prob_equals_scipys(logit):
 def test_derivatives_of_continuous_bernoulli_are_its_moments(logit):
     """d log p(x) / dl = x - mean, and its derivative is minus the variance."""
 
+    def distribution(logit):
+        return ContinuousBernoulli(logit.reshape(1, 1, 1, 1))
+
     def log_prob(logit):
-        return ContinuousBernoulli(logit.reshape(1, 1, 1, 1)).log_prob(as_pixels([0.3]))[0]
+        return distribution(logit).log_prob(as_pixels([0.3]))[0]
 
     _, mean, variance = moments(continuous_bernoulli(logit)[0])
     logit = jnp.float32(logit)
-    np.testing.assert_allclose(ContinuousBernoulli(logit).mean, mean, rtol=1e-6)
+    np.testing.assert_allclose(distribution(logit).mean, mean, rtol=1e-6)
     slope, curvature = (jax.jit(f)(logit) for f in (jax.grad(log_prob), jax.hessian(log_prob)))
     np.testing.assert_allclose(slope, 0.3 - mean, atol=3e-7)
     np.testing.assert_allclose(curvature, -variance, rtol=2e-5)
@@ -212,7 +215,10 @@ def test_derivatives_of_continuous_bernoulli_are_its_moments(logit):
 def test_the_series_of_continuous_bernoulli_is_good_enough_for_float64(logit):
     _, mean, variance = moments(continuous_bernoulli(logit)[0])
     with jax.enable_x64(True):
-        value, slope = jax.jvp(lambda a: ContinuousBernoulli(a).mean, (logit,), (1.0,))
+        logits = jnp.full((1, 1, 1, 1), logit)
+        value, slope = jax.jvp(
+            lambda a: ContinuousBernoulli(a).mean, (logits,), (jnp.ones_like(logits),)
+        )
     np.testing.assert_allclose(value, mean, rtol=1e-8)
     np.testing.assert_allclose(slope, variance, rtol=1e-7)
 

@@ -519,7 +519,7 @@ def test_networks_are_told_the_class_as_a_vector(conditional, images):
     encoder, decoder = jaxvae.models.vae.VAE(conditional.config).modules()
     classes = np.float32([[0, 0, 1], [1, 0, 0], [0, 1, 0], [0, 1, 0], [1, 0, 0]])
     posterior = jaxvae.encode(conditional, images, LABELS)
-    x = images / np.float32(255)
+    x, classes = jnp.asarray(images / np.float32(255)), jnp.asarray(classes)
     close(posterior.mean, encoder.apply({"params": conditional.encoder}, x, classes)[0])
     logits = decoder.apply({"params": conditional.decoder}, posterior.mean, classes)
     p_x = jaxvae.decode(conditional, posterior.mean, LABELS)
