@@ -21,7 +21,7 @@ jaxtyping.install_import_hook(
     "typechecker.checked",
 )
 
-import jaxvae
+import jaxvae  # noqa: E402
 
 # The tests are of the CPU; with libtpu, which is there to compile with, JAX would look for a TPU
 # and tell at length of finding none.
