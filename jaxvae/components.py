@@ -56,23 +56,23 @@ class Registry(Generic[C]):
                 raise self._refusal(value, expected)
             if inspect.isclass(value) and any(_needs_object(value, name) for name in protocol):
                 raise InputError(
-                    f"{self.kind} is the class {value.__name__}: expected an object of it, "
+                    f"{self.kind} is the class {value.__name__}: expected an instance, "
                     f"{value.__name__}(...)"
                 )
             try:
                 hash(value)
             except TypeError:
                 raise InputError(
-                    f"{self.kind} is {' '.join(shown(value).split())}, which has no hash: expected "
-                    "an object that never changes, as of a class with @dataclass(frozen=True)"
+                    f"{self.kind} is {' '.join(shown(value).split())}, which is not hashable: "
+                    "expected an instance of a frozen dataclass, @dataclass(frozen=True)"
                 ) from None
             return value
         name, options = parse_spec(self.kind, value)
         if name not in self.entries:
             if "." in name:
                 raise ComponentNeeded(
-                    f"{self.kind} is {value!r}, a component of your own: hand it over as an "
-                    f"object ({self.kind}=...), or on the command line with --{self.kind} "
+                    f"{self.kind} is {value!r}, which is not registered: pass it as an object "
+                    f"({self.kind}=...), or on the command line with --{self.kind} "
                     f"{shlex.quote(value)}"
                 )
             raise self._refusal(value, expected)
@@ -153,7 +153,7 @@ class Config:
         for name in own:
             if (now := made.to_dict()[name]) != (was := fields.get(name, now)):
                 raise ComponentNeeded(
-                    f"{name} is {now}, but the recorded one is {was}: hand that over"
+                    f"{name} is {now}, but the recorded one is {was}: pass that one"
                 )
         return made
 

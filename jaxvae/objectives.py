@@ -717,7 +717,9 @@ def example_keys(key: AnyKey, batch: int, first: Int[Array, ""] | int = 0) -> Ke
     if key.shape == (batch,):
         return key
     if key.shape:
-        raise InputError(f"there are {key.shape} keys: expected one, or one for each of {batch}")
+        raise InputError(
+            f"key has shape {key.shape}: expected one key, or {batch}, one for each image"
+        )
     return jax.vmap(partial(jax.random.fold_in, key))(first + jnp.arange(batch))
 
 

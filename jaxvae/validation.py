@@ -190,10 +190,10 @@ def as_key(key: Any, *, several: bool = False) -> jax.Array:
             key = jax.random.wrap_key_data(native(key))
         except (AttributeError, TypeError, ValueError):
             raise InputError(
-                f"key: expected a PRNG key, as of jax.random.key(0), not {_kind(key)}"
+                f"key: expected a PRNG key, such as jax.random.key(0), not {_kind(key)}"
             ) from None
     if key.shape and not several:
-        raise InputError(f"there are {key.shape} keys: expected one")
+        raise InputError(f"key has shape {key.shape}: expected one key")
     if jax.random.key_impl(key) == _THREEFRY:
         return key
     return jax.random.wrap_key_data(jax.random.key_data(key)[..., :2], impl=_THREEFRY)
@@ -225,7 +225,7 @@ def _refuse(arguments: Mapping[str, Any]) -> None:
         if name in ("params", "state"):
             made_by = {"params": "jaxvae.init", "state": "jaxvae.create_train_state"}[name]
             if not hasattr(value, "config"):
-                raise InputError(f"{name}: expected what `{made_by}` gives, not {_kind(value)}")
+                raise InputError(f"{name}: expected the result of `{made_by}`, not {_kind(value)}")
         elif name == "config":
             raise InputError(f"config is {shown(value)}: expected a ModelConfig")
         elif name == "objective":

@@ -213,7 +213,7 @@ def test_an_object_is_taken_as_it_is_where_it_has_what_its_kind_needs():
             TOOLS.parse(wrong, protocol=("paint",))
     with refused("tool is 3: expected 'brush', 'roller', 'bucket' or 'finger', or a hand"):
         TOOLS.parse(3, ", or a hand", ("paint",))
-    with refused("tool is the class Brush: expected an object of it, Brush(...)"):
+    with refused("tool is the class Brush: expected an instance, Brush(...)"):
         TOOLS.parse(Brush, protocol=("paint",))
 
 
@@ -227,7 +227,7 @@ def test_an_object_that_can_change_is_refused():
         def paint(self):
             return "wet"
 
-    with refused("Sponge(size=1), which has no hash: expected", "@dataclass(frozen=True)"):
+    with refused("Sponge(size=1), which is not hashable: expected", "@dataclass(frozen=True)"):
         TOOLS.parse(Sponge(), protocol=("paint",))
 
 
@@ -254,7 +254,7 @@ def test_a_dotted_path_in_a_string_is_never_imported(kind, trap):
             lambda path: config.from_dict({kind: path}),
         ):
             typed = f"--{kind} {shlex.quote(path)}"
-            with refused(f"{kind} is {path!r}, a component of your own: hand it over as an object "
+            with refused(f"{kind} is {path!r}, which is not registered: pass it as an object "
                          f"({kind}=...), or on the command line with {typed}"):  # fmt: skip
                 make(path)
     assert not trap()
@@ -483,7 +483,7 @@ def test_a_name_that_needs_options_says_which(name):
 )
 def test_a_class_in_the_place_of_its_object_is_refused(config, kind, component):
     name = component.__name__
-    with refused(f"{kind} is the class {name}: expected an object of it, {name}(...)"):
+    with refused(f"{kind} is the class {name}: expected an instance, {name}(...)"):
         config(**{kind: component})
 
 
@@ -505,11 +505,11 @@ def test_a_component_of_ones_own_is_recorded_by_its_path_and_handed_over_again()
     recorded = json.loads(json.dumps(config.to_dict()))
     assert recorded["prior"] == f"{__name__}.Laplace:scale=2.0"
     assert is_dotted_path(recorded["prior"])
-    with refused(f"prior is '{__name__}.Laplace:scale=2.0', a component of your own: hand it over"):
+    with refused(f"prior is '{__name__}.Laplace:scale=2.0', which is not registered: pass it"):
         ModelConfig.from_dict(recorded)
     assert ModelConfig.from_dict(recorded, prior=Laplace(2.0)) == config
     with refused(f"prior is {__name__}.Laplace:scale=3.0, but the recorded one is "
-                 f"{__name__}.Laplace:scale=2.0: hand that over"):  # fmt: skip
+                 f"{__name__}.Laplace:scale=2.0: pass that one"):  # fmt: skip
         ModelConfig.from_dict(recorded, prior=Laplace(3.0))
     with refused("prior is standard_normal, but the recorded one is"):
         ModelConfig.from_dict(recorded, prior="standard_normal")

@@ -225,7 +225,7 @@ def test_a_component_goes_through_everything(kind, tmp_path):
     params, run_dir = result.params, tmp_path / "run"
     assert result.history[1]["test"]["elbo"] > result.history[0]["test"]["elbo"]
 
-    with refused("your own" if kind != "modules" else "a network of its own", "hand"):
+    with refused("not registered" if kind != "modules" else "a pair of Flax modules", "pass"):
         jaxvae.load(run_dir)
     own = COMPONENTS[kind]
     loaded = jaxvae.load(run_dir, **own)
@@ -293,7 +293,7 @@ def test_an_optimizer_of_ones_own_trains_and_is_handed_over_to_resume(tmp_path):
     result = jaxvae.fit(circles(), model, train, run_dir=tmp_path, progress=False)
     assert result.history[1]["test"]["elbo"] > result.history[0]["test"]["elbo"]
     assert jaxvae.load(tmp_path).config == result.params.config  # to use it, it is not needed
-    with refused("optimizer", "hand it over"):
+    with refused("optimizer", "pass it as an object"):
         jaxvae.restore(tmp_path)
     state = jaxvae.restore(tmp_path, optimizer=mine)
     state, _ = jaxvae.train_step(state, circles().train_images[:16])

@@ -783,7 +783,7 @@ def test_example_keys_go_by_the_examples_index():
 
 def test_another_number_of_keys_than_images_is_refused(params, images):
     for estimate in elbo, log_likelihood:
-        with refused("there are (6,) keys: expected one, or one for each of 7"):
+        with refused("key has shape (6,): expected one key, or 7, one for each image"):
             estimate(params, jax.random.split(KEY, 6), images)
 
 

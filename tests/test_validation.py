@@ -220,9 +220,9 @@ def test_params_states_and_configurations_are_what_they_are_called(bad):
         lambda: jaxvae.elbo(bad, KEY, IMAGES),
         lambda: jaxvae.sample(bad, KEY, 3),
     ):
-        with refused("params: expected what `jaxvae.init` gives, not "):
+        with refused("params: expected the result of `jaxvae.init`, not "):
             f()
-    with refused("state: expected what `jaxvae.create_train_state` gives, not "):
+    with refused("state: expected the result of `jaxvae.create_train_state`, not "):
         jaxvae.train_step(bad, IMAGES)
     with refused("config is ", "expected a ModelConfig"):
         jaxvae.init(KEY, bad)

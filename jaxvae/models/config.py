@@ -122,7 +122,8 @@ def _network(network: Any) -> Any:
         network = tuple(network)
     if network == Modules.spec:
         raise ComponentNeeded(
-            "the model has a network of its own: hand its modules over, network=(encoder, decoder)"
+            "the network is a pair of Flax modules, which are not saved: pass "
+            "network=(encoder, decoder)"
         )
     needed = "model" if hasattr(network, "model") else "modules"
     return NETWORKS.parse(network, ", or a pair of Flax modules, (Encoder(), Decoder())", (needed,))

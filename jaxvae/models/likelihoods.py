@@ -354,7 +354,9 @@ def binarize(
     x = scale_images(images).astype(jnp.float32)
     key = as_key(key, several=True)
     if key.shape not in ((), x.shape[:1]):
-        raise InputError(f"there are {key.shape} keys: expected one, or one for each of {len(x)}")
+        raise InputError(
+            f"key has shape {key.shape}: expected one key, or {len(x)}, one for each image"
+        )
 
     def draw(key: Key[Array, ""], x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         # On a CPU random bits take most of the time: a word of 32 serves two pixels.

@@ -340,11 +340,13 @@ def expected_labels(params: Params, labels: Labels, batch: int) -> Integer[Array
         return None
     if labels is None:
         raise InputError(
-            f"there are no labels: expected ({batch},) of them, classes from 0 to {classes - 1}, "
-            f"as num_classes is {classes}"
+            f"labels are missing: expected shape ({batch},), classes from 0 to {classes - 1} "
+            f"(num_classes={classes})"
         )
     if not classes:
-        raise InputError("there are labels: expected none, as num_classes is 0")
+        raise InputError(
+            "labels were given, but the model is unconditional (num_classes=0): leave them out"
+        )
     labels = as_array("labels", labels)
     if labels.shape != (batch,):
         raise InputError(
@@ -361,8 +363,8 @@ def _init(which: str, module: nn.Module, key: Key[Array, ""], *inputs: Array) ->
     results, variables = module.init_with_output(key, *inputs)
     if others := sorted(set(variables) - {"params"}):
         raise InputError(
-            f"the {which} has variables {others[0]!r}: expected parameters alone, as its results "
-            "for an image depend on nothing else (so layer or group norm, not batch norm)"
+            f"the {which} has variables {others[0]!r}: expected 'params' only, so use layer or "
+            "group norm instead of batch norm"
         )
     return results, variables.get("params", {})
 
@@ -373,6 +375,6 @@ def _expect_shapes(which: str, results: Any, expected: tuple[tuple[int, ...], ..
     shapes = tuple(getattr(x, "shape", type(x).__name__) for x in results)
     if shapes[: len(expected)] != expected:
         raise InputError(
-            f"the {which} gives {', '.join(map(str, shapes))} for one image: "
+            f"the {which} returns {', '.join(map(str, shapes))} for one image: "
             f"expected {', '.join(map(str, expected))}"
         )

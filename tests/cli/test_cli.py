@@ -599,7 +599,7 @@ WRONG = {
     "large batch": ("train --data {npz} --batch-size 1000", "batch_size is 1000: expected at most"),
     "unknown data set": ("train --data tfds:no_such_set", "no data set 'no_such_set'"),
     "unknown network": ("train --network cnn", "network is 'cnn': expected 'conv', 'mlp', "),
-    "a network of one's own": ("train --network own", "hand its modules over"),
+    "a network of one's own": ("train --network own", "pass network=(encoder, decoder)"),
     "unknown likelihood": ("train --likelihood poisson", "likelihood is 'poisson': expected 'bern"),
     "unknown prior": ("train --prior flow", "prior is 'flow': expected 'standard_normal', 'mix"),
     "unknown posterior": ("train --posterior flow", "posterior is 'flow': expected 'gaussian' or"),

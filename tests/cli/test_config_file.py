@@ -216,9 +216,9 @@ WRONG = {
         "prior = 'mixture:number=3'", "prior 'mixture' has no option 'number': expected among "
     ),
     "a component of one's own": (
-        "prior = 'os.system:x=1'", "hand it over as an object (prior=...), or on the command line"
+        "prior = 'os.system:x=1'", "pass it as an object (prior=...), or on the command line"
     ),
-    "modules of one's own": ("network = 'own'", "the model has a network of its own: hand its"),
+    "modules of one's own": ("network = 'own'", "a pair of Flax modules, which are not saved: pass"),
     "data of one's own": ("data = 'os.getcwd'", "--data os.getcwd"),
     "what does not go together": ("prior = 'vamp'\nnum_classes = 3", "vamp"),
     "a newer version": ("jaxvae = '99.0'", "was made by jaxvae 99.0, and this is"),

@@ -183,8 +183,8 @@ def test_a_prior_with_options_is_trained_and_named_again_by_each_command(
     assert main([*resume, *prior]) == 0
     assert len(read_metrics(run)) == 2
     for other, says in {
-        "mine_vae.Wide:scale=3": f"the recorded one is {spec}: hand that over",
-        "mine_vae.Wide": f"prior is mine_vae.Wide, but the recorded one is {spec}: hand that over",
+        "mine_vae.Wide:scale=3": f"the recorded one is {spec}: pass that one",
+        "mine_vae.Wide": f"prior is mine_vae.Wide, but the recorded one is {spec}: pass that one",
         "mixture": "prior is 'mixture': expected a dotted path, such as package.module.Name",
     }.items():
         capsys.readouterr()

@@ -103,7 +103,7 @@ def test_the_fields_of_version_0_1_are_taken(fields, config):
 
 
 def test_modules_of_ones_own_of_version_0_1_are_handed_over_as_now():
-    with refused("network of its own: hand its modules over, network=(encoder, decoder)"):
+    with refused("pair of Flax modules, which are not saved: pass network=(encoder, decoder)"):
         ModelConfig.from_dict(OLD | {"network": "own"})
     found = ModelConfig.from_dict(OLD | {"network": "own"}, network=OWN)
     assert found == ModelConfig(network=OWN)
@@ -126,11 +126,11 @@ def test_of_modules_of_ones_own_json_keeps_only_that_there_are_some():
         "image_shape": [6, 5, 2],
         "network": "own",
     }
-    with refused("network of its own: hand its modules over, network=(encoder, decoder)"):
+    with refused("pair of Flax modules, which are not saved: pass network=(encoder, decoder)"):
         ModelConfig.from_dict(written)
     assert ModelConfig.from_dict(written, network=OWN) == config
     assert ModelConfig.from_dict(written | {"network": OWN}) == config
-    with refused("network is own, but the recorded one is mlp: hand that over"):
+    with refused("network is own, but the recorded one is mlp: pass that one"):
         ModelConfig.from_dict(written | {"network": "mlp"}, network=OWN)
 
 

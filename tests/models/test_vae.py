@@ -400,7 +400,7 @@ def test_networks_of_ones_own_are_trained_saved_and_loaded(tmp_path, images):
     jaxvae.save(tmp_path, after)
     assert_equal(jaxvae.load(tmp_path, network=OWN.network), after.params)
     assert jaxvae.restore(tmp_path, network=OWN.network).params.config == OWN
-    with refused("network of its own: hand its modules over, network=(encoder, decoder)"):
+    with refused("pair of Flax modules, which are not saved: pass network=(encoder, decoder)"):
         jaxvae.load(tmp_path)
 
 
@@ -425,12 +425,18 @@ GOOD_ENCODER, GOOD_DECODER = Gives(((2,), (2,))), Gives((6, 5, 2))
 @pytest.mark.parametrize(
     ("network", "says"),
     [
-        ((Gives(((3,), (3,))), GOOD_DECODER), "encoder gives (1, 3), (1, 3) for one image: expect"),
+        (
+            (Gives(((3,), (3,))), GOOD_DECODER),
+            "encoder returns (1, 3), (1, 3) for one image: expect",
+        ),
         ((Gives(((2,), (1,))), GOOD_DECODER), "expected (1, 2), (1, 2)"),
-        ((Gives((2,)), GOOD_DECODER), "the encoder gives (1, 2) for one image"),
-        ((GOOD_ENCODER, Gives((6, 5, 1))), "gives (1, 6, 5, 1) for one image: expected (1, 6, 5,"),
-        ((GOOD_ENCODER, Gives((60,))), "the decoder gives (1, 60) for one image"),
-        ((GOOD_ENCODER, GOOD_ENCODER), "the decoder gives tuple for one image"),
+        ((Gives((2,)), GOOD_DECODER), "the encoder returns (1, 2) for one image"),
+        (
+            (GOOD_ENCODER, Gives((6, 5, 1))),
+            "returns (1, 6, 5, 1) for one image: expected (1, 6, 5,",
+        ),
+        ((GOOD_ENCODER, Gives((60,))), "the decoder returns (1, 60) for one image"),
+        ((GOOD_ENCODER, GOOD_ENCODER), "the decoder returns tuple for one image"),
     ],
     ids=["latents", "log_var", "only a mean", "channels", "flat", "two results"],
 )
@@ -443,7 +449,7 @@ def test_a_decoder_gives_as_many_numbers_as_the_likelihood_takes():
     config = ModelConfig((6, 5, 2), 2, network=(GOOD_ENCODER, GOOD_DECODER))
     assert jaxvae.init(KEY, replace(config, likelihood="continuous_bernoulli"))
     config = replace(config, likelihood="discretized_logistic")
-    with refused("the decoder gives (1, 6, 5, 2) for one image: expected (1, 6, 5, 4)"):
+    with refused("the decoder returns (1, 6, 5, 2) for one image: expected (1, 6, 5, 4)"):
         jaxvae.init(KEY, config)
     assert jaxvae.init(KEY, replace(config, network=(GOOD_ENCODER, Gives((6, 5, 4)))))
 
@@ -455,7 +461,7 @@ def test_networks_with_other_variables_than_parameters_are_refused():
             x = nn.BatchNorm(use_running_average=False)(images.reshape(len(images), -1))
             return nn.Dense(2)(x), nn.Dense(2)(x)
 
-    with refused("the encoder has variables 'batch_stats': expected parameters alone"):
+    with refused("the encoder has variables 'batch_stats': expected 'params' only"):
         jaxvae.init(KEY, ModelConfig((6, 5, 2), 2, network=(Normed(), GOOD_DECODER)))
 
 
@@ -544,7 +550,7 @@ def test_samples_are_of_all_classes_in_turn_or_of_those_asked_for(conditional):
 
 @every_function_of_labels
 def test_labels_that_are_missing_or_of_another_shape_are_refused(f, conditional, images):
-    with refused("no labels: expected (5,) of them, classes from 0 to 2, as num_classes is 3"):
+    with refused("labels are missing: expected shape (5,), classes from 0 to 2 (num_classes=3)"):
         f(conditional, images, None)
     for labels in (LABELS[:4], np.eye(3)[LABELS], np.int32(1)):
         with refused(f"labels have shape {labels.shape}: expected (5,), classes from 0 to 2"):
@@ -553,7 +559,7 @@ def test_labels_that_are_missing_or_of_another_shape_are_refused(f, conditional,
 
 @every_function_of_labels
 def test_labels_for_a_model_without_classes_are_refused(f, params, images):
-    with refused("there are labels: expected none, as num_classes is 0"):
+    with refused("labels were given, but the model is unconditional (num_classes=0)"):
         f(params, images, LABELS)
 
 
@@ -562,10 +568,10 @@ def test_labels_of_samples_and_steps_are_checked(params, images):
     conditional = jaxvae.init(KEY, model)
     with refused("labels have shape (5,): expected (4,)"):
         jaxvae.sample(conditional, KEY, 4, LABELS)
-    with refused("there are labels: expected none"):
+    with refused("labels were given, but the model is unconditional"):
         jaxvae.sample(params, KEY, 5, LABELS)
     state = jaxvae.create_train_state(KEY, model, TrainConfig(batch_size=5))
-    with refused("no labels: expected (5,)"):
+    with refused("labels are missing: expected shape (5,)"):
         jaxvae.train_step(state, images)
     with refused("labels have shape (4,): expected (5,)"):
         jaxvae.train_step(state, images, LABELS[:4])

@@ -178,12 +178,12 @@ def test_modules_of_ones_own_are_handed_over(tmp_path, images):
     state = jaxvae.create_train_state(jax.random.key(0), config, jaxvae.TrainConfig(batch_size=16))
     jaxvae.save(tmp_path, state)
     assert_states_equal(jaxvae.restore(tmp_path, network=network), state)
-    with refused("the model has a network of its own: hand its modules over, network="):
+    with refused("the network is a pair of Flax modules, which are not saved: pass network="):
         jaxvae.restore(tmp_path)
     for other in ((OwnEncoder(2), OwnEncoder(2)), (OwnEncoder(3), network[1])):
         with refused("for one image: expected"):
             jaxvae.load(tmp_path, network=other)
-    with refused("network is mlp, but the recorded one is own: hand that over"):
+    with refused("network is mlp, but the recorded one is own: pass that one"):
         jaxvae.load(tmp_path, network="mlp")
     for other in ((Other((16, 16)), network[1]), (Other((17,)), network[1])):
         with refused(f"{tmp_path} holds other parameters than those of `network`: expected the"):
@@ -247,7 +247,7 @@ def test_a_state_that_could_not_be_read_again_is_not_saved(tmp_path):
         (replace(state, params=more), "has .params.prior['logits'] of shape (3,): expected no .pa"),
         (replace(state, params=wider), "of shape (67, 4): expected .params.encoder['dense_1']['ke"),
         (stacked, ""),
-        (replace(state, key=jax.random.split(state.key)), "there are (2,) keys: expected one"),
+        (replace(state, key=jax.random.split(state.key)), "key has shape (2,): expected one key"),
         (state.params, "state is a Params: expected a TrainState"),
     ):
         with refused(says):

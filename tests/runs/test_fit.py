@@ -362,7 +362,7 @@ def test_functions_that_are_defined_in_a_cell_are_handed_over_again(data, tmp_pa
     assert jaxvae.load(tmp_path).config.latent_dim == 2  # to use it, neither is needed
     longer = jaxvae.TrainConfig(64, 2, objective=objective, schedule=train.schedule)
     assert len(fitted(data, train=longer, run_dir=tmp_path).history) == 2
-    with refused("schedule is ", "hand it over as an object (schedule=...)"):
+    with refused("schedule is ", "pass it as an object (schedule=...)"):
         fitted(data, run_dir=tmp_path)
 
 

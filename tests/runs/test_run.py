@@ -108,11 +108,13 @@ def test_a_network_of_ones_own_is_trained_resumed_and_measured(tmp_path, npz, mo
     once = trained(run_dir, flags)
     assert json.loads((run_dir / "config.json").read_text())["model"]["network"] == "own"
     assert_leaves_equal(jaxvae.load(run_dir, network=network), once.params)
-    says = f"{run_dir}: the model has a network of its own: hand its modules over, network=(enc"
+    says = (
+        f"{run_dir}: the network is a pair of Flax modules, which are not saved: pass network=(enc"
+    )
     for read in (read_config, lambda run_dir: resumed(run_dir, {"epochs": 2})):
         with refused(says):
             read(run_dir)
-    with refused("network of its own: hand its modules over"):
+    with refused("pair of Flax modules, which are not saved: pass"):
         evaluation.measure(run_dir, 2)
     state = trained(run_dir, {"epochs": 2, "network": network}, resume=True)
     assert int(state.step) == 8
@@ -125,7 +127,7 @@ def test_a_network_of_ones_own_is_trained_resumed_and_measured(tmp_path, npz, mo
     from_it = configured({**flags, "start_from": str(run_dir), "image_shape": (8, 8, 1)})
     first = directory.first_state(jax.random.key(0), from_it)
     assert_leaves_equal(first.params, state.params)
-    with refused(f"{tmp_path}/mlp: network is own, but the recorded one is {NETWORK}: hand that"):
+    with refused(f"{tmp_path}/mlp: network is own, but the recorded one is {NETWORK}: pass that"):
         resumed(trained_mlp(tmp_path, npz), {"network": network})
 
 
