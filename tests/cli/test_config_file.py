@@ -218,7 +218,7 @@ WRONG = {
     "a component of one's own": (
         "prior = 'os.system:x=1'", "pass it as an object (prior=...), or on the command line"
     ),
-    "modules of one's own": ("network = 'own'", "a pair of Flax modules, which are not saved: pass"),
+    "modules of one's own": ("network = 'own'", "a pair of Flax modules, which are not saved"),
     "data of one's own": ("data = 'os.getcwd'", "--data os.getcwd"),
     "what does not go together": ("prior = 'vamp'\nnum_classes = 3", "vamp"),
     "a newer version": ("jaxvae = '99.0'", "was made by jaxvae 99.0, and this is"),
