@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import flax.linen as nn
 
@@ -95,6 +95,22 @@ class ModelConfig(Config):
         for part in (self.network, self.prior):
             if hasattr(part, "validate"):
                 part.validate(self)
+
+    def with_image_shape(self, image_shape: tuple[int, int, int]) -> Self:
+        """Return the configuration for images of another shape, on which a ladder's latents depend.
+
+        Args:
+          image_shape: (height, width, channels) of one image.
+
+        Returns:
+          The configuration.
+
+        Raises:
+          InputError: a shape that the components do not go with.
+        """
+        own = hasattr(self.network, "latent_dim")
+        latent_dim = type(self).latent_dim if own else self.latent_dim
+        return dataclasses.replace(self, image_shape=image_shape, latent_dim=latent_dim)
 
     @classmethod
     def _updated(cls, fields: dict[str, Any]) -> dict[str, Any]:

@@ -42,6 +42,7 @@ def test_the_groups_are_at_the_resolutions_that_are_asked_for():
     config = jaxvae.ModelConfig((28, 20, 1), network=ladder)
     assert config.latent_dim == 24 + 2 * 105 + 280
     assert jaxvae.ModelConfig.from_dict(config.to_dict()) == config
+    assert config.with_image_shape((32, 32, 3)).latent_dim == 32 + 2 * 192 + 512
 
 
 @pytest.mark.parametrize(
