@@ -84,8 +84,10 @@ class ModelConfig(Config):
                     "leave latent_dim out"
                 )
             set_field(self, "latent_dim", latent_dim)
+        by_pixel = hasattr(self.likelihood, "outputs_per_pixel")
+        outputs = "outputs_per_pixel" if by_pixel else "outputs_per_channel"
         needed = {
-            "likelihood": ("outputs_per_channel", "init", "from_outputs"),
+            "likelihood": (outputs, "init", "from_outputs"),
             "prior": ("init", "bind"),
             "posterior": ("init", "bind"),
         }
@@ -95,6 +97,14 @@ class ModelConfig(Config):
         for part in (self.network, self.prior):
             if hasattr(part, "validate"):
                 part.validate(self)
+
+    @property
+    def outputs_shape(self) -> tuple[int, int, int]:
+        """(height, width, outputs) of what the decoder returns for one image."""
+        height, width, channels = self.image_shape
+        if hasattr(self.likelihood, "outputs_per_pixel"):
+            return height, width, self.likelihood.outputs_per_pixel(channels)
+        return height, width, channels * self.likelihood.outputs_per_channel
 
     @classmethod
     def _updated(cls, fields: dict[str, Any]) -> dict[str, Any]:
