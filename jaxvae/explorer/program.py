@@ -447,7 +447,8 @@ def _conv(work: _Translation, equation: Any, x: _Array, kernel: _Array) -> _Arra
 
 # Operations that only move values, so their results need no rounding.
 _MOVES = ("reshape", "squeeze", "expand_dims", "transpose", "slice", "split", "rev", "pad",
-          "concatenate", "broadcast_in_dim", "copy", "optimization_barrier", "stop_gradient")  # fmt: skip
+          "concatenate", "broadcast_in_dim", "copy", "optimization_barrier",
+          "stop_gradient")  # fmt: skip
 
 _RULES: dict[str, Callable[..., Any]] = {
     **{name: _mapped(name) for name in (
