@@ -205,8 +205,8 @@ class LikelihoodFamily(Protocol):
         """Return the likelihood of a batch.
 
         Args:
-          outputs: the decoder's unbounded outputs, channels * outputs_per_channel for each pixel, or
-            outputs_per_pixel(channels).
+          outputs: the decoder's unbounded outputs: channels * outputs_per_channel for each pixel,
+            or outputs_per_pixel(channels).
           learned: parameters that all pixels have in common.
         """
 

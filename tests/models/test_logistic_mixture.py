@@ -16,6 +16,8 @@ from jaxvae.explorer.program import decoder_program
 from jaxvae.models.likelihoods import LIKELIHOODS, DiscretizedLogistic
 from jaxvae.models.logistic_mixture import DiscretizedLogisticMixture, LogisticMixture
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 KEY = jax.random.key(0)
 LEVELS = np.arange(256, dtype=np.uint8)
 
