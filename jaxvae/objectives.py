@@ -22,7 +22,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, Integer, Key, Num
 from jaxvae.components import Registry
 from jaxvae.errors import InputError, shown
 from jaxvae.models.distributions import Gaussian
-from jaxvae.models.likelihoods import scale_images
+from jaxvae.models.pixels import scale_images
 from jaxvae.models.protocols import Draw, Elbo, Posterior
 from jaxvae.models.vae import Params, decode, encode, prior
 from jaxvae.validation import AnyKey, as_array, as_key, is_number, jit, native, whole_number

@@ -447,7 +447,8 @@ def _conv(work: _Translation, equation: Any, x: _Array, kernel: _Array) -> _Arra
 
 # Operations that only move values, so their results need no rounding.
 _MOVES = ("reshape", "squeeze", "expand_dims", "transpose", "slice", "split", "rev", "pad",
-          "concatenate", "broadcast_in_dim", "copy", "optimization_barrier")  # fmt: skip
+          "concatenate", "broadcast_in_dim", "copy", "optimization_barrier",
+          "stop_gradient")  # fmt: skip
 
 _RULES: dict[str, Callable[..., Any]] = {
     **{name: _mapped(name) for name in (
@@ -463,6 +464,7 @@ _RULES: dict[str, Callable[..., Any]] = {
     "convert_element_type": _convert,
     "copy": _same,
     "optimization_barrier": _same,
+    "stop_gradient": _same,
     "reshape": _reshape,
     "squeeze": _reshape,
     "expand_dims": _reshape,

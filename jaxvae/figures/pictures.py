@@ -12,7 +12,7 @@ from jaxvae.data import Dataset
 from jaxvae.figures.grid import latent_grid, plane
 from jaxvae.figures.style import image_grid
 from jaxvae.models.distributions import UnitGaussian
-from jaxvae.models.likelihoods import scale_images
+from jaxvae.models.pixels import scale_images
 from jaxvae.models.protocols import Posterior
 from jaxvae.models.vae import Params, decode, encode, prior, reconstruct, sample
 

@@ -84,8 +84,10 @@ class ModelConfig(Config):
                     "leave latent_dim out"
                 )
             set_field(self, "latent_dim", latent_dim)
+        by_pixel = hasattr(self.likelihood, "outputs_per_pixel")
+        outputs = "outputs_per_pixel" if by_pixel else "outputs_per_channel"
         needed = {
-            "likelihood": ("outputs_per_channel", "init", "from_outputs"),
+            "likelihood": (outputs, "init", "from_outputs"),
             "prior": ("init", "bind"),
             "posterior": ("init", "bind"),
         }
@@ -111,6 +113,14 @@ class ModelConfig(Config):
         own = hasattr(self.network, "latent_dim")
         latent_dim = type(self).latent_dim if own else self.latent_dim
         return dataclasses.replace(self, image_shape=image_shape, latent_dim=latent_dim)
+
+    @property
+    def outputs_shape(self) -> tuple[int, int, int]:
+        """(height, width, outputs) of what the decoder returns for one image."""
+        height, width, channels = self.image_shape
+        if hasattr(self.likelihood, "outputs_per_pixel"):
+            return height, width, self.likelihood.outputs_per_pixel(channels)
+        return height, width, channels * self.likelihood.outputs_per_channel
 
     @classmethod
     def _updated(cls, fields: dict[str, Any]) -> dict[str, Any]:

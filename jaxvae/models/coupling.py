@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Key
 
 from jaxvae.models.distributions import UnitGaussian
-from jaxvae.models.likelihoods import at_least_float32
+from jaxvae.models.pixels import at_least_float32
 from jaxvae.models.protocols import Learned
 from jaxvae.validation import whole_number
 

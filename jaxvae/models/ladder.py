@@ -25,7 +25,6 @@ from jaxtyping import Array, Float, Key
 from jaxvae.devices.convolution import block_size, in_blocks
 from jaxvae.errors import InputError
 from jaxvae.models.distributions import Gaussian
-from jaxvae.models.likelihoods import at_least_float32, scale_images
 from jaxvae.models.networks import (
     ConvTranspose,
     ResidualBlock,
@@ -35,6 +34,7 @@ from jaxvae.models.networks import (
     he_transposed,
     with_planes,
 )
+from jaxvae.models.pixels import at_least_float32, scale_images
 from jaxvae.models.protocols import Draw, Likelihood, Posterior, Prior
 from jaxvae.validation import whole_number
 
@@ -365,9 +365,8 @@ class LadderVAE:
         """Return the Flax modules: encoder and decoder."""
         config, levels = self.config, self.config.network.levels
         dtype = jnp.bfloat16 if config.compute_dtype == "bfloat16" else None
-        height, width, channels = config.image_shape
-        outputs = height, width, channels * config.likelihood.outputs_per_channel
-        return BottomUp(levels, self.groups, dtype), TopDown(levels, self.groups, outputs, dtype)
+        down = TopDown(levels, self.groups, config.outputs_shape, dtype)
+        return BottomUp(levels, self.groups, dtype), down
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Return fresh parameters: the fields of `Params` but for `config`."""

@@ -11,15 +11,24 @@ from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Key, Shaped
 
 from jaxvae.components import Registry
 from jaxvae.errors import InputError
-from jaxvae.validation import AnyKey, as_array, as_key, expect_unit_interval, native
-
-Images = Shaped[ArrayLike, "*batch height width channels"]
-Pixels = Float[Array, "*batch height width channels"]
+from jaxvae.models.logistic_mixture import LogisticMixture
+from jaxvae.models.pixels import (
+    Images,
+    Pixels,
+    at_least_float32,
+    expected_pixels,
+    flat,
+    log_prob_of_level,
+    scale_images,
+    series,
+    sigmoid,
+    soft_maximum,
+)
+from jaxvae.validation import AnyKey, as_key, expect_unit_interval
 
 
 # A base class has the fields, as type checkers take class attributes of a NamedTuple for fields.
@@ -76,7 +85,7 @@ class Bernoulli(_Logits):
         Raises:
           InputError: images of another shape than the logits.
         """
-        x, logits = _flat(_pixels(images, self.logits.shape), self.logits)
+        x, logits = flat(expected_pixels(images, self.logits.shape), self.logits)
         # Not by `maximum` and `abs`: JAX's derivatives of these at 0 (1/2 and 1) would give
         # softplus the slope 0 there instead of 1/2.
         positive = logits > 0
@@ -127,8 +136,8 @@ class ContinuousBernoulli(_Logits):
         Raises:
           InputError: images of another shape than the logits.
         """
-        x = _pixels(images, self.logits.shape)
-        x, logits = _flat(jnp.where(self.logits > 0, 1 - x, x), self._negative())
+        x = expected_pixels(images, self.logits.shape)
+        x, logits = flat(jnp.where(self.logits > 0, 1 - x, x), self._negative())
         return jnp.sum(x * logits - _log_partition(logits), axis=-1)
 
     def sample(self, key: AnyKey) -> Pixels:
@@ -183,7 +192,7 @@ class GaussianPixels(_LocationScale):
 
         location = sigmoid(outputs)
         """
-        return cls(sigmoid(outputs), _soft_maximum(shared["log_scale"], -6))
+        return cls(sigmoid(outputs), soft_maximum(shared["log_scale"], -6))
 
     @property
     def mean(self) -> Pixels:
@@ -202,8 +211,8 @@ class GaussianPixels(_LocationScale):
         Raises:
           InputError: images of another shape than the location.
         """
-        x = _pixels(images, self.location.shape, bounded=False)
-        x, location = _flat(x, self.location)
+        x = expected_pixels(images, self.location.shape, bounded=False)
+        x, location = flat(x, self.location)
         log_scale = at_least_float32(self.log_scale)
         square = ((x - location) * jnp.exp(-log_scale)) ** 2
         return jnp.sum(-0.5 * (math.log(2 * math.pi) + square) - log_scale, axis=-1)
@@ -253,7 +262,7 @@ class DiscretizedLogistic(_LocationScale):
         scales start at e^-2, about the error of a blurred image.
         """
         location, log_scale = jnp.split(outputs, 2, axis=-1)
-        return cls((1 + location) / 2, _soft_maximum(log_scale - 2, -7) - math.log(2))
+        return cls((1 + location) / 2, soft_maximum(log_scale - 2, -7) - math.log(2))
 
     @property
     def mean(self) -> Pixels:
@@ -262,11 +271,6 @@ class DiscretizedLogistic(_LocationScale):
 
     def log_prob(self, images: Images) -> Float[Array, "*batch"]:
         """Compute log P(images).
-
-            sigmoid(a) - sigmoid(b) = sigmoid(a) sigmoid(-b) (1 - e^(b - a))
-
-        where a and b are the upper and lower end of a bin, minus the location, divided by the
-        scale, and a - b = w = exp(-log_scale) / 255.
 
         Args:
           images: floats in [0, 1], which are rounded to the nearest of the 256 levels, or uint8;
@@ -278,20 +282,9 @@ class DiscretizedLogistic(_LocationScale):
         Raises:
           InputError: images of another shape than the location.
         """
-        x = _pixels(images, self.location.shape)
-        x, location, log_scale = _flat(x, self.location, self.log_scale)
-        level = jnp.round(255 * x)
-        # For smaller scales the width overflows in float32.
-        log_scale = jnp.where(log_scale < -80, -80, log_scale)
-        width = jnp.exp(-log_scale) / 255
-        # In units of levels the ends are exact, so neighbouring bins meet exactly.
-        a = (level + 0.5 - 255 * location) * width
-        b = (level - 0.5 - 255 * location) * width
-        below_a = jnp.where(level < 255, -jax.nn.softplus(-a), 0)
-        above_b = jnp.where(level > 0, -jax.nn.softplus(b), 0)
-        ends = (level <= 0) | (level >= 255)
-        between = jnp.where(ends, 0, _log_one_minus_exp(width, -log_scale - math.log(255)))
-        return jnp.sum(below_a + above_b + between, axis=-1)
+        x = expected_pixels(images, self.location.shape)
+        x, location, log_scale = flat(x, self.location, self.log_scale)
+        return jnp.sum(log_prob_of_level(jnp.round(255 * x), location, log_scale), axis=-1)
 
     def sample(self, key: AnyKey) -> Pixels:
         """Draw grey levels k / 255."""
@@ -307,6 +300,7 @@ LIKELIHOODS: Registry[Any] = Registry(
         "continuous_bernoulli": ContinuousBernoulli,
         "gaussian": GaussianPixels,
         "discretized_logistic": DiscretizedLogistic,
+        "logistic_mixture": LogisticMixture,
     },
 )
 
@@ -367,66 +361,6 @@ def binarize(
     return jax.vmap(draw)(key, x) if key.shape else draw(key, x)
 
 
-def scale_images(images: Shaped[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
-    """Convert images to floats in [0, 1].
-
-    Args:
-      images: uint8, which is divided by 255; bool; or floats, which are returned unchanged.
-
-    Returns:
-      The images as floats.
-
-    Raises:
-      InputError: images of any other type.
-    """
-    if not isinstance(images, np.ndarray):  # whose division is exact
-        images = as_array("images", images)
-    if images.dtype == jnp.uint8:
-        return jnp.asarray(images.astype(jnp.float32) / 255)
-    if images.dtype == jnp.bool_:
-        return jnp.asarray(images.astype(jnp.float32))
-    if jnp.issubdtype(images.dtype, jnp.floating):
-        return jnp.asarray(native(images))
-    raise InputError(
-        f"images are of type {images.dtype}: expected uint8, or floats between 0 and 1"
-    )
-
-
-def _pixels(images: Images, shape: tuple[int, ...], *, bounded: bool = True) -> Pixels:
-    """Return images as floats in [0, 1].
-
-    Args:
-      images: of the decoder's shape.
-      shape: the decoder's shape.
-      bounded: whether to refuse values outside [0, 1], where values are known.
-
-    Raises:
-      InputError: images of another shape, or values outside [0, 1].
-    """
-    if bounded:
-        expect_unit_interval(images)
-    x = at_least_float32(scale_images(images))
-    if x.shape != shape:
-        raise InputError(f"images have shape {x.shape}: expected the decoder's {shape}")
-    return x
-
-
-def _flat(*arrays: Pixels) -> list[Float[Array, "*batch pixels"]]:
-    """Reshape each array to [..., height * width * channels], at least float32.
-
-    On a CPU, XLA does not vectorise over a last axis of size 1, which takes ten times as long.
-    """
-    return [at_least_float32(x).reshape(*x.shape[:-3], -1) for x in arrays]
-
-
-def at_least_float32(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Promote floats to float32; float64 stays float64.
-
-    In bfloat16 the sum over the pixels of an image would be off by nats.
-    """
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
 def _log_partition(logits: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Compute log Z(l) of the continuous Bernoulli for l <= 0, with finite derivatives at 0.
 
@@ -438,39 +372,4 @@ def _log_partition(logits: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     near = logits > -1
     # Each branch gets only logits of its own range: outside it the gradient may be inf or NaN.
     small, large = jnp.where(near, logits, 0), jnp.where(near, -1, logits)
-    return jnp.where(near, _series(small), jnp.log1p(-jnp.exp(large)) - jnp.log(-large))
-
-
-def _series(logits: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Evaluate the series of `_log_partition`."""
-    even = [1 / 479001600, -1 / 9676800, 1 / 181440, -1 / 2880, 1 / 24, 0]
-    return logits / 2 + jnp.polyval(jnp.array(even, logits.dtype), logits**2)
-
-
-def _log_one_minus_exp(
-    w: Float[Array, "*shape"], log_w: Float[Array, "*shape"]
-) -> Float[Array, "*shape"]:
-    """Compute log(1 - e^-w) for w > 0, given log w, which is finite where w rounds to 0.
-
-        log(1 - e^-w) = log w + log((1 - e^-w) / w)
-
-    For small w the derivatives of the left side would be differences of numbers near 1 / w^2.
-    """
-    near = w < 1
-    small, large = jnp.where(near, w, 0), jnp.where(near, 1, w)
-    return jnp.where(near, log_w + _series(-small), jnp.log1p(-jnp.exp(-large)))
-
-
-def sigmoid(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Compute 1 / (1 + e^-x), with derivatives that do not round to 0 at large x.
-
-    JAX's derivative is s (1 - s), which is 0 in float32 for x > 17, where s rounds to 1.
-    """
-    positive = x > 0
-    tail = jax.nn.sigmoid(jnp.where(positive, -x, x))
-    return jnp.where(positive, 1 - tail, tail)
-
-
-def _soft_maximum(x: Float[Array, "*shape"], least: float) -> Float[Array, "*shape"]:
-    """Compute a smooth maximum of x and `least`, which is always above `least`."""
-    return least + jax.nn.softplus(x - least)
+    return jnp.where(near, series(small), jnp.log1p(-jnp.exp(large)) - jnp.log(-large))

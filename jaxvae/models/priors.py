@@ -12,7 +12,7 @@ from jaxvae.components import Registry
 from jaxvae.errors import InputError
 from jaxvae.models.coupling import RealNVP
 from jaxvae.models.distributions import GaussianMixture, UnitGaussian
-from jaxvae.models.likelihoods import at_least_float32, sigmoid
+from jaxvae.models.pixels import at_least_float32, sigmoid
 from jaxvae.models.protocols import Learned
 from jaxvae.validation import whole_number
 

@@ -184,6 +184,9 @@ class PosteriorFamily(Protocol):
 class LikelihoodFamily(Protocol):
     """A choice of the likelihood: `ModelConfig(likelihood=...)`.
 
+    Where the number of outputs is not a multiple of the number of channels, the family has
+    `outputs_per_pixel(channels)`, which returns it, in the place of `outputs_per_channel`.
+
     Attributes:
       outputs_per_channel: number of decoder outputs for each channel of a pixel.
       support: the possible values of pixels: "binary" (0 and 1), "levels" (k / 255), "unit" (the
@@ -202,7 +205,8 @@ class LikelihoodFamily(Protocol):
         """Return the likelihood of a batch.
 
         Args:
-          outputs: the decoder's unbounded outputs, channels * outputs_per_channel for each pixel.
+          outputs: the decoder's unbounded outputs: channels * outputs_per_channel for each pixel,
+            or outputs_per_pixel(channels).
           learned: parameters that all pixels have in common.
         """
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, ArrayLike, Float, Integer, Key, Num
 from jaxvae.devices.convolution import block_size, in_blocks
 from jaxvae.errors import InputError, shown
 from jaxvae.models.config import ModelConfig
-from jaxvae.models.likelihoods import at_least_float32, scale_images
+from jaxvae.models.pixels import at_least_float32, scale_images
 from jaxvae.models.protocols import Likelihood, Model, Posterior, Prior
 from jaxvae.validation import (
     AnyKey,
@@ -75,7 +75,7 @@ class VAE:
         config = self.config
         # None instead of float32: float64 parameters are then computed with in float64.
         dtype = jnp.bfloat16 if config.compute_dtype == "bfloat16" else None
-        return config.network.modules(config.latent_dim, self._outputs_shape(), dtype)
+        return config.network.modules(config.latent_dim, config.outputs_shape, dtype)
 
     def init(self, key: Key[Array, ""]) -> dict[str, Any]:
         """Return the initial parameters: the fields of `Params` except `config`."""
@@ -92,7 +92,7 @@ class VAE:
         encoded, encoder_params = _init("encoder", encoder, encoder_key, images, *classes)
         _expect_shapes("encoder", encoded, (latents.shape,) * 2)
         outputs, decoder_params = _init("decoder", decoder, decoder_key, latents, *classes)
-        _expect_shapes("decoder", (outputs,), ((1, *self._outputs_shape()),))
+        _expect_shapes("decoder", (outputs,), ((1, *config.outputs_shape),))
         return {
             "encoder": encoder_params,
             "decoder": decoder_params,
@@ -146,10 +146,6 @@ class VAE:
             block_size(images.shape[0], params.encoder),
         )
         return jax.tree.map(at_least_float32, encoded)
-
-    def _outputs_shape(self) -> tuple[int, int, int]:
-        height, width, channels = self.config.image_shape
-        return height, width, channels * self.config.likelihood.outputs_per_channel
 
     def _one_hot(
         self, labels: Integer[Array, " batch"] | None

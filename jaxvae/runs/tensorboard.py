@@ -11,7 +11,7 @@ import numpy as np
 from jaxvae.errors import InputError
 from jaxvae.figures.animation import is_kept
 from jaxvae.figures.grid import pixels, plane, tile
-from jaxvae.models.likelihoods import scale_images
+from jaxvae.models.pixels import scale_images
 from jaxvae.models.vae import Params, encode, reconstruct, sample
 from jaxvae.runs.callbacks import Callback, Training
 from jaxvae.runs.config import run_keys

@@ -77,7 +77,7 @@ def test_the_program_gives_the_mean_of_every_network(carry_out, fields):
 
 @pytest.mark.parametrize("likelihood", list(LIKELIHOODS))
 def test_the_program_gives_the_mean_of_every_likelihood(carry_out, likelihood):
-    fields = {"image_shape": (4, 4, 2), "network": "mlp:width=10", "num_classes": 3}
+    fields = {"image_shape": (4, 4, 3), "network": "mlp:width=10", "num_classes": 3}
     check(carry_out, model(likelihood=likelihood, **fields))
 
 
