@@ -87,7 +87,8 @@ def test_one_component_without_coefficients_is_a_discretized_logistic():
         if channels == 3:
             outputs[..., -3:] = 0
         ours = made(outputs, 1)
-        plain = DiscretizedLogistic.from_outputs(outputs[..., 1 : 1 + 2 * channels], {})
+        of_one = jnp.asarray(outputs[..., 1 : 1 + 2 * channels])
+        plain = DiscretizedLogistic.from_outputs(of_one, {})
         np.testing.assert_allclose(ours.log_prob(images), plain.log_prob(images), rtol=1e-6)
 
 
