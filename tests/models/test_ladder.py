@@ -154,6 +154,9 @@ class Linear(NamedTuple):
         square = (images - self.mean) ** 2 / VAR_X
         return -0.5 * jnp.sum(square + np.log(2 * np.pi * VAR_X), axis=(1, 2, 3))
 
+    def sample(self, key):
+        return self.mean + VAR_X**0.5 * jax.random.normal(key, self.mean.shape)
+
 
 @dataclass(frozen=True)
 class LinearLikelihood:
