@@ -134,7 +134,7 @@ def browser():
 
 @contextmanager
 def unchecked():
-    """For wrong input on purpose: leaves it to the package's own checks to refuse it."""
+    """Without the run-time check of annotations, for input that they do not allow."""
     jaxtyping.config.update("jaxtyping_disable", True)
     try:
         yield

@@ -209,7 +209,7 @@ def aggregate(params: Params, data: Dataset, key: jax.Array) -> Figure:
     with mpl.rc_context(STYLE):
         figure = Picture(figsize=(3.1 * columns + 0.5, 3.0 * rows + 0.4), layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False).ravel()
-        for axes, latent in zip(grid, shown, strict=False):
+        for axes, latent in zip(grid, shown.tolist(), strict=False):
             reach = _reach(p_z, latent, z[:, latent])
             if len(z):
                 how: dict[str, Any] = {"density": True, "color": LIGHT, "label": "q(z), samples"}

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, ArrayLike, Bool, Float, Key
 
 from jaxvae.models.distributions import UnitGaussian
 from jaxvae.models.pixels import at_least_float32
@@ -46,7 +46,7 @@ class CouplingFlow:
 
     layers: Layer
 
-    def log_prob(self, z: Float[Array, "*batch latent"]) -> Float[Array, "*batch"]:
+    def log_prob(self, z: Float[ArrayLike, "*batch latent"]) -> Float[Array, "*batch"]:
         """Compute log p(z).
 
         Args:
@@ -63,7 +63,7 @@ class CouplingFlow:
             z = jnp.where(mask, z, (z - shift) * jnp.exp(-log_scale))
             return (z, log_det - jnp.sum(log_scale, axis=-1)), None
 
-        z = z.astype(jnp.result_type(z, self.layers["kernel_1"]))
+        z = jnp.asarray(z, jnp.result_type(z, self.layers["kernel_1"]))
         start = z, jnp.zeros(z.shape[:-1], z.dtype)
         (eps, log_det), _ = lax.scan(invert, start, (self._masks(), self.layers))
         return UnitGaussian(z.shape[-1]).log_prob(eps) + log_det

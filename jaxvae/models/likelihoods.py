@@ -322,9 +322,7 @@ def bits_per_dimension(
     return -log_prob / (math.prod(image_shape) * math.log(2))
 
 
-def binarize(
-    key: AnyKey, images: Shaped[ArrayLike, "batch height width channels"]
-) -> Float[Array, "batch height width channels"]:
+def binarize(key: AnyKey, images: Images) -> Float[Array, "*batch height width channels"]:
     """Draw binary images: each pixel is 1 with its grey level as the probability.
 
     The probability is exact to 2^-16, as pixels are compared with 16 random bits. Levels 0 and 1

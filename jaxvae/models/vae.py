@@ -316,13 +316,13 @@ def expected_images(params: Params, images: Images) -> Num[Array, "batch height 
     return images
 
 
-def expected_labels(params: Params, labels: Labels, batch: int) -> Integer[Array, " batch"] | None:
+def expected_labels(params: Params, labels: Labels, batch: Any) -> Integer[Array, " batch"] | None:
     """Convert labels to an array, or raise InputError if the model does not take them.
 
     Args:
       params: the model.
       labels: classes, or None.
-      batch: expected number of labels.
+      batch: expected number of labels; symbolic while a model is exported.
 
     Returns:
       The labels; None for an unconditional model.

@@ -155,7 +155,7 @@ class Linear(NamedTuple):
         return -0.5 * jnp.sum(square + np.log(2 * np.pi * VAR_X), axis=(1, 2, 3))
 
     def sample(self, key):
-        return self.mean + np.sqrt(VAR_X) * jax.random.normal(key, self.mean.shape)
+        return self.mean + VAR_X**0.5 * jax.random.normal(key, self.mean.shape)
 
 
 @dataclass(frozen=True)
