@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Key, Shaped
+from jaxtyping import Array, Float, Key
 
 from jaxvae.components import Registry
 from jaxvae.errors import InputError
