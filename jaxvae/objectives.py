@@ -21,6 +21,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, Integer, Key, Num
 
 from jaxvae.components import Registry
 from jaxvae.errors import InputError, shown
+from jaxvae.models.codebooks import is_discrete
 from jaxvae.models.distributions import Gaussian
 from jaxvae.models.pixels import scale_images
 from jaxvae.models.protocols import Draw, Elbo, Posterior
@@ -561,7 +562,16 @@ class MaximumMeanDiscrepancy:
         beta: Scalar = 1.0,
         axis_name: str | None = None,
     ) -> tuple[Loss, Elbo]:
-        """Compute the loss and the ELBO's terms, as in `Objective`."""
+        """Compute the loss and the ELBO's terms, as in `Objective`.
+
+        Raises:
+          InputError: the latents are codes.
+        """
+        if is_discrete(params.config):
+            raise InputError(
+                "the objective 'mmd' differentiates through samples of the prior, which samples of "
+                "codes do not allow: expected the objective 'elbo'"
+            )
         drawn = draw(params, key, images, labels)
         z, terms, p_z = drawn.z[0], drawn.elbo(), prior(params)
         keys = example_keys(key, len(z))
@@ -731,8 +741,8 @@ def with_log_prob(posterior: Any) -> Any:
     """
     if not hasattr(posterior, "log_prob"):
         raise InputError(
-            "this objective needs log q(z|x) at any z: expected the posterior 'gaussian'; "
-            "with a flow train by 'elbo', 'iwae' or 'mmd'"
+            "this objective needs the density q(z|x) at any z: expected the posterior 'gaussian'; "
+            "train a flow by 'elbo', 'iwae' or 'mmd', and codes by 'elbo'"
         )
     return posterior
 

@@ -9,6 +9,7 @@ from jaxvae.components import Registry
 from jaxvae.models.distributions import Gaussian
 from jaxvae.models.flows import InverseAutoregressive
 from jaxvae.models.protocols import Learned
+from jaxvae.models.quantization import FiniteScalarQuantization
 
 
 @dataclass(frozen=True)
@@ -29,5 +30,10 @@ class DiagonalGaussian:
 
 
 POSTERIORS: Registry[Any] = Registry(
-    "posterior", {"gaussian": DiagonalGaussian, "iaf": InverseAutoregressive}
+    "posterior",
+    {
+        "gaussian": DiagonalGaussian,
+        "iaf": InverseAutoregressive,
+        "fsq": FiniteScalarQuantization,
+    },
 )

@@ -148,7 +148,8 @@ class Likelihood(Protocol):
 class PriorFamily(Protocol):
     """A choice of the prior: `ModelConfig(prior=...)`.
 
-    It may have `validate(config)`, which raises InputError for a model that it does not support.
+    It may have `validate(config)`, which raises InputError for a model that it does not support. The
+    family of a prior over codes has `over_codes = True`.
     """
 
     def init(self, key: Key[Array, ""], config: "ModelConfig") -> Learned:
@@ -165,7 +166,11 @@ class PriorFamily(Protocol):
 
 @runtime_checkable
 class PosteriorFamily(Protocol):
-    """A choice of the posterior: `ModelConfig(posterior=...)`."""
+    """A choice of the posterior: `ModelConfig(posterior=...)`.
+
+    It may have `validate(config)`, as a prior's family does. One whose latents are codes has the
+    attributes of `jaxvae.models.codebooks.CodebookFamily` besides.
+    """
 
     def init(self, key: Key[Array, ""], encoded: tuple[Array, ...]) -> Learned:
         """Return the initial parameters of the posterior.

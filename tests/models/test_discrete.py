@@ -1,0 +1,260 @@
+"""Discrete latents: posteriors over codes, their code books, and all that uses them."""
+
+from dataclasses import replace
+from itertools import product
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import refused
+from jax.test_util import check_grads
+
+import jaxvae
+from jaxvae import ModelConfig, TrainConfig, explorer
+from jaxvae.data import Dataset
+from jaxvae.evaluation.evaluate import evaluate, examine
+from jaxvae.interchange.export import export, load_safetensors
+from jaxvae.models import discrete
+from jaxvae.models.codebooks import Grid, codebook_of
+from jaxvae.models.quantization import FiniteScalarQuantization, PointMass, straight_through
+from jaxvae.models.summary import summary
+from jaxvae.models.vae import prior
+from jaxvae.objectives import OBJECTIVES
+from jaxvae.runs import drawing
+from jaxvae.runs.config import read_config
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+KEY = jax.random.key(0)
+SHAPE = (8, 8, 1)
+IMAGES = np.random.default_rng(0).integers(0, 256, (24, *SHAPE), np.uint8)
+MODELS = {"fsq": "fsq:levels=3x2"}
+
+
+def config_of(name, latent_dim=8, prior="uniform_codes", **fields):
+    posterior = MODELS.get(name, name)
+    network = "mlp:width=8"
+    return ModelConfig(
+        SHAPE, latent_dim, posterior=posterior, prior=prior, network=network, **fields
+    )
+
+
+def params_of(name, moved=0.4, **fields):
+    """Parameters with which images have different codes."""
+    params = jaxvae.init(KEY, config_of(name, **fields))
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(KEY, len(leaves))
+    noise = [moved * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(structure, [x + n for x, n in zip(leaves, noise, strict=True)])
+
+
+# Finite scalar quantization.
+
+
+def test_the_grids_codes_and_points_are_each_others_inverse():
+    book = Grid((3, 2, 4))
+    every = jnp.arange(24)[:, None]
+    points = book.embed(every)
+    levels = [[-1, 0, 1], [-1, 1], [-1, -1 / 3, 1 / 3, 1]]
+    expected = np.array([p[::-1] for p in product(*levels[::-1])])  # the first latent is fastest
+    np.testing.assert_allclose(points, expected, atol=1e-6)
+    np.testing.assert_array_equal(book.codes(points), every)
+    np.testing.assert_array_equal(book.nearest(points), points)
+    np.testing.assert_array_equal(book.one_hot(points)[:, 0], np.eye(24))
+    two = jnp.array([[5, 17], [23, 0]])
+    np.testing.assert_array_equal(book.codes(book.embed(two)), two)
+
+
+def test_the_nearest_point_of_the_grid_is_that_of_a_search():
+    book = Grid((5, 4))
+    z = np.random.default_rng(0).uniform(-1.2, 1.2, (50, 2)).astype("f")
+    points = np.asarray(book.embed(jnp.arange(20)[:, None]))
+    nearest = np.argmin(((z[:, None] - points) ** 2).sum(-1), axis=1)
+    np.testing.assert_array_equal(book.codes(z)[:, 0], nearest)
+    np.testing.assert_array_equal(book.nearest(z), points[nearest])
+
+
+def test_fsq_rounds_the_bounded_mean_and_has_the_gradient_without_rounding():
+    family = FiniteScalarQuantization("5x2")
+    with jax.enable_x64(True):
+        mean = jnp.array([[0.0, 0.1, 0.4, -3.0], [9.0, -9.0, -0.3, 1.0]])
+        posterior = family.bind({}, (mean, mean))
+        expected = [[0, 1, 0.5, -1], [1, -1, -0.5, 1]]
+        np.testing.assert_allclose(posterior.mean, expected, atol=1e-12)
+        slope = jax.grad(lambda mean: jnp.sum(family.bind({}, (mean, mean)).mean))(mean)
+        h = 1e-6
+        np.testing.assert_allclose(
+            slope, (np.tanh(mean + h) - np.tanh(mean - h)) / (2 * h), atol=1e-9
+        )
+
+
+def test_straight_through_is_exactly_the_hard_value_with_the_soft_gradient():
+    hard, soft = jnp.float32(1e-3), jnp.float32(1e4)
+    value, slope = jax.value_and_grad(lambda soft: straight_through(hard, soft))(soft)
+    assert value == hard
+    assert slope == 1
+
+
+@pytest.mark.parametrize("levels", ["", "8x", "x5", "1x5", "8xa", "-3", 2.5, "300"])
+def test_wrong_levels_are_refused(levels):
+    with refused("levels is", "expected numbers from 2 to 256 joined by x"):
+        FiniteScalarQuantization(levels)
+
+
+def test_levels_are_recorded_as_given():
+    assert FiniteScalarQuantization(5) == FiniteScalarQuantization("5")
+    assert FiniteScalarQuantization((8, 5)).levels == "8x5"
+    assert FiniteScalarQuantization("8x5x5x5").num_codes == 1000
+    config = config_of("fsq:levels=8x5x5x5")
+    assert config.to_dict()["posterior"] == "fsq:levels=8x5x5x5"
+    with refused("expected fewer than"):
+        FiniteScalarQuantization("256x256x256x256")
+
+
+# The bounds of a posterior that is one code.
+
+
+@pytest.mark.parametrize("name", ["fsq"])
+@pytest.mark.parametrize("of_prior", ["uniform_codes", "autoregressive:width=8,layers=1"])
+def test_the_bounds_of_a_point_mass_are_its_elbo(name, of_prior):
+    params = params_of(name, prior=of_prior)
+    posterior = jaxvae.encode(params, IMAGES)
+    assert isinstance(posterior, PointMass)
+    terms = jaxvae.elbo(params, KEY, IMAGES)
+    log_p_z = prior(params).log_prob(posterior.mean)
+    np.testing.assert_allclose(terms.kl, -log_p_z, rtol=1e-5)
+    log_p_x = jaxvae.decode(params, posterior.mean).log_prob(IMAGES)
+    np.testing.assert_allclose(terms.log_likelihood, log_p_x, rtol=1e-5)
+    np.testing.assert_allclose(
+        jaxvae.log_likelihood(params, KEY, IMAGES, 3), terms.value, rtol=1e-5
+    )
+    loss, _ = OBJECTIVES.parse("iwae:num_samples=3")(params, KEY, IMAGES)
+    np.testing.assert_allclose(loss, posterior.penalty - terms.value, rtol=1e-5)
+    if of_prior == "uniform_codes":
+        book = codebook_of(params)
+        n = 8 // book.dim
+        np.testing.assert_allclose(terms.kl, n * np.log(book.num_codes), rtol=1e-6)
+
+
+# What any posterior over codes does, and refuses.
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_codes_are_decoded_to_the_reconstructions(name):
+    params = params_of(name)
+    book = codebook_of(params)
+    codes = discrete.codes(params, IMAGES)
+    assert codes.dtype == jnp.int32
+    assert codes.shape == (24, 8 // book.dim)
+    assert len(np.unique(np.asarray(codes), axis=0)) > 1
+    assert codes.min() >= 0
+    assert codes.max() < book.num_codes
+    means = discrete.decode_codes(params, codes).mean
+    np.testing.assert_allclose(means, jaxvae.reconstruct(params, IMAGES), atol=1e-6)
+
+
+def test_codes_of_a_conditional_model_take_the_classes():
+    params = params_of("fsq", num_classes=3)
+    labels = jnp.arange(24) % 3
+    codes = discrete.codes(params, IMAGES, labels)
+    means = discrete.decode_codes(params, codes, labels).mean
+    np.testing.assert_allclose(means, jaxvae.reconstruct(params, IMAGES, labels), atol=1e-6)
+
+
+def test_wrong_codes_are_refused():
+    params = params_of("fsq")
+    with refused("codes are from 0 to 6: expected codes from 0 to 5"):
+        discrete.decode_codes(params, [[0, 1, 6, 2]])
+    with refused("codes have shape (1, 3): expected (batch, 4)"):
+        discrete.decode_codes(params, [[0, 1, 2]])
+    with refused("codes are of type float32: expected whole numbers"):
+        discrete.decode_codes(params, [[0.0, 1, 2, 3]])
+    continuous = jaxvae.init(KEY, ModelConfig(SHAPE, network="mlp:width=8"))
+    for call in (discrete.codes, discrete.decode_codes):
+        with refused("the posterior 'gaussian' has no codes", "such as 'fsq'"):
+            call(continuous, IMAGES)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_codes_and_densities_do_not_go_together(name):
+    for other in ("standard_normal", "mixture", "vamp", "realnvp"):
+        with refused(f"posterior is '{MODELS[name]}'", f"the prior '{other}'", "'uniform_codes'"):
+            config_of(name, prior=other)
+    with refused("latent_dim is 7: expected a multiple of", MODELS[name]):
+        config_of(name, latent_dim=7)
+
+
+@pytest.mark.parametrize("of_prior", ["uniform_codes", "autoregressive"])
+@pytest.mark.parametrize("posterior", ["gaussian", "iaf"])
+def test_a_prior_over_codes_needs_a_posterior_over_codes(of_prior, posterior):
+    with refused(f"prior is '{of_prior}'", f"posterior '{posterior}' is not", "such as 'fsq'"):
+        config_of(posterior, prior=of_prior)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("objective", "says"),
+    [
+        ("stl", "needs the density q(z|x) at any z"),
+        ("dreg", "needs the density q(z|x) at any z"),
+        ("beta_tc", "needs the density q(z|x) at any z"),
+        ("mmd", "samples of codes do not allow"),
+        ("elbo:free_bits=1", "free_bits needs the KL of every latent"),
+    ],
+)
+def test_an_objective_without_a_meaning_is_refused(name, objective, says):
+    with refused(says):
+        OBJECTIVES.parse(objective)(params_of(name), KEY, IMAGES)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_of_codes_goes_through_everything(name, tmp_path):
+    data = Dataset(IMAGES, np.arange(24) % 3, IMAGES[:16], np.arange(16) % 3)
+    config = config_of(name, prior="autoregressive:width=8,layers=1")
+    train = TrainConfig(batch_size=8, epochs=2, optimizer="adam")
+    run_dir = tmp_path / "run"
+    result = jaxvae.fit(data, config, train, run_dir=run_dir, progress=False)
+    params = jaxvae.load(run_dir)
+    assert jaxvae.sample(params, KEY, 3).shape == (3, *SHAPE)
+    drawn = drawing.draw(run_dir, read_config(run_dir), data, params)
+    assert {path.stem for path in drawn} == {"reconstructions", "samples", "training"}
+    assert not (run_dir / "manifolds").exists()
+    found = examine(params, KEY, data)
+    assert 1 <= found["code_perplexity"] <= codebook_of(params).num_codes + 1e-3
+    assert "active_units" not in found
+    assert np.isfinite(evaluate(params, KEY, IMAGES)["elbo"])
+    assert "prior, autoregressive:width=8,layers=1" in summary(config)
+    explorer.write(tmp_path / "explorer.html", params, data, "codes")
+    paths = export(params, tmp_path / "export", ["stablehlo", "safetensors"])
+    again = load_safetensors(next(p for p in paths if p.suffix == ".safetensors"))
+    np.testing.assert_array_equal(
+        discrete.codes(again, IMAGES), discrete.codes(result.params, IMAGES)
+    )
+    encoder = jax.export.deserialize((tmp_path / "export" / "encoder.stablehlo").read_bytes())
+    codes, center = encoder.call(np.float32(IMAGES) / 255)
+    np.testing.assert_array_equal(codes, discrete.codes(params, IMAGES))
+    np.testing.assert_allclose(center, jaxvae.encode(params, IMAGES).center, atol=1e-5)
+    sampler = jax.export.deserialize((tmp_path / "export" / "sampler.stablehlo").read_bytes())
+    assert sampler.call(np.arange(6, dtype=np.uint32).reshape(3, 2)).shape == (3, *SHAPE)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_objective_has_a_gradient_in_float64(name):
+    """Of the decoder, whose derivative no rounding of the codes interrupts."""
+    with jax.enable_x64(True):
+        params = jax.tree.map(lambda x: x.astype(jnp.float64), params_of(name))
+        images = IMAGES[:3] / 255
+
+        def loss(decoder):
+            moved = replace(params, decoder=decoder)
+            return OBJECTIVES.parse("elbo")(moved, KEY, images)[0]
+
+        check_grads(jax.jit(loss), (params.decoder,), order=1, modes=["rev"])
+
+
+def test_perplexity_is_the_effective_number_of_codes():
+    assert discrete.perplexity(jnp.zeros((5, 2), jnp.int32), 4) == pytest.approx(1)
+    assert discrete.perplexity(jnp.arange(8).reshape(4, 2) % 4, 9) == pytest.approx(4)
+    uneven = jnp.array([[0, 0, 0, 1]])
+    assert discrete.perplexity(uneven, 2) == pytest.approx(0.75**-0.75 * 0.25**-0.25)
