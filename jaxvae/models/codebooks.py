@@ -6,19 +6,22 @@ use them as z, [..., latent], in which a code takes `dim` consecutive latents: l
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from jaxvae.devices.convolution import in_blocks
 from jaxvae.errors import InputError
 from jaxvae.models.protocols import Learned
 
 if TYPE_CHECKING:
     from jaxvae.models.config import ModelConfig
     from jaxvae.models.vae import Params
+
+_DISTANCES = 2**24  # between latents and codes, at once, which bounds memory
 
 
 class Codebook(Protocol):
@@ -111,6 +114,49 @@ class Grid:
 
     def _points(self, levels: Float[Array, "*batch n d"]) -> Float[Array, "*batch n d"]:
         return 2 * levels / (np.array(self.levels, np.float32) - 1) - 1
+
+
+class CodeVectors(NamedTuple):
+    """K vectors, the nearest of which is the code.
+
+    Attributes:
+      vectors: the latents of each code.
+    """
+
+    vectors: Float[Array, "codes dim"]
+
+    @property
+    def num_codes(self) -> int:
+        """K, the number of vectors."""
+        return self.vectors.shape[0]
+
+    @property
+    def dim(self) -> int:
+        """Number of latents of one code."""
+        return self.vectors.shape[1]
+
+    def codes(self, z: Float[Array, "*batch latent"]) -> Int[Array, "*batch n"]:
+        """Return the code nearest to each group of latents."""
+
+        def nearest(z: Float[Array, "rows dim"]) -> Int[Array, " rows"]:
+            # From the differences: of close vectors, the product z . e is rounded to the same.
+            squares = jnp.sum((z[:, None] - self.vectors) ** 2, axis=-1)
+            return jnp.argmin(squares, axis=-1).astype(jnp.int32)
+
+        rows = z.reshape(-1, self.dim)
+        shape = (*z.shape[:-1], z.shape[-1] // self.dim)
+        if isinstance(rows.shape[0], int):  # an exported function has a symbolic batch size
+            block = max(1, _DISTANCES // self.num_codes)
+            return in_blocks(nearest, rows, block).reshape(shape)
+        return nearest(rows).reshape(shape)
+
+    def one_hot(self, z: Float[Array, "*batch latent"]) -> Float[Array, "*batch n codes"]:
+        """Return the codes of latents, one-hot."""
+        return jax.nn.one_hot(self.codes(z), self.num_codes, dtype=z.dtype)
+
+    def embed(self, codes: Int[Array, "*batch n"]) -> Float[Array, "*batch latent"]:
+        """Return the latents of codes."""
+        return self.vectors[codes].reshape(*codes.shape[:-1], -1)
 
 
 @jax.tree_util.register_dataclass

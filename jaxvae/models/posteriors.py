@@ -9,7 +9,7 @@ from jaxvae.components import Registry
 from jaxvae.models.distributions import Gaussian
 from jaxvae.models.flows import InverseAutoregressive
 from jaxvae.models.protocols import Learned
-from jaxvae.models.quantization import FiniteScalarQuantization
+from jaxvae.models.quantization import FiniteScalarQuantization, VectorQuantization
 
 
 @dataclass(frozen=True)
@@ -35,5 +35,6 @@ POSTERIORS: Registry[Any] = Registry(
         "gaussian": DiagonalGaussian,
         "iaf": InverseAutoregressive,
         "fsq": FiniteScalarQuantization,
+        "vq": VectorQuantization,
     },
 )

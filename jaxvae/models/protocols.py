@@ -148,8 +148,8 @@ class Likelihood(Protocol):
 class PriorFamily(Protocol):
     """A choice of the prior: `ModelConfig(prior=...)`.
 
-    It may have `validate(config)`, which raises InputError for a model that it does not support. The
-    family of a prior over codes has `over_codes = True`.
+    It may have `validate(config)`, which raises InputError for a model that it does not support.
+    The family of a prior over codes has `over_codes = True`.
     """
 
     def init(self, key: Key[Array, ""], config: "ModelConfig") -> Learned:

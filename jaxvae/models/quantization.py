@@ -1,4 +1,4 @@
-"""Posteriors that are one code per group of latents: finite scalar quantization."""
+"""Posteriors that give each image one sequence of codes: scalar and vector quantization."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -8,8 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from jaxvae.errors import InputError, shown
-from jaxvae.models.codebooks import Grid, expect_codes_of_prior
+from jaxvae.models.codebooks import CodeVectors, Grid, expect_codes_of_prior
+from jaxvae.models.pixels import at_least_float32
 from jaxvae.models.protocols import Learned, Prior
+from jaxvae.validation import is_number, whole_number
 
 if TYPE_CHECKING:
     from jaxvae.models.config import ModelConfig
@@ -123,3 +125,84 @@ class FiniteScalarQuantization:
         bounded = jnp.tanh(encoded[0])
         z = straight_through(self.codebook(learned).nearest(bounded), bounded)
         return PointMass(z, jnp.zeros_like(z[:, 0]))
+
+
+@dataclass(frozen=True)
+class VectorQuantization:
+    """Vector quantization (VQ): every group of latents is replaced by the nearest code vector.
+
+        z = e_k,    k = argmin_j |u - e_j|^2,    u = mean / |mean|
+
+    The gradient of z is that of u. Encoder and code vectors are trained by a penalty, summed over
+    the codes of an image, with sg for a constant:
+
+        penalty = |sg(u) - e_k|^2 + commitment |u - sg(e_k)|^2
+
+    Two measures keep codes in use. Neither has a state outside of the parameters:
+
+    - u and e have length 1, so no code is out of reach because of its scale (Yu et al. 2022).
+    - e_j = W c_j / |W c_j|, with c_j ~ N(0, I) fixed and W learned, so a gradient of one code moves
+      all of them (Zhu et al. 2024).
+
+    Attributes:
+      codes: K, the number of code vectors.
+      dim: number of latents of one code.
+      commitment: weight of the term that keeps the encoder close to the code vectors.
+
+    References:
+      van den Oord, Vinyals and Kavukcuoglu (2017), Neural Discrete Representation Learning,
+      equation 3. Yu et al. (2022), Vector-quantized Image Modeling with Improved VQGAN, section
+      3.2. Zhu et al. (2024), Addressing Representation Collapse in Vector Quantized Models with One
+      Linear Layer, section 4.
+    """
+
+    codes: int = 256
+    dim: int = 8
+    commitment: float = 0.25
+
+    def __post_init__(self) -> None:
+        for name in ("codes", "dim"):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), least=2))
+        if not is_number(self.commitment) or not 0 <= self.commitment < 1e6:
+            raise InputError(
+                f"commitment is {shown(self.commitment)}: expected a number of at least 0"
+            )
+        object.__setattr__(self, "commitment", float(self.commitment))
+
+    @property
+    def num_codes(self) -> int:
+        """K, the number of code vectors."""
+        return self.codes
+
+    def codebook(self, learned: Learned) -> CodeVectors:
+        """Return the code vectors."""
+        fixed = jax.lax.stop_gradient(at_least_float32(learned["vectors"]))
+        return CodeVectors(_normalized(fixed @ at_least_float32(learned["kernel"])))
+
+    def validate(self, config: "ModelConfig") -> None:
+        """Raise InputError for a prior that is not over codes, or latents that are no codes."""
+        expect_codes_of_prior(config)
+
+    def init(self, key: jax.Array, encoded: tuple[jax.Array, ...]) -> Learned:
+        """Return random vectors c, which stay as they are, and W, at first the identity."""
+        return {
+            "kernel": jnp.eye(self.dim, dtype=jnp.float32),
+            "vectors": jax.random.normal(key, (self.codes, self.dim), jnp.float32),
+        }
+
+    def bind(self, learned: Learned, encoded: tuple[jax.Array, ...]) -> PointMass:
+        """Return the codes of a batch."""
+        mean = encoded[0]
+        book = self.codebook(learned)
+        u = _normalized(mean.reshape(mean.shape[0], -1, self.dim))
+        fixed = jax.lax.stop_gradient(u)
+        nearest = book.embed(book.codes(fixed.reshape(mean.shape))).reshape(u.shape)
+        to_code = jnp.sum((fixed - nearest) ** 2, axis=(1, 2))
+        to_encoder = jnp.sum((u - jax.lax.stop_gradient(nearest)) ** 2, axis=(1, 2))
+        z = straight_through(nearest, u).reshape(mean.shape)
+        return PointMass(z, to_code + self.commitment * to_encoder)
+
+
+def _normalized(x: Float[Array, "... dim"]) -> Float[Array, "... dim"]:
+    """Scale vectors to length 1; the gradient at 0 is finite."""
+    return x * jax.lax.rsqrt(jnp.sum(x**2, axis=-1, keepdims=True) + 1e-12)

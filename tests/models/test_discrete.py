@@ -15,9 +15,14 @@ from jaxvae import ModelConfig, TrainConfig, explorer
 from jaxvae.data import Dataset
 from jaxvae.evaluation.evaluate import evaluate, examine
 from jaxvae.interchange.export import export, load_safetensors
-from jaxvae.models import discrete
-from jaxvae.models.codebooks import Grid, codebook_of
-from jaxvae.models.quantization import FiniteScalarQuantization, PointMass, straight_through
+from jaxvae.models import codebooks, discrete
+from jaxvae.models.codebooks import CodeVectors, Grid, codebook_of
+from jaxvae.models.quantization import (
+    FiniteScalarQuantization,
+    PointMass,
+    VectorQuantization,
+    straight_through,
+)
 from jaxvae.models.summary import summary
 from jaxvae.models.vae import prior
 from jaxvae.objectives import OBJECTIVES
@@ -29,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("compile_quickly")
 KEY = jax.random.key(0)
 SHAPE = (8, 8, 1)
 IMAGES = np.random.default_rng(0).integers(0, 256, (24, *SHAPE), np.uint8)
-MODELS = {"fsq": "fsq:levels=3x2"}
+MODELS = {"fsq": "fsq:levels=3x2", "vq": "vq:codes=5,dim=2"}
 
 
 def config_of(name, latent_dim=8, prior="uniform_codes", **fields):
@@ -112,10 +117,126 @@ def test_levels_are_recorded_as_given():
         FiniteScalarQuantization("256x256x256x256")
 
 
+# Vector quantization.
+
+
+def test_the_nearest_vector_is_that_of_a_search(monkeypatch):
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(50, 3)).astype("f")
+    vectors[7] = vectors[8] + np.float32(1e-6)  # a product z . e does not tell these apart
+    z = rng.normal(size=(20, 4, 3)).astype("f")
+    z[0, :2] = vectors[7:9]
+    distances = ((np.float64(z)[..., None, :] - np.float64(vectors)) ** 2).sum(-1)
+    book = CodeVectors(jnp.asarray(vectors))
+    expected = np.argmin(distances, axis=-1)
+    np.testing.assert_array_equal(book.codes(z.reshape(20, 12)), expected)
+    np.testing.assert_array_equal(book.embed(expected), vectors[expected].reshape(20, 12))
+    monkeypatch.setattr(codebooks, "_DISTANCES", 50 * 7)  # seven rows at a time
+    np.testing.assert_array_equal(book.codes(z.reshape(20, 12)), expected)
+
+
+def quantizer(codes=6, dim=3, latents=6, dtype=jnp.float64):
+    """A family, its parameters, and means of two images."""
+    family = VectorQuantization(codes, dim, commitment=0.3)
+    rng = np.random.default_rng(0)
+    learned = family.init(KEY, ())
+    learned["kernel"] += 0.3 * rng.normal(size=(dim, dim))
+    learned = jax.tree.map(lambda x: x.astype(dtype), learned)
+    return family, learned, jnp.asarray(rng.normal(size=(2, latents)), dtype)
+
+
+def by_hand(family, learned, mean):
+    """NumPy's u, code vectors and nearest codes."""
+    vectors = np.asarray(learned["vectors"]) @ np.asarray(learned["kernel"])
+    vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
+    u = np.asarray(mean).reshape(len(mean), -1, family.dim)
+    u = u / np.linalg.norm(u, axis=-1, keepdims=True)
+    return u, vectors, np.argmin(((u[..., None, :] - vectors) ** 2).sum(-1), axis=-1)
+
+
+def test_vq_takes_the_nearest_vector_and_has_the_penalty_of_its_paper():
+    with jax.enable_x64(True):
+        family, learned, mean = quantizer()
+        u, vectors, nearest = by_hand(family, learned, mean)
+        posterior = family.bind(learned, (mean, mean))
+        np.testing.assert_allclose(posterior.mean, vectors[nearest].reshape(2, 6), atol=1e-9)
+        np.testing.assert_array_equal(family.codebook(learned).codes(posterior.mean), nearest)
+        squares = ((u - vectors[nearest]) ** 2).sum((1, 2))
+        np.testing.assert_allclose(posterior.penalty, 1.3 * squares, atol=1e-9)
+
+
+def test_vqs_gradients_are_those_of_its_terms_with_the_code_held_fixed():
+    """By finite differences in NumPy: of the encoder's unit vectors, and of both terms."""
+    with jax.enable_x64(True):
+        family, learned, mean = quantizer()
+        u_0, vectors_0, nearest = by_hand(family, learned, mean)
+        weights = np.random.default_rng(1).normal(size=(2, 6))
+
+        def of_z(mean):
+            return jnp.sum(weights * family.bind(learned, (mean, mean)).mean)
+
+        def of_u(mean):
+            return np.sum(weights * by_hand(family, learned, mean)[0].reshape(2, 6))
+
+        def penalty(mean, kernel):
+            return jnp.sum(family.bind(learned | {"kernel": kernel}, (mean, mean)).penalty)
+
+        def of_encoder(mean):
+            u = by_hand(family, learned, mean)[0]
+            return 0.3 * ((u - vectors_0[nearest]) ** 2).sum()
+
+        def of_kernel(kernel):
+            vectors = by_hand(family, learned | {"kernel": kernel}, mean)[1]
+            return ((u_0 - vectors[nearest]) ** 2).sum()
+
+        to_mean, to_kernel = jax.grad(penalty, (0, 1))(mean, learned["kernel"])
+        pairs = [
+            (jax.grad(of_z)(mean), of_u, mean),
+            (to_mean, of_encoder, mean),
+            (to_kernel, of_kernel, learned["kernel"]),
+        ]
+        for slope, function, at in pairs:
+            np.testing.assert_allclose(slope, differences(function, np.array(at)), atol=1e-7)
+
+
+def differences(function, x, h=1e-6):
+    """Central differences of a function of an array."""
+    slope = np.zeros_like(x)
+    for i in np.ndindex(x.shape):
+        step = np.zeros_like(x)
+        step[i] = h
+        slope[i] = (function(x + step) - function(x - step)) / (2 * h)
+    return slope
+
+
+def test_a_training_step_moves_unused_code_vectors_too():
+    images, config = IMAGES[:4], config_of("vq:codes=40,dim=2")
+    state = jaxvae.create_train_state(KEY, config, TrainConfig(batch_size=4))
+    before = codebook_of(state.params).vectors
+    assert len(np.unique(discrete.codes(state.params, images))) <= 16
+    after, metrics = jaxvae.train_step(state, images)
+    assert np.all(np.any(codebook_of(after.params).vectors != before, axis=1))
+    np.testing.assert_array_equal(
+        after.params.posterior["vectors"], state.params.posterior["vectors"]
+    )
+    penalty = jnp.mean(jaxvae.encode(state.params, images).penalty)
+    assert penalty > 0
+    assert metrics["loss"] == pytest.approx(float(penalty - metrics["elbo"]), rel=1e-5)
+
+
+def test_wrong_options_of_vq_are_refused():
+    with refused("codes is 1: expected at least 2"):
+        VectorQuantization(codes=1)
+    with refused("dim is 1: expected at least 2"):
+        VectorQuantization(dim=1)
+    with refused("commitment is -1: expected a number of at least 0"):
+        VectorQuantization(commitment=-1)
+
+
 # The bounds of a posterior that is one code.
 
 
-@pytest.mark.parametrize("name", ["fsq"])
+@pytest.mark.parametrize("name", ["fsq", "vq"])
 @pytest.mark.parametrize("of_prior", ["uniform_codes", "autoregressive:width=8,layers=1"])
 def test_the_bounds_of_a_point_mass_are_its_elbo(name, of_prior):
     params = params_of(name, prior=of_prior)
