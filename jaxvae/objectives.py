@@ -84,6 +84,7 @@ def draw(
     num_samples: int = 1,
     *,
     path: bool = False,
+    relaxed: bool = False,
 ) -> Draw:
     """Sample the posterior and evaluate the log-densities at the samples.
 
@@ -94,6 +95,7 @@ def draw(
       labels: classes of the images, if the model is conditional.
       num_samples: samples per image.
       path: differentiate log q(z|x) only through z, not through the parameters of the posterior.
+      relaxed: sample the relaxation of the posterior, if it has one.
 
     Returns:
       The samples and their log-densities.
@@ -102,6 +104,8 @@ def draw(
       InputError: as in `jaxvae.encode`; `path` with a posterior without `log_prob`.
     """
     posterior = encode(params, images, labels)
+    if relaxed:
+        posterior = getattr(posterior, "relaxation", None) or posterior
     images = as_array("images", images)
     keys = sample_keys(example_keys(key, len(images)), num_samples)
     drawn = draw_at(params, posterior, keys, images, labels)
@@ -257,7 +261,7 @@ class ELBO:
         axis_name: str | None = None,
     ) -> tuple[Loss, Elbo]:
         """Compute the loss and the ELBO's terms, as in `Objective`."""
-        drawn = draw(params, key, images, labels, self.num_samples)
+        drawn = draw(params, key, images, labels, self.num_samples, relaxed=True)
         terms = drawn.elbo()
         kl = terms.kl
         if self.free_bits:
@@ -348,8 +352,17 @@ class ImportanceWeighted:
         beta: Scalar = 1.0,
         axis_name: str | None = None,
     ) -> tuple[Loss, Elbo]:
-        """Compute the loss and the ELBO's terms, as in `Objective`."""
+        """Compute the loss and the ELBO's terms, as in `Objective`.
+
+        Raises:
+          InputError: training samples a relaxation of the posterior.
+        """
         drawn = draw(params, key, images, labels, self.num_samples)
+        if getattr(drawn.posterior, "relaxation", None) is not None:
+            raise InputError(
+                "the objective 'iwae' weights samples by log q(z|x), which relaxed samples do not "
+                "have: expected the objective 'elbo', or the posterior's straight_through=true"
+            )
         log_w = drawn.log_likelihood - beta * drawn.log_ratio
         return -_log_mean_exp(log_w) + drawn.penalty, drawn.elbo(exact=False)
 

@@ -29,7 +29,7 @@ SMALL = {"mixture": "mixture:components=3", "vamp": "vamp:components=3", "mlp": 
          "ladder": "ladder:groups=2x1+1x1,width=4,latents=1",
          "logistic_mixture": "logistic_mixture:components=2",
          "iaf": "iaf:steps=1,hidden=8", "realnvp": "realnvp:layers=2,hidden=8",
-         "fsq": "fsq:levels=3x2", "vq": "vq:codes=4,dim=2",
+         "categorical": "categorical:classes=2", "fsq": "fsq:levels=3x2", "vq": "vq:codes=4,dim=2",
          "autoregressive": "autoregressive:width=8,layers=1"}  # fmt: skip
 
 CODE_POSTERIORS = [n for n in POSTERIORS if hasattr(POSTERIORS.parse(n), "codebook")]

@@ -6,7 +6,7 @@ use them as z, [..., latent], in which a code takes `dim` consecutive latents: l
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _DISTANCES = 2**24  # between latents and codes, at once, which bounds memory
 
 
+@runtime_checkable
 class Codebook(Protocol):
     """K codes and their latents: a pytree."""
 

@@ -6,6 +6,7 @@ from typing import Any
 from jaxtyping import Array, Key
 
 from jaxvae.components import Registry
+from jaxvae.models.categorical import CategoricalFamily
 from jaxvae.models.distributions import Gaussian
 from jaxvae.models.flows import InverseAutoregressive
 from jaxvae.models.protocols import Learned
@@ -34,6 +35,7 @@ POSTERIORS: Registry[Any] = Registry(
     {
         "gaussian": DiagonalGaussian,
         "iaf": InverseAutoregressive,
+        "categorical": CategoricalFamily,
         "fsq": FiniteScalarQuantization,
         "vq": VectorQuantization,
     },

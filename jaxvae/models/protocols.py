@@ -103,7 +103,9 @@ class Posterior(Protocol):
     """q(z|x) of a batch: a pytree.
 
     A posterior that can evaluate its density at any z also has `log_prob(z)`, which the objectives
-    "stl", "dreg" and "beta_tc" need.
+    "stl", "dreg" and "beta_tc" need. A posterior may have `penalty`, [batch], which is added to
+    every loss, and `relaxation`, the posterior that the objective "elbo" samples in its place, or
+    None.
     """
 
     @property

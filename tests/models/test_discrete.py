@@ -16,6 +16,7 @@ from jaxvae.data import Dataset
 from jaxvae.evaluation.evaluate import evaluate, examine
 from jaxvae.interchange.export import export, load_safetensors
 from jaxvae.models import codebooks, discrete
+from jaxvae.models.categorical import Categorical, CategoricalFamily, RelaxedCategorical
 from jaxvae.models.codebooks import CodeVectors, Grid, codebook_of
 from jaxvae.models.quantization import (
     FiniteScalarQuantization,
@@ -34,7 +35,11 @@ pytestmark = pytest.mark.usefixtures("compile_quickly")
 KEY = jax.random.key(0)
 SHAPE = (8, 8, 1)
 IMAGES = np.random.default_rng(0).integers(0, 256, (24, *SHAPE), np.uint8)
-MODELS = {"fsq": "fsq:levels=3x2", "vq": "vq:codes=5,dim=2"}
+MODELS = {
+    "fsq": "fsq:levels=3x2",
+    "vq": "vq:codes=5,dim=2",
+    "categorical": "categorical:classes=2",
+}
 
 
 def config_of(name, latent_dim=8, prior="uniform_codes", **fields):
@@ -231,6 +236,144 @@ def test_wrong_options_of_vq_are_refused():
         VectorQuantization(dim=1)
     with refused("commitment is -1: expected a number of at least 0"):
         VectorQuantization(commitment=-1)
+
+
+# Categorical codes.
+
+CATEGORICAL = "categorical:classes=3"  # with 6 latents two codes, so nine sequences
+
+
+def every_sequence(params):
+    """All sequences of codes, their latents, and the log-probability of the prior."""
+    book = codebook_of(params)
+    codes = jnp.array(list(product(range(3), repeat=2)))
+    z = book.embed(codes)
+    return codes, z, prior(params).log_prob(z)
+
+
+def enumerated(params, images):
+    """log p(x), and the ELBO's terms, as sums over all sequences of codes: [batch]."""
+    codes, z, log_p_z = every_sequence(params)
+    log_p_x = jnp.stack(
+        [jaxvae.decode(params, jnp.tile(one, (len(images), 1))).log_prob(images) for one in z]
+    )
+    log_q = jax.nn.log_softmax(jaxvae.encode(params, images).logits)  # [batch, 2, 3]
+    log_q = jnp.stack([log_q[:, 0, a] + log_q[:, 1, b] for a, b in codes])
+    q = jnp.exp(log_q)
+    np.testing.assert_allclose(q.sum(0), 1, rtol=1e-5)
+    kl = jnp.sum(q * (log_q - log_p_z[:, None]), axis=0)
+    expected = jnp.sum(q * log_p_x, axis=0)
+    return jax.nn.logsumexp(log_p_x + log_p_z[:, None], axis=0), expected, kl
+
+
+@pytest.mark.parametrize("of_prior", ["uniform_codes", "autoregressive:width=8,layers=1"])
+def test_the_bounds_of_categorical_codes_are_those_of_the_sum_over_all_codes(of_prior):
+    params = params_of(CATEGORICAL, latent_dim=6, prior=of_prior, moved=0.3)
+    images = IMAGES[:2]
+    log_p_x, expected, kl = enumerated(params, images)
+    estimate = jaxvae.log_likelihood(params, KEY, images, 4000)
+    np.testing.assert_allclose(estimate, log_p_x, atol=0.05)
+    assert np.all(expected - kl < log_p_x)
+    draws = 4000
+    many = np.repeat(images, draws, axis=0)
+    terms = [np.asarray(x).reshape(2, draws) for x in jaxvae.elbo(params, KEY, many)]
+    for found, exact in zip(terms, (expected - kl, expected, kl), strict=True):
+        error = 5 * found.std(axis=1) / np.sqrt(draws) + 1e-3
+        assert np.all(np.abs(found.mean(axis=1) - exact) < error)
+    if of_prior == "uniform_codes":  # exact, of every draw
+        np.testing.assert_allclose(terms[2], np.tile(kl[:, None], draws), rtol=1e-4)
+
+
+def posterior_of(straight_through=True, temperature=0.7, rows=2, dtype=jnp.float32):
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(rows, 2, 3)), dtype)
+    return Categorical(logits, temperature, straight_through)
+
+
+def test_one_hot_samples_have_the_probabilities_of_the_logits():
+    posterior = posterior_of()
+    keys = jax.random.split(KEY, 20_000)
+    many = Categorical(jnp.tile(posterior.logits[:1], (len(keys), 1, 1)), 0.7, True)
+    z, log_q = many.sample_and_log_prob(keys)
+    assert set(np.unique(z)) == {0, 1}
+    p = np.asarray(jax.nn.softmax(posterior.logits[0]))
+    np.testing.assert_allclose(z.reshape(-1, 2, 3).mean(0), p, atol=0.02)
+    np.testing.assert_allclose(posterior.mean[0], p.ravel(), rtol=1e-6)
+    np.testing.assert_allclose(np.exp(posterior.log_var[0]), (p * (1 - p)).ravel(), rtol=1e-5)
+    expected = np.log((np.asarray(z).reshape(-1, 2, 3) * p).sum(-1)).sum(-1)
+    np.testing.assert_allclose(log_q, expected, rtol=1e-4)
+    best = np.eye(3)[p.argmax(-1)].ravel()
+    np.testing.assert_array_equal(posterior.center[0], best)
+
+
+def test_relaxed_samples_are_those_of_their_formula_and_come_close_to_one_hot():
+    relaxed = posterior_of(straight_through=False).relaxation
+    assert isinstance(relaxed, RelaxedCategorical)
+    keys = jax.random.split(KEY, 2)
+    z, _ = relaxed.sample_and_log_prob(keys)
+    noise = jnp.stack([jax.random.gumbel(key, (2, 3)) for key in keys])
+    scores = np.float64(relaxed.logits + noise) / 0.7
+    expected = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    np.testing.assert_allclose(z, expected.reshape(2, 6), rtol=1e-4)
+    cold = posterior_of(straight_through=False, temperature=0.01)
+    hard, log_q = cold.sample_and_log_prob(keys)
+    soft, relaxed_log_q = cold.relaxation.sample_and_log_prob(keys)
+    np.testing.assert_allclose(soft, hard, atol=1e-3)
+    np.testing.assert_allclose(relaxed_log_q, log_q, atol=1e-2)
+    assert posterior_of(straight_through=True).relaxation is None
+
+
+def test_straight_through_samples_have_the_gradient_of_relaxed_ones():
+    with jax.enable_x64(True):
+        posterior = posterior_of(dtype=jnp.float64)
+        keys, weights = jax.random.split(KEY, 2), np.random.default_rng(1).normal(size=(2, 6))
+
+        def of(kind, logits):
+            return jnp.sum(weights * kind(logits, 0.7, True).sample_and_log_prob(keys)[0])
+
+        def soft(logits):
+            return float(of(RelaxedCategorical, jnp.asarray(logits)))
+
+        slope = jax.grad(lambda logits: of(Categorical, logits))(posterior.logits)
+        expected = differences(soft, np.array(posterior.logits))
+        np.testing.assert_allclose(slope, expected, atol=1e-7)
+
+
+@pytest.mark.parametrize("of_prior", ["uniform_codes", "autoregressive:width=8,layers=1"])
+def test_the_relaxed_objective_has_a_gradient_in_float64(of_prior):
+    with jax.enable_x64(True):
+        params = params_of(CATEGORICAL, latent_dim=6, prior=of_prior)
+        params = jax.tree.map(lambda x: x.astype(jnp.float64), params)
+        images = IMAGES[:3] / 255
+
+        def loss(params):
+            return OBJECTIVES.parse("elbo")(params, KEY, images)[0]
+
+        check_grads(jax.jit(loss), (params,), order=1, modes=["rev"])
+
+
+def test_training_by_the_elbo_takes_relaxed_samples_unless_straight_through():
+    relaxed = params_of(CATEGORICAL, latent_dim=6)
+    hard = params_of(f"{CATEGORICAL},straight_through=true", latent_dim=6)
+    objective = OBJECTIVES.parse("elbo")
+    terms = jaxvae.elbo(relaxed, KEY, IMAGES)
+    np.testing.assert_allclose(jaxvae.elbo(hard, KEY, IMAGES).value, terms.value, rtol=1e-6)
+    np.testing.assert_allclose(objective(hard, KEY, IMAGES)[1].value, terms.value, rtol=1e-6)
+    loss, of_relaxed = objective(relaxed, KEY, IMAGES)
+    assert np.all(np.abs(of_relaxed.log_likelihood - terms.log_likelihood) > 1e-6)
+    np.testing.assert_allclose(of_relaxed.kl, terms.kl, rtol=1e-6)
+    with refused("'iwae' weights samples by log q(z|x)", "straight_through=true"):
+        OBJECTIVES.parse("iwae")(relaxed, KEY, IMAGES)
+    loss, _ = OBJECTIVES.parse("iwae:num_samples=4")(hard, KEY, IMAGES)
+    assert np.isfinite(loss).all()
+
+
+def test_wrong_options_of_categorical_are_refused():
+    with refused("classes is 1: expected at least 2"):
+        CategoricalFamily(classes=1)
+    with refused("temperature is 0: expected a number above 0"):
+        CategoricalFamily(temperature=0)
+    with refused("straight_through is 1: expected true or false"):
+        CategoricalFamily(straight_through=1)
 
 
 # The bounds of a posterior that is one code.
