@@ -21,6 +21,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, Integer, Key, Num
 
 from jaxvae.components import Registry
 from jaxvae.errors import InputError, shown
+from jaxvae.models.codebooks import is_discrete
 from jaxvae.models.distributions import Gaussian
 from jaxvae.models.pixels import scale_images
 from jaxvae.models.protocols import Draw, Elbo, Posterior
@@ -83,6 +84,7 @@ def draw(
     num_samples: int = 1,
     *,
     path: bool = False,
+    relaxed: bool = False,
 ) -> Draw:
     """Sample the posterior and evaluate the log-densities at the samples.
 
@@ -93,6 +95,7 @@ def draw(
       labels: classes of the images, if the model is conditional.
       num_samples: samples per image.
       path: differentiate log q(z|x) only through z, not through the parameters of the posterior.
+      relaxed: sample the relaxation of the posterior, if it has one.
 
     Returns:
       The samples and their log-densities.
@@ -101,6 +104,8 @@ def draw(
       InputError: as in `jaxvae.encode`; `path` with a posterior without `log_prob`.
     """
     posterior = encode(params, images, labels)
+    if relaxed:
+        posterior = getattr(posterior, "relaxation", None) or posterior
     images = as_array("images", images)
     keys = sample_keys(example_keys(key, len(images)), num_samples)
     drawn = draw_at(params, posterior, keys, images, labels)
@@ -256,7 +261,7 @@ class ELBO:
         axis_name: str | None = None,
     ) -> tuple[Loss, Elbo]:
         """Compute the loss and the ELBO's terms, as in `Objective`."""
-        drawn = draw(params, key, images, labels, self.num_samples)
+        drawn = draw(params, key, images, labels, self.num_samples, relaxed=True)
         terms = drawn.elbo()
         kl = terms.kl
         if self.free_bits:
@@ -347,8 +352,17 @@ class ImportanceWeighted:
         beta: Scalar = 1.0,
         axis_name: str | None = None,
     ) -> tuple[Loss, Elbo]:
-        """Compute the loss and the ELBO's terms, as in `Objective`."""
+        """Compute the loss and the ELBO's terms, as in `Objective`.
+
+        Raises:
+          InputError: training samples a relaxation of the posterior.
+        """
         drawn = draw(params, key, images, labels, self.num_samples)
+        if getattr(drawn.posterior, "relaxation", None) is not None:
+            raise InputError(
+                "the objective 'iwae' weights samples by log q(z|x), which relaxed samples do not "
+                "have: expected the objective 'elbo', or the posterior's straight_through=true"
+            )
         log_w = drawn.log_likelihood - beta * drawn.log_ratio
         return -_log_mean_exp(log_w) + drawn.penalty, drawn.elbo(exact=False)
 
@@ -561,7 +575,16 @@ class MaximumMeanDiscrepancy:
         beta: Scalar = 1.0,
         axis_name: str | None = None,
     ) -> tuple[Loss, Elbo]:
-        """Compute the loss and the ELBO's terms, as in `Objective`."""
+        """Compute the loss and the ELBO's terms, as in `Objective`.
+
+        Raises:
+          InputError: the latents are codes.
+        """
+        if is_discrete(params.config):
+            raise InputError(
+                "the objective 'mmd' differentiates through samples of the prior, which samples of "
+                "codes do not allow: expected the objective 'elbo'"
+            )
         drawn = draw(params, key, images, labels)
         z, terms, p_z = drawn.z[0], drawn.elbo(), prior(params)
         keys = example_keys(key, len(z))
@@ -731,8 +754,8 @@ def with_log_prob(posterior: Any) -> Any:
     """
     if not hasattr(posterior, "log_prob"):
         raise InputError(
-            "this objective needs log q(z|x) at any z: expected the posterior 'gaussian'; "
-            "with a flow train by 'elbo', 'iwae' or 'mmd'"
+            "this objective needs the density q(z|x) at any z: expected the posterior 'gaussian'; "
+            "train a flow by 'elbo', 'iwae' or 'mmd', and codes by 'elbo'"
         )
     return posterior
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import product
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 import jaxvae
+from jaxvae.models.codebooks import codebook_of
 from jaxvae.models.config import NETWORKS
 from jaxvae.models.likelihoods import LIKELIHOODS
 from jaxvae.models.posteriors import POSTERIORS
@@ -26,7 +28,14 @@ SMALL = {"mixture": "mixture:components=3", "vamp": "vamp:components=3", "mlp": 
          "residual": "residual:width=4", "spatial": "spatial:width=4",
          "ladder": "ladder:groups=2x1+1x1,width=4,latents=1",
          "logistic_mixture": "logistic_mixture:components=2",
-         "iaf": "iaf:steps=1,hidden=8", "realnvp": "realnvp:layers=2,hidden=8"}  # fmt: skip
+         "iaf": "iaf:steps=1,hidden=8", "realnvp": "realnvp:layers=2,hidden=8",
+         "categorical": "categorical:classes=2", "fsq": "fsq:levels=3x2", "vq": "vq:codes=4,dim=2",
+         "autoregressive": "autoregressive:width=8,layers=1"}  # fmt: skip
+
+CODE_POSTERIORS = [n for n in POSTERIORS if hasattr(POSTERIORS.parse(n), "codebook")]
+CODE_PRIORS = [n for n in PRIORS if hasattr(PRIORS.parse(n), "over_codes")]
+DENSITY_POSTERIORS = [n for n in POSTERIORS if n not in CODE_POSTERIORS]
+DENSITY_PRIORS = [n for n in PRIORS if n not in CODE_PRIORS]
 
 
 def small(name):
@@ -36,6 +45,13 @@ def small(name):
 def latents_of(network):
     """A number of latents for every network; a ladder has its own, beside the default of 2."""
     return 2 if network == "ladder" else 4
+
+
+def with_partner(kind, name):
+    """The fields of a component: a prior over codes goes with a posterior over codes alone."""
+    partners = {("prior", n): {"posterior": small("fsq")} for n in CODE_PRIORS}
+    partners |= {("posterior", n): {"prior": "uniform_codes"} for n in CODE_POSTERIORS}
+    return {kind: small(name)} | partners.get((kind, name), {})
 
 
 def params_of(latent_dim=2, moved=0.3, image_shape=SHAPE, **fields):
@@ -48,7 +64,7 @@ def params_of(latent_dim=2, moved=0.3, image_shape=SHAPE, **fields):
     return jax.tree.unflatten(structure, [x + n for x, n in zip(leaves, noise, strict=True)])
 
 
-@pytest.mark.parametrize("name", list(PRIORS))
+@pytest.mark.parametrize("name", DENSITY_PRIORS)
 def test_a_prior_is_a_density_and_its_samples_have_it(name):
     params = params_of(latent_dim=1, prior=small(name))
     z = jnp.linspace(-30, 30, 60_001)[:, None]
@@ -64,9 +80,26 @@ def test_a_prior_is_a_density_and_its_samples_have_it(name):
         assert jnp.mean(draws < at) == pytest.approx(quantile, abs=0.01)
 
 
+@pytest.mark.parametrize("name", CODE_PRIORS)
+def test_a_prior_over_codes_sums_to_one_and_its_samples_have_it(name):
+    params = params_of(4, **with_partner("prior", name))
+    book = codebook_of(params)
+    every = jnp.stack(jnp.divmod(jnp.arange(36), 6), axis=1)
+    z = book.embed(every)
+    assert z.shape == (36, 4)
+    p = jnp.exp(prior(params).log_prob(z))
+    assert p.dtype == jnp.float32
+    assert jnp.sum(p) == pytest.approx(1, abs=1e-5)
+    draws = prior(params).sample(KEY, 40_000)
+    assert draws.shape == (40_000, 4)
+    assert draws.dtype == jnp.float32
+    drawn = jnp.bincount(book.codes(draws) @ jnp.array([6, 1]), length=36) / 40_000
+    assert jnp.max(jnp.abs(drawn - p) / jnp.sqrt(p / 40_000)) < 4.5
+
+
 @pytest.mark.parametrize("name", list(PRIORS))
 def test_a_prior_is_a_pytree_under_jit_vmap_and_grad(name):
-    params = params_of(prior=small(name))
+    params = params_of(**with_partner("prior", name))
     z = jax.random.normal(KEY, (3, 5, 2))
     log_p = jax.jit(lambda p, z: p.log_prob(z))(prior(params), z)
     np.testing.assert_allclose(log_p, prior(params).log_prob(z), rtol=1e-5)
@@ -81,7 +114,24 @@ def test_a_prior_is_a_pytree_under_jit_vmap_and_grad(name):
         assert jnp.trapezoid(jnp.exp(one.log_prob(grid)), grid[:, 0]) == pytest.approx(1, abs=1e-3)
 
 
-@pytest.mark.parametrize("name", list(POSTERIORS))
+@pytest.mark.parametrize("name", CODE_POSTERIORS)
+def test_samples_of_a_posterior_over_codes_have_its_probabilities(name):
+    """E_q[1 / q(z|x)] over hard samples is the number of codes that have a probability."""
+    params = params_of(4, moved=0.1, **with_partner("posterior", name))
+    book = codebook_of(params)
+    keys = jax.random.split(KEY, 20_000)
+    many = jaxvae.encode(params, np.broadcast_to(IMAGES[:1], (len(keys), *SHAPE)))
+    z, log_q = many.sample_and_log_prob(keys)
+    assert z.shape == many.center.shape == many.mean.shape == many.log_var.shape == (20_000, 4)
+    assert log_q.shape == (20_000,)
+    codes = book.codes(z)
+    np.testing.assert_array_equal(book.embed(codes), z)
+    np.testing.assert_array_equal(jnp.argmax(book.one_hot(z), axis=-1), codes)
+    seen = np.unique(np.asarray(codes), axis=0)
+    assert jnp.mean(jnp.exp(-log_q)) == pytest.approx(len(seen), rel=0.1)
+
+
+@pytest.mark.parametrize("name", DENSITY_POSTERIORS)
 def test_a_posterior_is_a_density_that_its_samples_have(name):
     """By importance sampling: E_q[f(z) / q(z|x)] is the integral of f, here a density's, 1."""
     params = params_of(latent_dim=1, moved=0.1, posterior=small(name))
@@ -97,10 +147,12 @@ def test_a_posterior_is_a_density_that_its_samples_have(name):
     assert many.center.shape == many.mean.shape == many.log_var.shape == (20_000, 1)
 
 
-@pytest.mark.parametrize("name", list(POSTERIORS))
-@pytest.mark.parametrize("of_prior", list(PRIORS))
+PAIRED = [*product(DENSITY_POSTERIORS, DENSITY_PRIORS), *product(CODE_POSTERIORS, CODE_PRIORS)]
+
+
+@pytest.mark.parametrize(("name", "of_prior"), PAIRED)
 def test_an_exact_kl_is_the_mean_of_its_estimate(name, of_prior):
-    params = params_of(moved=0.1, posterior=small(name), prior=small(of_prior))
+    params = params_of(4, moved=0.1, posterior=small(name), prior=small(of_prior))
     keys = jax.random.split(KEY, 20_000)
     many = jaxvae.encode(params, np.broadcast_to(IMAGES[:1], (len(keys), *SHAPE)))
     exact = many.kl(prior(params))
@@ -180,7 +232,7 @@ PAIRS = [(name, "mixture") for name in OBJECTIVES] + [("elbo", name) for name in
 
 @pytest.mark.parametrize(("name", "of_prior"), sorted(set(PAIRS)))
 def test_an_objective_gives_a_loss_and_terms_and_a_gradient(name, of_prior):
-    params = params_of(prior=small(of_prior))
+    params = params_of(**with_partner("prior", of_prior))
     objective = OBJECTIVES.parse(name)
 
     def loss(params, key):
@@ -225,7 +277,7 @@ EVERY = [(kind, name) for kind, registry in KINDS.items() for name in registry]
 
 @pytest.mark.parametrize(("kind", "name"), EVERY)
 def test_a_component_survives_config_and_checkpoint_and_trains(kind, name, tmp_path):
-    fields = {"network": "mlp:width=8"} | {kind: small(name)}
+    fields = {"network": "mlp:width=8"} | with_partner(kind, name)
     config = jaxvae.ModelConfig(SHAPE, latents_of(name), **fields)
     assert config.to_dict()[kind] == small(name)
     assert jaxvae.ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config

@@ -384,6 +384,7 @@ _METRICS = {
     "log_p_x": "log p(x), {num_samples} samples",
     "bits_per_dimension": "bits per dimension, of log p(x)",
     "active_units": "active units",
+    "code_perplexity": "codes in use (perplexity)",
     "reconstruction_error": "mean squared error of a pixel",
     "logistic_regression": "accuracy of logistic regression",
     "nearest_neighbors": "accuracy of 5 nearest neighbors",

@@ -20,6 +20,8 @@ from jaxvae.evaluation.metrics import (
     reconstruction_error,
     variance_of_means,
 )
+from jaxvae.models.codebooks import codebook_of, is_discrete
+from jaxvae.models.discrete import perplexity
 from jaxvae.models.distributions import Gaussian
 from jaxvae.models.vae import (
     Params,
@@ -147,8 +149,9 @@ def examine(params: Params, key: Key[Array, ""], data: Dataset) -> dict[str, Any
 
     Returns:
       `mutual_information` and `marginal_kl`, in nats per image, if the posterior is Gaussian;
-      `active_units`, or of a hierarchy `kl_per_group`, in nats per image; `reconstruction_error`,
-      the mean square per pixel; and, if there are labels of at least two classes, the accuracies
+      `active_units`, or of a hierarchy `kl_per_group`, in nats per image, or of discrete latents
+      `code_perplexity`, the effective number of codes in use; `reconstruction_error`, the mean
+      square per pixel; and, if there are labels of at least two classes, the accuracies
       of `jaxvae.evaluation.metrics.latent_probe`.
     """
     images = jnp.asarray(data.test_images)
@@ -165,6 +168,9 @@ def examine(params: Params, key: Key[Array, ""], data: Dataset) -> dict[str, Any
     if hasattr(params.model, "groups"):
         kl = kl_per_group(params, jax.random.fold_in(key, 2), images, labels)
         found["kl_per_group"] = np.asarray(kl).tolist()
+    elif is_discrete(params.config):
+        book = codebook_of(params)
+        found["code_perplexity"] = float(perplexity(book.codes(posterior.center), book.num_codes))
     else:
         variance = variance_of_means(posterior, jax.random.fold_in(key, 1))
         found["active_units"] = int(jnp.sum(variance > ACTIVE))

@@ -19,6 +19,7 @@ from jaxvae.figures.pictures import (
     traversals,
 )
 from jaxvae.figures.style import save, warn_on_failure
+from jaxvae.models.codebooks import is_discrete
 from jaxvae.models.vae import Params
 
 FORMATS = ("png", "svg", "pdf")
@@ -34,7 +35,8 @@ def draw_all(
 ) -> list[Path]:
     """Draw every figure of a run into a folder.
 
-    A figure that fails is skipped with a warning of the category `jaxvae.errors.NotDrawn`.
+    A figure that fails is skipped with a warning of the category `jaxvae.errors.NotDrawn`. Figures
+    that need continuous latents are left out for a model with discrete ones.
 
     Args:
       folder: created if it does not exist.
@@ -61,6 +63,8 @@ def draw_all(
         "aggregate": partial(aggregate, params, data, key),
         "units": partial(units, params, data, key=key),
     }
+    if is_discrete(params.config):  # nothing lies between codes
+        figures = {name: figures[name] for name in ("reconstructions", "samples")}
     if hasattr(params.model, "groups"):
         figures["levels"] = partial(levels, params, key)
     if params.config.num_classes:

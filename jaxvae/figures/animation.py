@@ -19,6 +19,7 @@ from jaxvae.data.arrays import reading
 from jaxvae.data.pictures import read_picture
 from jaxvae.errors import InputError
 from jaxvae.figures.grid import pixels, plane, tile
+from jaxvae.models.codebooks import is_discrete
 from jaxvae.models.vae import Params
 from jaxvae.storage import make_folder, write_atomic
 
@@ -31,13 +32,15 @@ _STRIP = 26  # height of a frame's title, in pixels
 def keep_frame(run_dir: Path, record: dict[str, Any], params: Params) -> None:
     """Write the frame of an epoch, and delete frames if there are too many.
 
+    A model with discrete latents has no latent plane, and so no frames.
+
     Args:
       run_dir: the run directory.
       record: the epoch's line of metrics.jsonl, with its number as "epoch".
       params: the model after that epoch.
     """
     epoch = record["epoch"]
-    if not is_kept(epoch):
+    if not is_kept(epoch) or is_discrete(params.config):
         return
     n = int(np.clip(_SIDE // max(params.config.image_shape[:2]), 3, 15))
     images, _, down = plane(params, n)

@@ -1,7 +1,8 @@
 """Export of models to StableHLO, ONNX and safetensors.
 
     encoder   images [b, height, width, channels], float32 in [0, 1]
-              -> mean, log_var [b, latent]; with a flow also the center [b, latent]
+              -> mean, log_var [b, latent]; with a flow also the center [b, latent];
+                 of discrete latents codes [b, n], int32, and center [b, latent]
     decoder   latents [b, latent], float32 -> mean [b, height, width, channels], float32 in [0, 1]
     sampler   keys [b, 2], 64 random bits for each image, uint32
               -> the decoder's mean at a sample from the prior, [b, height, width, channels]
@@ -27,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxvae.errors import ComponentNeeded, InputError
+from jaxvae.models.codebooks import codebook_of, is_discrete
 from jaxvae.models.config import ModelConfig
 from jaxvae.models.flows import FlowPosterior
 from jaxvae.models.vae import Params, decode, encode, init, prior
@@ -147,6 +149,8 @@ def _functions(params: Params) -> dict[str, _Function]:
 
     def encoder(images: jax.Array, *labels: jax.Array) -> tuple[jax.Array, ...]:
         posterior = encode(encoder_params, images, *labels)
+        if is_discrete(config):
+            return codebook_of(encoder_params).codes(posterior.center), posterior.center
         center = (posterior.center,) if isinstance(posterior, FlowPosterior) else ()
         return posterior.mean, posterior.log_var, *center
 
@@ -161,6 +165,8 @@ def _functions(params: Params) -> dict[str, _Function]:
 
     like = jax.eval_shape(encode, params, *_of_batch(1, _Function(encode, images | labels, ())))
     encoded = ("mean", "log_var", *(("center",) if isinstance(like, FlowPosterior) else ()))
+    if is_discrete(config):
+        encoded = "codes", "center"
     return {
         "encoder": _Function(encoder, images | labels, encoded),
         "decoder": _Function(decoder, latents | labels, ("mean",)),

@@ -94,7 +94,7 @@ class ModelConfig(Config):
         for name, protocol in needed.items():
             registry = self._registries[name]
             set_field(self, name, registry.parse(getattr(self, name), protocol=protocol))
-        for part in (self.network, self.prior):
+        for part in (self.network, self.posterior, self.prior):
             if hasattr(part, "validate"):
                 part.validate(self)
 

@@ -6,9 +6,11 @@ from typing import Any
 from jaxtyping import Array, Key
 
 from jaxvae.components import Registry
+from jaxvae.models.categorical import CategoricalFamily
 from jaxvae.models.distributions import Gaussian
 from jaxvae.models.flows import InverseAutoregressive
 from jaxvae.models.protocols import Learned
+from jaxvae.models.quantization import FiniteScalarQuantization, VectorQuantization
 
 
 @dataclass(frozen=True)
@@ -29,5 +31,12 @@ class DiagonalGaussian:
 
 
 POSTERIORS: Registry[Any] = Registry(
-    "posterior", {"gaussian": DiagonalGaussian, "iaf": InverseAutoregressive}
+    "posterior",
+    {
+        "gaussian": DiagonalGaussian,
+        "iaf": InverseAutoregressive,
+        "categorical": CategoricalFamily,
+        "fsq": FiniteScalarQuantization,
+        "vq": VectorQuantization,
+    },
 )

@@ -10,6 +10,8 @@ from jaxtyping import Array, Float, Key
 
 from jaxvae.components import Registry
 from jaxvae.errors import InputError
+from jaxvae.models.autoregressive import Autoregressive
+from jaxvae.models.codebooks import Uniform
 from jaxvae.models.coupling import RealNVP
 from jaxvae.models.distributions import GaussianMixture, UnitGaussian
 from jaxvae.models.pixels import at_least_float32, sigmoid
@@ -124,5 +126,12 @@ def pseudo_images(learned: Learned) -> Float[Array, "components height width cha
 
 PRIORS: Registry[Any] = Registry(
     "prior",
-    {"standard_normal": StandardNormal, "mixture": Mixture, "vamp": Vamp, "realnvp": RealNVP},
+    {
+        "standard_normal": StandardNormal,
+        "mixture": Mixture,
+        "vamp": Vamp,
+        "realnvp": RealNVP,
+        "uniform_codes": Uniform,
+        "autoregressive": Autoregressive,
+    },
 )

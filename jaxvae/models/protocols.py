@@ -103,7 +103,9 @@ class Posterior(Protocol):
     """q(z|x) of a batch: a pytree.
 
     A posterior that can evaluate its density at any z also has `log_prob(z)`, which the objectives
-    "stl", "dreg" and "beta_tc" need.
+    "stl", "dreg" and "beta_tc" need. A posterior may have `penalty`, [batch], which is added to
+    every loss, and `relaxation`, the posterior that the objective "elbo" samples in its place, or
+    None.
     """
 
     @property
@@ -149,6 +151,7 @@ class PriorFamily(Protocol):
     """A choice of the prior: `ModelConfig(prior=...)`.
 
     It may have `validate(config)`, which raises InputError for a model that it does not support.
+    The family of a prior over codes has `over_codes = True`.
     """
 
     def init(self, key: Key[Array, ""], config: "ModelConfig") -> Learned:
@@ -165,7 +168,11 @@ class PriorFamily(Protocol):
 
 @runtime_checkable
 class PosteriorFamily(Protocol):
-    """A choice of the posterior: `ModelConfig(posterior=...)`."""
+    """A choice of the posterior: `ModelConfig(posterior=...)`.
+
+    It may have `validate(config)`, as a prior's family does. One whose latents are codes has the
+    attributes of `jaxvae.models.codebooks.CodebookFamily` besides.
+    """
 
     def init(self, key: Key[Array, ""], encoded: tuple[Array, ...]) -> Learned:
         """Return the initial parameters of the posterior.

@@ -11,6 +11,7 @@ import numpy as np
 from jaxvae.errors import InputError
 from jaxvae.figures.animation import is_kept
 from jaxvae.figures.grid import pixels, plane, tile
+from jaxvae.models.codebooks import is_discrete
 from jaxvae.models.pixels import scale_images
 from jaxvae.models.vae import Params, encode, reconstruct, sample
 from jaxvae.runs.callbacks import Callback, Training
@@ -123,7 +124,7 @@ class TensorBoard(Callback):
         labels = None if self._labels is None else jnp.asarray(self._labels[rows])
         pairs = jnp.concatenate([scale_images(images), reconstruct(params, images, labels)])
         pictures = {"reconstructions": _rgb(tile(pairs, 2))}
-        if params.config.latent_dim == 2:
+        if params.config.latent_dim == 2 and not is_discrete(params.config):
             means, _, down = plane(params, 15)
             return pictures | {"manifold": _rgb(tile(means, len(down)))}
         _, key = run_keys(self._config)

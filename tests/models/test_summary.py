@@ -45,6 +45,11 @@ def small(prior):
     return {"mixture": "mixture:components=5", "vamp": "vamp:components=5"}.get(prior, prior)
 
 
+def posterior_of(prior):
+    """A posterior that goes with a prior."""
+    return "fsq" if hasattr(PRIORS.parse(prior), "over_codes") else "gaussian"
+
+
 class Gain(nn.Module):
     """A decoder with parameters of its own beside its layers', and layers without any."""
 
@@ -71,7 +76,7 @@ MODELS = {
         for name in NETWORKS
     },
     **{name: {"likelihood": name} for name in LIKELIHOODS},
-    **{name: {"prior": small(name)} for name in PRIORS},
+    **{name: {"prior": small(name), "posterior": posterior_of(name)} for name in PRIORS},
     "iaf": {"posterior": "iaf"},
     "all": {
         "likelihood": "gaussian",
