@@ -148,7 +148,10 @@ class Likelihood(Protocol):
 class PriorFamily(Protocol):
     """A choice of the prior: `ModelConfig(prior=...)`.
 
-    It may have `validate(config)`, which raises InputError for a model that it does not support.
+    It may have `validate(config)`, which raises InputError for a model that it does not support,
+    and `init_from(key, params, images, labels)`, which returns the initial parameters of a prior
+    that is fitted to a trained model, given training images and, if the model is conditional,
+    their classes.
     """
 
     def init(self, key: Key[Array, ""], config: "ModelConfig") -> Learned:
