@@ -633,6 +633,56 @@ class MaximumMeanDiscrepancy:
         ) + self.weight * squared + drawn.penalty, terms
 
 
+@dataclass(frozen=True)
+class PriorFit:
+    """The cross-entropy of the aggregate posterior and the prior, which fits the prior alone.
+
+        loss = -log p(z),    z ~ q(z|x)
+
+    It has no gradient by the encoder's samples and does not evaluate the decoder. The ELBO among
+    the terms is log_likelihood - KL, with a constant for E_q(z|x)[log p(x|z)], which does not
+    depend on the prior.
+
+    Attributes:
+      num_samples: number of posterior samples, over which the loss is averaged.
+      log_likelihood: mean of E_q(z|x)[log p(x|z)] over the images, in nats per image.
+
+    References:
+      Dai and Wipf (2019), Diagnosing and Enhancing VAE Models, section 4: the second stage.
+    """
+
+    num_samples: int = 1
+    log_likelihood: float = 0.0
+    across_batch = False
+
+    def __post_init__(self) -> None:
+        _check_samples(self)
+        if not is_number(self.log_likelihood):
+            raise InputError(
+                f"log_likelihood is {shown(self.log_likelihood)}: expected a number of nats"
+            )
+        object.__setattr__(self, "log_likelihood", float(self.log_likelihood))
+
+    def __call__(
+        self,
+        params: Params,
+        key: AnyKey,
+        images: Images,
+        labels: Labels = None,
+        *,
+        beta: Scalar = 1.0,
+        axis_name: str | None = None,
+    ) -> tuple[Loss, Elbo]:
+        """Compute the loss and the ELBO's terms, as in `Objective`; beta has no effect."""
+        posterior = encode(params, images, labels)
+        keys = sample_keys(example_keys(key, len(posterior.mean)), self.num_samples)
+        z, log_posterior = lax.stop_gradient(samples(posterior, keys))
+        log_prior = prior(params).log_prob(z)
+        kl = jnp.mean(log_posterior - log_prior, axis=0)
+        log_likelihood = jnp.full_like(kl, self.log_likelihood)
+        return -jnp.mean(log_prior, axis=0), Elbo(log_likelihood - kl, log_likelihood, kl)
+
+
 OBJECTIVES: Registry[Any] = Registry(
     "objective",
     {
@@ -642,6 +692,7 @@ OBJECTIVES: Registry[Any] = Registry(
         "dreg": DoublyReparameterized,
         "beta_tc": BetaTC,
         "mmd": MaximumMeanDiscrepancy,
+        "prior": PriorFit,
     },
 )
 

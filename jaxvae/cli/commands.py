@@ -460,6 +460,41 @@ def _export(options: argparse.Namespace) -> None:
         print(path)
 
 
+def _fit_prior(options: argparse.Namespace) -> None:
+    from jaxvae.runs import drawing
+    from jaxvae.runs.callbacks import AnimationFrames
+    from jaxvae.runs.config import read_config
+    from jaxvae.runs.data import load_run_data
+    from jaxvae.runs.fit_prior import fit_prior
+
+    prior, options.prior = options.prior, None  # not a component of the trained run
+    own = _own(options)
+    if is_dotted_path(prior):
+        prior = imported("prior", prior)
+    fitted = fit_prior(
+        options.run,
+        prior,
+        out=options.out,
+        epochs=options.epochs,
+        learning_rate=options.learning_rate,
+        batch_size=options.batch_size,
+        data=options.data,
+        callbacks=[AnimationFrames()],
+        **own,
+    )
+    run_dir, params = fitted.run_dir, fitted.params
+    config = read_config(run_dir, **own, prior=params.config.prior)
+    figures = drawing.draw(run_dir, config, load_run_data(config, options.data), params)
+    _print_next_steps(run_dir, "", figures)
+    trained = read_config(options.run, **own)
+    for when, model, test in (
+        ("before", trained.model, fitted.before),
+        ("after", params.config, fitted.after),
+    ):
+        terms = f"log-likelihood {test['log_likelihood']:.2f}, KL {test['kl']:.2f}"
+        print(f"test ELBO {when:6} {test['elbo']:.2f} ({terms}), prior {model.specs()['prior']}")
+
+
 def _import(options: argparse.Namespace) -> None:
     from jaxvae.runs.keras import import_keras
 
@@ -509,6 +544,7 @@ _COMMANDS = {
     "figures": _figures,
     "export": _export,
     "explore": _explore,
+    "fit-prior": _fit_prior,
     "import": _import,
     "summary": _summary,
     "benchmark": _benchmark,

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from jaxvae.components import Config, Registry, field_docs
 from jaxvae.errors import InputError
 from jaxvae.models.config import DTYPES, ModelConfig
+from jaxvae.models.priors import PRIORS
 from jaxvae.runs.config import RunConfig, as_flag
 from jaxvae.training.config import BINARIZATIONS, PARTS, TrainConfig
 
@@ -54,6 +55,9 @@ _PROCESSES: dict[str, dict[str, Any]] = {
 _COMPONENT = """A component NAME may also be the dotted path of your own, such as
 mypackage.priors.Laplace."""
 _CUSTOM = "If the run was trained with custom components: the same dotted paths."
+_FIT_PRIOR = """Fit a new prior to the latents of a trained model. Encoder, decoder and
+likelihood do not change. The result is a new run, which all other commands take:
+evaluate, sample, figures, explore, export, and train --resume for more epochs."""
 _DETECTED = "Detected under SLURM, Open MPI, Kubernetes and on TPUs."
 
 _EXAMPLES = {
@@ -93,6 +97,11 @@ _EXAMPLES = {
     "explore": """
   jaxvae explore runs/photos
   jaxvae explore runs/photos --best --out latents.html
+""",
+    "fit-prior": """
+  jaxvae fit-prior runs/photos --prior mixture:components=100
+  jaxvae fit-prior runs/photos --prior realnvp --out runs/photos-flow --epochs 50
+  jaxvae sample runs/photos-mixture --n 64 --out samples.png
 """,
     "import": """
   jaxvae import vae.keras --run-dir runs/old
@@ -237,8 +246,28 @@ def make_parser(
         for name in ModelConfig._registries:
             own.add_argument(as_flag(name), metavar="PATH[:KEY=VALUE,...]")
 
+    fit_prior = command("fit-prior", "fit a new prior to the latents of a trained model")
+    fit_prior.description = _FIT_PRIOR
+    fit_prior.add_argument("run", type=Path, metavar="RUN_DIR", help="the run directory")
+    learned = ", ".join(name for name in PRIORS if name != "standard_normal")
+    fit_prior.add_argument("--prior", required=True, metavar="NAME[:KEY=VALUE,...]",
+                           help=f"the new prior: {learned}, or a dotted path")  # fmt: skip
+    fit_prior.add_argument("--out", type=Path, metavar="DIR",
+                           help="directory of the new run; default RUN_DIR-PRIOR, such as "
+                           "runs/photos-mixture")  # fmt: skip
+    fit_prior.add_argument("--epochs", type=int, default=20, metavar="N",
+                           help="passes over the training images; default 20")  # fmt: skip
+    fit_prior.add_argument("--learning-rate", type=float, default=3e-3, metavar="X",
+                           help="learning rate of Adam; default 0.003")  # fmt: skip
+    fit_prior.add_argument("--batch-size", type=int, metavar="N",
+                           help="images per step; default: that of the run")  # fmt: skip
+    own = fit_prior.add_argument_group("custom components", _CUSTOM)
+    for name in ModelConfig._registries:
+        if name != "prior":
+            own.add_argument(as_flag(name), metavar="PATH[:KEY=VALUE,...]")
+
     data = _flags(RunConfig)["--data"]
-    for one in (evaluate, figures, explore):
+    for one in (evaluate, figures, explore, fit_prior):
         one.add_argument("--data", **data | {"help": "default: the data of the run"})
 
     keras = command("import", "import the notebook's model from Keras as a run")

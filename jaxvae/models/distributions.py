@@ -100,7 +100,11 @@ class GaussianMixture(NamedTuple):
     log_var: Float[Array, "components latent"]
 
     def log_prob(self, z: Float[ArrayLike, "*batch latent"]) -> Float[Array, "*batch"]:
-        """Compute log p(z), in nats.
+        """Compute log p(z), in nats."""
+        return jax.nn.logsumexp(self.log_joint(z), axis=-1)
+
+    def log_joint(self, z: Float[ArrayLike, "*batch latent"]) -> Float[Array, "*batch components"]:
+        """Compute log p(z, k) of every component k, in nats.
 
         The squares are summed over one latent at a time, and recomputed for the gradient, so that
         memory is [..., K]. Expanding (z - mean)^2 into a matrix product would cost half a nat of
@@ -118,7 +122,7 @@ class GaussianMixture(NamedTuple):
         latents = jnp.moveaxis(z, -1, 0), self.mean.T, jnp.exp(-self.log_var / 2).T
         square, _ = lax.scan(add, start, latents)
         log_p_z_k = -0.5 * (square + jnp.sum(self.log_var + LOG_2_PI, axis=-1))
-        return jax.nn.logsumexp(jax.nn.log_softmax(self.logits) + log_p_z_k, axis=-1)
+        return jax.nn.log_softmax(self.logits) + log_p_z_k
 
     def sample(
         self, key: Key[Array, ""], n: int, temperature: float = 1.0

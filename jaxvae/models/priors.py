@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jax import lax
+from jaxtyping import Array, Float, Int, Key, Num
 
 from jaxvae.components import Registry
 from jaxvae.errors import InputError
@@ -14,13 +15,15 @@ from jaxvae.models.autoregressive import Autoregressive
 from jaxvae.models.codebooks import Uniform
 from jaxvae.models.coupling import RealNVP
 from jaxvae.models.distributions import GaussianMixture, UnitGaussian
-from jaxvae.models.pixels import at_least_float32, sigmoid
+from jaxvae.models.pixels import at_least_float32, scale_images, sigmoid
 from jaxvae.models.protocols import Learned
 from jaxvae.validation import whole_number
 
 if TYPE_CHECKING:
     from jaxvae.models.config import ModelConfig
     from jaxvae.models.vae import Params
+
+_EM_STEPS = 30
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,44 @@ class Mixture:
             "mean": 0.5 * jax.random.normal(key, shape, jnp.float32),
             "log_var": jnp.full(shape, math.log(0.75), jnp.float32),
         }
+
+    def init_from(
+        self,
+        key: Key[Array, ""],
+        params: "Params",
+        images: Num[Array, "n height width channels"],
+        labels: Int[Array, " n"] | None,
+    ) -> Learned:
+        """Return a fit to latents of the images by the EM algorithm.
+
+        It starts from the kernel density estimate of K latents, with Scott's rule. The variances
+        count one more latent at the distance of the standard deviation of all, and the weights
+        one more latent in each component, so that no component collapses.
+
+        References:
+          Dempster, Laird and Rubin (1977), Maximum Likelihood from Incomplete Data via the EM
+          Algorithm. Scott (1992), Multivariate Density Estimation, equation 6.42.
+        """
+        posterior = params.model.posterior(params, scale_images(images), labels)
+        draws = -(-self.components // len(images))
+        keys = jax.random.split(key, (draws, len(images)))
+        z = jnp.concatenate([posterior.sample_and_log_prob(each)[0] for each in keys])
+        n, latent = z.shape
+        spread = jnp.var(z, axis=0) + 1e-6
+        var = self.components ** (-2 / (latent + 4)) * spread
+        logits = jnp.zeros(self.components, z.dtype)
+        start = logits, z[: self.components], jnp.tile(jnp.log(var), (self.components, 1))
+
+        def improve(_: Array, mixture: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            r = jax.nn.softmax(GaussianMixture(*mixture).log_joint(z), axis=-1)
+            count = jnp.sum(r, axis=0)[:, None]
+            mean = r.T @ z / (count + 1e-6)
+            square = r.T @ z**2 - 2 * mean * (r.T @ z) + count * mean**2
+            var = (jnp.maximum(square, 0) + spread) / (count + 1)
+            return jnp.log((count[:, 0] + 1) / (n + self.components)), mean, jnp.log(var)
+
+        logits, mean, log_var = lax.fori_loop(0, _EM_STEPS, improve, start)
+        return {"logits": logits, "mean": mean, "log_var": log_var}
 
     def bind(self, learned: Learned, params: "Params") -> GaussianMixture:
         """Return the mixture."""
@@ -108,6 +149,18 @@ class Vamp:
         shape = self.components, height, width, channels
         smooth = jax.image.resize(jax.random.normal(key, spots, jnp.float32), shape, "cubic")
         return {"pseudo_inputs": 3.5 * smooth - 2}
+
+    def init_from(
+        self,
+        key: Key[Array, ""],
+        params: "Params",
+        images: Num[Array, "n height width channels"],
+        labels: Int[Array, " n"] | None,
+    ) -> Learned:
+        """Return training images as pseudo-inputs."""
+        rows = jnp.arange(self.components) % len(images)
+        x = jnp.clip(scale_images(images)[rows], 0.02, 0.98)
+        return {"pseudo_inputs": (jnp.log(x) - jnp.log1p(-x)).astype(jnp.float32)}
 
     def bind(self, learned: Learned, params: "Params") -> GaussianMixture:
         """Return the mixture of the posteriors of the pseudo-inputs."""

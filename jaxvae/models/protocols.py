@@ -150,8 +150,10 @@ class Likelihood(Protocol):
 class PriorFamily(Protocol):
     """A choice of the prior: `ModelConfig(prior=...)`.
 
-    It may have `validate(config)`, which raises InputError for a model that it does not support.
-    The family of a prior over codes has `over_codes = True`.
+    It may have `validate(config)`, which raises InputError for a model that it does not support,
+    and `init_from(key, params, images, labels)`, which returns the initial parameters of a prior
+    that is fitted to a trained model, given training images and, if the model is conditional,
+    their classes. The family of a prior over codes has `over_codes = True`.
     """
 
     def init(self, key: Key[Array, ""], config: "ModelConfig") -> Learned:

@@ -20,12 +20,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from jaxvae.data import Dataset
 from jaxvae.devices.processes import is_first, memory, wait_for_all
 from jaxvae.errors import InputError
 from jaxvae.models.config import ModelConfig
+from jaxvae.models.likelihoods import binarize
+from jaxvae.models.protocols import Learned
 from jaxvae.models.vae import Params
+from jaxvae.objectives import PriorFit
 from jaxvae.runs.checkpoints import (
     load,
     metadata,
@@ -38,6 +43,8 @@ from jaxvae.runs.files import locked, read_metrics, version, write_json
 from jaxvae.storage import expect_utf8
 from jaxvae.training.state import TrainState, create_train_state, state_of
 from jaxvae.training.step import Metrics, train_step
+
+_ENCODED = 2000  # training images from which a prior may start
 
 
 def start(
@@ -280,12 +287,13 @@ def check_first_step(config: RunConfig, data: Dataset, models: int = 1) -> None:
         )
 
 
-def first_state(key: jax.Array, config: RunConfig) -> TrainState:
+def first_state(key: jax.Array, config: RunConfig, data: Dataset | None = None) -> TrainState:
     """Return the initial training state of a run.
 
     Args:
       key: PRNG key.
       config: the configuration of the run.
+      data: the data set, from which a prior that is fitted to a trained model may start.
 
     Returns:
       The state.
@@ -297,11 +305,29 @@ def first_state(key: jax.Array, config: RunConfig) -> TrainState:
     params = first_params(config)
     if params is None:
         return state
+    if params.config != config.model:
+        params = replace(params, config=config.model, prior=state.params.prior)
+        if data is not None and hasattr(config.model.prior, "init_from"):
+            params = replace(params, prior=_encoded_prior(key, params, config, data))
     return state_of(params, state.key, config.train)
+
+
+def _encoded_prior(key: jax.Array, params: Params, config: RunConfig, data: Dataset) -> Learned:
+    """Return the initial parameters of a prior, from a random part of the training images."""
+    rows_key, pixels_key, prior_key = jax.random.split(jax.random.fold_in(key, 2), 3)
+    images, labels = model_inputs(data.train_images, data.train_labels, config.model)
+    rows = np.sort(jax.random.permutation(rows_key, len(images))[:_ENCODED])
+    x = jnp.asarray(images[rows])
+    if config.train.binarization == "dynamic":
+        x = binarize(pixels_key, x)
+    known = None if labels is None else jnp.asarray(labels[rows])
+    return config.model.prior.init_from(prior_key, params, x, known)
 
 
 def first_params(config: RunConfig) -> Params | None:
     """Return the parameters of the run to start from, or None.
+
+    With the objective "prior" that run may have another prior.
 
     Args:
       config: the configuration of the run.
@@ -315,9 +341,13 @@ def first_params(config: RunConfig) -> Params | None:
     if config.start_from is None:
         return None
     own = {n: x for n, x in components(config).items() if n in ModelConfig._registries}
+    new_prior = isinstance(config.train.objective, PriorFit)
+    if new_prior:
+        own.pop("prior", None)
     params = load(config.start_from, **own)
-    if params.config != config.model:
-        was, now = params.config.to_dict(), config.model.to_dict()
+    expected = replace(params.config, prior=config.model.prior) if new_prior else params.config
+    if expected != config.model:
+        was, now = expected.to_dict(), config.model.to_dict()
         name = next(name for name in now if was[name] != now[name])
         raise InputError(
             f"{config.start_from} has a model with {name} {was[name]}: "

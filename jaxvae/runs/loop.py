@@ -225,13 +225,13 @@ class _OneModel:
         self.mesh = devices_for(config.train.batch_size)
         images, labels = model_inputs(data.train_images, data.train_labels, config.model)
         steps = len(images) // config.train.batch_size
-        self.measure = _evaluator(config, data, test_key)
+        self.measure = evaluator(config, data, test_key)
         self.divergence = DivergenceCheck(run_dir, len(images), steps)
         saved = newest_intact(run_dir) if run_dir else None
         self._checkpoints = stack.enter_context(open_checkpoints(run_dir)) if run_dir else None
         self.begun: tuple[Sums, float] = ({}, 0.0)
         if saved is None or run_dir is None:
-            self.state = shard(first_state(train_key, config), self.mesh, config.fsdp)
+            self.state = shard(first_state(train_key, config, data), self.mesh, config.fsdp)
         else:
             state = restore(run_dir, saved, mesh=self.mesh, fsdp=config.fsdp, **components(config))
             self.state = replace(state, config=config.train)
@@ -269,10 +269,19 @@ def stop_message(run_dir: Path | None, step: int) -> str:
     return f"stopped and saved after step {step}; resume with: {resume_command(run_dir)}"
 
 
-def _evaluator(
+def evaluator(
     config: RunConfig, data: Dataset, key: jax.Array
 ) -> Callable[[Params], dict[str, float]]:
-    """Return a function from parameters to the test metrics: means over all test images."""
+    """Return a function from parameters to the test metrics: means over all test images.
+
+    Args:
+      config: the configuration of the run.
+      data: the data set.
+      key: PRNG key of the posterior samples.
+
+    Returns:
+      The function.
+    """
     images, labels = model_inputs(data.test_images, data.test_labels, config.model)
     count, shared = len(images), len(images) - len(images) % jax.process_count()
     examples = (example_keys(key, count), images, labels)

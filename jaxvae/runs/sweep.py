@@ -287,7 +287,7 @@ class _ManyModels:
         ]
         self.begun: tuple[loop.Sums, float] = ({}, 0.0)
         if saved is None:
-            ones = [directory.first_state(key, self.config) for key in train_keys]
+            ones = [directory.first_state(key, self.config, data) for key in train_keys]
         else:
             own_ones = run_config.components(self.config)
             ones = [restore(folder, saved, **own_ones) for folder in self._folders]
