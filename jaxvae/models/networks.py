@@ -95,7 +95,7 @@ def heads(x: Float[Array, "batch features"], latent_dim: int, dtype: Dtype | Non
     return mean, dense(latent_dim, dtype=dtype, name="log_var")(x), x
 
 
-def with_labels(x: Float[Array, "batch features"], labels: Labels) -> Float[Array, "batch inputs"]:
+def with_labels(x: Num[Array, "batch features"], labels: Labels) -> Num[Array, "batch inputs"]:
     """Append one-hot classes to features, if there are classes."""
     return x if labels is None else jnp.concatenate([x, labels.astype(x.dtype)], axis=1)
 
@@ -427,8 +427,8 @@ def _latents_a_place(latent_dim: int, grid: tuple[int, int, int]) -> int:
 
 
 def with_planes(
-    x: Float[Array, "batch rows columns channels"], labels: Labels
-) -> Float[Array, "batch rows columns inputs"]:
+    x: Num[Array, "batch rows columns channels"], labels: Labels
+) -> Num[Array, "batch rows columns inputs"]:
     """Append one-hot classes to the channels at every position, if there are classes."""
     if labels is None:
         return x
