@@ -121,6 +121,11 @@ def as_restructured_text(app, what, name, obj, options, lines):
     lines[:] = text
 
 
+def escape_shapes(app, what, name, obj, options, lines):
+    """Escape the asterisk of shapes like "*batch latent" in the types of attributes."""
+    lines[:] = [re.sub(r"\*", r"\\*", x) if x.startswith(":vartype") else x for x in lines]
+
+
 def skip_public_names(app, what, name, obj, skip, options):
     """Describe public names once, on the page of the public API."""
     public = name in jaxvae.__all__ and getattr(jaxvae, name) is obj
@@ -153,6 +158,7 @@ def copy_start_page(app, exception):
 def setup(app):
     app.connect("source-read", adapt)
     app.connect("autodoc-process-docstring", as_restructured_text, priority=400)
+    app.connect("autodoc-process-docstring", escape_shapes, priority=600)  # after napoleon
     app.connect("autodoc-skip-member", skip_public_names)
     app.connect("build-finished", copy_start_page)
     app.connect("html-page-context", link_sources_back)

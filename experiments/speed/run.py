@@ -83,6 +83,7 @@ def measures(options: argparse.Namespace, gpu: bool) -> dict[str, list[dict]]:
     """The requests of each group, in order."""
     groups = {
         "step": [{"measure": "step", "batch": batch} for batch in options.batches],
+        "ladder": [{"measure": "step", "batch": batch, "network": "ladder"} for batch in (16, 128)],
         "epoch": [{"measure": "epoch", "batch": 128, "images": options.epoch_images}],
         "sample": [{"measure": "sample", "images": options.forward_images}],
         "encode": [{"measure": "encode", "images": options.forward_images}],
@@ -109,7 +110,7 @@ def measures(options: argparse.Namespace, gpu: bool) -> dict[str, list[dict]]:
 
 def label(group: str, request: dict) -> str:
     """The key of a measurement in results.json."""
-    return f"{group} {request['batch']}" if group in ("step", "memory") else group
+    return f"{group} {request['batch']}" if group in ("step", "ladder", "memory") else group
 
 
 class WorkerError(Exception):
@@ -193,6 +194,7 @@ class Run:
             "rounds": [],
         }
         self.absent: set[tuple[str, str]] = set()
+        self.with_ladder: set[str] = set()
         self.peers = peers
 
     def leave_out(self, line: str) -> None:
@@ -234,6 +236,23 @@ class Run:
                     raise SystemExit("ours does not work: there is nothing to compare") from error
         (self.options.out / "check.npz").unlink(missing_ok=True)
 
+    def check_ladder(self) -> None:
+        """Find the peers that have a ladder, and compute the same terms as ours."""
+        reference = None
+        path = str(self.options.out.resolve() / "check.npz")
+        for peer in [peer for peer in self.peers if peer.name == "ours" or peer.env == "torch"]:
+            request = {"measure": "check", "path": path, "network": "ladder"}
+            answer = self.workers[peer.name].ask(request)
+            try:
+                if "error" in answer:
+                    raise WorkerError(answer["error"])
+                reference = reference or answer  # ours is the first
+                compare(answer, reference)
+                self.with_ladder.add(peer.name)
+            except WorkerError as error:
+                self.leave_out(f"{peer.name}: ladder: {error}")
+        Path(path).unlink(missing_ok=True)
+
     def measure(self, group: str, request: dict, turn: int) -> dict:
         """One measurement of every peer, in an order that differs from round to round."""
         found = {}
@@ -244,6 +263,8 @@ class Run:
                 continue
             if group in ("bfloat16", "seeds") and peer.name != "ours":
                 continue  # other libraries' figures for these would be another study
+            if group == "ladder" and peer.name not in self.with_ladder:
+                continue
             asked = dict(request)
             if peer.name == "pythae" and group == "log_likelihood":
                 asked["images"] = min(request["images"], self.options.pythae_images)
@@ -444,6 +465,8 @@ def main() -> None:
     with ExitStack() as stack:
         stack.callback(run.close)
         run.prepare()
+        if "ladder" in groups:
+            run.check_ladder()
         run.rounds(groups)
     print((options.out / "table.md").read_text() if (options.out / "table.md").exists() else "")
 

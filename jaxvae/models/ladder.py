@@ -653,7 +653,7 @@ class LadderPosterior:
         """Compute log q(z|x) in nats."""
 
         def at(z: Array) -> Array:
-            return jnp.sum(self._pass(z=z).log_posterior, axis=-1)
+            return jnp.sum(self.terms(z=z).log_posterior, axis=-1)
 
         for _ in range(z.ndim - 2):
             at = jax.vmap(at)
@@ -663,7 +663,7 @@ class LadderPosterior:
         self, keys: Key[Array, " batch"]
     ) -> tuple[Float[Array, "batch latent"], Float[Array, " batch"]]:
         """Draw z by a key for each row; also return log q(z|x) of it, in nats."""
-        terms = self._pass(noise=jax.vmap(self.model._noise)(keys))
+        terms = self.terms(noise=jax.vmap(self.model._noise)(keys))
         return terms.z, jnp.sum(terms.log_posterior, axis=-1)
 
     def kl(self, prior: Prior) -> None:
@@ -672,9 +672,11 @@ class LadderPosterior:
 
     def _at_means(self) -> Terms:
         batch = len(self.features[0])
-        return self._pass(noise=jnp.zeros((batch, self.model.config.latent_dim), jnp.float32))
+        return self.terms(noise=jnp.zeros((batch, self.model.config.latent_dim), jnp.float32))
 
-    def _pass(self, **given: Array) -> Terms:
+    def terms(self, **given: Array) -> Terms:
+        """Carry out the top-down pass with these images, at `z` or by `noise`."""
+
         def one_pass(block: tuple[dict[str, Array], tuple[Array, ...]]) -> Terms:
             given, features = block
             terms = self.model.top_down(

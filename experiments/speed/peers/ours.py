@@ -1,6 +1,5 @@
 """jaxvae."""
 
-import dataclasses
 from functools import partial
 
 import jax
@@ -26,18 +25,10 @@ def device_peak():
     return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
-def model_config(compute_dtype):
-    if compute_dtype is None:
-        return jaxvae.ModelConfig()
-    if "compute_dtype" not in {field.name for field in dataclasses.fields(jaxvae.ModelConfig)}:
-        raise NotImplementedError("this jaxvae's ModelConfig has no compute_dtype")
-    return jaxvae.ModelConfig(compute_dtype=compute_dtype)
-
-
-def new_state(batch=128, compute_dtype=None, seed=0):
+def new_state(batch=128, seed=0, **model):
     train_config = jaxvae.TrainConfig(batch_size=batch)
     return jaxvae.create_train_state(
-        jax.random.key(seed), model_config(compute_dtype), train_config
+        jax.random.key(seed), jaxvae.ModelConfig(**model), train_config
     )
 
 
@@ -82,13 +73,13 @@ def put_rows(mesh, array):
     return jax.device_put(array, jax.NamedSharding(mesh, jax.P(AXIS)))
 
 
-def step(batch, compute_dtype=None):
+def step(batch, **model):
     mesh = devices_for(batch)
     one = partial(jaxvae.train_step, axis_name=AXIS)
     train_step = jax.jit(
         mapped(one, mesh, jax.P(), jax.P(AXIS), out_specs=jax.P()), donate_argnums=0
     )
-    (state,) = put(mesh, new_state(batch, compute_dtype))
+    (state,) = put(mesh, new_state(batch, **model))
     return loop(train_step, state, put_rows(mesh, protocol.float_images(batch)), batch)
 
 
@@ -144,28 +135,35 @@ def log_likelihood(images, samples):
     return timed._replace(warm=lambda: None)
 
 
-def check(path):
+def check(path, **model):
     """Write the weights, images and noise of the check, and answer with the terms of the loss."""
-    state, images = new_state(), protocol.make_images(128)
+    state, images = new_state(**model), protocol.make_images(128)
     for _ in range(50):  # enough that no term, weight or bias is near nothing
         state, _ = jaxvae.train_step(state, images)
     params, images = state.params, images[:64]
-    eps = np.random.default_rng(0).standard_normal((64, 2), np.float32)
+    eps = np.random.default_rng(0).standard_normal((64, params.config.latent_dim), np.float32)
     weights = {
-        "/".join((module, layer, name)): np.asarray(weight)
-        for module in ("encoder", "decoder")
-        for layer, weights in getattr(params, module).items()
-        for name, weight in weights.items()
+        f"{part}/{jax.tree_util.keystr(path, simple=True, separator='/')}": np.asarray(weight)
+        for part in ("encoder", "decoder")
+        for path, weight in jax.tree_util.tree_leaves_with_path(getattr(params, part))
     }
     np.savez(path, **weights, images=images, eps=eps)
     with jax.default_matmul_precision("highest"):
-        posterior = jaxvae.encode(params, images)
-        z = posterior.mean + jnp.exp(posterior.log_var / 2) * eps
-        log_p_x = jaxvae.decode(params, z).log_prob(jnp.asarray(images))
+        log_p_x, kl = terms_at(params, jnp.asarray(images), eps)
     sizes = (
         sum(w.size for w in jax.tree.leaves(part)) for part in (params.encoder, params.decoder)
     )
-    return protocol.check_answer(log_p_x, posterior.kl(), *sizes)
+    return protocol.check_answer(log_p_x, kl, *sizes)
+
+
+def terms_at(params, images, eps):
+    """log p(x|z) and KL of each image, with the given noise."""
+    posterior = jaxvae.encode(params, images)
+    if hasattr(params.model, "groups"):
+        found = posterior.terms(noise=jnp.asarray(eps))
+        return jaxvae.decode(params, found.z).log_prob(images), jnp.sum(found.kl, axis=-1)
+    z = posterior.mean + jnp.exp(posterior.log_var / 2) * eps
+    return jaxvae.decode(params, z).log_prob(images), posterior.kl()
 
 
 def peak():

@@ -6,6 +6,7 @@ import numpy as np
 import protocol
 import torch
 import torch.nn.functional as F
+import torch_ladder
 from protocol import Timed
 
 from experiments.mnist.torch_peer import Decoder, Encoder
@@ -18,11 +19,12 @@ torch.set_float32_matmul_precision("high")
 torch.backends.cudnn.benchmark = True
 
 
-def build():
+def build(network="conv"):
     torch.manual_seed(0)
-    return (
-        module.to(DEVICE, memory_format=torch.channels_last) for module in (Encoder(2), Decoder(2))
-    )
+    modules = (Encoder(2), Decoder(2))
+    if network == "ladder":
+        modules = (torch_ladder.Encoder(), torch_ladder.Decoder())
+    return (module.to(DEVICE, memory_format=torch.channels_last) for module in modules)
 
 
 def load(encoder, decoder, weights):
@@ -64,6 +66,10 @@ def terms(encoder, decoder, x, eps):
     return log_p_x(decoder, z, x), -0.5 * (1 + log_var - mean**2 - log_var.exp()).sum(1)
 
 
+TERMS = {"conv": terms, "ladder": torch_ladder.terms}
+LATENTS = {"conv": 2, "ladder": torch_ladder.LATENTS * sum(side**2 for side in torch_ladder.SIDES)}
+
+
 def compiled(function):
     if VARIANT == "eager":
         return function
@@ -76,15 +82,16 @@ def wait():
         torch.cuda.synchronize()
 
 
-def trainer():
-    encoder, decoder = build()
+def trainer(network="conv"):
+    encoder, decoder = build(network)
     parameters = [*encoder.parameters(), *decoder.parameters()]
     optimizer = torch.optim.RMSprop(
         parameters, lr=1e-3, alpha=0.9, eps=1e-7, capturable=GPU and VARIANT != "eager"
     )
 
     def loss(x):
-        log_likelihood, kl = terms(encoder, decoder, x, torch.randn(len(x), 2, device=DEVICE))
+        eps = torch.randn(len(x), LATENTS[network], device=DEVICE)
+        log_likelihood, kl = TERMS[network](encoder, decoder, x, eps)
         return (kl - log_likelihood).mean()
 
     compiled_loss = compiled(loss)
@@ -98,8 +105,8 @@ def trainer():
     return train
 
 
-def step(batch):
-    train, x = trainer(), to_device(protocol.float_images(batch))
+def step(batch, network="conv"):
+    train, x = trainer(network), to_device(protocol.float_images(batch))
 
     def run(n):
         for _ in range(n):
@@ -186,15 +193,15 @@ def log_likelihood(images, samples):
     return Timed(run, images, warm=lambda: [estimate(AT_ONCE) for _ in range(3)])
 
 
-def check(path):
+def check(path, network="conv"):
     weights, images, eps = protocol.load_check(path)
-    encoder, decoder = build()
-    load(encoder, decoder, weights)
+    encoder, decoder = build(network)
+    (torch_ladder.load if network == "ladder" else load)(encoder, decoder, weights)
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     x, eps = to_device(images).float() / 255, torch.from_numpy(eps).to(DEVICE)
     with torch.no_grad():
-        log_likelihood, kl = terms(encoder, decoder, x, eps)
+        log_likelihood, kl = TERMS[network](encoder, decoder, x, eps)
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = True
     sizes = (sum(p.numel() for p in module.parameters()) for module in (encoder, decoder))
