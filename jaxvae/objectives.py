@@ -228,27 +228,38 @@ class ELBO:
 
         loss = -E_q(z|x)[log p(x|z)] + beta sum_j max(lambda, mean_x KL_j)
 
+    With `balance`, a group of a hierarchy with a small KL is penalised less while beta is below 1,
+    so that warm-up does not switch it off:
+
+        loss = -E_q(z|x)[log p(x|z)] + beta sum_g gamma_g KL_g,
+        gamma_g proportional to mean_x KL_g / size_g, with a mean of 1 over the groups
+
     Attributes:
       num_samples: number of posterior samples, over which the loss is averaged.
-      free_bits: lambda, KL per latent in nats below which it is not penalised; needs a Gaussian
-        posterior and the standard normal prior.
+      free_bits: lambda, KL per latent, or per group of a hierarchy, in nats below which it is not
+        penalised; needs a hierarchy, or a Gaussian posterior and the standard normal prior.
+      balance: whether the KL of the groups is balanced during warm-up; needs a hierarchy.
 
     References:
       Higgins et al. (2017), beta-VAE, equation 4. Kingma et al. (2016), Improving Variational
-      Inference with Inverse Autoregressive Flow, equation 15.
+      Inference with Inverse Autoregressive Flow, equation 15. Vahdat and Kautz (2020), NVAE,
+      appendix A, for `balance`.
     """
 
     num_samples: int = 1
     free_bits: float = 0.0
+    balance: bool = False
 
     def __post_init__(self) -> None:
         _check_samples(self)
         _check_number(self, "free_bits")
+        if not isinstance(self.balance, bool):
+            raise InputError(f"balance is {shown(self.balance)}: expected true or false")
 
     @property
     def across_batch(self) -> bool:
-        """Whether there are free bits, which depend on the batch mean of the KL."""
-        return self.free_bits > 0
+        """Whether the loss depends on the batch mean of the KL."""
+        return self.free_bits > 0 or self.balance
 
     def __call__(
         self,
@@ -264,9 +275,11 @@ class ELBO:
         drawn = draw(params, key, images, labels, self.num_samples, relaxed=True)
         terms = drawn.elbo()
         kl = terms.kl
-        if self.free_bits:
+        if self.across_batch:
             if drawn.kl_per_group is not None:
                 kls = jnp.mean(drawn.kl_per_group, axis=0)
+            elif self.balance:
+                raise InputError("balance needs the KL of every group: expected network 'ladder'")
             elif isinstance(drawn.posterior, Gaussian) and drawn.kl is not None:
                 kls = drawn.posterior.kl_per_latent()
             else:
@@ -275,7 +288,13 @@ class ELBO:
                     "'gaussian' and the prior 'standard_normal'"
                 )
             mean = _mean(lax.stop_gradient(kls), axis_name)
-            kl = jnp.sum(jnp.where(mean > self.free_bits, kls, self.free_bits), axis=-1)
+            if self.free_bits:
+                kls = jnp.where(mean > self.free_bits, kls, self.free_bits)
+            if self.balance:
+                sizes = jnp.array(drawn.posterior.group_sizes)  # type: ignore[attr-defined]
+                density = (mean + 0.01) / sizes  # no weight is 0
+                kls *= jnp.where(beta < 1, density / jnp.mean(density), 1)
+            kl = jnp.sum(kls, axis=-1)
         return -(terms.log_likelihood - beta * kl) + drawn.penalty, terms
 
 

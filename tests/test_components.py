@@ -28,11 +28,10 @@ from jaxvae.components import (
     written,
 )
 from jaxvae.errors import InputError
-from jaxvae.models.config import NETWORKS
-from jaxvae.models.likelihoods import LIKELIHOODS, Bernoulli
+from jaxvae.models.config import LIKELIHOODS, NETWORKS, POSTERIORS, PRIORS
+from jaxvae.models.likelihoods import Bernoulli
 from jaxvae.models.networks import MLP
-from jaxvae.models.posteriors import POSTERIORS
-from jaxvae.models.priors import PRIORS, Mixture, StandardNormal
+from jaxvae.models.priors import Mixture, StandardNormal
 from jaxvae.objectives import ELBO, OBJECTIVES, WARMUPS, Linear
 from jaxvae.training.optimizer import OPTIMIZERS, SCHEDULES, Cosine
 from jaxvae.validation import whole_number

@@ -11,10 +11,7 @@ import pytest
 
 import jaxvae
 from jaxvae.models.codebooks import codebook_of
-from jaxvae.models.config import NETWORKS
-from jaxvae.models.likelihoods import LIKELIHOODS
-from jaxvae.models.posteriors import POSTERIORS
-from jaxvae.models.priors import PRIORS
+from jaxvae.models.config import LIKELIHOODS, NETWORKS, POSTERIORS, PRIORS
 from jaxvae.models.vae import prior
 from jaxvae.objectives import OBJECTIVES, WARMUPS
 from jaxvae.training.optimizer import SCHEDULES, rate_at

@@ -9,8 +9,7 @@ from typing import Any, NoReturn
 
 from jaxvae.components import Config, Registry, field_docs
 from jaxvae.errors import InputError
-from jaxvae.models.config import DTYPES, ModelConfig
-from jaxvae.models.priors import PRIORS
+from jaxvae.models.config import DTYPES, PRIORS, ModelConfig
 from jaxvae.runs.config import RunConfig, as_flag
 from jaxvae.training.config import BINARIZATIONS, PARTS, TrainConfig
 

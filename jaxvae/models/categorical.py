@@ -9,9 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from jaxvae.errors import InputError, shown
-from jaxvae.models.codebooks import UniformCodes, expect_codes_of_prior
+from jaxvae.models.codebooks import UniformCodes, expect_codes_of_prior, straight_through
 from jaxvae.models.protocols import Learned, Prior
-from jaxvae.models.quantization import straight_through
 from jaxvae.validation import is_number, whole_number
 
 if TYPE_CHECKING:

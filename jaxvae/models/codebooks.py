@@ -246,3 +246,16 @@ def expect_codes_of_prior(config: "ModelConfig") -> None:
             f"latent_dim is {config.latent_dim}: expected a multiple of {dim}, as a code of the "
             f"posterior {names['posterior']!r} has {dim} latents"
         )
+
+
+def straight_through(
+    hard: Float[Array, "*shape"], soft: Float[Array, "*shape"]
+) -> Float[Array, "*shape"]:
+    """Return `hard`, with the gradient of `soft`.
+
+    References:
+      Bengio, Leonard and Courville (2013), Estimating or Propagating Gradients Through Stochastic
+      Neurons for Conditional Computation.
+    """
+    # soft - soft is exactly 0, while soft + (hard - soft) may be rounded to another number.
+    return jax.lax.stop_gradient(hard) + (soft - jax.lax.stop_gradient(soft))

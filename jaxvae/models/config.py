@@ -1,4 +1,4 @@
-"""The configuration of a model's architecture."""
+"""The configuration of a model's architecture, and the registries of its components."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -8,11 +8,23 @@ import flax.linen as nn
 
 from jaxvae.components import Config, Registry
 from jaxvae.errors import ComponentNeeded, InputError, either, shown
+from jaxvae.models.autoregressive import Autoregressive
+from jaxvae.models.categorical import CategoricalFamily
+from jaxvae.models.codebooks import Uniform
+from jaxvae.models.coupling import RealNVP
+from jaxvae.models.flows import InverseAutoregressive
 from jaxvae.models.ladder import Ladder
-from jaxvae.models.likelihoods import LIKELIHOODS
+from jaxvae.models.likelihoods import (
+    Bernoulli,
+    ContinuousBernoulli,
+    DiscretizedLogistic,
+    GaussianPixels,
+)
+from jaxvae.models.logistic_mixture import LogisticMixture
 from jaxvae.models.networks import MLP, Conv, Modules, Residual, Spatial
-from jaxvae.models.posteriors import POSTERIORS
-from jaxvae.models.priors import PRIORS
+from jaxvae.models.posteriors import DiagonalGaussian
+from jaxvae.models.priors import Mixture, StandardNormal, Vamp
+from jaxvae.models.quantization import FiniteScalarQuantization, VectorQuantization
 from jaxvae.validation import whole_number
 
 DTYPES = ("float32", "bfloat16")
@@ -20,6 +32,37 @@ DTYPES = ("float32", "bfloat16")
 NETWORKS: Registry[Any] = Registry(
     "network",
     {"conv": Conv, "mlp": MLP, "residual": Residual, "spatial": Spatial, "ladder": Ladder},
+)
+LIKELIHOODS: Registry[Any] = Registry(
+    "likelihood",
+    {
+        "bernoulli": Bernoulli,
+        "continuous_bernoulli": ContinuousBernoulli,
+        "gaussian": GaussianPixels,
+        "discretized_logistic": DiscretizedLogistic,
+        "logistic_mixture": LogisticMixture,
+    },
+)
+PRIORS: Registry[Any] = Registry(
+    "prior",
+    {
+        "standard_normal": StandardNormal,
+        "mixture": Mixture,
+        "vamp": Vamp,
+        "realnvp": RealNVP,
+        "uniform_codes": Uniform,
+        "autoregressive": Autoregressive,
+    },
+)
+POSTERIORS: Registry[Any] = Registry(
+    "posterior",
+    {
+        "gaussian": DiagonalGaussian,
+        "iaf": InverseAutoregressive,
+        "categorical": CategoricalFamily,
+        "fsq": FiniteScalarQuantization,
+        "vq": VectorQuantization,
+    },
 )
 
 

@@ -645,6 +645,11 @@ class LadderPosterior:
         return self._at_means().log_var
 
     @property
+    def group_sizes(self) -> tuple[int, ...]:
+        """Number of latents of each group."""
+        return tuple(group.size for group in self.model.groups)
+
+    @property
     def center(self) -> Float[Array, "batch latent"]:
         """The means, which `reconstruct` decodes."""
         return self.mean

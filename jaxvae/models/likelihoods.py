@@ -7,15 +7,13 @@ common, which start as `init(channels)`.
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from jaxvae.components import Registry
 from jaxvae.errors import InputError
-from jaxvae.models.logistic_mixture import LogisticMixture
 from jaxvae.models.pixels import (
     Images,
     Pixels,
@@ -291,18 +289,6 @@ class DiscretizedLogistic(_LocationScale):
         noise = jax.random.logistic(key, self.location.shape, self.location.dtype)
         y = self.location + jnp.exp(self.log_scale) * noise
         return jnp.round(255 * jnp.clip(y, 0, 1)) / 255
-
-
-LIKELIHOODS: Registry[Any] = Registry(
-    "likelihood",
-    {
-        "bernoulli": Bernoulli,
-        "continuous_bernoulli": ContinuousBernoulli,
-        "gaussian": GaussianPixels,
-        "discretized_logistic": DiscretizedLogistic,
-        "logistic_mixture": LogisticMixture,
-    },
-)
 
 
 def bits_per_dimension(

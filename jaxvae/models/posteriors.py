@@ -1,16 +1,11 @@
 """Posteriors q(z|x)."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from jaxtyping import Array, Key
 
-from jaxvae.components import Registry
-from jaxvae.models.categorical import CategoricalFamily
 from jaxvae.models.distributions import Gaussian
-from jaxvae.models.flows import InverseAutoregressive
 from jaxvae.models.protocols import Learned
-from jaxvae.models.quantization import FiniteScalarQuantization, VectorQuantization
 
 
 @dataclass(frozen=True)
@@ -28,15 +23,3 @@ class DiagonalGaussian:
     def bind(self, learned: Learned, encoded: tuple[Array, ...]) -> Gaussian:
         """Return the Gaussian of a batch."""
         return Gaussian(*encoded[:2])
-
-
-POSTERIORS: Registry[Any] = Registry(
-    "posterior",
-    {
-        "gaussian": DiagonalGaussian,
-        "iaf": InverseAutoregressive,
-        "categorical": CategoricalFamily,
-        "fsq": FiniteScalarQuantization,
-        "vq": VectorQuantization,
-    },
-)

@@ -2,18 +2,14 @@
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Key, Num
 
-from jaxvae.components import Registry
 from jaxvae.errors import InputError
-from jaxvae.models.autoregressive import Autoregressive
-from jaxvae.models.codebooks import Uniform
-from jaxvae.models.coupling import RealNVP
 from jaxvae.models.distributions import GaussianMixture, UnitGaussian
 from jaxvae.models.pixels import at_least_float32, scale_images, sigmoid
 from jaxvae.models.protocols import Learned
@@ -175,16 +171,3 @@ def pseudo_images(learned: Learned) -> Float[Array, "components height width cha
     (2018).
     """
     return sigmoid(learned["pseudo_inputs"])
-
-
-PRIORS: Registry[Any] = Registry(
-    "prior",
-    {
-        "standard_normal": StandardNormal,
-        "mixture": Mixture,
-        "vamp": Vamp,
-        "realnvp": RealNVP,
-        "uniform_codes": Uniform,
-        "autoregressive": Autoregressive,
-    },
-)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from jaxvae.errors import InputError, shown
-from jaxvae.models.codebooks import CodeVectors, Grid, expect_codes_of_prior
+from jaxvae.models.codebooks import CodeVectors, Grid, expect_codes_of_prior, straight_through
 from jaxvae.models.pixels import at_least_float32
 from jaxvae.models.protocols import Learned, Prior
 from jaxvae.validation import is_number, whole_number
@@ -47,19 +47,6 @@ class PointMass(NamedTuple):
     def kl(self, prior: Prior) -> None:
         """Return None: log q(z|x) - log p(z) at the only z is already exact."""
         return
-
-
-def straight_through(
-    hard: Float[Array, "*shape"], soft: Float[Array, "*shape"]
-) -> Float[Array, "*shape"]:
-    """Return `hard`, with the gradient of `soft`.
-
-    References:
-      Bengio, Leonard and Courville (2013), Estimating or Propagating Gradients Through Stochastic
-      Neurons for Conditional Computation.
-    """
-    # soft - soft is exactly 0, while soft + (hard - soft) may be rounded to another number.
-    return jax.lax.stop_gradient(hard) + (soft - jax.lax.stop_gradient(soft))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from conftest import refused
 
 from jaxvae.cli.commands import _COMMANDS, _print_next_steps, main
 from jaxvae.cli.parser import make_parser
-from jaxvae.models.priors import PRIORS
+from jaxvae.models.config import PRIORS
 from jaxvae.runs.files import as_argument, cannot_write
 from jaxvae.runs.loop import stop_message
 

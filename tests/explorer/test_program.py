@@ -11,7 +11,7 @@ from conftest import OwnDecoder, OwnEncoder, refused
 
 import jaxvae
 from jaxvae.explorer.program import decoder_program, translate
-from jaxvae.models.likelihoods import LIKELIHOODS
+from jaxvae.models.config import LIKELIHOODS
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 

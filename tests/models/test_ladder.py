@@ -255,6 +255,26 @@ def test_free_bits_are_of_the_groups():
     assert np.any(kl.mean(0) < 2)
 
 
+def test_balance_weights_the_groups_while_beta_is_below_1():
+    """The weight of a group is its KL per latent, over the mean of those of all groups."""
+    params = params_of(scale=0.2)
+    kl = np.float64(draw(params, KEY, IMAGES).kl_per_group[0])
+    sizes = [group.size for group in params.model.groups]
+    assert len(set(sizes)) > 1
+    density = (kl.mean(0) + 0.01) / sizes
+    for beta, weights in ((0.25, density / density.mean()), (1.0, 1.0)):
+        loss, terms = ELBO(balance=True)(params, KEY, IMAGES, beta=beta)
+        expected = beta * np.sum(weights * kl, axis=-1) - terms.log_likelihood
+        np.testing.assert_allclose(loss, expected, rtol=1e-5)
+        np.testing.assert_allclose(terms.kl, kl.sum(-1), rtol=1e-5)
+
+
+def test_balance_needs_groups(images):
+    params = jaxvae.init(KEY, jaxvae.ModelConfig(image_shape=(8, 8, 1)))
+    with refused("balance needs the KL of every group: expected network 'ladder'"):
+        ELBO(balance=True)(params, KEY, images)
+
+
 @pytest.mark.parametrize("objective", [StickingTheLanding(2), DoublyReparameterized(2)])
 def test_path_derivatives_work_for_a_hierarchy(objective):
     """Their losses are those of the plain estimators at the same samples."""

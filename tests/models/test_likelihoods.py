@@ -14,9 +14,9 @@ from jax.test_util import check_grads
 from scipy import integrate, special, stats
 
 from jaxvae import ModelConfig, reparameterize
+from jaxvae.models.config import LIKELIHOODS
 from jaxvae.models.distributions import Gaussian
 from jaxvae.models.likelihoods import (
-    LIKELIHOODS,
     Bernoulli,
     ContinuousBernoulli,
     DiscretizedLogistic,

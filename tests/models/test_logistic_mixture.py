@@ -13,7 +13,8 @@ from scipy import special, stats
 
 import jaxvae
 from jaxvae.explorer.program import decoder_program
-from jaxvae.models.likelihoods import LIKELIHOODS, DiscretizedLogistic
+from jaxvae.models.config import LIKELIHOODS
+from jaxvae.models.likelihoods import DiscretizedLogistic
 from jaxvae.models.logistic_mixture import DiscretizedLogisticMixture, LogisticMixture
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")

@@ -8,9 +8,7 @@ import pytest
 from conftest import OwnDecoder, OwnEncoder
 
 import jaxvae
-from jaxvae.models.config import NETWORKS
-from jaxvae.models.likelihoods import LIKELIHOODS
-from jaxvae.models.priors import PRIORS
+from jaxvae.models.config import LIKELIHOODS, NETWORKS, PRIORS
 from jaxvae.models.summary import summary
 
 SMALL = jaxvae.ModelConfig((9, 7, 3), 2, network="mlp")

@@ -12,9 +12,7 @@ from conftest import OwnDecoder, OwnEncoder, refused
 
 import jaxvae
 from jaxvae import ModelConfig, Params, TrainConfig
-from jaxvae.models.likelihoods import LIKELIHOODS
-from jaxvae.models.posteriors import POSTERIORS
-from jaxvae.models.priors import PRIORS
+from jaxvae.models.config import LIKELIHOODS, POSTERIORS, PRIORS
 from jaxvae.models.vae import prior
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
