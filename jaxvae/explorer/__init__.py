@@ -16,10 +16,15 @@ from PIL import Image
 
 from jaxvae.data import Dataset
 from jaxvae.errors import InputError
-from jaxvae.explorer.program import Program, decoder_program
+from jaxvae.explorer.program import (
+    Program,
+    coordinates,
+    decode_coordinates,
+    decoder_program,
+)
 from jaxvae.figures.grid import pixels, tile
 from jaxvae.figures.style import COLOURS
-from jaxvae.models.vae import Params, decode, encode
+from jaxvae.models.vae import Params, encode
 from jaxvae.storage import write_atomic
 
 _BYTES = 5_000_000  # size of a page, at most
@@ -90,11 +95,13 @@ def _content(
     config = params.config
     images = np.asarray(data.test_images[:count])
     labels = None if data.test_labels is None else np.asarray(data.test_labels[:count])
-    latents = np.asarray(encode(params, images, _classes(params, labels)).center, np.float32)
+    center = encode(params, images, _classes(params, labels)).center
+    latents = np.asarray(coordinates(params, center), np.float32)
     columns = math.ceil(math.sqrt(count))
     return {
         "title": title_of(params),
         "latents": config.latent_dim,
+        "groups": [group._asdict() | {"size": group.size} for group in _groups(params)],
         "classes": config.num_classes,
         "shape": config.image_shape,
         "colours": COLOURS,
@@ -107,6 +114,12 @@ def _content(
         "sheet": _sheet(images, columns),
         "columns": columns,
     }
+
+
+def _groups(params: Params) -> tuple[Any, ...]:
+    """Return the groups of a hierarchy's latents, from the top down; none of other models."""
+    groups: tuple[Any, ...] = getattr(params.model, "groups", ())
+    return groups
 
 
 def title_of(params: Params) -> str:
@@ -144,13 +157,15 @@ def _half_is_enough(params: Params, data: Dataset, count: int = 500) -> bool:
     """Return whether float16 weights change every pixel by less than half a grey level."""
     labels = None if data.test_labels is None else data.test_labels[:count]
     classes = _classes(params, labels)
-    z = encode(params, jnp.asarray(data.test_images[:count]), classes).center
+    center = encode(params, jnp.asarray(data.test_images[:count]), classes).center
+    z = coordinates(params, center)
 
     def rounded(x: jax.Array) -> jax.Array:
         return x.astype(jnp.float16).astype(x.dtype) if x.size >= _LARGE else x
 
-    moved = decode(jax.tree.map(rounded, params), z, classes).mean
-    return bool(jnp.max(jnp.abs(moved - decode(params, z, classes).mean)) < _HALF_A_LEVEL)
+    moved = decode_coordinates(jax.tree.map(rounded, params), z, classes).mean
+    exact = decode_coordinates(params, z, classes).mean
+    return bool(jnp.max(jnp.abs(moved - exact)) < _HALF_A_LEVEL)
 
 
 def _packed(constants: list[np.ndarray], half: bool) -> list[list[Any]]:

@@ -33,10 +33,12 @@ function decode(at, ofLabel) {
 const middle = new Float32Array(dims);
 for (let i = 0; i < latents.length; i++) middle[i % dims] += latents[i] / data.count;
 const components = data.components.map((text) => new Float32Array(bytes(text)));
+// In a hierarchy the coordinates are the noise of the prior: 0 is a group's mean, whatever is above.
+const COORDINATE = data.groups.length ? "\u03b5" : "z";
 const BASES = [
   {
     size: dims,
-    name: (k) => `z${k + 1}`,
+    name: (k) => `${COORDINATE}${k + 1}`,
     get: (at, k, offset = 0) => at[offset + k],
     set: (at, k, value) => { at[k] = value; },
   },
@@ -519,6 +521,33 @@ function pickClass(classLabel) {
   label = classLabel;
   classButtons[classLabel].checked = true;
 }
+
+// ---- The groups of a hierarchy.
+
+function normal() { // Box and Muller
+  return Math.sqrt(-2 * Math.log(1 - Math.random())) * Math.cos(2 * Math.PI * Math.random());
+}
+let start = 0;
+data.groups.forEach((group, g) => {
+  const first = start, line = document.createElement("div"), name = document.createElement("span");
+  start += group.size;
+  name.textContent = `${g + 1}: ${group.rows} \u00d7 ${group.columns} \u00d7 ${group.latents}`;
+  line.append(name);
+  for (const [text, value] of [["Draw", normal], ["Mean", () => 0]]) {
+    const button = document.createElement("button");
+    button.textContent = text;
+    button.setAttribute("aria-label", `${text} group ${g + 1}`);
+    button.addEventListener("click", () => {
+      stop();
+      for (let k = first; k < first + group.size; k++) z[k] = value();
+      drawTiles();
+      redraw();
+    });
+    line.append(button);
+  }
+  $("groups").append(line);
+});
+$("levels").hidden = !data.groups.length;
 
 let sliders = [];
 function makeSliders() {

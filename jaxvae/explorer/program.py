@@ -23,6 +23,7 @@ import numpy as np
 from jax.extend.core import Literal
 
 from jaxvae.errors import InputError
+from jaxvae.models.protocols import Likelihood
 from jaxvae.models.vae import Params, decode
 
 
@@ -50,6 +51,22 @@ class _Array(NamedTuple):
     shape: tuple[int, ...]
 
 
+def decode_coordinates(params: Params, z: jax.Array, labels: jax.Array | None = None) -> Likelihood:
+    """Decode the page's coordinates: the latents, or of a hierarchy the noise of the prior."""
+    if hasattr(params.model, "likelihood_of_noise"):
+        found: Likelihood = params.model.likelihood_of_noise(params, z, labels)
+        return found
+    return decode(params, z, labels)
+
+
+def coordinates(params: Params, z: jax.Array) -> jax.Array:
+    """Return the page's coordinates of latents [batch, latent]."""
+    if hasattr(params.model, "noise_of"):
+        noise: jax.Array = params.model.noise_of(params, z)
+        return noise
+    return z
+
+
 def decoder_program(params: Params) -> Program:
     """Translate the decoder's mean of one image.
 
@@ -57,14 +74,14 @@ def decoder_program(params: Params) -> Program:
       params: the model.
 
     Returns:
-      A program whose inputs are latents [1, latent] and, for a conditional model, a class [1].
+      A program whose inputs are coordinates [1, latent] and, for a conditional model, a class [1].
 
     Raises:
       InputError: the decoder has an operation that cannot be translated.
     """
 
     def mean(z: jax.Array, *labels: jax.Array) -> jax.Array:
-        return decode(params, z, *labels).mean
+        return decode_coordinates(params, z, *labels).mean
 
     inputs = [jax.ShapeDtypeStruct((1, params.config.latent_dim), jnp.float32)]
     if params.config.num_classes:
@@ -383,6 +400,12 @@ def _concatenate(work: _Translation, equation: Any, *parts: _Array) -> _Array:
     return work.concatenate(parts, equation.params["dimension"])
 
 
+def _stack(work: _Translation, equation: Any, *parts: _Array) -> _Array:
+    axis = equation.params["axis"]
+    rows = [x._replace(shape=(*x.shape[:axis], 1, *x.shape[axis:])) for x in parts]
+    return work.concatenate(rows, axis)
+
+
 def _iota(work: _Translation, equation: Any) -> _Array:
     shape, axis = equation.params["shape"], equation.params["dimension"]
     strides = [int(i == axis) for i in range(len(shape))]
@@ -447,7 +470,7 @@ def _conv(work: _Translation, equation: Any, x: _Array, kernel: _Array) -> _Arra
 
 # Operations that only move values, so their results need no rounding.
 _MOVES = ("reshape", "squeeze", "expand_dims", "transpose", "slice", "split", "rev", "pad",
-          "concatenate", "broadcast_in_dim", "copy", "optimization_barrier",
+          "concatenate", "stack", "broadcast_in_dim", "copy", "optimization_barrier",
           "stop_gradient")  # fmt: skip
 
 _RULES: dict[str, Callable[..., Any]] = {
@@ -475,6 +498,7 @@ _RULES: dict[str, Callable[..., Any]] = {
     "rev": _reverse,
     "pad": _pad,
     "concatenate": _concatenate,
+    "stack": _stack,
     "iota": _iota,
     "reduce_sum": _reduced("add"),
     "reduce_max": _reduced("max"),

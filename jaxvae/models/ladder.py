@@ -423,6 +423,26 @@ class LadderVAE:
         )
         return self._likelihood(params, features, labels)
 
+    def likelihood_of_noise(
+        self, params: "Params", noise: jax.Array, labels: jax.Array | None = None
+    ) -> Likelihood:
+        """Return p(x|z) of the latents that the prior makes of noise of N(0, I).
+
+        Noise of 0 is the prior's mean whatever the groups above are, so a group can be changed by
+        itself.
+        """
+        features = self.top_down(params.decoder, noise=noise).features
+        return self._likelihood(params, features, labels)
+
+    def noise_of(self, params: "Params", z: jax.Array) -> jax.Array:
+        """Return the noise of which the prior makes these latents, [batch, latent]."""
+
+        def standardized(z: Array) -> Array:
+            terms = self.top_down(params.decoder, z=z)
+            return (z - terms.mean) * jnp.exp(-terms.log_var / 2)
+
+        return in_blocks(standardized, z, block_size(len(z), params.decoder))
+
     def draw(
         self,
         params: "Params",

@@ -328,6 +328,25 @@ def test_principal_components_are_axes_too(open_page):
     assert widest[-1] > widest[-2]
 
 
+def test_groups_of_a_hierarchy_are_drawn_and_moved_to_their_means(open_page):
+    opened = open_page(model(network="ladder:groups=4x1+2x1,width=4,latents=1"))
+    buttons = {
+        (name, g): opened.page.get_by_role("button", name=f"{name} group {g}", exact=True)
+        for name in ("Draw", "Mean")
+        for g in (1, 2)
+    }
+    opened.after_a_frame(buttons["Draw", 2].click)
+    z = np.array(opened.state()["z"])
+    assert np.all(z[:4] == 0)
+    assert np.all(z[4:] != 0)
+    opened.after_a_frame(buttons["Draw", 1].click)
+    assert np.all(np.array(opened.state()["z"])[:4] != 0)
+    opened.after_a_frame(buttons["Mean", 2].click)
+    z = np.array(opened.state()["z"])
+    assert np.all(z[:4] != 0)
+    assert np.all(z[4:] == 0)
+
+
 def test_a_conditional_model_is_asked_for_a_class(open_page):
     params = model(num_classes=3)
     opened = open_page(params)

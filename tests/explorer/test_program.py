@@ -10,7 +10,7 @@ import pytest
 from conftest import OwnDecoder, OwnEncoder, refused
 
 import jaxvae
-from jaxvae.explorer.program import decoder_program, translate
+from jaxvae.explorer.program import coordinates, decoder_program, translate
 from jaxvae.models.config import LIKELIHOODS
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -49,11 +49,11 @@ def latents(params, n=3):
     return np.asarray(2 * jax.random.normal(jax.random.key(2), (n, params.config.latent_dim)))
 
 
-def check(carry_out, params, atol=2e-6):
+def check(carry_out, params, atol=2e-6, latents_of=lambda z: z):
     program = decoder_program(params)
     z, classes = latents(params), params.config.num_classes
     labels = jnp.arange(len(z)) % classes if classes else None
-    expected = jaxvae.decode(params, z, labels).mean
+    expected = jaxvae.decode(params, latents_of(z), labels).mean
     assert np.ptp(expected) > 0.01
     for i, row in enumerate(z):
         given = (row, [i % classes]) if classes else (row,)
@@ -73,6 +73,19 @@ def check(carry_out, params, atol=2e-6):
 )  # fmt: skip
 def test_the_program_gives_the_mean_of_every_network(carry_out, fields):
     check(carry_out, model(**fields))
+
+
+def test_the_coordinates_of_a_hierarchy_are_the_noise_of_its_prior(carry_out):
+    params = model(
+        network="ladder:groups=4x1+2x2,width=4", image_shape=(8, 6, 1), num_classes=2, latent_dim=2
+    )
+
+    def latents_of(noise):
+        return params.model.top_down(params.decoder, noise=jnp.asarray(noise)).z
+
+    noise = latents(params)
+    np.testing.assert_allclose(coordinates(params, latents_of(noise)), noise, atol=1e-4)
+    check(carry_out, params, atol=5e-6, latents_of=latents_of)
 
 
 @pytest.mark.parametrize("likelihood", list(LIKELIHOODS))
@@ -122,6 +135,7 @@ FUNCTIONS = {
     ),
     "reverse and slice in strides": lambda x: x[:, ::-1, 1::2],
     "transpose": lambda x: jnp.transpose(x, (2, 0, 1)),
+    "stack": lambda x: jnp.stack([x, 2 * x], axis=1),
     "sums and maxima": lambda x: jnp.max(x, 0).sum(1) + jnp.min(x, (0, 2)) + x.mean((0, 2)),
     "products in a batch": lambda x: jnp.einsum("bij,bkj->kbi", x, x),
     "a polynomial": lambda x: jnp.polyval(jnp.array([2.0, -1.0, 0.5, 3.0]), x),
