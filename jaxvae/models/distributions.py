@@ -75,7 +75,9 @@ class UnitGaussian:
         """The weight of its one component, as of a mixture."""
         return jnp.ones(1)
 
-    def sample_component(self, key: Key[Array, ""], k: Int[Array, ""]) -> Float[Array, " latent"]:
+    def sample_component(
+        self, key: Key[Array, ""], k: Int[ArrayLike, ""]
+    ) -> Float[Array, " latent"]:
         """Draw from component k."""
         return self.sample(key, 1)[0]
 
@@ -138,7 +140,9 @@ class GaussianMixture(NamedTuple):
         """The weights of the components, which sum to 1."""
         return jax.nn.softmax(self.logits)
 
-    def sample_component(self, key: Key[Array, ""], k: Int[Array, ""]) -> Float[Array, " latent"]:
+    def sample_component(
+        self, key: Key[Array, ""], k: Int[ArrayLike, ""]
+    ) -> Float[Array, " latent"]:
         """Draw from component k."""
         return reparameterize(key, self.mean[k], self.log_var[k])
 

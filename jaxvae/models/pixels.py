@@ -5,12 +5,14 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Num, Shaped
+from jaxtyping import Array, ArrayLike, Bool, Float, Num, Shaped
 
 from jaxvae.errors import InputError
 from jaxvae.validation import as_array, expect_unit_interval, native
 
-Images = Num[ArrayLike, "*batch height width channels"]
+Images = (
+    Num[ArrayLike, "*batch height width channels"] | Bool[ArrayLike, "*batch height width channels"]
+)
 Pixels = Float[Array, "*batch height width channels"]
 
 

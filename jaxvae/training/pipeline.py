@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Int, Integer, UInt8
+from jaxtyping import Int, Integer, Num
 
 from jaxvae.data import Images
 from jaxvae.devices.sharding import AXIS, data_parallel, shard
@@ -70,7 +70,7 @@ def epoch_pipeline(
 
 
 def _resident(
-    images: UInt8[np.ndarray, "n height width channels"],
+    images: Num[np.ndarray, "n height width channels"],
     labels: Integer[np.ndarray, " n"] | None,
     mesh: jax.sharding.Mesh,
     specs: Any,
@@ -139,7 +139,7 @@ def _streamed(
 
 def _read(
     images: Images, portions: list[Int[np.ndarray, "steps batch"]], workers: int
-) -> Iterator[UInt8[np.ndarray, "rows height width channels"]]:
+) -> Iterator[Num[np.ndarray, "rows height width channels"]]:
     """Read the images of every portion, ahead of their use."""
     import grain
     from absl.flags import FLAGS

@@ -602,7 +602,10 @@ WRONG = {
     "a network of one's own": ("train --network own", "pass network=(encoder, decoder)"),
     "unknown likelihood": ("train --likelihood poisson", "likelihood is 'poisson': expected 'bern"),
     "unknown prior": ("train --prior flow", "prior is 'flow': expected 'standard_normal', 'mix"),
-    "unknown posterior": ("train --posterior flow", "posterior is 'flow': expected 'gaussian' or"),
+    "unknown posterior": (
+        "train --posterior flow",
+        "posterior is 'flow': expected 'gaussian', ",
+    ),
     "unknown objective": ("train --objective elob", "objective is 'elob': expected 'elbo', 'stl'"),
     "unknown warm-up": ("train --warmup cosine", "warmup is 'cosine': expected 'none', 'linear'"),
     "unknown schedule": ("train --schedule step", "schedule is 'step': expected 'constant', 'cos"),
@@ -665,12 +668,12 @@ WRONG = {
     "free bits of a mixture": (
         "train --data {npz} --network mlp:width=8 --prior mixture --objective elbo:free_bits=1 "
         "--run-dir {tmp}/x",
-        "free_bits needs the KL of every latent: expected the posterior 'gaussian' and the prior",
+        "free_bits needs the KL of every latent or group: expected the posterior 'gaussian' and",
     ),
     "path of a flow": (
         "train --data {npz} --network mlp:width=8 --posterior iaf --objective stl "
         "--run-dir {tmp}/x",
-        "with a flow train by 'elbo', 'iwae' or 'mmd'",
+        "train a flow by 'elbo', 'iwae' or 'mmd'",
     ),
     "start from nothing": (
         "train --data {npz} --start-from {tmp} --run-dir {tmp}/x",

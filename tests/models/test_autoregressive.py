@@ -55,7 +55,7 @@ def test_the_log_probability_is_that_of_the_chain_rule():
     codes = np.random.default_rng(1).integers(0, K, (5, N))
     log_p = jax.nn.log_softmax(p.logits(jax.nn.one_hot(codes, K)))
     expected = np.take_along_axis(np.asarray(log_p), codes[..., None], axis=-1).sum((1, 2))
-    z = p.book.embed(codes).reshape(5, 1, -1)
+    z = p.book.embed(jnp.asarray(codes)).reshape(5, 1, -1)
     np.testing.assert_allclose(p.log_prob(z), expected[:, None], rtol=1e-6)
     np.testing.assert_allclose(p.log_prob(z[0, 0]), expected[0], rtol=1e-5)
 

@@ -78,7 +78,7 @@ def test_the_grids_codes_and_points_are_each_others_inverse():
 
 def test_the_nearest_point_of_the_grid_is_that_of_a_search():
     book = Grid((5, 4))
-    z = np.random.default_rng(0).uniform(-1.2, 1.2, (50, 2)).astype("f")
+    z = jnp.array(np.random.default_rng(0).uniform(-1.2, 1.2, (50, 2)), jnp.float32)
     points = np.asarray(book.embed(jnp.arange(20)[:, None]))
     nearest = np.argmin(((z[:, None] - points) ** 2).sum(-1), axis=1)
     np.testing.assert_array_equal(book.codes(z)[:, 0], nearest)
@@ -134,10 +134,12 @@ def test_the_nearest_vector_is_that_of_a_search(monkeypatch):
     distances = ((np.float64(z)[..., None, :] - np.float64(vectors)) ** 2).sum(-1)
     book = CodeVectors(jnp.asarray(vectors))
     expected = np.argmin(distances, axis=-1)
-    np.testing.assert_array_equal(book.codes(z.reshape(20, 12)), expected)
-    np.testing.assert_array_equal(book.embed(expected), vectors[expected].reshape(20, 12))
+    flat = jnp.asarray(z.reshape(20, 12))
+    np.testing.assert_array_equal(book.codes(flat), expected)
+    found = book.embed(jnp.asarray(expected))
+    np.testing.assert_array_equal(found, vectors[expected].reshape(20, 12))
     monkeypatch.setattr(codebooks, "_DISTANCES", 50 * 7)  # seven rows at a time
-    np.testing.assert_array_equal(book.codes(z.reshape(20, 12)), expected)
+    np.testing.assert_array_equal(book.codes(flat), expected)
 
 
 def quantizer(codes=6, dim=3, latents=6, dtype=jnp.float64):

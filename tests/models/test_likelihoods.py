@@ -630,7 +630,7 @@ def test_black_and_white_images_stay_as_they_are():
 
 def test_binarize_refuses_keys_that_are_not_the_images():
     images = np.zeros((4, 8, 8, 1), np.uint8)
-    with refused("(3,) keys", "expected one, or one for each of 4"):
+    with refused("key has shape (3,): expected one key, or 4, one for each image"):
         binarize(jax.random.split(jax.random.key(0), 3), images)
     with refused("int32", "expected uint8, or floats between 0 and 1"):
         binarize(jax.random.key(0), images.astype(np.int32))

@@ -291,14 +291,14 @@ def test_epochs_without_a_line_count():
 def worse(monkeypatch):
     """Test ELBOs that are best after the second epoch."""
     elbos = {4: -30.0, 8: -20.0, 12: -21.0, 16: -22.0, 20: -23.0}
-    real = loop._evaluator
+    real = loop.evaluator
 
     def measuring(*args):
         measure = real(*args)
         steps = iter(sorted(elbos))
         return lambda params: {**measure(params), "elbo": elbos[next(steps)]}
 
-    monkeypatch.setattr(loop, "_evaluator", measuring)
+    monkeypatch.setattr(loop, "evaluator", measuring)
 
 
 def test_patience_ends_a_run_which_stays_ended(tmp_path, flags, worse):
