@@ -64,6 +64,8 @@ def title(name: str, options: dict) -> str:
     group, _, batch = name.rpartition(" ")
     if group == "step":
         return f"training step, batch {batch}, ms per image"
+    if group == "ladder":
+        return f"training step of a ladder of four groups, batch {batch}, ms per image"
     if group == "memory device":
         return f"peak device memory, batch {batch}, MiB"
     if group == "memory":
