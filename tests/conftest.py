@@ -132,6 +132,13 @@ def browser():
         chromium.close()
 
 
+def moved(params, scale, seed=0):
+    """Parameters with noise added, as the initial ones, many of which are 0, may be special."""
+    rng = np.random.default_rng(seed)  # NumPy's: jax.random would compile for each shape
+    noisy = jax.tree.map(lambda x: np.asarray(x) + scale * rng.normal(size=x.shape), params)
+    return jax.tree.map(lambda y, x: jnp.asarray(y, x.dtype), noisy, params)
+
+
 @contextmanager
 def unchecked():
     """Without the run-time check of annotations, for input that they do not allow."""

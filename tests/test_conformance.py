@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import moved
 
 import jaxvae
 from jaxvae.models.codebooks import codebook_of
@@ -51,14 +52,9 @@ def with_partner(kind, name):
     return {kind: small(name)} | partners.get((kind, name), {})
 
 
-def params_of(latent_dim=2, moved=0.3, image_shape=SHAPE, **fields):
-    """Parameters that are not the initial ones, as those may be special."""
+def params_of(latent_dim=2, scale=0.3, image_shape=SHAPE, **fields):
     config = jaxvae.ModelConfig(image_shape, latent_dim, **{"network": "mlp:width=8"} | fields)
-    params = jaxvae.init(KEY, config)
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(4), len(leaves))
-    noise = [moved * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(structure, [x + n for x, n in zip(leaves, noise, strict=True)])
+    return moved(jaxvae.init(KEY, config), scale)
 
 
 @pytest.mark.parametrize("name", DENSITY_PRIORS)
@@ -114,7 +110,7 @@ def test_a_prior_is_a_pytree_under_jit_vmap_and_grad(name):
 @pytest.mark.parametrize("name", CODE_POSTERIORS)
 def test_samples_of_a_posterior_over_codes_have_its_probabilities(name):
     """E_q[1 / q(z|x)] over hard samples is the number of codes that have a probability."""
-    params = params_of(4, moved=0.1, **with_partner("posterior", name))
+    params = params_of(4, scale=0.1, **with_partner("posterior", name))
     book = codebook_of(params)
     keys = jax.random.split(KEY, 20_000)
     many = jaxvae.encode(params, np.broadcast_to(IMAGES[:1], (len(keys), *SHAPE)))
@@ -131,7 +127,7 @@ def test_samples_of_a_posterior_over_codes_have_its_probabilities(name):
 @pytest.mark.parametrize("name", DENSITY_POSTERIORS)
 def test_a_posterior_is_a_density_that_its_samples_have(name):
     """By importance sampling: E_q[f(z) / q(z|x)] is the integral of f, here a density's, 1."""
-    params = params_of(latent_dim=1, moved=0.1, posterior=small(name))
+    params = params_of(latent_dim=1, scale=0.1, posterior=small(name))
     image = jnp.asarray(IMAGES[:1])
     keys = jax.random.split(KEY, 20_000)
     many = jaxvae.encode(params, jnp.broadcast_to(image, (len(keys), *SHAPE)))
@@ -149,7 +145,7 @@ PAIRED = [*product(DENSITY_POSTERIORS, DENSITY_PRIORS), *product(CODE_POSTERIORS
 
 @pytest.mark.parametrize(("name", "of_prior"), PAIRED)
 def test_an_exact_kl_is_the_mean_of_its_estimate(name, of_prior):
-    params = params_of(4, moved=0.1, posterior=small(name), prior=small(of_prior))
+    params = params_of(4, scale=0.1, posterior=small(name), prior=small(of_prior))
     keys = jax.random.split(KEY, 20_000)
     many = jaxvae.encode(params, np.broadcast_to(IMAGES[:1], (len(keys), *SHAPE)))
     exact = many.kl(prior(params))
@@ -174,7 +170,7 @@ def support_of(family):
 
 @pytest.mark.parametrize("name", list(LIKELIHOODS))
 def test_a_likelihood_is_normalised_and_its_mean_and_samples_have_it(name):
-    params = params_of(image_shape=(1, 1, 1), moved=1.0, likelihood=small(name))
+    params = params_of(image_shape=(1, 1, 1), scale=1.0, likelihood=small(name))
     values, weights = support_of(params.config.likelihood)
     z = jnp.broadcast_to(jnp.array([[0.4, -0.7]]), (len(values), 2))
     p_x = jaxvae.decode(params, z)

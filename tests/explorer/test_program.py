@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import OwnDecoder, OwnEncoder, refused
+from conftest import OwnDecoder, OwnEncoder, moved, refused
 
 import jaxvae
 from jaxvae.explorer.program import coordinates, decoder_program, translate
@@ -39,10 +39,7 @@ def carry_out(browser):
 def model(**fields):
     """A model with no weight at 0, as fresh biases and some kernels are."""
     params = jaxvae.init(jax.random.key(0), jaxvae.ModelConfig(**{"latent_dim": 3} | fields))
-    leaves, form = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    moved = [x + 0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(form, moved)
+    return moved(params, 0.1)
 
 
 def latents(params, n=3):

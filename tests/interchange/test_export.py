@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import OwnDecoder, OwnEncoder, at_once, refused
+from conftest import OwnDecoder, OwnEncoder, at_once, moved, refused
 
 import jaxvae
 from jaxvae.interchange.export import FORMATS, export, load_safetensors
@@ -44,11 +44,7 @@ MODELS = {
 
 def random_params(config):
     """Of biases that are not zero, so that every parameter counts."""
-    params = jaxvae.init(jax.random.key(0), config)
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noise = [0.05 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-    return jax.tree.map(jnp.add, params, jax.tree.unflatten(structure, noise))
+    return moved(jaxvae.init(jax.random.key(0), config), 0.05)
 
 
 @pytest.fixture(scope="module", params=MODELS)

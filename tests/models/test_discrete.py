@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import refused
+from conftest import moved, refused
 from jax.test_util import check_grads
 
 import jaxvae
@@ -50,13 +50,9 @@ def config_of(name, latent_dim=8, prior="uniform_codes", **fields):
     )
 
 
-def params_of(name, moved=0.4, **fields):
+def params_of(name, scale=0.6, **fields):
     """Parameters with which images have different codes."""
-    params = jaxvae.init(KEY, config_of(name, **fields))
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(KEY, len(leaves))
-    noise = [moved * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(structure, [x + n for x, n in zip(leaves, noise, strict=True)])
+    return moved(jaxvae.init(KEY, config_of(name, **fields)), scale)
 
 
 # Finite scalar quantization.
@@ -270,7 +266,7 @@ def enumerated(params, images):
 
 @pytest.mark.parametrize("of_prior", ["uniform_codes", "autoregressive:width=8,layers=1"])
 def test_the_bounds_of_categorical_codes_are_those_of_the_sum_over_all_codes(of_prior):
-    params = params_of(CATEGORICAL, latent_dim=6, prior=of_prior, moved=0.3)
+    params = params_of(CATEGORICAL, latent_dim=6, prior=of_prior, scale=0.3)
     images = IMAGES[:2]
     log_p_x, expected, kl = enumerated(params, images)
     estimate = jaxvae.log_likelihood(params, KEY, images, 4000)
@@ -513,8 +509,8 @@ def test_the_objective_has_a_gradient_in_float64(name):
         images = IMAGES[:3] / 255
 
         def loss(decoder):
-            moved = replace(params, decoder=decoder)
-            return OBJECTIVES.parse("elbo")(moved, KEY, images)[0]
+            there = replace(params, decoder=decoder)
+            return OBJECTIVES.parse("elbo")(there, KEY, images)[0]
 
         check_grads(jax.jit(loss), (params.decoder,), order=1, modes=["rev"])
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import OwnDecoder, OwnEncoder, at_once, refused
+from conftest import OwnDecoder, OwnEncoder, at_once, moved, refused
 
 import jaxvae
 from jaxvae.errors import Damaged, TrainingFailed
@@ -123,10 +123,7 @@ def test_a_directory_without_checkpoints_is_refused(tmp_path, make):
 
 
 def with_random_leaves(params):
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(9), len(leaves))
-    pairs = zip(keys, leaves, strict=True)
-    return jax.tree.unflatten(structure, [jax.random.normal(k, x.shape) for k, x in pairs])
+    return moved(params, 1.0)
 
 
 def test_what_every_part_has_learned_comes_back(tmp_path):
