@@ -442,6 +442,8 @@ def test_a_path_is_no_pattern(saved, small, tmp_path, name):
     ],
     ids=["cannot be read", "differs"],
 )
+# Orbax's threads may end after the event loop that failed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_what_is_not_read_back_as_it_was_written_is_not_sealed(
     saved, small, tmp_path, monkeypatch, spoil, says
 ):
