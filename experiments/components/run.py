@@ -1,0 +1,93 @@
+"""The effect of each component on the test ELBO of MNIST, on one small budget and three seeds.
+
+    python experiments/components/run.py MNIST OUT [NAME...]
+
+MNIST is a folder with the four IDX files. Every model is a run directory in OUT, so that a killed
+call goes on where it was; the results are written to OUT/results.json and printed as a table.
+"""
+
+import json
+import shutil
+import statistics
+import sys
+from pathlib import Path
+
+import jaxvae
+from jaxvae.runs.fit_prior import fit_prior
+
+SEEDS = range(3)
+TRAIN = jaxvae.TrainConfig(
+    batch_size=64, epochs=1, optimizer="adam", schedule="cosine", binarization="dynamic"
+)
+CODES = {"prior": "uniform_codes"}
+MODELS = {
+    "gaussian": {},
+    "iaf": {"posterior": "iaf"},
+    "mixture": {"prior": "mixture"},
+    "realnvp": {"prior": "realnvp"},
+    "fsq": {"posterior": "fsq:levels=8x5x5x5", **CODES},
+    "vq": {"posterior": "vq:codes=256,dim=4", **CODES},
+    "categorical": {"posterior": "categorical:classes=10", "latent_dim": 320, **CODES},
+    "ladder of 2": {"network": "ladder:groups=4x1+2x1,width=16", "latent_dim": 2},
+    "ladder of 4": {"network": "ladder:groups=4x2+2x2,width=16", "latent_dim": 2},
+    "ladder of 8": {"network": "ladder:groups=4x4+2x4,width=16", "latent_dim": 2},
+}
+FITTED = ("fsq", "vq")  # an autoregressive prior is fitted to these afterwards
+
+
+def result(run_dir: Path, seconds: float, terms: dict) -> dict:
+    """The last test metrics of a run, in nats per image."""
+    print(f"{run_dir.name}: test ELBO {terms['elbo']:.2f}, {seconds:.0f} s", flush=True)
+    return {"elbo": terms["elbo"], "kl": terms["kl"], "seconds": seconds}
+
+
+def measure(name: str, mnist: str, out: Path) -> dict[str, list[dict]]:
+    """Train a model with every seed; then fit the prior, if it is one of FITTED."""
+    model = jaxvae.ModelConfig(**{"latent_dim": 32} | MODELS[name])
+    found: dict[str, list[dict]] = {name: []}
+    for seed in SEEDS:
+        run_dir = out / f"{name.replace(' ', '-')}-{seed}"
+        history = jaxvae.fit(
+            mnist, model, TRAIN, seed=seed, run_dir=run_dir, progress=False
+        ).history
+        seconds = sum(line["seconds"] for line in history)
+        found[name].append(result(run_dir, seconds, history[-1]["test"]))
+        if name in FITTED:
+            fitted_dir = out / f"{run_dir.name}-fitted"
+            shutil.rmtree(fitted_dir, ignore_errors=True)  # of a call that was killed
+            fitted = fit_prior(run_dir, "autoregressive", out=fitted_dir, epochs=1, progress=False)
+            row = result(fitted_dir, fitted.history[-1]["seconds"], fitted.after)
+            found.setdefault(f"{name}, fitted prior", []).append(row)
+    return found
+
+
+def table(results: dict[str, list[dict]]) -> str:
+    """Markdown: mean and standard deviation over the seeds."""
+    base = statistics.mean(row["elbo"] for row in results["gaussian"])
+    lines = ["| model | test ELBO | over `gaussian` | KL | seconds |", "| --- |" + " ---: |" * 4]
+    for name, rows in results.items():
+        elbo, kl, seconds = ([row[key] for row in rows] for key in ("elbo", "kl", "seconds"))
+        mean = statistics.mean(elbo)
+        lines.append(
+            f"| {name} | {mean:.2f} ({statistics.stdev(elbo):.2f}) | {mean - base:+.2f} "
+            f"| {statistics.mean(kl):.1f} | {statistics.mean(seconds):.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
+    mnist, out = sys.argv[1], Path(sys.argv[2])
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "results.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    for name in sys.argv[3:] or MODELS:
+        if name not in results:
+            results |= measure(name, mnist, out)
+            path.write_text(json.dumps(results, indent=1) + "\n")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
