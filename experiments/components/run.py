@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import jaxvae
+from jaxvae.devices.sharding import make_cores_devices
 from jaxvae.runs.fit_prior import fit_prior
 
 SEEDS = range(3)
@@ -78,6 +79,7 @@ def table(results: dict[str, list[dict]]) -> str:
 def main() -> None:
     if len(sys.argv) < 3:
         sys.exit(__doc__)
+    make_cores_devices()
     mnist, out = sys.argv[1], Path(sys.argv[2])
     out.mkdir(parents=True, exist_ok=True)
     path = out / "results.json"
