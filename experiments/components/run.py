@@ -16,6 +16,7 @@ import jaxvae
 from jaxvae.devices.sharding import make_cores_devices
 from jaxvae.runs.fit_prior import fit_prior
 
+make_cores_devices()  # before the first computation
 SEEDS = range(3)
 TRAIN = jaxvae.TrainConfig(
     batch_size=64, epochs=1, optimizer="adam", schedule="cosine", binarization="dynamic"
@@ -44,7 +45,8 @@ def result(run_dir: Path, seconds: float, terms: dict) -> dict:
 
 def measure(name: str, mnist: str, out: Path) -> dict[str, list[dict]]:
     """Train a model with every seed; then fit the prior, if it is one of FITTED."""
-    model = jaxvae.ModelConfig(**{"latent_dim": 32} | MODELS[name])
+    flat = {"latent_dim": 32, "network": "residual:width=16"}
+    model = jaxvae.ModelConfig(**flat | MODELS[name])
     found: dict[str, list[dict]] = {name: []}
     for seed in SEEDS:
         run_dir = out / f"{name.replace(' ', '-')}-{seed}"
@@ -79,7 +81,6 @@ def table(results: dict[str, list[dict]]) -> str:
 def main() -> None:
     if len(sys.argv) < 3:
         sys.exit(__doc__)
-    make_cores_devices()
     mnist, out = sys.argv[1], Path(sys.argv[2])
     out.mkdir(parents=True, exist_ok=True)
     path = out / "results.json"
