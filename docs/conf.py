@@ -61,6 +61,7 @@ docs/tutorial.ko
 :hidden:
 :caption: Guides
 
+docs/choosing
 docs/models
 docs/gallery
 docs/monitoring
