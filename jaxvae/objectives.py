@@ -26,7 +26,16 @@ from jaxvae.models.distributions import Gaussian
 from jaxvae.models.pixels import scale_images
 from jaxvae.models.protocols import Draw, Elbo, Posterior
 from jaxvae.models.vae import Params, decode, encode, prior
-from jaxvae.validation import AnyKey, as_array, as_key, is_number, jit, native, whole_number
+from jaxvae.validation import (
+    AnyKey,
+    as_array,
+    as_key,
+    expect_bool,
+    is_number,
+    jit,
+    native,
+    whole_number,
+)
 
 Images = Num[ArrayLike, "batch height width channels"]
 Labels = Integer[ArrayLike, " batch"] | None
@@ -253,8 +262,7 @@ class ELBO:
     def __post_init__(self) -> None:
         _check_samples(self)
         _check_number(self, "free_bits")
-        if not isinstance(self.balance, bool):
-            raise InputError(f"balance is {shown(self.balance)}: expected true or false")
+        expect_bool("balance", self.balance)
 
     @property
     def across_batch(self) -> bool:
@@ -291,7 +299,8 @@ class ELBO:
             if self.free_bits:
                 kls = jnp.where(mean > self.free_bits, kls, self.free_bits)
             if self.balance:
-                sizes = jnp.array(drawn.posterior.group_sizes)  # type: ignore[attr-defined]
+                groups = params.model.groups  # type: ignore[attr-defined]
+                sizes = jnp.array([group.size for group in groups])
                 density = (mean + 0.01) / sizes  # no weight is 0
                 kls *= jnp.where(beta < 1, density / jnp.mean(density), 1)
             kl = jnp.sum(kls, axis=-1)

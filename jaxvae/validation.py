@@ -278,6 +278,12 @@ def whole_number(name: str, value: Any, least: int = 1, most: int = 2**31 - 1) -
     return number
 
 
+def expect_bool(name: str, value: Any) -> None:
+    """Raise InputError unless the value of an option is True or False."""
+    if not isinstance(value, bool):
+        raise InputError(f"{name} is {shown(value)}: expected true or false")
+
+
 def is_number(value: Any) -> bool:
     """Whether a value is an int or a float; a bool is not."""
     return isinstance(value, int | float) and not isinstance(value, bool)

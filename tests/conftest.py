@@ -135,8 +135,9 @@ def browser():
 def moved(params, scale, seed=0):
     """Parameters with noise added, as the initial ones, many of which are 0, may be special."""
     rng = np.random.default_rng(seed)  # NumPy's: jax.random would compile for each shape
-    noisy = jax.tree.map(lambda x: np.asarray(x) + scale * rng.normal(size=x.shape), params)
-    return jax.tree.map(lambda y, x: jnp.asarray(y, x.dtype), noisy, params)
+    return jax.tree.map(
+        lambda x: jnp.asarray(np.asarray(x) + scale * rng.normal(size=x.shape), x.dtype), params
+    )
 
 
 @contextmanager

@@ -21,18 +21,19 @@ SEEDS = range(3)
 TRAIN = jaxvae.TrainConfig(
     batch_size=64, epochs=1, optimizer="adam", schedule="cosine", binarization="dynamic"
 )
-CODES = {"prior": "uniform_codes"}
+FLAT = {"network": "residual:width=16", "latent_dim": 32}
+CODES = {**FLAT, "prior": "uniform_codes"}
 MODELS = {
-    "gaussian": {},
-    "iaf": {"posterior": "iaf"},
-    "mixture": {"prior": "mixture"},
-    "realnvp": {"prior": "realnvp"},
-    "fsq": {"posterior": "fsq:levels=8x5x5x5", **CODES},
-    "vq": {"posterior": "vq:codes=256,dim=4", **CODES},
-    "categorical": {"posterior": "categorical:classes=10", "latent_dim": 320, **CODES},
-    "ladder of 2": {"network": "ladder:groups=4x1+2x1,width=16", "latent_dim": 2},
-    "ladder of 4": {"network": "ladder:groups=4x2+2x2,width=16", "latent_dim": 2},
-    "ladder of 8": {"network": "ladder:groups=4x4+2x4,width=16", "latent_dim": 2},
+    "gaussian": FLAT,
+    "iaf": {**FLAT, "posterior": "iaf"},
+    "mixture": {**FLAT, "prior": "mixture"},
+    "realnvp": {**FLAT, "prior": "realnvp"},
+    "fsq": {**CODES, "posterior": "fsq:levels=8x5x5x5"},
+    "vq": {**CODES, "posterior": "vq:codes=256,dim=4"},
+    "categorical": {**CODES, "posterior": "categorical:classes=10", "latent_dim": 320},
+    "ladder of 2": {"network": "ladder:groups=4x1+2x1,width=16"},
+    "ladder of 4": {"network": "ladder:groups=4x2+2x2,width=16"},
+    "ladder of 8": {"network": "ladder:groups=4x4+2x4,width=16"},
 }
 FITTED = ("fsq", "vq")  # an autoregressive prior is fitted to these afterwards
 
@@ -45,8 +46,7 @@ def result(run_dir: Path, seconds: float, terms: dict) -> dict:
 
 def measure(name: str, mnist: str, out: Path) -> dict[str, list[dict]]:
     """Train a model with every seed; then fit the prior, if it is one of FITTED."""
-    flat = {"latent_dim": 32, "network": "residual:width=16"}
-    model = jaxvae.ModelConfig(**flat | MODELS[name])
+    model = jaxvae.ModelConfig(**MODELS[name])
     found: dict[str, list[dict]] = {name: []}
     for seed in SEEDS:
         run_dir = out / f"{name.replace(' ', '-')}-{seed}"

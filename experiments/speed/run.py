@@ -194,7 +194,6 @@ class Run:
             "rounds": [],
         }
         self.absent: set[tuple[str, str]] = set()
-        self.with_ladder: set[str] = set()
         self.peers = peers
 
     def leave_out(self, line: str) -> None:
@@ -221,37 +220,40 @@ class Run:
                     self.drop(peer, f"could not be installed: {words[-1]}")
         reference = None
         for peer in list(self.peers):
-            worker = self.workers[peer.name] = self.start(peer)
+            self.workers[peer.name] = self.start(peer)
             try:
-                self.results["peers"][peer.name] = worker.ask({"measure": "info"})
-                path = str(self.options.out.resolve() / "check.npz")
-                answer = worker.ask({"measure": "check", "path": path})
-                if "error" in answer:
-                    raise WorkerError(answer["error"])
-                reference = reference or answer  # ours is the first
-                compare(answer, reference)
+                self.results["peers"][peer.name] = self.workers[peer.name].ask({"measure": "info"})
+                reference = self.check(peer, reference)
             except WorkerError as error:
                 self.drop(peer, error)
                 if peer.name == "ours":
                     raise SystemExit("ours does not work: there is nothing to compare") from error
         (self.options.out / "check.npz").unlink(missing_ok=True)
 
-    def check_ladder(self) -> None:
-        """Find the peers that have a ladder, and compute the same terms as ours."""
-        reference = None
+    def check(self, peer: Peer, reference: dict | None, **model: str) -> dict:
+        """Compare a peer's terms of the loss with the reference's: ours, which is the first."""
         path = str(self.options.out.resolve() / "check.npz")
-        for peer in [peer for peer in self.peers if peer.name == "ours" or peer.env == "torch"]:
-            request = {"measure": "check", "path": path, "network": "ladder"}
-            answer = self.workers[peer.name].ask(request)
+        answer = self.workers[peer.name].ask({"measure": "check", "path": path, **model})
+        if "error" in answer:
+            raise WorkerError(answer["error"])
+        reference = reference or answer
+        compare(answer, reference)
+        return reference
+
+    def check_ladder(self, requests: list[dict]) -> None:
+        """Leave the ladder out for peers that have none, or compute other terms than ours."""
+        reference = None
+        for peer in self.peers:
+            absent = {(peer.name, label("ladder", request)) for request in requests}
+            if peer.name != "ours" and peer.env != "torch":
+                self.absent |= absent
+                continue
             try:
-                if "error" in answer:
-                    raise WorkerError(answer["error"])
-                reference = reference or answer  # ours is the first
-                compare(answer, reference)
-                self.with_ladder.add(peer.name)
+                reference = self.check(peer, reference, network="ladder")
             except WorkerError as error:
                 self.leave_out(f"{peer.name}: ladder: {error}")
-        Path(path).unlink(missing_ok=True)
+                self.absent |= absent
+        (self.options.out / "check.npz").unlink(missing_ok=True)
 
     def measure(self, group: str, request: dict, turn: int) -> dict:
         """One measurement of every peer, in an order that differs from round to round."""
@@ -263,8 +265,6 @@ class Run:
                 continue
             if group in ("bfloat16", "seeds") and peer.name != "ours":
                 continue  # other libraries' figures for these would be another study
-            if group == "ladder" and peer.name not in self.with_ladder:
-                continue
             asked = dict(request)
             if peer.name == "pythae" and group == "log_likelihood":
                 asked["images"] = min(request["images"], self.options.pythae_images)
@@ -466,7 +466,7 @@ def main() -> None:
         stack.callback(run.close)
         run.prepare()
         if "ladder" in groups:
-            run.check_ladder()
+            run.check_ladder(groups["ladder"])
         run.rounds(groups)
     print((options.out / "table.md").read_text() if (options.out / "table.md").exists() else "")
 

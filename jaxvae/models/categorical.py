@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, Key
 from jaxvae.errors import InputError, shown
 from jaxvae.models.codebooks import UniformCodes, expect_codes_of_prior, straight_through
 from jaxvae.models.protocols import Learned, Prior
-from jaxvae.validation import is_number, whole_number
+from jaxvae.validation import expect_bool, is_number, whole_number
 
 if TYPE_CHECKING:
     from jaxvae.models.config import ModelConfig
@@ -177,10 +177,7 @@ class CategoricalFamily:
         if not is_number(self.temperature) or not 0 < self.temperature < math.inf:
             raise InputError(f"temperature is {shown(self.temperature)}: expected a number above 0")
         object.__setattr__(self, "temperature", float(self.temperature))
-        if not isinstance(self.straight_through, bool):
-            raise InputError(
-                f"straight_through is {shown(self.straight_through)}: expected true or false"
-            )
+        expect_bool("straight_through", self.straight_through)
 
     @property
     def num_codes(self) -> int:

@@ -36,7 +36,7 @@ from jaxvae.models.networks import (
 )
 from jaxvae.models.pixels import at_least_float32, scale_images
 from jaxvae.models.protocols import Draw, Likelihood, Posterior, Prior
-from jaxvae.validation import whole_number
+from jaxvae.validation import expect_bool, whole_number
 
 if TYPE_CHECKING:
     from jaxvae.models.config import ModelConfig
@@ -103,8 +103,7 @@ class Ladder:
     def __post_init__(self) -> None:
         for name in ("width", "latents"):
             object.__setattr__(self, name, whole_number(name, getattr(self, name)))
-        if not isinstance(self.remat, bool):
-            raise InputError(f"remat is {self.remat!r}: expected true or false")
+        expect_bool("remat", self.remat)
         object.__setattr__(self, "groups", str(self.groups))
         factors = [level.factor for level in self.levels]
         if sorted(set(factors), reverse=True) != factors:
@@ -416,12 +415,7 @@ class LadderVAE:
         self, params: "Params", z: jax.Array, labels: jax.Array | None = None
     ) -> Likelihood:
         """Return p(x|z) of latents [batch, latent], and of their classes [batch]."""
-        features = in_blocks(
-            lambda z: self.top_down(params.decoder, z=z).features,
-            z,
-            block_size(z.shape[0], params.decoder),
-        )
-        return self._likelihood(params, features, labels)
+        return self._decoded(params, labels, z=z)
 
     def likelihood_of_noise(
         self, params: "Params", noise: jax.Array, labels: jax.Array | None = None
@@ -431,8 +425,7 @@ class LadderVAE:
         Noise of 0 is the prior's mean whatever the groups above are, so a group can be changed by
         itself.
         """
-        features = self.top_down(params.decoder, noise=noise).features
-        return self._likelihood(params, features, labels)
+        return self._decoded(params, labels, noise=noise)
 
     def noise_of(self, params: "Params", z: jax.Array) -> jax.Array:
         """Return the noise of which the prior makes these latents, [batch, latent]."""
@@ -540,6 +533,15 @@ class LadderVAE:
         z_g, *of_groups, mean, log_var = zip(*found, strict=True)
         log_p, log_q, kl = (jnp.stack(x, axis=-1) for x in of_groups)
         return Terms(_flat(z_g), log_p, log_q, kl, _flat(mean), _flat(log_var), h)
+
+    def _decoded(self, params: "Params", labels: Array | None, **given: Array) -> Likelihood:
+        (rows,) = given.values()
+        features = in_blocks(
+            lambda given: self.top_down(params.decoder, **given).features,
+            given,
+            block_size(len(rows), params.decoder),
+        )
+        return self._likelihood(params, features, labels)
 
     def _likelihood(self, params: "Params", features: Array, labels: Array | None) -> Likelihood:
         _, decoder = self.modules()
@@ -663,11 +665,6 @@ class LadderPosterior:
     def log_var(self) -> Float[Array, "batch latent"]:
         """The log variances of the groups, each given the means of the groups above."""
         return self._at_means().log_var
-
-    @property
-    def group_sizes(self) -> tuple[int, ...]:
-        """Number of latents of each group."""
-        return tuple(group.size for group in self.model.groups)
 
     @property
     def center(self) -> Float[Array, "batch latent"]:

@@ -227,6 +227,10 @@ class Model(Protocol):
     A model that evaluates log p(x|z), log p(z) and log q(z|x) in one pass may have
     `draw(params, posterior, keys, images, labels)`, which returns the `Draw` of keys
     [samples, batch]: see `jaxvae.objectives.draw_at`.
+
+    A hierarchy has `groups`, each with its number of latents, `size`. For the explorer it also has
+    `noise_of(params, z)`, the noise of N(0, I) of which its prior makes latents, and
+    `likelihood_of_noise(params, noise, labels)`.
     """
 
     def init(self, key: Key[Array, ""]) -> dict[str, Any]:

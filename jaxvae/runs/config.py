@@ -15,7 +15,7 @@ from jaxvae.models.config import ModelConfig
 from jaxvae.runs.files import NewerVersion, read_json, without_version
 from jaxvae.training.config import TrainConfig
 from jaxvae.training.optimizer import ELEMENTWISE
-from jaxvae.validation import whole_number
+from jaxvae.validation import expect_bool, whole_number
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,7 @@ class RunConfig(Config):
             value = getattr(self, name)
             if not isinstance(value, str) and (value is not None or name == "data"):
                 raise InputError(f"{name} is {shown(value)}: expected a string")
-        if not isinstance(self.fsdp, bool):
-            raise InputError(f"fsdp is {shown(self.fsdp)}: expected true or false")
+        expect_bool("fsdp", self.fsdp)
         object.__setattr__(self, "seed", whole_number("seed", self.seed, 0, 2**32 - 1))
         object.__setattr__(self, "workers", whole_number("workers", self.workers, 0))
         for name, kind in (("model", ModelConfig), ("train", TrainConfig)):

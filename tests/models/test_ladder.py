@@ -14,6 +14,7 @@ from scipy import stats
 
 import jaxvae
 from jaxvae.evaluation.evaluate import kl_per_group
+from jaxvae.explorer.program import coordinates, decode_coordinates, decoder_program
 from jaxvae.models.ladder import BottomUp, Ladder, LadderVAE, TopDown
 from jaxvae.models.vae import prior
 from jaxvae.objectives import ELBO, DoublyReparameterized, StickingTheLanding, draw
@@ -270,6 +271,17 @@ def test_balance_needs_groups(images):
     params = jaxvae.init(KEY, jaxvae.ModelConfig(image_shape=(8, 8, 1)))
     with refused("balance needs the KL of every group: expected network 'ladder'"):
         ELBO(balance=True)(params, KEY, images)
+
+
+def test_the_explorers_coordinates_are_the_noise_of_the_prior():
+    params = params_of(scale=0.3)
+    noise = np.asarray(jax.random.normal(KEY, (3, params.config.latent_dim)))
+    z = params.model.top_down(params.decoder, noise=jnp.asarray(noise)).z
+    np.testing.assert_allclose(coordinates(params, z), noise, atol=1e-4)
+    found = decode_coordinates(params, jnp.asarray(noise)).mean
+    np.testing.assert_allclose(found, jaxvae.decode(params, z).mean, atol=1e-6)
+    operations = decoder_program(params).operations
+    assert {operation["kind"] for operation in operations} >= {"conv", "dot", "map"}
 
 
 @pytest.mark.parametrize("objective", [StickingTheLanding(2), DoublyReparameterized(2)])
