@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from jaxvae.models.config import ModelConfig
 
 
+# Enough for all latents of an image to be at the outermost of up to 11 levels at once.
+_MAX_RMS = 1.5
+
+
 class PointMass(NamedTuple):
     """All probability on one sequence of codes: log q(z|x) = 0, with respect to counting codes.
 
@@ -53,11 +57,14 @@ class PointMass(NamedTuple):
 class FiniteScalarQuantization:
     """Finite scalar quantization (FSQ): every latent is bounded and rounded to one of L levels.
 
-        z = 2 round((L - 1) (tanh(mean) + 1) / 2) / (L - 1) - 1
+        z = 2 round((L - 1) (tanh(u) + 1) / 2) / (L - 1) - 1,    u = mean / max(1, rms(mean) / 1.5)
 
-    The gradient is that of tanh(mean). Nothing is learned besides the encoder, so no code can be
-    left unused for lack of a gradient. With an even L the levels are symmetric about 0, where the
-    paper shifts them by half a level.
+    The gradient is that of tanh(u). Nothing is learned besides the encoder, so no code can be
+    left unused for lack of a gradient. Two things differ from the paper. With an even L the levels
+    are symmetric about 0, where the paper shifts them by half a level. And the root mean square of
+    the latents of an image is at most 1.5: without this limit the first steps, in which the decoder
+    learns the mean image, drive the latents of all images to the same ends of tanh, where the
+    encoder has no gradient.
 
     Attributes:
       levels: L of each latent of a code, joined by "x": "8x5x5x5" has codes of four latents and
@@ -109,7 +116,9 @@ class FiniteScalarQuantization:
 
     def bind(self, learned: Learned, encoded: tuple[jax.Array, ...]) -> PointMass:
         """Return the codes of a batch."""
-        bounded = jnp.tanh(encoded[0])
+        mean = encoded[0]
+        limit = _MAX_RMS * jax.lax.rsqrt(jnp.mean(mean**2, axis=-1, keepdims=True) + 1e-12)
+        bounded = jnp.tanh(mean * jnp.minimum(1.0, limit))
         z = straight_through(self.codebook(learned).nearest(bounded), bounded)
         return PointMass(z, jnp.zeros_like(z[:, 0]))
 

@@ -83,16 +83,35 @@ def test_the_nearest_point_of_the_grid_is_that_of_a_search():
 
 def test_fsq_rounds_the_bounded_mean_and_has_the_gradient_without_rounding():
     family = FiniteScalarQuantization("5x2")
+
+    def z(mean):
+        return family.bind({}, (mean, mean)).mean
+
+    def relaxed(mean):
+        rms = np.sqrt(np.mean(np.square(mean), axis=1, keepdims=True))
+        return np.tanh(mean / np.maximum(1, rms / 1.5))
+
     with jax.enable_x64(True):
-        mean = jnp.array([[0.0, 0.1, 0.4, -3.0], [9.0, -9.0, -0.3, 1.0]])
-        posterior = family.bind({}, (mean, mean))
-        expected = [[0, 1, 0.5, -1], [1, -1, -0.5, 1]]
-        np.testing.assert_allclose(posterior.mean, expected, atol=1e-12)
-        slope = jax.grad(lambda mean: jnp.sum(family.bind({}, (mean, mean)).mean))(mean)
-        h = 1e-6
+        mean = np.array([[0.0, 0.1, 0.4, -2.0], [9.0, -9.0, -0.3, 4.0]])  # the second is scaled
         np.testing.assert_allclose(
-            slope, (np.tanh(mean + h) - np.tanh(mean - h)) / (2 * h), atol=1e-9
+            z(jnp.asarray(mean)), [[0, 1, 0.5, -1], [1, -1, 0, 1]], atol=1e-12
         )
+        slope = jax.grad(lambda mean: jnp.sum(z(mean)))(jnp.asarray(mean))
+        h = 1e-6
+        for i, j in np.ndindex(*mean.shape):
+            step = h * (np.arange(8) == 4 * i + j).reshape(mean.shape)
+            difference = np.sum(relaxed(mean + step) - relaxed(mean - step)) / (2 * h)
+            np.testing.assert_allclose(slope[i, j], difference, atol=1e-9)
+
+
+def test_fsq_has_a_gradient_however_large_and_however_small_the_mean_is():
+    family = FiniteScalarQuantization("5")
+    for scale in (0.0, 1e-6, 1.0, 1e4):
+        mean = scale * jnp.array([[1.0, -2.0, 0.5, 1.0]])
+        jacobian = jax.jacrev(lambda mean: family.bind({}, (mean, mean)).mean)(mean)
+        # Large vectors can only turn, by an angle that is inversely proportional to their length.
+        assert np.abs(jacobian).max() * max(1.0, scale) > 0.05
+        assert np.isfinite(jacobian).all()
 
 
 def test_straight_through_is_exactly_the_hard_value_with_the_soft_gradient():
