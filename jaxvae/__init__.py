@@ -3,22 +3,78 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from jaxvae.api import *  # noqa: F403
+if TYPE_CHECKING:  # the names of `_MODULES` once more, with their types
+    from jaxvae.data import load_data as load_data
+    from jaxvae.errors import InputError as InputError
+    from jaxvae.evaluation.log_likelihood import log_likelihood as log_likelihood
+    from jaxvae.models.config import ModelConfig as ModelConfig
+    from jaxvae.models.distributions import Gaussian as Gaussian
+    from jaxvae.models.distributions import reparameterize as reparameterize
+    from jaxvae.models.likelihoods import Bernoulli as Bernoulli
+    from jaxvae.models.protocols import Elbo as Elbo
+    from jaxvae.models.vae import Params as Params
+    from jaxvae.models.vae import decode as decode
+    from jaxvae.models.vae import encode as encode
+    from jaxvae.models.vae import init as init
+    from jaxvae.models.vae import reconstruct as reconstruct
+    from jaxvae.models.vae import sample as sample
+    from jaxvae.objectives import elbo as elbo
+    from jaxvae.runs.callbacks import Callback as Callback
+    from jaxvae.runs.checkpoints import load as load
+    from jaxvae.runs.checkpoints import restore as restore
+    from jaxvae.runs.checkpoints import save as save
+    from jaxvae.runs.fit import FitResult as FitResult
+    from jaxvae.runs.fit import fit as fit
+    from jaxvae.training.config import TrainConfig as TrainConfig
+    from jaxvae.training.state import TrainState as TrainState
+    from jaxvae.training.state import create_train_state as create_train_state
+    from jaxvae.training.step import train_epoch as train_epoch
+    from jaxvae.training.step import train_step as train_step
 
 __version__ = "0.2.0"
+
+# The public names and their modules, in the order a reader meets them.
+_MODULES = {
+    "ModelConfig": "models.config",
+    "Params": "models.vae",
+    "init": "models.vae",
+    "encode": "models.vae",
+    "Gaussian": "models.distributions",
+    "reparameterize": "models.distributions",
+    "decode": "models.vae",
+    "Bernoulli": "models.likelihoods",
+    "sample": "models.vae",
+    "reconstruct": "models.vae",
+    "Elbo": "models.protocols",
+    "elbo": "objectives",
+    "log_likelihood": "evaluation.log_likelihood",
+    "TrainConfig": "training.config",
+    "TrainState": "training.state",
+    "create_train_state": "training.state",
+    "train_step": "training.step",
+    "train_epoch": "training.step",
+    "save": "runs.checkpoints",
+    "restore": "runs.checkpoints",
+    "load": "runs.checkpoints",
+    "load_data": "data",
+    "fit": "runs.fit",
+    "FitResult": "runs.fit",
+    "Callback": "runs.callbacks",
+    "InputError": "errors",
+}
+__all__ = [*_MODULES]
 
 
 def __getattr__(name: str) -> Any:
     # JAX is imported with the first name that is used, not before: the command line answers for
     # what goes wrong in that, such as a Ctrl-C, from where it can.
-    if name == "__all__" or not name.startswith("__"):
-        api = import_module("jaxvae.api")
-        globals().update({public: getattr(api, public) for public in ("__all__", *api.__all__)})
+    if not name.startswith("__"):
+        for public, module in _MODULES.items():
+            globals()[public] = getattr(import_module(f"jaxvae.{module}"), public)
         if name in globals():  # the name, or a package that is imported now
             return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__getattr__("__all__")})
+    return sorted({*globals(), *__all__})

@@ -331,11 +331,6 @@ def field_docs(config: type) -> dict[str, str]:
     return {name: text.rstrip(".") for name, text in docs.items()}
 
 
-def summary_of(entry: Any) -> str:
-    """Return the first line of a component's docstring."""
-    return (inspect.getdoc(entry) or "").partition("\n")[0].rstrip(".")
-
-
 def _literal(text: str) -> Any:
     words: dict[str, Any] = {"true": True, "false": False, "none": None}
     if text.lower() in words:

@@ -17,15 +17,14 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, ArrayLike, Float, Int, Integer, Key, Num
+from jaxtyping import Array, Float, Int, Key, Num
 
 from jaxvae.components import Registry
 from jaxvae.errors import InputError, shown
 from jaxvae.models.codebooks import is_discrete
 from jaxvae.models.distributions import Gaussian
-from jaxvae.models.pixels import scale_images
 from jaxvae.models.protocols import Draw, Elbo, Posterior
-from jaxvae.models.vae import Params, decode, encode, prior
+from jaxvae.models.vae import Images, Labels, Params, decode, encode, prior
 from jaxvae.validation import (
     AnyKey,
     as_array,
@@ -34,11 +33,10 @@ from jaxvae.validation import (
     is_number,
     jit,
     native,
+    scale_images,
     whole_number,
 )
 
-Images = Num[ArrayLike, "batch height width channels"]
-Labels = Integer[ArrayLike, " batch"] | None
 Scalar = Num[Array, ""] | float
 Loss = Float[Array, " batch"]
 

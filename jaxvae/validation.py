@@ -1,4 +1,4 @@
-"""Checks of the arguments of the public functions.
+"""Checks and conversions of the arguments of the public functions.
 
 Shapes and types are always checked. Values are checked where they are known, which they are not
 inside `jit`: float images must be between 0 and 1, and labels must be classes of the model.
@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Key, UInt32
+from jaxtyping import Array, ArrayLike, Float, Key, Shaped, UInt32
 
 from jaxvae.errors import InputError, shown
 
@@ -167,6 +167,39 @@ def as_array(name: str, x: Any) -> jax.Array:
         return jnp.asarray(native(x))
     except (OverflowError, TypeError, ValueError):
         raise InputError(f"{name}: expected an array of numbers, not {_kind(x)}") from None
+
+
+def scale_images(images: Shaped[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
+    """Convert images to floats in [0, 1].
+
+    Args:
+      images: uint8, which is divided by 255; bool; or floats, which are returned unchanged.
+
+    Returns:
+      The images as floats.
+
+    Raises:
+      InputError: images of any other type.
+    """
+    if not isinstance(images, np.ndarray):  # whose division is exact
+        images = as_array("images", images)
+    if images.dtype == jnp.uint8:
+        return jnp.asarray(images.astype(jnp.float32) / 255)
+    if images.dtype == jnp.bool_:
+        return jnp.asarray(images.astype(jnp.float32))
+    if jnp.issubdtype(images.dtype, jnp.floating):
+        return jnp.asarray(native(images))
+    raise InputError(
+        f"images are of type {images.dtype}: expected uint8, or floats between 0 and 1"
+    )
+
+
+def at_least_float32(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Promote floats to float32; float64 stays float64.
+
+    In bfloat16 the sum over the pixels of an image would be off by nats.
+    """
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def as_key(key: Any, *, several: bool = False) -> jax.Array:

@@ -1,6 +1,7 @@
 """Components by name: the one-line form, registries, and configurations made of them."""
 
 import functools
+import inspect
 import json
 import shlex
 import sys
@@ -24,7 +25,6 @@ from jaxvae.components import (
     option_names,
     parse_spec,
     spec,
-    summary_of,
     written,
 )
 from jaxvae.errors import InputError
@@ -373,8 +373,6 @@ def test_names_and_options_are_listed():
     assert option_names(Brush) == ("width", "colour", "wet", "sheen")
     assert option_names(by_finger) == ("pressure",)
     assert option_names(3) == ()
-    assert summary_of(Brush) == "Paints"
-    assert summary_of(by_finger) == ""
 
 
 # Of every registered component: the names with other options than the defaults.
@@ -610,7 +608,7 @@ def test_help_comes_from_the_docstring():
 
 @pytest.mark.parametrize("registry", ALL.values(), ids=ALL)
 def test_every_registered_component_says_in_a_line_what_it_is(registry):
-    assert all(summary_of(entry) for entry in registry.entries.values())
+    assert all(inspect.getdoc(entry) for entry in registry.entries.values())
 
 
 def test_the_configurations_are_static_arguments_of_compiled_functions():

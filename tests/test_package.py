@@ -1,9 +1,11 @@
-"""What importing jaxvae costs, and what it does not do."""
+"""How the modules import each other, and what importing jaxvae costs and does not do."""
 
+import ast
 import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,23 @@ import pytest
 import jaxvae
 
 ROOT = Path(__file__).parents[1]
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in (ROOT / "jaxvae").rglob("*.py")
+}
+# Each imports only from its own row and from those above.
+ORDER = (
+    {"errors"},
+    {"components", "storage", "validation"},
+    {"data", "devices"},
+    {"models"},
+    {"objectives"},
+    {"evaluation", "training"},
+    {"explorer", "figures", "interchange"},
+    {"runs"},
+    {"cli"},
+    {"__main__"},
+)
 
 
 def in_a_fresh_process(code):
@@ -39,6 +58,50 @@ def test_the_contracts_names_are_public():
     for name in contract.split():
         assert name in jaxvae.__all__
         assert getattr(jaxvae, name).__doc__
+
+
+def imported(node, when_called=False):
+    """The modules of jaxvae that code imports, except for type checkers, and inside functions."""
+    if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+        return set()
+    if isinstance(node, ast.FunctionDef) and not when_called:
+        return set()
+    if isinstance(node, ast.Import):
+        return {alias.name for alias in node.names} & MODULES.keys()
+    if isinstance(node, ast.ImportFrom):
+        names = {f"{node.module}.{alias.name}" for alias in node.names}
+        return (names | {node.module}) & MODULES.keys()
+    children = ast.iter_child_nodes(node)
+    return set().union(*(imported(child, when_called) for child in children))
+
+
+def test_imports_point_one_way():
+    rows = {package: row for row, packages in enumerate(ORDER) for package in packages}
+    for name, path in MODULES.items():
+        for other in imported(ast.parse(path.read_text()), when_called=True) - {"jaxvae"}:
+            package, below = name.split(".")[1], other.split(".")[1]
+            assert rows[below] <= rows[package], f"{name} imports {other}"
+
+
+def test_the_longest_chain_of_imports_is_of_ten_modules():
+    imports = {name: imported(ast.parse(path.read_text())) for name, path in MODULES.items()}
+
+    @cache
+    def chain(name):
+        return (*max(map(chain, imports[name]), key=len, default=()), name)
+
+    longest = max(map(chain, MODULES), key=len)
+    assert len(longest) <= 10, " <- ".join(longest)
+
+
+def test_type_checkers_see_the_public_names():
+    names = {
+        (alias.name, node.module)
+        for node in ast.walk(ast.parse(MODULES["jaxvae"].read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("jaxvae.")
+        for alias in node.names
+    }
+    assert names == {(name, f"jaxvae.{module}") for name, module in jaxvae._MODULES.items()}
 
 
 def test_a_name_is_imported_with_its_first_use():

@@ -23,14 +23,7 @@ from jaxvae.evaluation.metrics import (
 from jaxvae.models.codebooks import codebook_of, is_discrete
 from jaxvae.models.discrete import perplexity
 from jaxvae.models.distributions import Gaussian
-from jaxvae.models.vae import (
-    Params,
-    encode,
-    expected_images,
-    expected_labels,
-    prior,
-    reconstruct,
-)
+from jaxvae.models.vae import Params, encode, expected_images, expected_labels, prior, reconstruct
 from jaxvae.objectives import draw, elbo, example_keys
 from jaxvae.validation import jit
 

@@ -13,8 +13,8 @@ from jaxtyping import Array, ArrayLike, Float, Int, Key, Num, Shaped
 from jaxvae.devices.convolution import in_blocks
 from jaxvae.errors import InputError
 from jaxvae.models.distributions import Gaussian
-from jaxvae.models.pixels import at_least_float32, scale_images
 from jaxvae.models.protocols import Posterior
+from jaxvae.validation import at_least_float32, scale_images
 
 ACTIVE = 0.01  # variance of the posterior's mean above which a latent counts as active
 

@@ -12,9 +12,9 @@ from jaxvae.data import Dataset
 from jaxvae.figures.grid import latent_grid, plane
 from jaxvae.figures.style import image_grid
 from jaxvae.models.distributions import UnitGaussian
-from jaxvae.models.pixels import scale_images
 from jaxvae.models.protocols import Posterior
 from jaxvae.models.vae import Params, decode, encode, prior, reconstruct, sample
+from jaxvae.validation import scale_images
 
 _ROWS = 10  # classes or latents drawn, at most
 _ENCODED = 10_000  # test images, at most; more points would only hide each other

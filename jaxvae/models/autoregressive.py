@@ -11,9 +11,8 @@ from jaxtyping import Array, Float, Int, Key
 
 from jaxvae.errors import InputError
 from jaxvae.models.codebooks import Codebook, codebook_of, expect_codes_of_posterior
-from jaxvae.models.pixels import at_least_float32
 from jaxvae.models.protocols import Learned
-from jaxvae.validation import whole_number
+from jaxvae.validation import at_least_float32, whole_number
 
 if TYPE_CHECKING:
     from jaxvae.models.config import ModelConfig

@@ -10,9 +10,8 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Key
 
 from jaxvae.models.distributions import UnitGaussian
-from jaxvae.models.pixels import at_least_float32
 from jaxvae.models.protocols import Learned
-from jaxvae.validation import whole_number
+from jaxvae.validation import at_least_float32, whole_number
 
 if TYPE_CHECKING:
     from jaxvae.models.config import ModelConfig

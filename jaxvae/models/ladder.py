@@ -34,9 +34,8 @@ from jaxvae.models.networks import (
     he_transposed,
     with_planes,
 )
-from jaxvae.models.pixels import at_least_float32, scale_images
 from jaxvae.models.protocols import Draw, Likelihood, Posterior, Prior
-from jaxvae.validation import expect_bool, whole_number
+from jaxvae.validation import at_least_float32, expect_bool, scale_images, whole_number
 
 if TYPE_CHECKING:
     from jaxvae.models.config import ModelConfig

@@ -17,16 +17,14 @@ from jaxvae.errors import InputError
 from jaxvae.models.pixels import (
     Images,
     Pixels,
-    at_least_float32,
     expected_pixels,
     flat,
     log_prob_of_level,
-    scale_images,
     series,
     sigmoid,
     soft_maximum,
 )
-from jaxvae.validation import AnyKey, as_key, expect_unit_interval
+from jaxvae.validation import AnyKey, as_key, at_least_float32, expect_unit_interval, scale_images
 
 
 # A base class has the fields, as type checkers take class attributes of a NamedTuple for fields.

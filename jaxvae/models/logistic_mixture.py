@@ -12,13 +12,12 @@ from jaxtyping import Array, Float
 from jaxvae.models.pixels import (
     Images,
     Pixels,
-    at_least_float32,
     expected_pixels,
     flat,
     log_prob_of_level,
     soft_maximum,
 )
-from jaxvae.validation import AnyKey, whole_number
+from jaxvae.validation import AnyKey, at_least_float32, whole_number
 
 
 class DiscretizedLogisticMixture(NamedTuple):

@@ -4,41 +4,15 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Float, Num, Shaped
+from jaxtyping import Array, ArrayLike, Bool, Float, Num
 
 from jaxvae.errors import InputError
-from jaxvae.validation import as_array, expect_unit_interval, native
+from jaxvae.validation import at_least_float32, expect_unit_interval, scale_images
 
 Images = (
     Num[ArrayLike, "*batch height width channels"] | Bool[ArrayLike, "*batch height width channels"]
 )
 Pixels = Float[Array, "*batch height width channels"]
-
-
-def scale_images(images: Shaped[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
-    """Convert images to floats in [0, 1].
-
-    Args:
-      images: uint8, which is divided by 255; bool; or floats, which are returned unchanged.
-
-    Returns:
-      The images as floats.
-
-    Raises:
-      InputError: images of any other type.
-    """
-    if not isinstance(images, np.ndarray):  # whose division is exact
-        images = as_array("images", images)
-    if images.dtype == jnp.uint8:
-        return jnp.asarray(images.astype(jnp.float32) / 255)
-    if images.dtype == jnp.bool_:
-        return jnp.asarray(images.astype(jnp.float32))
-    if jnp.issubdtype(images.dtype, jnp.floating):
-        return jnp.asarray(native(images))
-    raise InputError(
-        f"images are of type {images.dtype}: expected uint8, or floats between 0 and 1"
-    )
 
 
 def expected_pixels(images: Images, shape: tuple[int, ...], *, bounded: bool = True) -> Pixels:
@@ -66,14 +40,6 @@ def flat(*arrays: Pixels) -> list[Float[Array, "*batch pixels"]]:
     On a CPU, XLA does not vectorise over a last axis of size 1, which takes ten times as long.
     """
     return [at_least_float32(x).reshape(*x.shape[:-3], -1) for x in arrays]
-
-
-def at_least_float32(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Promote floats to float32; float64 stays float64.
-
-    In bfloat16 the sum over the pixels of an image would be off by nats.
-    """
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def log_prob_of_level(

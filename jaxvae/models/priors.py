@@ -11,9 +11,9 @@ from jaxtyping import Array, Float, Int, Key, Num
 
 from jaxvae.errors import InputError
 from jaxvae.models.distributions import GaussianMixture, UnitGaussian
-from jaxvae.models.pixels import at_least_float32, scale_images, sigmoid
+from jaxvae.models.pixels import sigmoid
 from jaxvae.models.protocols import Learned
-from jaxvae.validation import whole_number
+from jaxvae.validation import at_least_float32, scale_images, whole_number
 
 if TYPE_CHECKING:
     from jaxvae.models.config import ModelConfig

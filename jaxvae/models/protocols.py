@@ -12,11 +12,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int, Key, Num
 
-from jaxvae.validation import AnyKey
-
 if TYPE_CHECKING:
     from jaxvae.models.config import ModelConfig
     from jaxvae.models.vae import Params
+    from jaxvae.validation import AnyKey
 
 Learned = Mapping[str, Any]
 
@@ -142,7 +141,7 @@ class Likelihood(Protocol):
     ) -> Float[Array, " batch"]:
         """Compute log p(x|z), in nats per image."""
 
-    def sample(self, key: AnyKey) -> Float[Array, "batch height width channels"]:
+    def sample(self, key: "AnyKey") -> Float[Array, "batch height width channels"]:
         """Draw images."""
 
 

@@ -9,9 +9,8 @@ from jaxtyping import Array, Float, Key
 
 from jaxvae.errors import InputError, shown
 from jaxvae.models.codebooks import CodeVectors, Grid, expect_codes_of_prior, straight_through
-from jaxvae.models.pixels import at_least_float32
 from jaxvae.models.protocols import Learned, Prior
-from jaxvae.validation import is_number, whole_number
+from jaxvae.validation import at_least_float32, is_number, whole_number
 
 if TYPE_CHECKING:
     from jaxvae.models.config import ModelConfig

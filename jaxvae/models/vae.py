@@ -3,7 +3,7 @@
 import inspect
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
@@ -12,19 +12,21 @@ from jaxtyping import Array, ArrayLike, Float, Integer, Key, Num
 
 from jaxvae.devices.convolution import block_size, in_blocks
 from jaxvae.errors import InputError, shown
-from jaxvae.models.config import ModelConfig
-from jaxvae.models.pixels import at_least_float32, scale_images
 from jaxvae.models.protocols import Likelihood, Model, Posterior, Prior
 from jaxvae.validation import (
     AnyKey,
     as_array,
     as_key,
-    expect_config,
+    at_least_float32,
     expect_real,
     is_number,
     jit,
+    scale_images,
     whole_number,
 )
+
+if TYPE_CHECKING:
+    from jaxvae.models.config import ModelConfig
 
 Images = Num[ArrayLike, "batch height width channels"]
 Labels = Integer[ArrayLike, " batch"] | None
@@ -46,7 +48,7 @@ class Params:
 
     encoder: Any
     decoder: Any
-    config: ModelConfig = field(metadata={"static": True})
+    config: "ModelConfig" = field(metadata={"static": True})
     likelihood: Any = field(default_factory=dict)
     prior: Any = field(default_factory=dict)
     posterior: Any = field(default_factory=dict)
@@ -68,7 +70,7 @@ class VAE:
       Kingma and Welling (2014), Auto-Encoding Variational Bayes.
     """
 
-    config: ModelConfig
+    config: "ModelConfig"
 
     def modules(self) -> tuple[nn.Module, nn.Module]:
         """Return the Flax modules: encoder and decoder."""
@@ -156,13 +158,13 @@ class VAE:
         return (jax.nn.one_hot(labels, self.config.num_classes, dtype=jnp.float32),)
 
 
-def model_of(config: ModelConfig) -> Model:
+def model_of(config: "ModelConfig") -> Model:
     """Return the model of a configuration: a `VAE`, unless its network has its own `model`."""
     return getattr(config.network, "model", VAE)(config)
 
 
 @jit(static_argnames="config")
-def init(key: AnyKey, config: ModelConfig) -> Params:
+def init(key: AnyKey, config: "ModelConfig") -> Params:
     """Initialise the parameters of a model.
 
     By default kernels are Glorot uniform, as in Keras, and biases zero. Parameters are float32,
@@ -182,7 +184,6 @@ def init(key: AnyKey, config: ModelConfig) -> Params:
       Glorot and Bengio (2010), Understanding the difficulty of training deep feedforward neural
       networks, equation 16.
     """
-    expect_config("config", config, ModelConfig)
     return Params(config=config, **model_of(config).init(as_key(key)))
 
 

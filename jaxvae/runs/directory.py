@@ -31,12 +31,7 @@ from jaxvae.models.likelihoods import binarize
 from jaxvae.models.protocols import Learned
 from jaxvae.models.vae import Params
 from jaxvae.objectives import PriorFit
-from jaxvae.runs.checkpoints import (
-    load,
-    metadata,
-    newest_intact,
-    steps_of,
-)
+from jaxvae.runs.checkpoints import load, metadata, newest_intact, steps_of
 from jaxvae.runs.config import MAY_CHANGE, DataRecord, RunConfig, components
 from jaxvae.runs.data import describe, difference, model_inputs
 from jaxvae.runs.files import locked, read_metrics, version, write_json

@@ -12,12 +12,12 @@ from jaxvae.errors import InputError
 from jaxvae.figures.animation import is_kept
 from jaxvae.figures.grid import pixels, plane, tile
 from jaxvae.models.codebooks import is_discrete
-from jaxvae.models.pixels import scale_images
 from jaxvae.models.vae import Params, encode, reconstruct, sample
 from jaxvae.runs.callbacks import Callback, Training
 from jaxvae.runs.config import run_keys
 from jaxvae.runs.data import model_inputs
 from jaxvae.storage import make_folder, refuse_links
+from jaxvae.validation import scale_images
 
 _PICTURED = 8  # reconstructions, and samples per row and column
 _PROJECTED = 2500  # test latents in the projector

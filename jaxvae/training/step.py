@@ -18,13 +18,7 @@ from jaxvae.models.likelihoods import binarize
 from jaxvae.models.vae import Params, expected_images, expected_labels, init
 from jaxvae.objectives import Elbo, example_keys
 from jaxvae.training.optimizer import rate_at
-from jaxvae.training.state import (
-    TrainState,
-    binarization_key,
-    noise_key,
-    optimizer,
-    shuffle_key,
-)
+from jaxvae.training.state import TrainState, binarization_key, noise_key, optimizer, shuffle_key
 from jaxvae.validation import expect_number, jit
 
 Metrics = dict[str, Num[Array, ""]]
