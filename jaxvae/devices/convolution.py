@@ -9,9 +9,10 @@ several times slower than a matrix product of the same size. Here they are matri
     transposed           pixels times filters, then overlap-add
 
 All of them use two linear maps, which are transposes of each other: `_taps` splits an image into
-strided shifts of itself, and `_overlap_add` adds such shifts up. Between them are matrix products
-and sums, whose gradients are matrix products and sums as well. A batch is processed in blocks that
-fit into the cache.
+strided shifts of itself, and `_overlap_add` adds such shifts up. Each is a primitive whose
+derivative is itself and whose transpose is the other one. Between them are matrix products and
+sums, whose derivatives are matrix products and sums as well. Hence forward and reverse mode are
+equally fast, to any order. A batch is processed in blocks that fit into the cache.
 
 On every other backend XLA's own convolution is faster, and the whole batch is one block. This also
 holds for a batch of symbolic size, as in `jax.export`: an exported program may run anywhere.
@@ -25,6 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
 _NHWC = ("NHWC", "HWIO", "NHWC")
 
@@ -87,8 +90,7 @@ def conv_general_dilated(
 ) -> jax.Array:
     """Replace `jax.lax.conv_general_dilated`, in `flax.linen.Conv(conv_general_dilated=...)`.
 
-    Dilated, grouped and not two-dimensional convolutions are XLA's on every backend. On a CPU,
-    reverse-mode differentiation works to any order; forward mode raises JAX's TypeError.
+    Dilated, grouped and not two-dimensional convolutions are XLA's on every backend.
 
     Args:
       lhs: images, [batch, height, width, in].
@@ -192,8 +194,8 @@ def _taps(x: jax.Array, window: _Window) -> list[jax.Array]:
     Returns:
       A list in the order of `window.taps()`, each [batch, *window.steps, channels].
     """
-    size = _pair(x.shape[1:3])
-    return _linear(partial(_apart, window=window), partial(_together, window=window, size=size))(x)
+    parts: list[jax.Array] = _taps_p.bind(x, window=window, size=_pair(x.shape[1:3]))
+    return parts
 
 
 def _overlap_add(parts: Sequence[jax.Array], window: _Window, size: tuple[int, int]) -> jax.Array:
@@ -209,16 +211,16 @@ def _overlap_add(parts: Sequence[jax.Array], window: _Window, size: tuple[int, i
     Returns:
       The sum, [batch, *size, channels].
     """
-    f = _linear(partial(_together, window=window, size=size), partial(_apart, window=window))
-    return f(list(parts))
+    (image,) = _overlap_add_p.bind(*parts, window=window, size=size)
+    return image  # type: ignore[no-any-return]
 
 
-def _apart(x: jax.Array, window: _Window) -> list[jax.Array]:
-    """Compute `_taps`, without its gradient rule."""
+def _apart(x: jax.Array, *, window: _Window, size: tuple[int, int]) -> list[jax.Array]:
+    """Compute `_taps` of an image of this size, without its differentiation rules."""
     (down, right), (rows, columns) = window.strides, window.steps
     edges = [
         (low, stride * (n - 1) + k - low - side)
-        for side, k, stride, low, n in zip(x.shape[1:3], *window, strict=True)
+        for side, k, stride, low, n in zip(size, *window, strict=True)
     ]
     # Written into zeros, because XLA would fuse `lax.pad` into every tap and pad each time.
     x = _pad(x, [(min(low, 0), min(high, 0)) for low, high in edges])
@@ -232,8 +234,8 @@ def _apart(x: jax.Array, window: _Window) -> list[jax.Array]:
     ]
 
 
-def _together(parts: Sequence[jax.Array], window: _Window, size: tuple[int, int]) -> jax.Array:
-    """Compute `_overlap_add`, without its gradient rule."""
+def _together(*parts: jax.Array, window: _Window, size: tuple[int, int]) -> list[jax.Array]:
+    """Compute `_overlap_add`, without its differentiation rules."""
     (down, right), (rows, columns) = window.strides, window.steps
     height, width = (-(-n // stride) for n, stride in zip(size, window.strides, strict=True))
 
@@ -252,21 +254,53 @@ def _together(parts: Sequence[jax.Array], window: _Window, size: tuple[int, int]
     rows_of_phases = [jnp.stack([phase(p, q) for q in range(right)], axis=3) for p in range(down)]
     image = jnp.stack(rows_of_phases, axis=2)
     image = image.reshape(image.shape[0], height * down, width * right, image.shape[-1])
-    return image[:, : size[0], : size[1]]
+    return [image[:, : size[0], : size[1]]]
 
 
-def _linear(f: Callable[[Any], Any], transpose: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Return a linear function f whose gradient is computed by `transpose`, and vice versa.
+def _transposes(
+    f: Callable[..., list[jax.Array]], g: Callable[..., list[jax.Array]]
+) -> tuple[Primitive, Primitive]:
+    """Make primitives of two linear maps that are transposes of each other.
 
     XLA's own transposes of strided slices are scatter-adds, which are several times slower.
+
+    Args:
+      f: a map of arrays [batch, ...] to a list of such arrays, for every example by itself.
+      g: its transpose, which has the same keyword arguments.
+
+    Returns:
+      The primitives of f and g.
     """
 
-    @jax.custom_vjp
-    def call(x: Any) -> Any:
-        return f(x)
+    def primitive(f: Callable[..., list[jax.Array]]) -> Primitive:
+        def shapes(*x: Any, **options: Any) -> Any:
+            return jax.make_jaxpr(partial(f, **options))(*x).out_avals
 
-    call.defvjp(lambda x: (f(x), None), lambda _, y: (_linear(transpose, f)(y),))
-    return call
+        def batched(x: Any, axes: Any, **options: Any) -> Any:
+            """Take the new axis for a part of the batch."""
+            (n,) = {a.shape[axis] for a, axis in zip(x, axes, strict=True) if axis is not None}
+            x = [batching.bdim_at_front(a, axis, n) for a, axis in zip(x, axes, strict=True)]
+            y = p.bind(*[a.reshape(n * a.shape[1], *a.shape[2:]) for a in x], **options)
+            return [a.reshape(n, x[0].shape[1], *a.shape[1:]) for a in y], [0] * len(y)
+
+        p = Primitive(f.__name__)
+        p.multiple_results = True
+        p.def_impl(jax.jit(f, static_argnames=("window", "size")))
+        p.def_abstract_eval(shapes)
+        mlir.register_lowering(p, mlir.lower_fun(f, multiple_results=True))
+        batching.primitive_batchers[p] = batched
+        return p
+
+    def transpose(other: Primitive, cotangents: Any, **options: Any) -> Any:
+        return other.bind(*map(ad.instantiate_zeros, cotangents), **options)
+
+    pair = primitive(f), primitive(g)
+    for p, other in pair, pair[::-1]:
+        ad.deflinear(p, partial(transpose, other))
+    return pair
+
+
+_taps_p, _overlap_add_p = _transposes(_apart, _together)
 
 
 # Winograd's minimal filtering F(2x2, 3x3), Lavin and Gray (2016), Fast Algorithms for
