@@ -11,8 +11,8 @@ several times slower than a matrix product of the same size. Here they are matri
 All of them use two linear maps, which are transposes of each other: `_taps` splits an image into
 strided shifts of itself, and `_overlap_add` adds such shifts up. Each is a primitive whose
 derivative is itself and whose transpose is the other one. Between them are matrix products and
-sums, whose derivatives are matrix products and sums as well. Hence forward and reverse mode are
-equally fast, to any order. A batch is processed in blocks that fit into the cache.
+sums, whose derivatives are matrix products and sums as well. So forward and reverse mode, of any
+order, use the same operations. A batch is processed in blocks that fit into the cache.
 
 On every other backend XLA's own convolution is faster, and the whole batch is one block. This also
 holds for a batch of symbolic size, as in `jax.export`: an exported program may run anywhere.
@@ -216,7 +216,7 @@ def _overlap_add(parts: Sequence[jax.Array], window: _Window, size: tuple[int, i
 
 
 def _apart(x: jax.Array, *, window: _Window, size: tuple[int, int]) -> list[jax.Array]:
-    """Compute `_taps` of an image of this size, without its differentiation rules."""
+    """Compute `_taps` of images of this size, without its differentiation rules."""
     (down, right), (rows, columns) = window.strides, window.steps
     edges = [
         (low, stride * (n - 1) + k - low - side)
@@ -257,50 +257,39 @@ def _together(*parts: jax.Array, window: _Window, size: tuple[int, int]) -> list
     return [image[:, : size[0], : size[1]]]
 
 
-def _transposes(
-    f: Callable[..., list[jax.Array]], g: Callable[..., list[jax.Array]]
-) -> tuple[Primitive, Primitive]:
-    """Make primitives of two linear maps that are transposes of each other.
+def _primitive(f: Callable[..., list[jax.Array]]) -> Primitive:
+    """Make a primitive of a map of images, which treats every image of the batch alone."""
+    p = Primitive(f.__name__.strip("_"))
+    p.multiple_results = True
 
-    XLA's own transposes of strided slices are scatter-adds, which are several times slower.
+    def shapes(*x: Any, **static: Any) -> Any:
+        return jax.make_jaxpr(partial(f, **static))(*x).out_avals
 
-    Args:
-      f: a map of arrays [batch, ...] to a list of such arrays, for every example by itself.
-      g: its transpose, which has the same keyword arguments.
+    def batched(x: Sequence[jax.Array], axes: Sequence[int | None], **static: Any) -> Any:
+        """Append the axis of a `vmap` to the batch."""
+        (n,) = {y.shape[axis] for y, axis in zip(x, axes, strict=True) if axis is not None}
+        x = [batching.bdim_at_front(y, axis, n) for y, axis in zip(x, axes, strict=True)]
+        rows = x[0].shape[1]
+        out = p.bind(*[y.reshape(n * rows, *y.shape[2:]) for y in x], **static)
+        return [y.reshape(n, rows, *y.shape[1:]) for y in out], [0] * len(out)
 
-    Returns:
-      The primitives of f and g.
-    """
-
-    def primitive(f: Callable[..., list[jax.Array]]) -> Primitive:
-        def shapes(*x: Any, **options: Any) -> Any:
-            return jax.make_jaxpr(partial(f, **options))(*x).out_avals
-
-        def batched(x: Any, axes: Any, **options: Any) -> Any:
-            """Take the new axis for a part of the batch."""
-            (n,) = {a.shape[axis] for a, axis in zip(x, axes, strict=True) if axis is not None}
-            x = [batching.bdim_at_front(a, axis, n) for a, axis in zip(x, axes, strict=True)]
-            y = p.bind(*[a.reshape(n * a.shape[1], *a.shape[2:]) for a in x], **options)
-            return [a.reshape(n, x[0].shape[1], *a.shape[1:]) for a in y], [0] * len(y)
-
-        p = Primitive(f.__name__)
-        p.multiple_results = True
-        p.def_impl(jax.jit(f, static_argnames=("window", "size")))
-        p.def_abstract_eval(shapes)
-        mlir.register_lowering(p, mlir.lower_fun(f, multiple_results=True))
-        batching.primitive_batchers[p] = batched
-        return p
-
-    def transpose(other: Primitive, cotangents: Any, **options: Any) -> Any:
-        return other.bind(*map(ad.instantiate_zeros, cotangents), **options)
-
-    pair = primitive(f), primitive(g)
-    for p, other in pair, pair[::-1]:
-        ad.deflinear(p, partial(transpose, other))
-    return pair
+    p.def_impl(jax.jit(f, static_argnames=("window", "size")))
+    p.def_abstract_eval(shapes)
+    batching.primitive_batchers[p] = batched
+    mlir.register_lowering(p, mlir.lower_fun(f, multiple_results=True))
+    return p
 
 
-_taps_p, _overlap_add_p = _transposes(_apart, _together)
+def _transpose(p: Primitive, cotangents: Sequence[Any], **static: Any) -> list[jax.Array]:
+    """Apply p, which is the transpose of the primitive whose cotangents are given."""
+    out: list[jax.Array] = p.bind(*map(ad.instantiate_zeros, cotangents), **static)
+    return out
+
+
+# XLA's own transposes of strided slices are scatter-adds, which are several times slower.
+_taps_p, _overlap_add_p = _primitive(_apart), _primitive(_together)
+ad.deflinear(_taps_p, partial(_transpose, _overlap_add_p))
+ad.deflinear(_overlap_add_p, partial(_transpose, _taps_p))
 
 
 # Winograd's minimal filtering F(2x2, 3x3), Lavin and Gray (2016), Fast Algorithms for
