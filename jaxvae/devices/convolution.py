@@ -9,10 +9,10 @@ several times slower than a matrix product of the same size. Here they are matri
     transposed           pixels times filters, then overlap-add
 
 All of them use two linear maps, which are transposes of each other: `_taps` splits an image into
-strided shifts of itself, and `_overlap_add` adds such shifts up. Each is a primitive whose
-derivative is itself and whose transpose is the other one. Between them are matrix products and
-sums, whose derivatives are matrix products and sums as well. So forward and reverse mode, of any
-order, use the same operations. A batch is processed in blocks that fit into the cache.
+strided shifts of itself, and `_overlap_add` adds such shifts up. The derivative of each is itself,
+as a primitive whose transpose is the other one. Between them are matrix products and sums, whose
+derivatives are matrix products and sums as well. So forward and reverse mode, of any order, use the
+same operations. A batch is processed in blocks that fit into the cache.
 
 On every other backend XLA's own convolution is faster, and the whole batch is one block. This also
 holds for a batch of symbolic size, as in `jax.export`: an exported program may run anywhere.
@@ -194,8 +194,7 @@ def _taps(x: jax.Array, window: _Window) -> list[jax.Array]:
     Returns:
       A list in the order of `window.taps()`, each [batch, *window.steps, channels].
     """
-    parts: list[jax.Array] = _taps_p.bind(x, window=window, size=_pair(x.shape[1:3]))
-    return parts
+    return _linear(_apart, _taps_p, window=window, size=_pair(x.shape[1:3]))(x)
 
 
 def _overlap_add(parts: Sequence[jax.Array], window: _Window, size: tuple[int, int]) -> jax.Array:
@@ -211,8 +210,8 @@ def _overlap_add(parts: Sequence[jax.Array], window: _Window, size: tuple[int, i
     Returns:
       The sum, [batch, *size, channels].
     """
-    (image,) = _overlap_add_p.bind(*parts, window=window, size=size)
-    return image  # type: ignore[no-any-return]
+    (image,) = _linear(_together, _overlap_add_p, window=window, size=size)(*parts)
+    return image
 
 
 def _apart(x: jax.Array, *, window: _Window, size: tuple[int, int]) -> list[jax.Array]:
@@ -255,6 +254,18 @@ def _together(*parts: jax.Array, window: _Window, size: tuple[int, int]) -> list
     image = jnp.stack(rows_of_phases, axis=2)
     image = image.reshape(image.shape[0], height * down, width * right, image.shape[-1])
     return [image[:, : size[0], : size[1]]]
+
+
+def _linear(
+    f: Callable[..., list[jax.Array]], p: Primitive, **static: Any
+) -> Callable[..., list[jax.Array]]:
+    """Return f, whose derivative is computed by the primitive p of it.
+
+    The values are not computed by p, as converters of traced functions do not know it.
+    """
+    call = jax.custom_jvp(partial(f, **static))
+    call.defjvp(lambda x, tangents: (call(*x), p.bind(*tangents, **static)))
+    return call
 
 
 def _primitive(f: Callable[..., list[jax.Array]]) -> Primitive:
