@@ -220,6 +220,25 @@ def test_a_network_has_the_shapes_of_its_model_and_treats_images_alone(name, num
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(params))
 
 
+@pytest.mark.parametrize("name", list(NETWORKS))
+def test_a_network_has_one_jacobian_in_forward_and_in_reverse_mode(name):
+    params = params_of(latents_of(name), image_shape=(8, 7, 2), network=small(name))
+    images = jax.random.uniform(KEY, (2, 8, 7, 2))
+    latents = jax.random.normal(KEY, (2, params.config.latent_dim))
+
+    def encoder(image):
+        return jaxvae.encode(params, image[None]).mean[0]
+
+    def decoder(z):
+        return jaxvae.decode(params, z[None]).mean[0]
+
+    for f, x in (encoder, images), (decoder, latents):
+        forward, reverse = (jax.jit(jax.vmap(mode(f)))(x) for mode in (jax.jacfwd, jax.jacrev))
+        largest = jnp.max(jnp.abs(reverse))
+        assert largest > 0
+        np.testing.assert_allclose(forward, reverse, rtol=1e-4, atol=1e-5 * largest)
+
+
 PAIRS = [(name, "mixture") for name in OBJECTIVES] + [("elbo", name) for name in PRIORS]
 
 

@@ -9,9 +9,10 @@ several times slower than a matrix product of the same size. Here they are matri
     transposed           pixels times filters, then overlap-add
 
 All of them use two linear maps, which are transposes of each other: `_taps` splits an image into
-strided shifts of itself, and `_overlap_add` adds such shifts up. Between them are matrix products
-and sums, whose gradients are matrix products and sums as well. A batch is processed in blocks that
-fit into the cache.
+strided shifts of itself, and `_overlap_add` adds such shifts up. The derivative of each is itself,
+as a primitive whose transpose is the other one. Between them are matrix products and sums, whose
+derivatives are matrix products and sums as well. So forward and reverse mode, of any order, use the
+same operations. A batch is processed in blocks that fit into the cache.
 
 On every other backend XLA's own convolution is faster, and the whole batch is one block. This also
 holds for a batch of symbolic size, as in `jax.export`: an exported program may run anywhere.
@@ -25,6 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
 _NHWC = ("NHWC", "HWIO", "NHWC")
 
@@ -87,8 +90,7 @@ def conv_general_dilated(
 ) -> jax.Array:
     """Replace `jax.lax.conv_general_dilated`, in `flax.linen.Conv(conv_general_dilated=...)`.
 
-    Dilated, grouped and not two-dimensional convolutions are XLA's on every backend. On a CPU,
-    reverse-mode differentiation works to any order; forward mode raises JAX's TypeError.
+    Dilated, grouped and not two-dimensional convolutions are XLA's on every backend.
 
     Args:
       lhs: images, [batch, height, width, in].
@@ -192,8 +194,7 @@ def _taps(x: jax.Array, window: _Window) -> list[jax.Array]:
     Returns:
       A list in the order of `window.taps()`, each [batch, *window.steps, channels].
     """
-    size = _pair(x.shape[1:3])
-    return _linear(partial(_apart, window=window), partial(_together, window=window, size=size))(x)
+    return _linear(_apart, _taps_p, window=window, size=_pair(x.shape[1:3]))(x)
 
 
 def _overlap_add(parts: Sequence[jax.Array], window: _Window, size: tuple[int, int]) -> jax.Array:
@@ -209,16 +210,16 @@ def _overlap_add(parts: Sequence[jax.Array], window: _Window, size: tuple[int, i
     Returns:
       The sum, [batch, *size, channels].
     """
-    f = _linear(partial(_together, window=window, size=size), partial(_apart, window=window))
-    return f(list(parts))
+    (image,) = _linear(_together, _overlap_add_p, window=window, size=size)(*parts)
+    return image
 
 
-def _apart(x: jax.Array, window: _Window) -> list[jax.Array]:
-    """Compute `_taps`, without its gradient rule."""
+def _apart(x: jax.Array, *, window: _Window, size: tuple[int, int]) -> list[jax.Array]:
+    """Compute `_taps` of images of this size, without its differentiation rules."""
     (down, right), (rows, columns) = window.strides, window.steps
     edges = [
         (low, stride * (n - 1) + k - low - side)
-        for side, k, stride, low, n in zip(x.shape[1:3], *window, strict=True)
+        for side, k, stride, low, n in zip(size, *window, strict=True)
     ]
     # Written into zeros, because XLA would fuse `lax.pad` into every tap and pad each time.
     x = _pad(x, [(min(low, 0), min(high, 0)) for low, high in edges])
@@ -232,8 +233,8 @@ def _apart(x: jax.Array, window: _Window) -> list[jax.Array]:
     ]
 
 
-def _together(parts: Sequence[jax.Array], window: _Window, size: tuple[int, int]) -> jax.Array:
-    """Compute `_overlap_add`, without its gradient rule."""
+def _together(*parts: jax.Array, window: _Window, size: tuple[int, int]) -> list[jax.Array]:
+    """Compute `_overlap_add`, without its differentiation rules."""
     (down, right), (rows, columns) = window.strides, window.steps
     height, width = (-(-n // stride) for n, stride in zip(size, window.strides, strict=True))
 
@@ -252,21 +253,54 @@ def _together(parts: Sequence[jax.Array], window: _Window, size: tuple[int, int]
     rows_of_phases = [jnp.stack([phase(p, q) for q in range(right)], axis=3) for p in range(down)]
     image = jnp.stack(rows_of_phases, axis=2)
     image = image.reshape(image.shape[0], height * down, width * right, image.shape[-1])
-    return image[:, : size[0], : size[1]]
+    return [image[:, : size[0], : size[1]]]
 
 
-def _linear(f: Callable[[Any], Any], transpose: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Return a linear function f whose gradient is computed by `transpose`, and vice versa.
+def _linear(
+    f: Callable[..., list[jax.Array]], p: Primitive, **static: Any
+) -> Callable[..., list[jax.Array]]:
+    """Return f, whose derivative is computed by the primitive p of it.
 
-    XLA's own transposes of strided slices are scatter-adds, which are several times slower.
+    The values are not computed by p, as converters of traced functions do not know it.
     """
-
-    @jax.custom_vjp
-    def call(x: Any) -> Any:
-        return f(x)
-
-    call.defvjp(lambda x: (f(x), None), lambda _, y: (_linear(transpose, f)(y),))
+    call = jax.custom_jvp(partial(f, **static))
+    call.defjvp(lambda x, tangents: (call(*x), p.bind(*tangents, **static)))
     return call
+
+
+def _primitive(f: Callable[..., list[jax.Array]]) -> Primitive:
+    """Make a primitive of a map of images, which treats every image of the batch alone."""
+    p = Primitive(f.__name__.strip("_"))
+    p.multiple_results = True
+
+    def shapes(*x: Any, **static: Any) -> Any:
+        return jax.make_jaxpr(partial(f, **static))(*x).out_avals
+
+    def batched(x: Sequence[jax.Array], axes: Sequence[int | None], **static: Any) -> Any:
+        """Append the axis of a `vmap` to the batch."""
+        (n,) = {y.shape[axis] for y, axis in zip(x, axes, strict=True) if axis is not None}
+        x = [batching.bdim_at_front(y, axis, n) for y, axis in zip(x, axes, strict=True)]
+        rows = x[0].shape[1]
+        out = p.bind(*[y.reshape(n * rows, *y.shape[2:]) for y in x], **static)
+        return [y.reshape(n, rows, *y.shape[1:]) for y in out], [0] * len(out)
+
+    p.def_impl(jax.jit(f, static_argnames=("window", "size")))
+    p.def_abstract_eval(shapes)
+    batching.primitive_batchers[p] = batched
+    mlir.register_lowering(p, mlir.lower_fun(f, multiple_results=True))
+    return p
+
+
+def _transpose(p: Primitive, cotangents: Sequence[Any], **static: Any) -> list[jax.Array]:
+    """Apply p, which is the transpose of the primitive whose cotangents are given."""
+    out: list[jax.Array] = p.bind(*map(ad.instantiate_zeros, cotangents), **static)
+    return out
+
+
+# XLA's own transposes of strided slices are scatter-adds, which are several times slower.
+_taps_p, _overlap_add_p = _primitive(_apart), _primitive(_together)
+ad.deflinear(_taps_p, partial(_transpose, _overlap_add_p))
+ad.deflinear(_overlap_add_p, partial(_transpose, _taps_p))
 
 
 # Winograd's minimal filtering F(2x2, 3x3), Lavin and Gray (2016), Fast Algorithms for

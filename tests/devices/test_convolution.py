@@ -2,6 +2,7 @@
 
 from functools import partial
 from inspect import unwrap
+from itertools import product
 
 import jax
 import jax.numpy as jnp
@@ -58,14 +59,17 @@ def assert_close(ours, theirs):
 
 
 def assert_same_function(ours, theirs, x, kernel):
-    """Values and both derivatives, pulled back from the same random cotangent."""
+    """Values, and both derivatives in reverse and in forward mode, in the same random direction."""
 
     @jax.jit
     def both(x, kernel):
         y, pull = jax.vjp(theirs, x, kernel)
         z, our_pull = jax.vjp(ours, x, kernel)
         cotangent = normal(*y.shape, seed=2)
-        return (z, our_pull(cotangent)), (y, pull(cotangent))
+        tangents = normal(*x.shape, seed=3), normal(*kernel.shape, seed=4)
+        _, slope = jax.jvp(theirs, (x, kernel), tangents)
+        _, our_slope = jax.jvp(ours, (x, kernel), tangents)
+        return (z, our_pull(cotangent), our_slope), (y, pull(cotangent), slope)
 
     assert jax.eval_shape(ours, x, kernel) == jax.eval_shape(theirs, x, kernel)
     assert_close(*both(x, kernel))
@@ -132,19 +136,27 @@ def test_convolutions_work_eagerly_and_under_vmap(ours, theirs, channels, platfo
         assert_close(jax.jit(our_rows)(*args), jax.jit(their_rows)(*args))
 
 
+def along(mode, f, direction):
+    """The derivative of a scalar function in a direction, as a function."""
+    if mode == "forward":
+        return lambda primals: jax.jvp(f, (primals,), (direction,))[1]
+    return lambda primals: sum(map(jnp.vdot, jax.grad(f)(primals), direction))
+
+
 @every_pair
-def test_second_derivatives_equal_xlas(ours, theirs, channels, platform):
-    primals = normal(2, 5, 4, channels[0]), normal(3, 3, *channels, seed=1)
-    directions = normal(*primals[0].shape, seed=2), normal(*primals[1].shape, seed=3)
+def test_higher_derivatives_in_every_mixture_of_modes_equal_xlas(ours, theirs, channels):
+    """The second and the third, of examples with their own filters, under `vmap`."""
+    primals = normal(2, 1, 5, 4, channels[0]), normal(2, 3, 3, *channels, seed=1)
+    directions = [tuple(normal(*p.shape[1:], seed=seed) for p in primals) for seed in (2, 3)]
 
-    def hessian_vector_product(conv):
-        def slope(primals):
-            gradient = jax.grad(lambda p: jnp.mean(jnp.tanh(conv(*p))))(primals)
-            return sum(jnp.vdot(g, d) for g, d in zip(gradient, directions, strict=True))
+    def derivatives(conv, first, second):
+        f = along(first, lambda primals: jnp.mean(jnp.tanh(conv(*primals))), directions[0])
+        return jax.vmap(jax.value_and_grad(along(second, f, directions[1])))(primals)
 
-        return jax.jit(jax.grad(slope))(primals)
-
-    assert_close(hessian_vector_product(ours), hessian_vector_product(theirs))
+    mixtures = list(product(["forward", "reverse"], repeat=2))
+    found = jax.jit(lambda: [derivatives(ours, *modes) for modes in mixtures])()
+    expected = jax.jit(lambda: derivatives(theirs, "reverse", "reverse"))()
+    assert_close(found, [expected] * len(mixtures))
 
 
 @every_pair
@@ -159,12 +171,6 @@ def test_rematerialised_and_sharded_batches_give_the_same(ours, theirs, channels
     sharded = gradients(jax.checkpoint(ours))(jax.device_put(x, rows), filters)
     assert sharded[0].sharding.is_equivalent_to(rows, x.ndim)
     assert_close(sharded, gradients(theirs)(x, filters))
-
-
-def test_forward_mode_is_refused_on_a_cpu():
-    x, filters = normal(2, 5, 4, 2), normal(3, 3, 2, 3)
-    with pytest.raises(TypeError, match="forward-mode"):
-        jax.jvp(lambda x: our_conv(x, filters, (1, 1), "SAME"), (x,), (x,))
 
 
 @pytest.mark.parametrize(
