@@ -1,18 +1,22 @@
 """Convolutions that are fast on the current backend.
 
-On a CPU, XLA's convolutions, and in particular their gradients with respect to the filters, are
-several times slower than a matrix product of the same size. Here they are matrix products:
+On a CPU, XLA's convolution is fast in one form only: stride 1, and dimensions in the order NHWC,
+HWIO, NHWC. Gradients that XLA derives inside of a loop have other forms, which are up to a hundred
+times slower. Here the gradients of a convolution of this form have this form, too, and everything
+else is matrix products:
 
-    3x3, stride 1        Winograd's minimal filtering F(2x2, 3x3), which multiplies 2.25 times less
-    few output channels  a product for every tap, then overlap-add
-    otherwise            patches times filters
-    transposed           pixels times filters, then overlap-add
+    stride 1                          XLA's convolution
+    3x3, stride 1, 64 channels        Winograd's minimal filtering F(2x2, 3x3), which multiplies
+                                      2.25 times less
+    few output channels               a product for every tap, then overlap-add
+    few input channels, or strides    patches times filters
+    transposed                        pixels times filters, then overlap-add
 
-All of them use two linear maps, which are transposes of each other: `_taps` splits an image into
-strided shifts of itself, and `_overlap_add` adds such shifts up. The derivative of each is itself,
-as a primitive whose transpose is the other one. Between them are matrix products and sums, whose
-derivatives are matrix products and sums as well. So forward and reverse mode, of any order, use the
-same operations. A batch is processed in blocks that fit into the cache.
+The matrix products use two linear maps, which are transposes of each other: `_taps` splits an image
+into strided shifts of itself, and `_overlap_add` adds such shifts up. The derivative of each is
+itself, as a primitive whose transpose is the other one. Between them are matrix products and sums,
+whose derivatives are matrix products and sums as well. So forward and reverse mode, of any order,
+use the same operations. A batch is processed in blocks that fit into the cache.
 
 On every other backend XLA's own convolution is faster, and the whole batch is one block. This also
 holds for a batch of symbolic size, as in `jax.export`: an exported program may run anywhere.
@@ -124,12 +128,15 @@ def conv_general_dilated(
         return lax.conv_general_dilated(lhs, rhs, window_strides, padding, **options)
     low = [low for low, _ in padding]
     window = _Window(_pair(kernel), _pair(window_strides), _pair(low), _pair(steps))
-    dot = partial(_dot, precision=options.get("precision"))
+    precision = options.get("precision")
+    dot = partial(_dot, precision=precision)
     if window.strides == (1, 1) and 4 * fan_out <= fan_in:
         return _by_taps(lhs, rhs, window, dot)
     exact_enough = lhs.dtype in (jnp.float32, jnp.float64)
-    if window.kernel == (3, 3) and window.strides == (1, 1) and fan_in >= 16 and exact_enough:
-        return _winograd(lhs, rhs, window, dot)
+    if window.strides == (1, 1) and fan_in >= 16 and exact_enough:
+        if window.kernel == (3, 3) and fan_in * fan_out >= 64 * 64:
+            return _winograd(lhs, rhs, window, dot)
+        return _stride_1(lhs, rhs, tuple(map(_pair, padding)), precision)
     patches = jnp.concatenate(_taps(lhs, window), axis=-1)
     return dot(patches, rhs.reshape(-1, fan_out))
 
@@ -301,6 +308,69 @@ def _transpose(p: Primitive, cotangents: Sequence[Any], **static: Any) -> list[j
 _taps_p, _overlap_add_p = _primitive(_apart), _primitive(_together)
 ad.deflinear(_taps_p, partial(_transpose, _overlap_add_p))
 ad.deflinear(_overlap_add_p, partial(_transpose, _taps_p))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _stride_1(x: jax.Array, kernel: jax.Array, padding: Any, precision: Any) -> jax.Array:
+    """Compute XLA's convolution with stride 1, with gradients of the same form."""
+    return _xla_stride_1(x, kernel, padding=padding, precision=precision)
+
+
+@_stride_1.defjvp
+def _stride_1_jvp(padding: Any, precision: Any, primals: Any, tangents: Any) -> Any:
+    (x, kernel), (dx, dkernel) = primals, tangents
+    bind = partial(_stride_1_p.bind, padding=padding, precision=precision)
+    return _stride_1(x, kernel, padding, precision), bind(dx, kernel) + bind(x, dkernel)
+
+
+def _xla_stride_1(x: jax.Array, kernel: jax.Array, *, padding: Any, precision: Any) -> jax.Array:
+    return lax.conv_general_dilated(
+        x, kernel, (1, 1), padding, dimension_numbers=_NHWC, precision=precision
+    )
+
+
+def _to_images(y: jax.Array, x: Any, kernel: jax.Array, *, padding: Any, precision: Any) -> Any:
+    """Transpose with respect to the images: a convolution with the mirrored filters.
+
+    x[h, w, c] = sum_ijk y[h + low - i, w + low - j, k] kernel[i, j, c, k]
+    """
+    edges = [
+        (k - 1 - low, n - steps + low)
+        for n, steps, k, (low, _) in zip(
+            x.aval.shape[1:3], y.shape[1:3], kernel.shape[:2], padding, strict=True
+        )
+    ]
+    mirrored = kernel[::-1, ::-1].transpose(0, 1, 3, 2)
+    return _stride_1_p.bind(y, mirrored, padding=tuple(edges), precision=precision)
+
+
+def _to_filters(y: jax.Array, x: jax.Array, kernel: Any, *, padding: Any, precision: Any) -> Any:
+    """Transpose with respect to the filters: a convolution of channels, summed over the batch.
+
+    kernel[i, j, c, k] = sum_nhw x[n, h + i - low, w + j - low, c] y[n, h, w, k]
+    """
+    images, filters = x.transpose(3, 1, 2, 0), y.transpose(1, 2, 0, 3)
+    sums = _stride_1_p.bind(images, filters, padding=padding, precision=precision)
+    return sums.transpose(1, 2, 0, 3)
+
+
+def _batched_stride_1(args: Sequence[jax.Array], axes: Sequence[int | None], **static: Any) -> Any:
+    """Append the axis of a `vmap` to the batch, unless there are filters for each of its rows."""
+    if axes[0] is None or axes[1] is not None:
+        return jax.vmap(partial(_xla_stride_1, **static), axes)(*args), 0
+    x = jnp.moveaxis(args[0], axes[0], 0)
+    y = _stride_1_p.bind(x.reshape(-1, *x.shape[2:]), args[1], **static)
+    return y.reshape(*x.shape[:2], *y.shape[1:]), 0
+
+
+_stride_1_p = Primitive("stride_1")
+_stride_1_p.def_impl(jax.jit(_xla_stride_1, static_argnames=("padding", "precision")))
+_stride_1_p.def_abstract_eval(
+    lambda *x, **static: jax.make_jaxpr(partial(_xla_stride_1, **static))(*x).out_avals[0]
+)
+ad.defbilinear(_stride_1_p, _to_images, _to_filters)
+batching.primitive_batchers[_stride_1_p] = _batched_stride_1
+mlir.register_lowering(_stride_1_p, mlir.lower_fun(_xla_stride_1, multiple_results=False))
 
 
 # Winograd's minimal filtering F(2x2, 3x3), Lavin and Gray (2016), Fast Algorithms for
