@@ -84,6 +84,7 @@ def let_go_of_programs():
     jax.clear_caches()
     if hasattr(mlir.make_ir_context, "cache_clear"):
         mlir.make_ir_context.cache_clear()
+    gc.collect()
 
 
 @pytest.fixture
