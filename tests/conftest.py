@@ -67,13 +67,13 @@ def compile_quickly():
 
 @pytest.fixture(scope="module", autouse=True)
 def draw_coarsely(request):
-    """Draw the dozen figures of a run in few pixels where no test is of them."""
+    """Draw the dozen figures of a run once and in few pixels where no test is of them."""
     if "figures" in request.path.parts:
         yield
         return
-    savefig = Figure.savefig
+    savefig, coarse = Figure.savefig, {"dpi": 20, "bbox_inches": None}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Figure, "savefig", lambda *to, **how: savefig(*to, **how | {"dpi": 20}))
+        patch.setattr(Figure, "savefig", lambda *to, **how: savefig(*to, **how | coarse))
         yield
 
 
