@@ -1,5 +1,7 @@
 """What every test may use."""
 
+import functools
+import gc
 import os
 import shutil
 import signal
@@ -13,6 +15,7 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
+from jax._src.interpreters import mlir
 from matplotlib.figure import Figure
 
 # Check the annotations of these packages at run time. Must come before they are imported.
@@ -32,6 +35,11 @@ if jax.__version_info__[:2] == (0, 10):
     os.environ["XLA_FLAGS"] = (
         os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
     )
+    # All programs of a module are lowered in one context of MLIR: to make one takes longer than to
+    # lower a single operation.
+    mlir.make_ir_context = functools.cache(mlir.make_ir_context)
+# Tracing makes millions of objects that last, which Python would look through again and again.
+gc.set_threshold(100_000, 50, 50)
 # Eight devices of one CPU, for what is shared between devices. Must come before JAX's first use.
 jax.config.update("jax_num_cpu_devices", 8)
 # What one module or worker has compiled, the others find, down to single operations: most modules
@@ -59,13 +67,13 @@ def compile_quickly():
 
 @pytest.fixture(scope="module", autouse=True)
 def draw_coarsely(request):
-    """Draw the dozen figures of a run in few pixels where no test is of them."""
+    """Draw the dozen figures of a run once and in few pixels where no test is of them."""
     if "figures" in request.path.parts:
         yield
         return
-    savefig = Figure.savefig
+    savefig, coarse = Figure.savefig, {"dpi": 20, "bbox_inches": None}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Figure, "savefig", lambda *to, **how: savefig(*to, **how | {"dpi": 20}))
+        patch.setattr(Figure, "savefig", lambda *to, **how: savefig(*to, **how | coarse))
         yield
 
 
@@ -74,6 +82,9 @@ def let_go_of_programs():
     """Compiled programs take mappings of memory, of which Linux lets a process have 65,530."""
     yield
     jax.clear_caches()
+    if hasattr(mlir.make_ir_context, "cache_clear"):
+        mlir.make_ir_context.cache_clear()
+    gc.collect()
 
 
 @pytest.fixture

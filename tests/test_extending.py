@@ -347,7 +347,8 @@ def test_the_command_line_takes_dotted_paths_and_a_file_never_does(tmp_path):
         return subprocess.run(
             [sys.executable, "-m", "jaxvae", *words],
             capture_output=True, text=True, cwd=tmp_path,
-            env={"PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "HOME": str(tmp_path), "PATH": ""},
+            env={"PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "HOME": str(tmp_path), "PATH": "",
+                 "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
         )  # fmt: skip
 
     words = "--network mlp:width=8 --batch-size 16 --epochs 1 --run-dir run --data mine.squares"

@@ -3,7 +3,11 @@
 import re
 from pathlib import Path
 
+import pytest
+
 import jaxvae
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 README = Path(__file__).parent.parent / "README.md"
 

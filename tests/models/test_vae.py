@@ -578,6 +578,12 @@ def test_labels_of_samples_and_steps_are_checked(params, images):
 
 
 CODES = ("uniform_codes", "autoregressive")  # priors over codes
+SMALL = {
+    "mixture": "mixture:components=5",
+    "vamp": "vamp:components=5",
+    "realnvp": "realnvp:layers=2,hidden=8",
+    "autoregressive": "autoregressive:width=8,layers=1",
+}
 
 
 @pytest.mark.parametrize(
@@ -595,11 +601,9 @@ def test_every_model_is_trained_sampled_saved_and_loaded(
     config = ModelConfig(
         (8, 8, 1),
         2,
-        network="mlp",
+        network="mlp:width=8",
         likelihood=likelihood,
-        prior={"mixture": "mixture:components=5", "vamp": "vamp:components=5"}.get(
-            prior_name, prior_name
-        ),
+        prior=SMALL.get(prior_name, prior_name),
         posterior="iaf:steps=1" if posterior == "iaf" else posterior,
     )
     state = jaxvae.create_train_state(KEY, config, TrainConfig(batch_size=8))
