@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
-from jax._src.interpreters import mlir
 from matplotlib.figure import Figure
 
 # Check the annotations of these packages at run time. Must come before they are imported.
@@ -37,6 +36,8 @@ if jax.__version_info__[:2] == (0, 10):
     )
     # All programs of a module are lowered in one context of MLIR: to make one takes longer than to
     # lower a single operation.
+    from jax._src.interpreters import mlir
+
     mlir.make_ir_context = functools.cache(mlir.make_ir_context)
 # Tracing makes millions of objects that last, which Python would look through again and again.
 gc.set_threshold(100_000, 50, 50)
@@ -82,7 +83,7 @@ def let_go_of_programs():
     """Compiled programs take mappings of memory, of which Linux lets a process have 65,530."""
     yield
     jax.clear_caches()
-    if hasattr(mlir.make_ir_context, "cache_clear"):
+    if jax.__version_info__[:2] == (0, 10):
         mlir.make_ir_context.cache_clear()
     gc.collect()
 

@@ -1,5 +1,6 @@
 """Convolutions against XLA's own, values and derivatives, whatever the backend is said to be."""
 
+import re
 from functools import partial
 from inspect import unwrap
 from itertools import product
@@ -92,7 +93,15 @@ def test_convolution_with_explicit_padding_equals_xlas(side, kernel, stride, cha
 
 
 @few_examples
-@given(sides, st.sampled_from([(16, 16), (17, 20), (20, 6)]), st.tuples(pads, pads))
+@given(sides, kernels, st.sampled_from([(16, 16), (17, 20), (20, 6)]), st.tuples(pads, pads))
+def test_convolution_with_stride_1_and_its_gradients_equal_xlas(side, kernel, channels, padding):
+    x, filters = normal(2, *side, channels[0]), normal(*kernel, *channels, seed=1)
+    options = {"window_strides": (1, 1), "padding": padding}
+    assert_same_function(partial(our_conv, **options), partial(lax_conv, **options), x, filters)
+
+
+@few_examples
+@given(sides, st.sampled_from([(64, 64), (17, 250), (130, 33)]), st.tuples(pads, pads))
 def test_winograd_and_its_gradients_equal_xlas(side, channels, padding):
     x, filters = normal(2, *side, channels[0]), normal(3, 3, *channels, seed=1)
     options = {"window_strides": (1, 1), "padding": padding}
@@ -116,7 +125,8 @@ SAME = {"window_strides": (1, 1), "padding": "SAME"}
 PAIRS = {
     "strided": (partial(our_conv, **STRIDED), partial(lax_conv, **STRIDED), (2, 3)),
     "narrow": (partial(our_conv, **SAME), partial(lax_conv, **SAME), (4, 1)),
-    "winograd": (partial(our_conv, **SAME), partial(lax_conv, **SAME), (16, 5)),
+    "stride 1": (partial(our_conv, **SAME), partial(lax_conv, **SAME), (16, 5)),
+    "winograd": (partial(our_conv, **SAME), partial(lax_conv, **SAME), (64, 64)),
     "transposed": (
         partial(conv_transpose, strides=(2, 1)),
         partial(lax_conv_transpose, strides=(2, 1)),
@@ -146,7 +156,9 @@ def along(mode, f, direction):
 @every_pair
 def test_higher_derivatives_in_every_mixture_of_modes_equal_xlas(ours, theirs, channels):
     """The second and the third, of examples with their own filters, under `vmap`."""
-    primals = normal(2, 1, 5, 4, channels[0]), normal(2, 3, 3, *channels, seed=1)
+    # Filters so small that tanh is not flat.
+    filters = normal(2, 3, 3, *channels, seed=1) / 3 / channels[0] ** 0.5
+    primals = normal(2, 1, 5, 4, channels[0]), filters
     directions = [tuple(normal(*p.shape[1:], seed=seed) for p in primals) for seed in (2, 3)]
 
     def derivatives(conv, first, second):
@@ -197,6 +209,20 @@ def test_other_convolutions_are_xlas_to_the_bit(lhs, rhs, options):
     ours = jax.jit(partial(conv_general_dilated, **options))
     theirs = jax.jit(partial(lax.conv_general_dilated, **options))
     np.testing.assert_array_equal(ours(x, filters), theirs(x, filters))
+
+
+def test_gradients_of_a_convolution_with_stride_1_are_convolutions_of_the_same_form():
+    """XLA derives other forms, which it computes slowly inside of a loop on a CPU."""
+    x, filters = normal(2, 6, 5, 16), normal(3, 3, 16, 16, seed=1)
+    slopes = jax.grad(lambda x, k: jnp.sum(jnp.tanh(our_conv(x, k, **SAME))), argnums=(0, 1))
+    program = jax.jit(slopes).lower(x, filters).as_text()
+    forms = re.findall("dim_numbers = .* reverse = [^}]*", program)
+    assert len(forms) == 3
+    assert set(forms) == {
+        "dim_numbers = [b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f], window = {stride = [1, 1], "
+        "pad = [[1, 1], [1, 1]], lhs_dilate = [1, 1], rhs_dilate = [1, 1], "
+        "reverse = [false, false]"
+    }
 
 
 def test_dilations_and_groups_of_one_are_plain():
