@@ -70,12 +70,17 @@ def page(params: Params, data: Dataset, title: str) -> str:
     """
     program = decoder_program(params)
     count = min(len(data.test_images), _IMAGES)
+    images = np.asarray(data.test_images[:count])
+    labels = None if data.test_labels is None else np.asarray(data.test_labels[:count])
+    center = encode(params, images, _classes(params, labels)).center
+    latents = np.asarray(coordinates(params, center), np.float32)
     half = False
     while True:
-        text = _filled(title, _content(params, program, data, count, half))
+        of_images = images[:count], None if labels is None else labels[:count], latents[:count]
+        text = _filled(title, _content(params, program, *of_images, half))
         if len(text) <= _BYTES or (half and count <= 100):
             return text
-        if not half and _half_is_enough(params, data):
+        if not half and _half_is_enough(params, latents[:500], labels):
             half = True
         elif count > 100:
             count = max(100, count // 2)
@@ -84,15 +89,16 @@ def page(params: Params, data: Dataset, title: str) -> str:
 
 
 def _content(
-    params: Params, program: Program, data: Dataset, count: int, half: bool
+    params: Params,
+    program: Program,
+    images: np.ndarray,
+    labels: np.ndarray | None,
+    latents: np.ndarray,
+    half: bool,
 ) -> dict[str, Any]:
     """Collect the data of the page's script."""
     config = params.config
-    images = np.asarray(data.test_images[:count])
-    labels = None if data.test_labels is None else np.asarray(data.test_labels[:count])
-    center = encode(params, images, _classes(params, labels)).center
-    latents = np.asarray(coordinates(params, center), np.float32)
-    columns = math.ceil(math.sqrt(count))
+    columns = math.ceil(math.sqrt(len(images)))
     return {
         "title": title_of(params),
         "latents": config.latent_dim,
@@ -102,7 +108,7 @@ def _content(
         "colours": COLOURS,
         "program": program._replace(constants=[])._asdict(),
         "constants": _packed(program.constants, half),
-        "count": count,
+        "count": len(images),
         "points": _base64(latents),
         "labels": None if labels is None else labels.tolist(),
         "components": [_base64(row) for row in _components(latents)],
@@ -144,16 +150,19 @@ def _components(latents: np.ndarray) -> np.ndarray:
     """Compute at most 16 principal components, as unit vectors by decreasing variance."""
     if latents.shape[1] < 3:
         return np.zeros((0, latents.shape[1]), np.float32)
-    centred = latents - latents.mean(axis=0)
-    return np.linalg.svd(centred, full_matrices=False)[2][:_COMPONENTS].astype(np.float32)
+    # Imported here because it takes a second.
+    from sklearn.decomposition import PCA
+
+    # It approximates those of thousands of latents, which would take minutes.
+    pca = PCA(min(_COMPONENTS, *latents.shape), random_state=0)
+    components: np.ndarray = pca.fit(latents).components_
+    return components.astype(np.float32)
 
 
-def _half_is_enough(params: Params, data: Dataset, count: int = 500) -> bool:
+def _half_is_enough(params: Params, latents: np.ndarray, labels: np.ndarray | None) -> bool:
     """Return whether float16 weights change every pixel by less than half a grey level."""
-    labels = None if data.test_labels is None else data.test_labels[:count]
-    classes = _classes(params, labels)
-    center = encode(params, jnp.asarray(data.test_images[:count]), classes).center
-    z = coordinates(params, center)
+    classes = _classes(params, labels if labels is None else labels[: len(latents)])
+    z = jnp.asarray(latents)
 
     def rounded(x: jax.Array) -> jax.Array:
         return x.astype(jnp.float16).astype(x.dtype) if x.size >= _LARGE else x
