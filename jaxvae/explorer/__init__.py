@@ -155,7 +155,8 @@ def _components(latents: np.ndarray) -> np.ndarray:
 
     # It approximates those of thousands of latents, which would take minutes.
     pca = PCA(min(_COMPONENTS, *latents.shape), random_state=0)
-    components: np.ndarray = pca.fit(latents).components_
+    with np.errstate(invalid="ignore"):  # if the latents of all images are equal
+        components: np.ndarray = pca.fit(latents).components_
     return components.astype(np.float32)
 
 
