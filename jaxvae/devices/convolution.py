@@ -1,16 +1,16 @@
 """Convolutions that are fast on the current backend.
 
-On a CPU, XLA's convolution is fast in one form only: stride 1, and dimensions in the order NHWC,
-HWIO, NHWC. Gradients that XLA derives inside of a loop have other forms, which are up to a hundred
-times slower. Here the gradients of a convolution of this form have this form, too, and everything
-else is matrix products:
+On a CPU, XLA's convolution is fast inside a loop in one form only: stride 1, and dimensions in the
+order NHWC, HWIO, NHWC. The gradients that JAX derives have other forms, which are up to a hundred
+times slower there. Here the gradients of a convolution of this form have this form, too, and
+everything else is matrix products:
 
-    stride 1                          XLA's convolution
-    3x3, stride 1, 64 channels        Winograd's minimal filtering F(2x2, 3x3), which multiplies
-                                      2.25 times less
-    few output channels               a product for every tap, then overlap-add
-    few input channels, or strides    patches times filters
-    transposed                        pixels times filters, then overlap-add
+    stride 1, 16 input channels or more    XLA's convolution
+    3x3, with 64 x 64 channels or more     Winograd's minimal filtering F(2x2, 3x3), with 2.25
+                                           times fewer multiplications
+    few output channels                    a product for every tap, then overlap-add
+    otherwise                              patches times filters
+    transposed                             pixels times filters, then overlap-add
 
 The matrix products use two linear maps, which are transposes of each other: `_taps` splits an image
 into strided shifts of itself, and `_overlap_add` adds such shifts up. The derivative of each is

@@ -16,10 +16,6 @@ if TYPE_CHECKING:
     from jaxvae.models.config import ModelConfig
 
 
-# Enough for all latents of an image to be at the outermost of up to 11 levels at once.
-_MAX_RMS = 1.5
-
-
 class PointMass(NamedTuple):
     """All probability on one sequence of codes: log q(z|x) = 0, with respect to counting codes.
 
@@ -50,6 +46,10 @@ class PointMass(NamedTuple):
     def kl(self, prior: Prior) -> None:
         """Return None: log q(z|x) - log p(z) at the only z is already exact."""
         return
+
+
+# Enough for all latents of an image to be at the outermost of up to 11 levels at once.
+_MAX_RMS = 1.5
 
 
 @dataclass(frozen=True)
