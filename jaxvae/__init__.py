@@ -1,6 +1,7 @@
 """Variational autoencoders in JAX and Flax."""
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the names of `_MODULES` once more, with their types
@@ -66,14 +67,16 @@ __all__ = [*_MODULES]
 
 
 def __getattr__(name: str) -> Any:
-    # JAX is imported with the first name that is used, not before: the command line answers for
-    # what goes wrong in that, such as a Ctrl-C, from where it can.
-    if not name.startswith("__"):
-        for public, module in _MODULES.items():
-            globals()[public] = getattr(import_module(f"jaxvae.{module}"), public)
-        if name in globals():  # the name, or a package that is imported now
-            return globals()[name]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # A module is imported with the first of its names that is used. With `import jaxvae` alone,
+    # JAX is not: the command line answers for what goes wrong in that, such as a Ctrl-C.
+    if name in _MODULES:
+        value = getattr(import_module(f"jaxvae.{_MODULES[name]}"), name)
+    elif not name.startswith("_") and find_spec(f"jaxvae.{name}"):
+        value = import_module(f"jaxvae.{name}")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:
