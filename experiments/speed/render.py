@@ -30,6 +30,7 @@ LAYERS = (
     (14 * 14, 9, 64, 32),  # transposed: each position of the input meets each of the kernel
     (28 * 28, 9, 32, 1),
 )
+NETWORKS = "mlp", "residual", "spatial", "ladder"
 COLOURS = {
     "ours": "#d62728",
     "flax": "#7f7f7f",
@@ -64,8 +65,8 @@ def title(name: str, options: dict) -> str:
     group, _, batch = name.rpartition(" ")
     if group == "step":
         return f"training step, batch {batch}, ms per image"
-    if group == "ladder":
-        return f"training step of a ladder of four groups, batch {batch}, ms per image"
+    if group in NETWORKS:
+        return f"training step of `{group}`, batch {batch}, ms per image"
     if group == "memory device":
         return f"peak device memory, batch {batch}, MiB"
     if group == "memory":

@@ -22,8 +22,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 HERE = Path(__file__).parent
+# With --quick: the fastest peers of each library, the training steps, less often.
+QUICK = {
+    "only": ["step", "mlp", "residual", "spatial", "ladder", "encode"],
+    "peers": ["ours", "torch-eager", "keras-tensorflow-nojit"],
+    "rounds": 2,
+    "seconds": 0.5,
+    "batches": [16, 128],
+    "forward_images": 2000,
+}
 ROOT = HERE.parent.parent
 TOLERANCE = 1e-3  # relative, between a peer's loss terms and ours
+NETWORKS = "mlp", "residual", "spatial", "ladder"  # besides the notebook's
+WITHOUT_NETWORKS = "flax", "pythae"  # peers that have the notebook's only
 COMPILE_CACHES = {
     "JAX_COMPILATION_CACHE_DIR": "jax",
     "TORCHINDUCTOR_CACHE_DIR": "inductor",
@@ -83,7 +94,12 @@ def measures(options: argparse.Namespace, gpu: bool) -> dict[str, list[dict]]:
     """The requests of each group, in order."""
     groups = {
         "step": [{"measure": "step", "batch": batch} for batch in options.batches],
-        "ladder": [{"measure": "step", "batch": batch, "network": "ladder"} for batch in (16, 128)],
+        **{
+            network: [
+                {"measure": "step", "batch": b, "network": network} for b in options.network_batches
+            ]
+            for network in NETWORKS
+        },
         "epoch": [{"measure": "epoch", "batch": 128, "images": options.epoch_images}],
         "sample": [{"measure": "sample", "images": options.forward_images}],
         "encode": [{"measure": "encode", "images": options.forward_images}],
@@ -110,7 +126,7 @@ def measures(options: argparse.Namespace, gpu: bool) -> dict[str, list[dict]]:
 
 def label(group: str, request: dict) -> str:
     """The key of a measurement in results.json."""
-    return f"{group} {request['batch']}" if group in ("step", "ladder", "memory") else group
+    return f"{group} {request['batch']}" if group in ("step", "memory", *NETWORKS) else group
 
 
 class WorkerError(Exception):
@@ -240,18 +256,18 @@ class Run:
         compare(answer, reference)
         return reference
 
-    def check_ladder(self, requests: list[dict]) -> None:
-        """Leave the ladder out for peers that have none, or compute other terms than ours."""
+    def check_network(self, network: str, requests: list[dict]) -> None:
+        """Leave a network out for peers that do not have it, or compute other terms than ours."""
         reference = None
         for peer in self.peers:
-            absent = {(peer.name, label("ladder", request)) for request in requests}
-            if peer.name != "ours" and peer.env != "torch":
+            absent = {(peer.name, label(network, request)) for request in requests}
+            if peer.name in WITHOUT_NETWORKS:
                 self.absent |= absent
                 continue
             try:
-                reference = self.check(peer, reference, network="ladder")
+                reference = self.check(peer, reference, network=network)
             except WorkerError as error:
-                self.leave_out(f"{peer.name}: ladder: {error}")
+                self.leave_out(f"{peer.name}: {network}: {error}")
                 self.absent |= absent
         (self.options.out / "check.npz").unlink(missing_ok=True)
 
@@ -438,11 +454,13 @@ def main() -> None:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
+    add("--quick", action="store_true", help="training steps and the fastest peers: 5 minutes")
     add("--only", type=words, help="groups of measurements, by commas")
     add("--peers", type=words, help="peers or families of peers, by commas")
     add("--rounds", type=int, default=5)
     add("--seconds", type=float, default=1.0, help="what a bunch of steps takes, about")
     add("--batches", type=numbers, default=[16, 128, 512, 4096])
+    add("--network-batches", type=numbers, default=[16, 128], help="of the other networks")
     add("--memory-batches", type=numbers, default=[16, 4096])
     # A multiple of the batch: nobody meets a last batch of another shape.
     add("--epoch-images", type=int, default=59_904 if gpu else 10_240)
@@ -454,6 +472,8 @@ def main() -> None:
     add("--out", type=Path, default=HERE / "results")
     add("--system", action="store_true", help="run every peer in this Python, as far as it can")
     add("--timeout", type=float, default=1800.0, help="seconds for one measurement of one peer")
+    if parser.parse_args().quick:
+        parser.set_defaults(**QUICK)
     options = parser.parse_args()
     if options.rounds < 1 or options.epoch_images < 128:
         parser.error("expected at least 1 round, and at least the 128 images of a batch")
@@ -465,8 +485,8 @@ def main() -> None:
     with ExitStack() as stack:
         stack.callback(run.close)
         run.prepare()
-        if "ladder" in groups:
-            run.check_ladder(groups["ladder"])
+        for network in [name for name in NETWORKS if name in groups]:
+            run.check_network(network, groups[network])
         run.rounds(groups)
     print((options.out / "table.md").read_text() if (options.out / "table.md").exists() else "")
 

@@ -420,6 +420,17 @@ class Gives(nn.Module):
 GOOD_ENCODER, GOOD_DECODER = Gives(((2,), (2,))), Gives((6, 5, 2))
 
 
+def test_an_error_inside_a_network_of_ones_own_is_told_as_it_is():
+    class Wrong(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return len(None)
+
+    config = jaxvae.ModelConfig((6, 5, 2), 2, network=(Wrong(), GOOD_DECODER))
+    with pytest.raises(TypeError, match="NoneType"):
+        jaxvae.init(jax.random.key(0), config)
+
+
 @pytest.mark.parametrize(
     ("network", "says"),
     [

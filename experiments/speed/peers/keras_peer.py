@@ -8,7 +8,8 @@ import sys
 import keras
 import numpy as np
 import protocol
-from keras import layers, ops
+from keras import ops
+from keras_networks import Network
 from protocol import Timed
 
 BACKEND = keras.backend.backend()
@@ -29,46 +30,27 @@ JIT = False if sys.argv[1:] == ["nojit"] else "auto"
 AT_ONCE = 10_000 if DEVICES else 500  # images, when only run forward
 
 
-def build_encoder():
-    x = inputs = keras.Input((28, 28, 1))
-    for layer, (features, stride) in enumerate(((32, 1), (64, 2), (64, 1), (64, 1)), start=1):
-        conv = layers.Conv2D(features, 3, stride, "same", activation="relu", name=f"conv_{layer}")
-        x = conv(x)
-    x = layers.Dense(32, activation="relu", name="dense")(layers.Flatten()(x))
-    return keras.Model(
-        inputs, [layers.Dense(2, name="mean")(x), layers.Dense(2, name="log_var")(x)]
-    )
-
-
-def build_decoder():
-    inputs = keras.Input((2,))
-    x = layers.Dense(14 * 14 * 64, activation="relu", name="dense")(inputs)
-    x = layers.Reshape((14, 14, 64))(x)
-    x = layers.Conv2DTranspose(32, 3, 2, "same", activation="relu", name="conv_transpose")(x)
-    return keras.Model(inputs, layers.Conv2D(1, 3, padding="same", name="conv")(x))
-
-
 class VAE(keras.Model):
     """Keras's own `train_step` calls `call`, then `compute_loss`, on every backend."""
 
-    def __init__(self):
+    def __init__(self, network):
         super().__init__()
-        self.encoder, self.decoder = build_encoder(), build_decoder()
+        self.network = Network(network)
+        self.model = self.network.model  # so that Keras finds its variables
         self.seed_generator = keras.random.SeedGenerator(0)
 
     def terms(self, x, eps):
         """log p(x|z) and KL of each image, nats."""
-        mean, log_var = self.encoder(x)
-        logits = self.decoder(mean + ops.exp(log_var / 2) * eps)
+        logits, kl = self.model([x, eps])
         cross_entropy = ops.binary_crossentropy(x, logits, from_logits=True)
-        kl = -0.5 * ops.sum(1 + log_var - ops.square(mean) - ops.exp(log_var), axis=1)
         return -ops.sum(cross_entropy, axis=(1, 2, 3)), kl
 
     def call(self, images):
         x = images
         if not keras.backend.is_float_dtype(keras.backend.standardize_dtype(images.dtype)):
             x = ops.cast(images, "float32") / 255
-        eps = keras.random.normal((ops.shape(x)[0], 2), seed=self.seed_generator)
+        latents = self.model.inputs[1].shape[1]
+        eps = keras.random.normal((ops.shape(x)[0], latents), seed=self.seed_generator)
         return self.terms(x, eps)
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
@@ -76,8 +58,8 @@ class VAE(keras.Model):
         return ops.mean(kl - log_p_x)
 
 
-def new_model():
-    model = VAE()
+def new_model(network="conv"):
+    model = VAE(network)
     model.compile(optimizer=keras.optimizers.RMSprop(1e-3, rho=0.9, epsilon=1e-7), jit_compile=JIT)
     model(np.zeros((1, 28, 28, 1), np.float32))
     model.optimizer.build(model.trainable_variables)
@@ -116,8 +98,8 @@ def trainer(model):
     return train
 
 
-def step(batch):
-    train = trainer(new_model())
+def step(batch, network="conv"):
+    train = trainer(new_model(network))
     x = ops.convert_to_tensor(protocol.float_images(batch))
 
     def run(n):
@@ -166,33 +148,26 @@ def forward(function, x):
 
 
 def sample(images):
-    decoder = new_model().decoder
+    decoder = new_model().network.decoder
     decode = compiled(decoder, lambda z: ops.sigmoid(decoder(z)))
     return forward(decode, keras.random.normal((images, 2), seed=0))
 
 
 def encode(images):
-    encoder = new_model().encoder
+    encoder = new_model().network.encoder
     x = ops.convert_to_tensor(protocol.float_images(images))
     return forward(compiled(encoder, lambda x: encoder(x)), x)
 
 
-def check(path):
+def check(path, network="conv"):
     weights, images, eps = protocol.load_check(path)
-    model = new_model()
-    for name, part in (("encoder", model.encoder), ("decoder", model.decoder)):
-        for layer in part.layers:
-            if layer.weights:
-                kernel, bias = (weights[f"{name}/{layer.name}/{w}"] for w in ("kernel", "bias"))
-                if layer.name == "conv_transpose":  # Keras convolves where ours correlates
-                    kernel = kernel[::-1, ::-1].transpose(0, 1, 3, 2)
-                layer.set_weights([kernel, bias])
+    model = new_model(network)
+    sizes = model.network.load(weights)
     allow_tf32(False)
     terms = model.terms(
         ops.convert_to_tensor(images.astype(np.float32) / 255), ops.convert_to_tensor(eps)
     )
     allow_tf32(True)
-    sizes = (part.count_params() for part in (model.encoder, model.decoder))
     return protocol.check_answer(*map(ops.convert_to_numpy, terms), *sizes)
 
 

@@ -9,7 +9,14 @@ import protocol
 from protocol import Timed
 
 import jaxvae
-from jaxvae.devices.sharding import AXIS, data_parallel, devices_for, make_cores_devices, replicated
+from jaxvae.devices.sharding import (
+    AXIS,
+    data_parallel,
+    devices_for,
+    least_images,
+    make_cores_devices,
+    replicated,
+)
 
 make_cores_devices()
 GPU = jax.default_backend() == "gpu"
@@ -26,6 +33,8 @@ def device_peak():
 
 
 def new_state(batch=128, seed=0, **model):
+    if model.get("network") == "spatial":
+        model["latent_dim"] = 4 * 7 * 7
     train_config = jaxvae.TrainConfig(batch_size=batch)
     return jaxvae.create_train_state(
         jax.random.key(seed), jaxvae.ModelConfig(**model), train_config
@@ -74,12 +83,13 @@ def put_rows(mesh, array):
 
 
 def step(batch, **model):
-    mesh = devices_for(batch)
+    state = new_state(batch, **model)
+    mesh = devices_for(batch, least_images(state.params))
     one = partial(jaxvae.train_step, axis_name=AXIS)
     train_step = jax.jit(
         mapped(one, mesh, jax.P(), jax.P(AXIS), out_specs=jax.P()), donate_argnums=0
     )
-    (state,) = put(mesh, new_state(batch, **model))
+    (state,) = put(mesh, state)
     return loop(train_step, state, put_rows(mesh, protocol.float_images(batch)), batch)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import protocol
 import torch
 import torch.nn.functional as F
-import torch_ladder
+import torch_networks
 from protocol import Timed
 
 from experiments.mnist.torch_peer import Decoder, Encoder
@@ -21,9 +21,10 @@ torch.backends.cudnn.benchmark = True
 
 def build(network="conv"):
     torch.manual_seed(0)
-    modules = (Encoder(2), Decoder(2))
-    if network == "ladder":
-        modules = (torch_ladder.Encoder(), torch_ladder.Decoder())
+    if network == "conv":
+        modules = Encoder(2), Decoder(2)
+    else:
+        modules = (module() for module in torch_networks.MODULES[network])
     return (module.to(DEVICE, memory_format=torch.channels_last) for module in modules)
 
 
@@ -66,8 +67,8 @@ def terms(encoder, decoder, x, eps):
     return log_p_x(decoder, z, x), -0.5 * (1 + log_var - mean**2 - log_var.exp()).sum(1)
 
 
-TERMS = {"conv": terms, "ladder": torch_ladder.terms}
-LATENTS = {"conv": 2, "ladder": torch_ladder.LATENTS * sum(side**2 for side in torch_ladder.SIDES)}
+def terms_of(network):
+    return torch_networks.ladder_terms if network == "ladder" else terms
 
 
 def compiled(function):
@@ -90,8 +91,8 @@ def trainer(network="conv"):
     )
 
     def loss(x):
-        eps = torch.randn(len(x), LATENTS[network], device=DEVICE)
-        log_likelihood, kl = TERMS[network](encoder, decoder, x, eps)
+        eps = torch.randn(len(x), torch_networks.LATENTS.get(network, 2), device=DEVICE)
+        log_likelihood, kl = terms_of(network)(encoder, decoder, x, eps)
         return (kl - log_likelihood).mean()
 
     compiled_loss = compiled(loss)
@@ -196,12 +197,12 @@ def log_likelihood(images, samples):
 def check(path, network="conv"):
     weights, images, eps = protocol.load_check(path)
     encoder, decoder = build(network)
-    (torch_ladder.load if network == "ladder" else load)(encoder, decoder, weights)
+    (load if network == "conv" else torch_networks.load)(encoder, decoder, weights)
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     x, eps = to_device(images).float() / 255, torch.from_numpy(eps).to(DEVICE)
     with torch.no_grad():
-        log_likelihood, kl = TERMS[network](encoder, decoder, x, eps)
+        log_likelihood, kl = terms_of(network)(encoder, decoder, x, eps)
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = True
     sizes = (sum(p.numel() for p in module.parameters()) for module in (encoder, decoder))
