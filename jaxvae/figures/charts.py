@@ -320,9 +320,9 @@ def _density(p_z: Prior, z: jax.Array) -> jax.Array:
 
 
 def _reach(p_z: Prior, latent: int, z: np.ndarray) -> tuple[float, float]:
-    """Return the range of a latent's axis: it holds 99.9% of the prior and of the samples."""
-    low, _, high = np.asarray(latent_grid(p_z, int(latent), 3, tail=0.0005), np.float64)
-    ends = np.array([low, high, *(np.quantile(z, [0.0005, 0.9995]) if len(z) else ())])
+    """Return the range of a latent's axis: it holds 99% of the prior and of the samples."""
+    low, _, high = np.asarray(latent_grid(p_z, int(latent), 3, tail=0.005), np.float64)
+    ends = np.array([low, high, *(np.quantile(z, [0.005, 0.995]) if len(z) else ())])
     ends = ends[np.isfinite(ends)]
     left, right = (ends.min(), ends.max()) if len(ends) else (-1.0, 1.0)
     margin = (right - left) / 20 or 1.0  # all samples are equal
