@@ -29,6 +29,7 @@ QUICK = {
     "rounds": 2,
     "seconds": 0.5,
     "batches": [16, 128],
+    "network_batches": [128],
     "forward_images": 2000,
 }
 ROOT = HERE.parent.parent

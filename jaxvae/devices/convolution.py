@@ -53,17 +53,12 @@ def block_size(batch: int, params: Any) -> int:
     Returns:
       The number of images per block.
     """
-    if _as_xla_does(batch) or not has_filters(params):
+    if _as_xla_does(batch) or not any(x.ndim == 4 for x in jax.tree.leaves(params)):
         return batch
     # One device that runs on all cores needs larger blocks than a device with one core.
     if jax.local_device_count() == 1:
         return min(batch, 16)
     return batch if batch <= 8 else 4
-
-
-def has_filters(params: Any) -> bool:
-    """Return whether a tree of parameters has convolution filters."""
-    return any(x.ndim == 4 for x in jax.tree.leaves(params))
 
 
 def in_blocks(f: Callable[[Any], Any], batch: Any, size: int) -> Any:

@@ -10,13 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxvae.devices.convolution import backend, has_filters
 from jaxvae.errors import InputError
 
 AXIS = "batch"
 _LEAST_DIVIDED = 256  # numbers per part of an array: smaller parts are slower to gather
 _LEAST = 8  # images per device: with fewer, another device makes a step slower
-_LEAST_DENSE = 1024  # the same, of a CPU and a network of dense layers
 
 
 def make_cores_devices() -> None:
@@ -69,20 +67,6 @@ def devices_for(items: int, least: int = _LEAST) -> jax.sharding.Mesh:
     chosen = [d for i, d in enumerate(devices) if i % per_process < count]
     kind = jax.sharding.AxisType.Auto
     return jax.make_mesh((len(chosen),), (AXIS,), (kind,), devices=chosen)
-
-
-def least_images(params: Any) -> int:
-    """Return how many images each device needs, so that one more makes a training step faster.
-
-    On a CPU, the large matrix products of dense layers use all cores in any case.
-
-    Args:
-      params: parameters of the networks, or their shapes.
-
-    Returns:
-      The number, for `devices_for`.
-    """
-    return _LEAST if backend() != "cpu" or has_filters(params) else _LEAST_DENSE
 
 
 def replicated(mesh: jax.sharding.Mesh) -> jax.NamedSharding:

@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,17 +12,10 @@ import numpy as np
 
 from jaxvae.data import Dataset
 from jaxvae.devices.processes import all_agree, is_first, preemption
-from jaxvae.devices.sharding import (
-    data_parallel,
-    devices_for,
-    fsdp_specs,
-    gather,
-    least_images,
-    shard,
-)
+from jaxvae.devices.sharding import data_parallel, devices_for, fsdp_specs, gather, shard
 from jaxvae.errors import Preempted
 from jaxvae.evaluation.evaluate import evaluate
-from jaxvae.models.vae import Params, init
+from jaxvae.models.vae import Params
 from jaxvae.objectives import example_keys
 from jaxvae.runs.callbacks import Callback, EarlyStopping, Training
 from jaxvae.runs.checkpoints import metadata, newest_intact, open_checkpoints, restore, write
@@ -230,7 +222,7 @@ class _OneModel:
     ) -> None:
         train_key, test_key = run_keys(config)
         self.run_dir, self.config, self.data = run_dir, config, data
-        self.mesh = _mesh(config)
+        self.mesh = devices_for(config.train.batch_size)
         images, labels = model_inputs(data.train_images, data.train_labels, config.model)
         steps = len(images) // config.train.batch_size
         self.measure = evaluator(config, data, test_key)
@@ -268,14 +260,6 @@ class _OneModel:
     def save(self, state: TrainState, test: Sums, begun: tuple[Sums, float]) -> None:
         if self._checkpoints is not None:
             write(self._checkpoints, state, test, begun)
-
-
-def _mesh(config: RunConfig) -> jax.sharding.Mesh:
-    """Return the devices over which the batches of a run are sharded."""
-    if config.fsdp:  # for memory, not for speed
-        return devices_for(config.train.batch_size)
-    params = jax.eval_shape(partial(init, config=config.model), jax.random.key(0))
-    return devices_for(config.train.batch_size, least_images(params))
 
 
 def stop_message(run_dir: Path | None, step: int) -> str:

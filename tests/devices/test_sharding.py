@@ -18,7 +18,6 @@ from jaxvae.devices.sharding import (
     devices_for,
     fsdp_specs,
     gather,
-    least_images,
     replicated,
     shard,
 )
@@ -153,11 +152,3 @@ def test_twenty_steps_are_the_same_run_on_any_number_of_devices(
     key = jax.random.key(1)
     elbos = [float(evaluate(s.params, key, IMAGES)["elbo"]) for s in (on_one_device, state)]
     assert abs(elbos[1] - elbos[0]) < 0.2
-
-
-def test_dense_networks_leave_the_cores_to_their_matrix_products():
-    dense = {"kernel": jnp.zeros((784, 200))}
-    filters = {"kernel": jnp.zeros((3, 3, 1, 32))}
-    assert devices_for(128, least_images(dense)).size == 1
-    assert devices_for(4096, least_images(dense)).size == 4
-    assert devices_for(128, least_images(dense | {"conv": filters})).size == 8

@@ -13,7 +13,6 @@ from jaxvae.devices.sharding import (
     AXIS,
     data_parallel,
     devices_for,
-    least_images,
     make_cores_devices,
     replicated,
 )
@@ -84,7 +83,7 @@ def put_rows(mesh, array):
 
 def step(batch, **model):
     state = new_state(batch, **model)
-    mesh = devices_for(batch, least_images(state.params))
+    mesh = devices_for(batch)
     one = partial(jaxvae.train_step, axis_name=AXIS)
     train_step = jax.jit(
         mapped(one, mesh, jax.P(), jax.P(AXIS), out_specs=jax.P()), donate_argnums=0
