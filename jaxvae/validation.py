@@ -260,9 +260,8 @@ def _refuse(arguments: Mapping[str, Any]) -> None:
             if not hasattr(value, "config"):
                 raise InputError(f"{name}: expected the result of `{made_by}`, not {_kind(value)}")
         elif name == "config":
-            if hasattr(value, "image_shape"):  # a user's own module raised the error
-                continue
-            raise InputError(f"config is {shown(value)}: expected a ModelConfig")
+            if not hasattr(value, "image_shape"):  # else the error is of a user's own module
+                raise InputError(f"config is {shown(value)}: expected a ModelConfig")
         elif name == "objective":
             if value is not None and not callable(value):
                 raise InputError(f"objective is {shown(value)}: expected a function")

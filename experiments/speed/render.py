@@ -17,6 +17,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from run import NETWORKS
 
 # The notebook's layers: output positions, kernel positions, channels in and out.
 LAYERS = (
@@ -30,7 +31,6 @@ LAYERS = (
     (14 * 14, 9, 64, 32),  # transposed: each position of the input meets each of the kernel
     (28 * 28, 9, 32, 1),
 )
-NETWORKS = "mlp", "residual", "spatial", "ladder"
 COLOURS = {
     "ours": "#d62728",
     "flax": "#7f7f7f",

@@ -9,13 +9,7 @@ import protocol
 from protocol import Timed
 
 import jaxvae
-from jaxvae.devices.sharding import (
-    AXIS,
-    data_parallel,
-    devices_for,
-    make_cores_devices,
-    replicated,
-)
+from jaxvae.devices.sharding import AXIS, data_parallel, devices_for, make_cores_devices, replicated
 
 make_cores_devices()
 GPU = jax.default_backend() == "gpu"
@@ -82,13 +76,12 @@ def put_rows(mesh, array):
 
 
 def step(batch, **model):
-    state = new_state(batch, **model)
     mesh = devices_for(batch)
     one = partial(jaxvae.train_step, axis_name=AXIS)
     train_step = jax.jit(
         mapped(one, mesh, jax.P(), jax.P(AXIS), out_specs=jax.P()), donate_argnums=0
     )
-    (state,) = put(mesh, state)
+    (state,) = put(mesh, new_state(batch, **model))
     return loop(train_step, state, put_rows(mesh, protocol.float_images(batch)), batch)
 
 

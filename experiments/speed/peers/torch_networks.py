@@ -6,7 +6,7 @@ from torch import nn
 
 SIDES = 28, 14, 7, 4  # of `residual`; `spatial` and `ladder` end at 7
 CHANNELS = 32, 64, 128, 128
-LATENTS = {"mlp": 2, "residual": 2, "spatial": 4 * 7 * 7, "ladder": 4 * 2 * (7 * 7 + 14 * 14)}
+LATENTS = {"spatial": 4 * 7 * 7, "ladder": 4 * 2 * (7 * 7 + 14 * 14)}
 
 
 def conv(inputs, outputs):
