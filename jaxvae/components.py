@@ -105,6 +105,14 @@ class Config:
 
     _registries: ClassVar[Mapping[str, Registry[Any]]] = {}
 
+    def __repr__(self) -> str:
+        """Return a call that makes this configuration, with the specifications of components."""
+        fields = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)  # type: ignore[arg-type]
+        } | self.specs()
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in fields.items())})"
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a JSON object, with the specifications of components."""
         return {

@@ -62,7 +62,7 @@ def jit(*, wait: bool = True, **options: Any) -> Callable[[Callable[P, R]], Call
                 return jitted(*args, **kwargs)
             except InputError:
                 raise
-            except (AttributeError, OverflowError, TypeError, ValueError):
+            except (AttributeError, OverflowError, RuntimeError, TypeError, ValueError):
                 _refuse(signature.bind(*args, **kwargs).arguments)
                 raise
 
@@ -253,12 +253,17 @@ def expect_config(name: str, config: Any, kind: type) -> None:
 
 
 def _refuse(arguments: Mapping[str, Any]) -> None:
-    """Raise InputError for the first argument of a wrong type, if any."""
+    """Raise InputError for the first argument of a wrong type or without memory, if any."""
     for name, value in arguments.items():
         if name in ("params", "state"):
             made_by = {"params": "jaxvae.init", "state": "jaxvae.create_train_state"}[name]
             if not hasattr(value, "config"):
                 raise InputError(f"{name}: expected the result of `{made_by}`, not {_kind(value)}")
+            if any(isinstance(x, jax.Array) and x.is_deleted() for x in jax.tree.leaves(value)):
+                raise InputError(
+                    f"{name} was donated to an earlier call, which reused its memory: expected the "
+                    f"state that the call returned, or a copy, jax.tree.map(jnp.copy, {name})"
+                )
         elif name == "config":
             if not hasattr(value, "image_shape"):  # else the error is of a user's own module
                 raise InputError(f"config is {shown(value)}: expected a ModelConfig")

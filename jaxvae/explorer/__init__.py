@@ -16,8 +16,8 @@ from PIL import Image
 
 from jaxvae.data import Dataset
 from jaxvae.errors import InputError
-from jaxvae.explorer.program import Program, coordinates, decode_coordinates, decoder_program
-from jaxvae.figures.grid import pixels, tile
+from jaxvae.explorer.program import Program, decoder_program
+from jaxvae.figures.grid import coordinates, decode_coordinates, pixels, tile
 from jaxvae.figures.style import COLOURS
 from jaxvae.models.vae import Params, encode
 from jaxvae.storage import write_atomic

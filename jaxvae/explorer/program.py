@@ -23,8 +23,8 @@ import numpy as np
 from jax.extend.core import Literal
 
 from jaxvae.errors import InputError
-from jaxvae.models.protocols import Likelihood
-from jaxvae.models.vae import Params, decode
+from jaxvae.figures.grid import decode_coordinates
+from jaxvae.models.vae import Params
 
 
 class Program(NamedTuple):
@@ -49,22 +49,6 @@ class Program(NamedTuple):
 class _Array(NamedTuple):
     register: int
     shape: tuple[int, ...]
-
-
-def decode_coordinates(params: Params, z: jax.Array, labels: jax.Array | None = None) -> Likelihood:
-    """Decode the page's coordinates: the latents, or of a hierarchy the noise of the prior."""
-    if hasattr(params.model, "likelihood_of_noise"):
-        found: Likelihood = params.model.likelihood_of_noise(params, z, labels)
-        return found
-    return decode(params, z, labels)
-
-
-def coordinates(params: Params, z: jax.Array) -> jax.Array:
-    """Return the page's coordinates of latents [batch, latent]."""
-    if hasattr(params.model, "noise_of"):
-        noise: jax.Array = params.model.noise_of(params, z)
-        return noise
-    return z
 
 
 def decoder_program(params: Params) -> Program:

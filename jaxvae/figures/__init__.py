@@ -1,14 +1,16 @@
 """Figures of a trained model, drawn with matplotlib."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+from matplotlib.figure import Figure
 
 from jaxvae.data import Dataset
 from jaxvae.figures.charts import aggregate, latents, training, units
+from jaxvae.figures.grid import has_plane
 from jaxvae.figures.pictures import (
     classes,
     interpolations,
@@ -52,9 +54,10 @@ def draw_all(
     Raises:
       OSError: the folder cannot be written.
     """
-    figures = {
-        "manifold_15": partial(manifold, params, 15),
-        "manifold_20": partial(manifold, params, 20),
+    figures: dict[str, Callable[[], Figure]] = {}
+    if has_plane(params):
+        figures = {f"manifold_{n}": partial(manifold, params, n) for n in (15, 20)}
+    figures |= {
         "reconstructions": partial(reconstructions, params, data),
         "samples": partial(samples, params, key),
         "traversals": partial(traversals, params, data),

@@ -18,8 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from jaxvae.data.arrays import reading
 from jaxvae.data.pictures import read_picture
 from jaxvae.errors import InputError
-from jaxvae.figures.grid import pixels, plane, tile
-from jaxvae.models.codebooks import is_discrete
+from jaxvae.figures.grid import has_plane, pixels, plane, tile
 from jaxvae.models.vae import Params
 from jaxvae.storage import make_folder, write_atomic
 
@@ -32,7 +31,7 @@ _STRIP = 26  # height of a frame's title, in pixels
 def keep_frame(run_dir: Path, record: dict[str, Any], params: Params) -> None:
     """Write the frame of an epoch, and delete frames if there are too many.
 
-    A model with discrete latents has no latent plane, and so no frames.
+    A model without a latent plane has no frames: see `figures.grid.has_plane`.
 
     Args:
       run_dir: the run directory.
@@ -40,7 +39,7 @@ def keep_frame(run_dir: Path, record: dict[str, Any], params: Params) -> None:
       params: the model after that epoch.
     """
     epoch = record["epoch"]
-    if not is_kept(epoch) or is_discrete(params.config):
+    if not is_kept(epoch) or not has_plane(params):
         return
     n = int(np.clip(_SIDE // max(params.config.image_shape[:2]), 3, 15))
     images, _, down = plane(params, n)

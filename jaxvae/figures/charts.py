@@ -1,6 +1,7 @@
 """Charts: latents, training curves, active units, aggregate posterior."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -143,7 +144,7 @@ def units(
       InputError: `key` is None and the posterior is not Gaussian.
     """
     if isinstance(params.config.posterior, DiagonalGaussian):
-        _, variance = activity(params, data)
+        _, variance = activity(encode_test_images(params, data))
     elif key is None:
         raise InputError("key is None: expected a PRNG key, as the posterior is not Gaussian")
     else:
@@ -201,8 +202,16 @@ def aggregate(params: Params, data: Dataset, key: jax.Array) -> Figure:
     seen = np.all(np.isfinite(z), axis=1)
     z = z[seen]
     p_z = prior(params)
-    _, variance = activity(params, data)
+    marginal = getattr(p_z, "marginal", None)
+    drawn = np.zeros((0, 0)) if marginal else np.asarray(_of_prior(p_z, key, len(seen)))
+    _, variance = activity(posterior)
     shown = np.sort(np.argsort(-variance, kind="stable")[:_PANELS])
+
+    def reach_of(latent: int) -> tuple[float, float]:
+        if marginal:
+            return _reach(np.asarray(latent_grid(p_z, latent, 2, tail=0.005)), z[:, latent])
+        return _reach(np.quantile(drawn[:, latent], [0.005, 0.995]), z[:, latent])
+
     panels = len(shown) + (len(variance) == 2)
     columns = min(panels, 4)
     rows = -(-panels // columns)
@@ -210,18 +219,17 @@ def aggregate(params: Params, data: Dataset, key: jax.Array) -> Figure:
         figure = Picture(figsize=(3.1 * columns + 0.5, 3.0 * rows + 0.4), layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False).ravel()
         for axes, latent in zip(grid, shown.tolist(), strict=False):
-            reach = _reach(p_z, latent, z[:, latent])
+            reach = reach_of(latent)
             if len(z):
                 how: dict[str, Any] = {"density": True, "color": LIGHT, "label": "q(z), samples"}
                 axes.hist(z[:, latent], 40, range=reach, **how)
-            if hasattr(p_z, "marginal"):
+            if marginal:
                 x, low, step = np.linspace(*reach, _STEPS + 1), reach[:1], np.diff(reach) / _STEPS
-                density = _prior_density(p_z.marginal(latent), low, step, _points(1, _STEPS))
+                density = _prior_density(marginal(latent), low, step, _points(1, _STEPS))
                 axes.plot(x, density / step, color=WARM, label="p(z)")
             else:
-                drawn = np.asarray(p_z.sample(key, 10_000)[:, latent])
                 style = {"histtype": "step", "color": WARM, "label": "p(z), samples"}
-                axes.hist(drawn, 40, range=reach, density=True, **style)
+                axes.hist(drawn[:, latent], 40, range=reach, density=True, **style)
             axes.set(xlabel=f"z{latent + 1}", xlim=reach)
         for axes in grid[::columns]:
             axes.set_ylabel("density")
@@ -232,7 +240,7 @@ def aggregate(params: Params, data: Dataset, key: jax.Array) -> Figure:
         if len(variance) == 2:
             gaussian = isinstance(posterior, Gaussian)
             of_draws = jax.tree.map(lambda x: x[seen], posterior) if gaussian else None
-            _contours(grid[2], p_z, of_draws, z)
+            _contours(grid[2], p_z, of_draws, z, [reach_of(0), reach_of(1)])
         for axes in grid[panels:]:
             axes.remove()
         figure.suptitle(
@@ -244,9 +252,15 @@ def aggregate(params: Params, data: Dataset, key: jax.Array) -> Figure:
     return figure
 
 
-def _contours(axes: Axes, p_z: Prior, posterior: Gaussian | None, z: np.ndarray) -> None:
+def _contours(
+    axes: Axes,
+    p_z: Prior,
+    posterior: Gaussian | None,
+    z: np.ndarray,
+    reach: list[tuple[float, float]],
+) -> None:
     """Draw contours of q(z), or samples `z` if `posterior` is None, and contours of p(z)."""
-    low, high = np.transpose([_reach(p_z, latent, z[:, latent]) for latent in (0, 1)])
+    low, high = np.transpose(reach)
     x, y = np.linspace(low, high, _CELLS + 1).T
     cell, points = (high - low) / _CELLS, _points(2, _CELLS)
     if posterior is None:
@@ -314,15 +328,27 @@ def _draws(posterior: Posterior, key: jax.Array) -> jax.Array:
     return posterior.sample_and_log_prob(keys)[0]
 
 
+@partial(jax.jit, static_argnames="n")
+def _of_prior(p_z: Prior, key: jax.Array, n: int) -> jax.Array:
+    return p_z.sample(key, n)
+
+
 @jax.jit
 def _density(p_z: Prior, z: jax.Array) -> jax.Array:
     return jnp.exp(p_z.log_prob(z))
 
 
-def _reach(p_z: Prior, latent: int, z: np.ndarray) -> tuple[float, float]:
-    """Return the range of a latent's axis: it holds 99% of the prior and of the samples."""
-    low, _, high = np.asarray(latent_grid(p_z, int(latent), 3, tail=0.005), np.float64)
-    ends = np.array([low, high, *(np.quantile(z, [0.005, 0.995]) if len(z) else ())])
+def _reach(of_prior: np.ndarray, z: np.ndarray) -> tuple[float, float]:
+    """Return the range of a latent's axis.
+
+    Args:
+      of_prior: quantiles 0.005 and 0.995 of the prior.
+      z: samples of the aggregate posterior.
+
+    Returns:
+      A range that holds 99% of the prior and of the samples.
+    """
+    ends = np.array([*of_prior, *(np.quantile(z, [0.005, 0.995]) if len(z) else ())], np.float64)
     ends = ends[np.isfinite(ends)]
     left, right = (ends.min(), ends.max()) if len(ends) else (-1.0, 1.0)
     margin = (right - left) / 20 or 1.0  # all samples are equal

@@ -10,8 +10,9 @@ import numpy as np
 from PIL import Image
 
 from jaxvae.errors import InputError
+from jaxvae.models.codebooks import is_discrete
 from jaxvae.models.distributions import GaussianMixture, UnitGaussian
-from jaxvae.models.protocols import Prior
+from jaxvae.models.protocols import Likelihood, Prior
 from jaxvae.models.vae import Params, decode, prior
 from jaxvae.storage import write_atomic
 
@@ -94,6 +95,45 @@ def latent_grid(p_z: Prior, latent: int, n: int, tail: float = 0.05) -> jax.Arra
     x = jnp.linspace(jnp.min(mean - 4 * scale), jnp.max(mean + 4 * scale), 10_001)
     below = jax.scipy.special.ndtr((x[:, None] - mean) / scale) @ jax.nn.softmax(p_z.logits)
     return jnp.interp(quantiles, below, x)
+
+
+@jax.jit
+def coordinates(params: Params, z: jax.Array) -> jax.Array:
+    """Return the coordinates that figures and explorer change, of latents [batch, latent].
+
+    They are the latents themselves, but in a hierarchy the noise of which its prior makes them: if
+    one latent changed by itself, the groups below would become improbable.
+    """
+    if hasattr(params.model, "noise_of"):
+        noise: jax.Array = params.model.noise_of(params, z)
+        return noise
+    return z
+
+
+def decode_coordinates(params: Params, z: jax.Array, labels: jax.Array | None = None) -> Likelihood:
+    """Return p(x|z) of `coordinates`, [batch, latent]."""
+    if hasattr(params.model, "likelihood_of_noise"):
+        found: Likelihood = params.model.likelihood_of_noise(params, z, labels)
+        return found
+    return decode(params, z, labels)
+
+
+def coordinate_prior(params: Params) -> Prior:
+    """Return the distribution that the prior gives `coordinates`."""
+    if hasattr(params.model, "noise_of"):
+        return UnitGaussian(params.config.latent_dim)
+    return prior(params)
+
+
+@jax.jit
+def means(params: Params, z: jax.Array, labels: jax.Array | None = None) -> jax.Array:
+    """Decode `coordinates` [batch, latent] to the means of p(x|z)."""
+    return decode_coordinates(params, z, labels).mean
+
+
+def has_plane(params: Params) -> bool:
+    """Return whether to draw the plane of the first two latents: not of codes or a hierarchy."""
+    return not is_discrete(params.config) and not hasattr(params.model, "groups")
 
 
 def plane(params: Params, n: int) -> tuple[jax.Array, np.ndarray, np.ndarray]:

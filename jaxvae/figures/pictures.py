@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from jaxvae.data import Dataset
-from jaxvae.figures.grid import latent_grid, plane
+from jaxvae.figures.grid import coordinate_prior, coordinates, latent_grid, means, plane
 from jaxvae.figures.style import image_grid
 from jaxvae.models.distributions import UnitGaussian
 from jaxvae.models.protocols import Posterior
@@ -18,6 +18,7 @@ from jaxvae.validation import scale_images
 
 _ROWS = 10  # classes or latents drawn, at most
 _ENCODED = 10_000  # test images, at most; more points would only hide each other
+_NUMBERS = 1_000_000  # latents of all encoded images, about
 
 
 def manifold(params: Params, n: int = 15) -> Figure:
@@ -97,11 +98,12 @@ def levels(params: Params, key: jax.Array, rows: int = 8) -> Figure:
       The figure.
     """
     groups = params.model.groups  # type: ignore[attr-defined]
-    columns = [
-        sample(params, key, rows, temperature=(1.0,) * g + (0.0,) * (len(groups) - g))
-        for g in range(1, len(groups) + 1)
-    ]
-    images = jnp.stack(columns, axis=1).reshape(-1, *params.config.image_shape)
+    noise = jax.random.normal(key, (rows, 1, params.config.latent_dim))
+    group_of = np.repeat(np.arange(len(groups)), [group.size for group in groups])
+    z = noise * (group_of <= np.arange(len(groups))[:, None])
+    classes = params.config.num_classes
+    labels = jnp.repeat(jnp.arange(rows) % classes, len(groups)) if classes else None
+    images = means(params, z.reshape(-1, params.config.latent_dim), labels)
     title = "Samples with the groups up to the column's drawn, the others at their means"
     figure, axes = image_grid(images, rows, title)
     _, width, _ = params.config.image_shape
@@ -138,7 +140,8 @@ def traversals(params: Params, data: Dataset, columns: int = 11) -> Figure:
 
     The fixed latents are the posterior mean of the first test image. Rows are the ten latents whose
     posterior means have the largest variance over the test images, in decreasing order. Along a
-    row the latent takes the quantiles 0.01 to 0.99 of its prior.
+    row the latent takes the quantiles 0.01 to 0.99 of its prior. In a hierarchy the noise of the
+    latent's prior changes (`figures.grid.coordinates`).
 
     Args:
       params: the model.
@@ -148,15 +151,15 @@ def traversals(params: Params, data: Dataset, columns: int = 11) -> Figure:
     Returns:
       The figure.
     """
-    p_z, (mean, variance) = prior(params), activity(params, data)
+    p_z, (mean, variance) = coordinate_prior(params), activity(encode_test_images(params, data))
     shown = np.argsort(-variance, kind="stable")[:_ROWS]
-    z = np.tile(mean[0], (len(shown), columns, 1))
+    z = np.tile(coordinates(params, mean[:1])[0], (len(shown), columns, 1))
     for row, latent in enumerate(shown):
         z[row, :, latent] = latent_grid(p_z, latent, columns, tail=0.01)
     z = z.reshape(-1, params.config.latent_dim)
     labels = labels_of(params, data, np.zeros(len(z), int))
     title = "Latent traversals: one latent varies, the others are those of a test image"
-    figure, axes = image_grid(decode(params, z, labels).mean, len(shown), title)
+    figure, axes = image_grid(means(params, z, labels), len(shown), title)
     width = params.config.image_shape[1]
     ticks = np.linspace(0, columns - 1, 3).round().astype(int)
     quantiles = np.linspace(0.01, 0.99, columns)
@@ -230,18 +233,18 @@ def interpolations(params: Params, data: Dataset, pairs: int = 4, columns: int =
       The figure.
     """
     ways = {"straight": lerp}
-    if isinstance(prior(params), UnitGaussian) and params.config.latent_dim > 1:
+    if isinstance(coordinate_prior(params), UnitGaussian) and params.config.latent_dim > 1:
         ways["spherical"] = slerp
     ends = _pairs(data.test_labels, len(data.test_images), pairs, bool(params.config.num_classes))
     images = scale_images(jnp.asarray(data.test_images[ends.ravel()]))
     labels = labels_of(params, data, ends.ravel())
-    center = encode(params, images, labels).center
+    center = coordinates(params, encode(params, images, labels).center)
     t = jnp.linspace(0, 1, columns - 2)
     rows, names = [], []
     for i in range(0, ends.size, 2):
         row_labels = None if labels is None else jnp.full(len(t), labels[i])
         for name, way in ways.items():
-            between = decode(params, way(center[i], center[i + 1], t), row_labels).mean
+            between = means(params, way(center[i], center[i + 1], t), row_labels)
             rows.append(jnp.concatenate([images[i : i + 1], between, images[i + 1 : i + 2]]))
             names.append(name)
     title = "Interpolations between the latents of two test images"
@@ -258,27 +261,27 @@ def encode_test_images(params: Params, data: Dataset) -> Posterior:
 
     Args:
       params: the model.
-      data: its test images are encoded, at most 10,000.
+      data: its test images are encoded, at most 10,000, and fewer with more than 100 latents.
 
     Returns:
       Their posteriors, of batch size N.
     """
-    images = jnp.asarray(data.test_images[:_ENCODED])
+    limit = min(_ENCODED, max(500, _NUMBERS // params.config.latent_dim))
+    images = jnp.asarray(data.test_images[:limit])
     return encode(params, images, labels_of(params, data, np.arange(len(images))))
 
 
-def activity(params: Params, data: Dataset) -> tuple[jax.Array, np.ndarray]:
-    """Compute the posterior means of the test images and their variances.
+def activity(posterior: Posterior) -> tuple[jax.Array, np.ndarray]:
+    """Return the posterior means of images, and their variances over the images.
 
     Args:
-      params: the model.
-      data: its test images are encoded, at most 10,000.
+      posterior: of batch size N.
 
     Returns:
       The means [N, latent], or the centers of posteriors without a mean; their variances [latent],
       NaN for latents with a mean that is NaN or infinite.
     """
-    mean = encode_test_images(params, data).center
+    mean = posterior.center
     with np.errstate(invalid="ignore"):
         return mean, np.var(np.float64(mean), axis=0)  # large squares overflow float32
 

@@ -66,7 +66,7 @@ POSTERIORS: Registry[Any] = Registry(
 )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class ModelConfig(Config):
     """The architecture of a VAE; the defaults are the notebook's.
 

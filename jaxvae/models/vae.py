@@ -33,7 +33,7 @@ Labels = Integer[ArrayLike, " batch"] | None
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Params:
     """The parameters of a VAE: a pytree that carries its architecture as static metadata.
 
@@ -52,6 +52,11 @@ class Params:
     likelihood: Any = field(default_factory=dict)
     prior: Any = field(default_factory=dict)
     posterior: Any = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """Return the number of parameters and the configuration; the arrays would fill pages."""
+        count = sum(math.prod(getattr(leaf, "shape", ())) for leaf in jax.tree.leaves(self))
+        return f"Params({count:,} parameters, config={self.config!r})"
 
     @property
     def model(self) -> Model:

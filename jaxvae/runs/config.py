@@ -42,7 +42,7 @@ class DataRecord(Config):
             raise InputError(f"sha256 is {shown(self.sha256)}: expected a string")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RunConfig(Config):
     """The configuration of a run: data, seed, model and training.
 

@@ -10,8 +10,7 @@ import numpy as np
 
 from jaxvae.errors import InputError
 from jaxvae.figures.animation import is_kept
-from jaxvae.figures.grid import pixels, plane, tile
-from jaxvae.models.codebooks import is_discrete
+from jaxvae.figures.grid import has_plane, pixels, plane, tile
 from jaxvae.models.vae import Params, encode, reconstruct, sample
 from jaxvae.runs.callbacks import Callback, Training
 from jaxvae.runs.config import run_keys
@@ -124,7 +123,7 @@ class TensorBoard(Callback):
         labels = None if self._labels is None else jnp.asarray(self._labels[rows])
         pairs = jnp.concatenate([scale_images(images), reconstruct(params, images, labels)])
         pictures = {"reconstructions": _rgb(tile(pairs, 2))}
-        if params.config.latent_dim == 2 and not is_discrete(params.config):
+        if params.config.latent_dim == 2 and has_plane(params):
             means, _, down = plane(params, 15)
             return pictures | {"manifold": _rgb(tile(means, len(down)))}
         _, key = run_keys(self._config)

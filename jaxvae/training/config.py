@@ -17,7 +17,7 @@ PARTS = ("encoder", "decoder", "likelihood", "prior", "posterior")
 
 
 @no_type_check  # not at run time: it converts and checks its fields itself
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class TrainConfig(Config):
     """The training of a model; the defaults are the notebook's, except for its batch size of 16.
 

@@ -17,7 +17,7 @@ from jaxvae.validation import as_key, expect_config
 
 @no_type_check  # not at run time: JAX also builds this tree with shapes or specs as leaves
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TrainState:
     """Everything that the next step depends on, as a pytree.
 
@@ -36,6 +36,12 @@ class TrainState:
     key: Key[Array, ""]
     config: TrainConfig = field(metadata={"static": True})
     ema: Params | None = None
+
+    def __repr__(self) -> str:
+        """Return the step, the parameters in short and the configuration."""
+        donated = isinstance(self.step, jax.Array) and self.step.is_deleted()
+        step = "deleted" if donated else self.step
+        return f"TrainState(step={step}, params={self.params!r}, config={self.config!r})"
 
     @property
     def eval_params(self) -> Params:

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 ALWAYS = ["manifold_15", "manifold_20", "reconstructions", "samples", "traversals"]
 ALWAYS += ["interpolations", "latents", "aggregate", "units"]
+KEY = jax.random.key(5)
 
 
 def params(image_shape=(8, 8, 1), latent_dim=2):
@@ -383,6 +384,40 @@ def test_traversals_change_one_latent_and_show_the_one_that_varies_most_first():
     z[:, order[1]] = [-2.326348, 0, 2.326348]  # the normal's quantiles 0.01, 0.5 and 0.99
     images = jaxvae.decode(model, jnp.array(z)).mean[..., 0] * 255
     picture = shown(figure)[8:16]
+    np.testing.assert_allclose(picture, np.concatenate(images, axis=1), atol=0.51)
+
+
+def ladder():
+    config = jaxvae.ModelConfig((8, 8, 1), network="ladder:groups=4x1z1+2x1z1,width=4")
+    model, keys = jaxvae.init(jax.random.key(0), config), iter(jax.random.split(KEY, 99))
+    return jax.tree.map(lambda x: x + 0.2 * jax.random.normal(next(keys), x.shape), model)
+
+
+def test_a_hierarchy_has_no_latent_plane_but_its_levels(tmp_path):
+    paths = figures.draw_all(tmp_path, ladder(), dataset(), [], KEY)
+    assert [path.stem for path in paths] == [*ALWAYS[2:], "levels"]
+
+
+def test_in_each_column_of_the_levels_another_group_is_drawn():
+    model = ladder()
+    noise = jax.random.normal(KEY, (2, 1, 20))
+    rows = shown(figures.levels(model, KEY, rows=2)).reshape(2, 8, 2, 8).swapaxes(1, 2)
+    for column, drawn in enumerate([4, 20]):  # of 2x2 and 4x4 latents
+        z = noise[:, 0] * (jnp.arange(20) < drawn)
+        images = model.model.likelihood_of_noise(model, z).mean[..., 0] * 255
+        np.testing.assert_allclose(rows[:, column], images, atol=0.51)
+
+
+def test_traversals_of_a_hierarchy_change_the_noise_of_one_latent():
+    model, data = ladder(), dataset()
+    figure = figures.traversals(model, data, columns=3)
+    mean = jaxvae.encode(model, data.test_images).mean
+    latent = int(np.argmax(np.var(mean, axis=0)))
+    assert figure.axes[0].get_yticklabels()[0].get_text() == f"z{latent + 1}"
+    noise = np.tile(model.model.noise_of(model, mean[:1]), (3, 1))
+    noise[:, latent] = [-2.326348, 0, 2.326348]  # the normal's quantiles 0.01, 0.5 and 0.99
+    images = model.model.likelihood_of_noise(model, jnp.array(noise)).mean[..., 0] * 255
+    picture = shown(figure)[:8]
     np.testing.assert_allclose(picture, np.concatenate(images, axis=1), atol=0.51)
 
 

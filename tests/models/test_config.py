@@ -59,6 +59,13 @@ def test_a_config_survives_json(config):
     assert hash(back) == hash(config)
 
 
+def test_a_config_is_shown_as_the_call_that_makes_it():
+    config = ModelConfig((8, 8, 1), prior=Mixture(components=5), likelihood="gaussian")
+    shown = repr(config)
+    assert "prior='mixture:components=5', posterior='gaussian'" in shown
+    assert eval(shown) == config
+
+
 def test_a_field_that_a_file_lacks_has_its_default():
     assert ModelConfig.from_dict({"image_shape": [28, 28, 1], "latent_dim": 2}) == ModelConfig()
     assert ModelConfig.from_dict({}) == ModelConfig()

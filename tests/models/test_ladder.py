@@ -14,7 +14,8 @@ from scipy import stats
 
 import jaxvae
 from jaxvae.evaluation.evaluate import kl_per_group
-from jaxvae.explorer.program import coordinates, decode_coordinates, decoder_program
+from jaxvae.explorer.program import decoder_program
+from jaxvae.figures.grid import coordinates, decode_coordinates
 from jaxvae.models.ladder import BottomUp, Ladder, LadderVAE, TopDown
 from jaxvae.models.vae import prior
 from jaxvae.objectives import ELBO, DoublyReparameterized, StickingTheLanding, draw

@@ -52,6 +52,14 @@ def test_a_state_is_a_pytree_whose_configuration_is_static():
     assert jax.tree.structure(replace(state, config=jaxvae.TrainConfig())) != structure
 
 
+def test_a_state_is_shown_without_its_arrays():
+    state = create(epochs=3)
+    count = sum(x.size for x in jax.tree.leaves(state.params))
+    assert repr(state.params) == f"Params({count:,} parameters, config={MODEL!r})"
+    assert repr(state) == f"TrainState(step=0, params={state.params!r}, config={state.config!r})"
+    assert "epochs=3" in repr(state)
+
+
 def test_the_parameters_to_evaluate_with_are_the_average_where_there_is_one():
     state, averaged = create(), create(ema=0.9)
     assert state.ema is None

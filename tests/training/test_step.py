@@ -215,6 +215,16 @@ def test_an_epoch_takes_over_the_states_memory_and_a_step_does_not(state, images
     assert all(x.is_deleted() for x in jax.tree.leaves(after))
 
 
+def test_a_donated_state_says_so(state, images):
+    jaxvae.train_epoch(state, images)
+    for again in (jaxvae.train_epoch, jaxvae.train_step):
+        with refused("state was donated to an earlier call, which reused its memory: expected"):
+            again(state, images)
+    with refused("params was donated to an earlier call"):
+        jaxvae.sample(state.params, jax.random.key(0), 1)
+    assert repr(state).startswith("TrainState(step=deleted, params=Params(")
+
+
 def test_every_epoch_has_each_image_at_most_once_in_an_order_of_its_own(state, images):
     first = np.asarray(shuffle(state, 60))
     assert first.shape == (3, 16)
