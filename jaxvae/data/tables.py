@@ -131,7 +131,8 @@ def _is_number(cell: Any) -> bool:
 
 
 def _labels(column: pa.ChunkedArray, name: str) -> np.ndarray:
-    if column.null_count:
-        row = next(i for i, cell in enumerate(column) if not cell.is_valid)
-        raise InputError(f"{name}, row {row + 1} is empty: expected a class in every row")
-    return number_classes(np.asarray(column.to_pylist()), name)
+    cells = column.to_pylist()
+    empty = next((i for i, cell in enumerate(cells) if cell is None or cell == ""), None)
+    if empty is not None:
+        raise InputError(f"{name}, row {empty + 1} is empty: expected a class in every row")
+    return number_classes(np.asarray(cells), name)
