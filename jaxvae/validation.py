@@ -127,7 +127,7 @@ def expect_support(
     Raises:
       InputError: NaN, infinity or values outside of the support.
     """
-    found = _extremes(examples, jnp.number, wait)
+    found = _extremes(examples, jnp.floating, wait) or _extremes(examples, jnp.integer, wait)
     if found is None:
         return
     if not all(map(math.isfinite, found)):

@@ -80,8 +80,8 @@ def as_examples(array: np.ndarray, name: object) -> np.ndarray:
         return as_images(array, name)
     if array.ndim < 2:
         raise InputError(
-            f"{name} holds an array of shape {array.shape}: expected (images, height, width), "
-            "(images, height, width, channels) or (examples, features)"
+            f"{name} holds images of shape {array.shape}: expected (images, height, width), "
+            "(images, height, width, channels) or, if they are no images, (examples, features)"
         )
     if not array.size:
         raise InputError(f"{name} holds no examples, but an array of shape {array.shape}")

@@ -123,8 +123,8 @@ class ModelConfig(Config):
         set_field(self, "network", _network(self.network))
         if not is_image(shape) and getattr(self.network, "images_only", False):
             raise InputError(
-                f"network is {NETWORKS.spec(self.network)!r}, which is for images, (height, width, "
-                f"channels), but the examples have shape {shape}: expected 'mlp'"
+                f"image_shape is {shape}: expected (height, width, channels), as the network "
+                f"{NETWORKS.spec(self.network)!r} is for images; for other examples choose 'mlp'"
             )
         if hasattr(self.network, "latent_dim"):
             latent_dim = self.network.latent_dim(shape)

@@ -51,7 +51,7 @@ def load_run_data(config: RunConfig, typed: str | None = None) -> Dataset:
             made = imported("data", name)
         except InputError as error:
             raise InputError(f"{name} is not a file, and {error}") from None
-        return prepared(as_dataset(made() if callable(made) else made, name), config)
+        return prepared(as_dataset(made() if callable(made) else made, name), config, name)
     if name == IN_PYTHON:
         raise InputError(
             "the data of this run were passed as arrays in Python: name a data set with --data"
@@ -62,15 +62,16 @@ def load_run_data(config: RunConfig, typed: str | None = None) -> Dataset:
         manual_dir=config.manual_dir,
         label_column=config.label_column,
     )
-    return prepared(data, config)
+    return prepared(data, config, name)
 
 
-def prepared(data: Dataset, config: RunConfig) -> Dataset:
+def prepared(data: Dataset, config: RunConfig, name: str = "the data") -> Dataset:
     """Binarize images as the configuration says, and check the values of other examples.
 
     Args:
       data: the data set.
       config: the configuration of the run.
+      name: name of the data in error messages.
 
     Returns:
       The data set.
@@ -83,15 +84,15 @@ def prepared(data: Dataset, config: RunConfig) -> Dataset:
     if not is_image(data.train_images.shape[1:]):
         if kind != "none":
             raise InputError(
-                f"binarization is {kind!r}, but {config.data} does not hold images: expected 'none'"
+                f"binarization is {kind!r}, but {name} does not hold images: expected 'none'"
             )
         for examples in (data.train_images, data.test_images):
-            expect_support(config.model.likelihood.support, examples, f"{config.data} has")
+            expect_support(config.model.likelihood.support, examples, f"{name} has")
     train_key, test_key = binarization_keys()
     if kind == "fixed":
         if not isinstance(data.train_images, np.ndarray):
             raise InputError(
-                f"binarization is 'fixed', but {config.data} is read from disk image by image: "
+                f"binarization is 'fixed', but {name} is read from disk image by image: "
                 "expected 'dynamic' or 'none'"
             )
         data = data._replace(train_images=binarized(train_key, data.train_images))

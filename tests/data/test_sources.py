@@ -75,7 +75,7 @@ WRONG = {
     "two types": ([PIXELS[0], PIXELS[0] / 255], "item 1", "float64"),
     "many entries": ([{"a": 1, "b": 2}], "it has 'a', 'b'", "map the source"),
     "three parts": ([(1, 2, 3)], "it is a tuple of 3: expected (array, label)"),
-    "single numbers": ([1.0, 2.0], "the data holds an array of shape (2,)"),
+    "single numbers": ([1.0, 2.0], "the data holds images of shape (2,)"),
     "some labels": ([(VECTORS[0], 1), (VECTORS[0],)], "labels for 1 of 2 items"),
     "labels that are no classes": ([(VECTORS[0], 0.5)] * 2, "float64", "expected one whole number"),
     "channels first": ([np.zeros((3, 8, 8), np.uint8)] * 2, "channels seem to come first"),

@@ -142,5 +142,5 @@ def test_numpy_files_hold_vectors_too(tmp_path):
     with refused("c.npy: train example 5 holds NaN or infinity"):
         load_data(str(tmp_path / "c.npy"))
     np.save(tmp_path / "d.npy", np.arange(5))
-    with refused("d.npy holds an array of shape (5,)", "(examples, features)"):
+    with refused("d.npy holds images of shape (5,)", "(examples, features)"):
         load_data(str(tmp_path / "d.npy"))
