@@ -449,10 +449,11 @@ def _sample(options: argparse.Namespace) -> None:
     suffix = options.out.suffix.lower()
     if is_image(shape) and suffix != ".png":
         raise InputError(f"--out is {options.out}: expected a file name ending in .png")
-    if not is_image(shape) and suffix not in (".npz", ".csv")[: 1 + (len(shape) == 1)]:
+    ends = (".npz", ".csv") if len(shape) == 1 else (".npz",)
+    if not is_image(shape) and suffix not in ends:
         raise InputError(
-            f"--out is {options.out}: expected a file name ending in "
-            f"{'.npz or .csv' if len(shape) == 1 else '.npz'}, as the examples have shape {shape}"
+            f"--out is {options.out}: expected a file name ending in {' or '.join(ends)}, as the "
+            f"examples have shape {shape}"
         )
     needed = options.n * math.prod(shape) * _BYTES_PER_SAMPLED
     if (available := memory()) is not None and needed > available:

@@ -55,7 +55,9 @@ def fit(
         (train images, test images) or ((train images, train labels), (test images, test labels)),
         as `jaxvae.load_data` returns them; or an array of images, of which every tenth is held
         out as a test image. Images are uint8 or floats in [0, 1], of shape
-        [N, height, width, channels] or [N, height, width].
+        [N, height, width, channels] or [N, height, width]; other examples are numbers of shape
+        [N, features], or [N, ...] of more than four axes. In place of an array, any source with
+        `__len__` and `__getitem__`, such as a data set of Hugging Face, PyTorch or Grain.
       model: the architecture, by default the notebook's; its `image_shape` is taken from the data.
       train: the training configuration, by default that of `jaxvae train`.
       seed: seed of all random numbers.

@@ -7,7 +7,6 @@ import pytest
 from conftest import refused
 
 import jaxvae
-from jaxvae import figures
 from jaxvae.cli.commands import main
 from jaxvae.data import load_dataset
 from jaxvae.interchange.export import load_safetensors
@@ -99,20 +98,6 @@ def test_samples_are_numbers_in_a_file_which_is_a_data_set_again(run_dir, tmp_pa
     np.testing.assert_array_equal(*arrays)
     assert arrays[0].shape == (20, 3)
     assert np.ptp(arrays[0]) > 0
-
-
-def test_a_traversal_draws_the_decoders_means(run_dir, table):
-    params = jaxvae.load(run_dir)
-    data = load_dataset(str(table), label_column="kind")
-    figure = figures.traversal_lines(params, data, columns=3)
-    panels = [axes for axes in figure.axes if axes.get_lines()]
-    z = np.tile(np.asarray(jaxvae.encode(params, data.test_images[:1]).mean), (2, 3, 1))
-    first = int(panels[0].get_title(loc="left")[1:]) - 1
-    for row, latent in enumerate((first, 1 - first)):
-        z[row, :, latent] = [-2.326348, 0, 2.326348]  # quantiles 0.01, 0.5 and 0.99 of N(0, 1)
-    means = jaxvae.decode(params, z.reshape(6, 2)).mean
-    lines = [line.get_ydata() for axes in panels for line in axes.get_lines()]
-    np.testing.assert_allclose(lines, means, rtol=1e-4, atol=1e-5)
 
 
 def test_a_sweep_of_conditional_models_of_vectors(table, tmp_path):

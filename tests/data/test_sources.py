@@ -6,7 +6,7 @@ import pytest
 from conftest import refused
 from PIL import Image
 
-from jaxvae.data import as_dataset
+from jaxvae.data import Dataset, as_dataset
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (20, 6, 5), np.uint8)
@@ -103,5 +103,8 @@ def test_arrays_of_any_rank_are_examples():
         data = as_dataset(RNG.integers(-5, 5, shape))
         assert data.train_images.dtype == np.float32
         assert data.train_images.shape == (18, *shape[1:])
+    x = RNG.normal(size=(4, 3, 2))
+    assert as_dataset(x.astype("f") * 0).train_images.shape == (3, 3, 2, 1)  # grey images
+    assert as_dataset(Dataset(x, None, x, None)).train_images.shape == (4, 3, 2)
     with refused("expected numbers"):
         as_dataset(np.full((20, 3), "a"))
