@@ -1,11 +1,13 @@
 """Checks and conversions of the arguments of the public functions.
 
 Shapes and types are always checked. Values are checked where they are known, which they are not
-inside `jit`: float images must be between 0 and 1, and labels must be classes of the model.
+inside `jit`: float images must be between 0 and 1, other examples in the support of the likelihood,
+and labels must be classes of the model.
 """
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
@@ -22,13 +24,16 @@ P = ParamSpec("P")
 R = TypeVar("R")
 _THREEFRY = "threefry2x32"
 _ROUNDING = 1e-3  # tolerance for values that resizing or half precision moves outside [0, 1]
+# The range of the supports of likelihoods; that of others is the real line.
+_RANGES = {"binary": (0, 1), "levels": (0, 1), "unit": (0, 1)}
 
 
 def jit(*, wait: bool = True, **options: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Make a decorator like `jax.jit` which raises InputError for wrong arguments.
 
     Values of images and labels are checked before the call; uint8 images need no check. Other
-    arguments are examined only after JAX has refused them.
+    arguments are examined only after JAX has refused them. "Images" are the examples of the model,
+    of any shape.
 
     Args:
       wait: whether to check values on an accelerator, which waits for their computation.
@@ -54,10 +59,11 @@ def jit(*, wait: bool = True, **options: Any) -> Callable[[Callable[P, R]], Call
                 x = args[place] if place < len(args) else kwargs.get(name)
                 if x is None:
                     continue
+                model = args[0] if args else kwargs.get(first)
                 if name == "images":
-                    expect_unit_interval(x, wait=wait)
+                    _expect_values(model, x, wait)
                 else:
-                    _expect_classes(args[0] if args else kwargs.get(first), x, wait)
+                    _expect_classes(model, x, wait)
             try:
                 return jitted(*args, **kwargs)
             except InputError:
@@ -102,6 +108,63 @@ def expect_unit_interval(images: Any, *, wait: bool = True) -> None:
         )
 
 
+def is_image(shape: tuple[int, ...]) -> bool:
+    """Whether examples of this shape are images, (height, width, channels)."""
+    return len(shape) == 3
+
+
+def expect_support(
+    support: str, examples: Any, subject: str = "images have", *, wait: bool = True
+) -> None:
+    """Raise InputError if examples other than images are known to be outside of a support.
+
+    Args:
+      support: of the likelihood, as in `protocols.LikelihoodFamily`.
+      examples: of any type; only numbers are checked.
+      subject: start of the error message, such as "data.csv has".
+      wait: as in `jit`.
+
+    Raises:
+      InputError: NaN, infinity or values outside of the support.
+    """
+    found = _extremes(examples, jnp.floating, wait) or _extremes(examples, jnp.integer, wait)
+    if found is None:
+        return
+    if not all(map(math.isfinite, found)):
+        raise InputError(f"{subject} NaN or infinity: expected finite numbers")
+    low, high = _RANGES.get(support, (-math.inf, math.inf))
+    if found[0] < low - _ROUNDING or found[1] > high + _ROUNDING:
+        raise InputError(
+            f"{subject} values from {found[0]:g} to {found[1]:g}: expected numbers between {low} "
+            f"and {high}, the support of the likelihood; scale the data, or choose another "
+            "likelihood, such as 'gaussian'"
+        )
+
+
+def _expect_values(model: Any, images: Any, wait: bool) -> None:
+    """Raise InputError if examples are known to have values that the model does not take.
+
+    Args:
+      model: `Params` or a training state; anything else counts as a model of images.
+      images: the examples.
+      wait: as in `jit`.
+
+    Raises:
+      InputError: as for `expect_unit_interval` or `expect_support`.
+    """
+    config = _config_of(model)
+    if config is None or is_image(config.image_shape):
+        expect_unit_interval(images, wait=wait)
+    else:
+        expect_support(config.likelihood.support, images, wait=wait)
+
+
+def _config_of(model: Any) -> Any:
+    """Return the ModelConfig of `Params` or of a training state, else None."""
+    config = getattr(getattr(model, "params", model), "config", None)
+    return config if hasattr(config, "image_shape") else None
+
+
 def _expect_classes(model: Any, labels: Any, wait: bool) -> None:
     """Raise InputError if labels are known to be outside the classes of the model.
 
@@ -113,8 +176,7 @@ def _expect_classes(model: Any, labels: Any, wait: bool) -> None:
     Raises:
       InputError: labels below 0, or not below the number of classes.
     """
-    config = getattr(getattr(model, "params", model), "config", None)
-    classes = getattr(config, "num_classes", 0)
+    classes = getattr(_config_of(model), "num_classes", 0)
     found = _extremes(labels, jnp.integer, wait) if classes else None
     if found is not None and not (found[0] >= 0 and found[1] < classes):
         raise InputError(
@@ -169,20 +231,27 @@ def as_array(name: str, x: Any) -> jax.Array:
         raise InputError(f"{name}: expected an array of numbers, not {_kind(x)}") from None
 
 
-def scale_images(images: Shaped[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
-    """Convert images to floats in [0, 1].
+def scale_images(images: Shaped[ArrayLike, " batch *shape"]) -> Float[Array, " batch *shape"]:
+    """Convert images to floats in [0, 1], and other examples to floats of the same values.
 
     Args:
-      images: uint8, which is divided by 255; bool; or floats, which are returned unchanged.
+      images: images [batch, height, width, channels]: uint8, which is divided by 255; bool; or
+        floats, which are returned unchanged. Or other examples [batch, ...]: numbers of any type.
 
     Returns:
-      The images as floats.
+      The examples as floats.
 
     Raises:
       InputError: images of any other type.
     """
     if not isinstance(images, np.ndarray):  # whose division is exact
         images = as_array("images", images)
+    if not is_image(images.shape[1:]):
+        if jnp.issubdtype(images.dtype, jnp.floating):
+            return jnp.asarray(native(images))
+        if images.dtype != jnp.bool_:
+            expect_real("images", images)
+        return jnp.asarray(native(images), jnp.float32)
     if images.dtype == jnp.uint8:
         return jnp.asarray(images.astype(jnp.float32) / 255)
     if images.dtype == jnp.bool_:
@@ -232,7 +301,7 @@ def as_key(key: Any, *, several: bool = False) -> jax.Array:
     return jax.random.wrap_key_data(jax.random.key_data(key)[..., :2], impl=_THREEFRY)
 
 
-def expect_real(name: str, x: jax.Array) -> None:
+def expect_real(name: str, x: jax.Array | np.ndarray) -> None:
     """Raise InputError unless the dtype is an integer or floating type."""
     if not jnp.issubdtype(x.dtype, jnp.floating) and not jnp.issubdtype(x.dtype, jnp.integer):
         raise InputError(f"{name} are of type {x.dtype}: expected floats")

@@ -15,6 +15,7 @@ from jaxvae.models.distributions import GaussianMixture, UnitGaussian
 from jaxvae.models.protocols import Likelihood, Prior
 from jaxvae.models.vae import Params, decode, prior
 from jaxvae.storage import write_atomic
+from jaxvae.validation import is_image
 
 
 def tile(images: jax.Array | np.ndarray, rows: int) -> np.ndarray:
@@ -132,8 +133,13 @@ def means(params: Params, z: jax.Array, labels: jax.Array | None = None) -> jax.
 
 
 def has_plane(params: Params) -> bool:
-    """Return whether to draw the plane of the first two latents: not of codes or a hierarchy."""
-    return not is_discrete(params.config) and not hasattr(params.model, "groups")
+    """Return whether to draw the plane of the first two latents.
+
+    Codes and hierarchies have none that is of use, and examples other than images are not drawn.
+    """
+    config = params.config
+    continuous = not is_discrete(config) and not hasattr(params.model, "groups")
+    return continuous and is_image(config.image_shape)
 
 
 def plane(params: Params, n: int) -> tuple[jax.Array, np.ndarray, np.ndarray]:

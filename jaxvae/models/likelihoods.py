@@ -1,8 +1,8 @@
-"""Likelihoods of pixels.
+"""Likelihoods of pixels, which are the numbers of an example of any shape.
 
 A likelihood p(x|z) is made from the decoder's unbounded `outputs`, [batch, height, width,
-channels * outputs_per_channel], and from `shared`, learned parameters that all pixels have in
-common, which start as `init(channels)`.
+channels * outputs_per_channel] or in general [batch, ..., channels * outputs_per_channel], and from
+`shared`, learned parameters that all pixels have in common, which start as `init(channels)`.
 """
 
 import math
@@ -24,7 +24,14 @@ from jaxvae.models.pixels import (
     sigmoid,
     soft_maximum,
 )
-from jaxvae.validation import AnyKey, as_key, at_least_float32, expect_unit_interval, scale_images
+from jaxvae.validation import (
+    AnyKey,
+    as_key,
+    at_least_float32,
+    expect_unit_interval,
+    is_image,
+    scale_images,
+)
 
 
 # A base class has the fields, as type checkers take class attributes of a NamedTuple for fields.
@@ -40,7 +47,7 @@ class _Logits(NamedTuple):
 
     @classmethod
     def from_outputs(
-        cls, outputs: Float[Array, "*batch height width outputs"], shared: Mapping[str, Array]
+        cls, outputs: Float[Array, " batch *outputs"], shared: Mapping[str, Array]
     ) -> Self:
         """Return the likelihood whose logits are the decoder's outputs."""
         return cls(outputs)
@@ -63,7 +70,7 @@ class Bernoulli(_Logits):
         """The probability of each pixel being 1."""
         return jax.nn.sigmoid(self.logits)
 
-    def log_prob(self, images: Images) -> Float[Array, "*batch"]:
+    def log_prob(self, images: Images) -> Float[Array, " batch"]:
         """Compute log p(images), the negative cross-entropy.
 
             log p(x) = sum_pixels x log sigmoid(l) + (1 - x) log sigmoid(-l)
@@ -120,7 +127,7 @@ class ContinuousBernoulli(_Logits):
         mean = jax.grad(lambda logits: jnp.sum(_log_partition(logits)))(self._negative())
         return jnp.where(self.logits > 0, 1 - mean, mean)
 
-    def log_prob(self, images: Images) -> Float[Array, "*batch"]:
+    def log_prob(self, images: Images) -> Float[Array, " batch"]:
         """Compute log p(images).
 
         Args:
@@ -164,7 +171,7 @@ class GaussianPixels(_LocationScale):
     The density is with respect to Lebesgue measure on the whole real line, not only on [0, 1].
 
     Attributes:
-      location: means of the pixels, in [0, 1]: [batch, height, width, channels].
+      location: means of the pixels, of images in [0, 1]: [batch, height, width, channels].
       log_scale: logarithm of the standard deviation of every pixel, [].
 
     References:
@@ -182,20 +189,21 @@ class GaussianPixels(_LocationScale):
 
     @classmethod
     def from_outputs(
-        cls, outputs: Float[Array, "*batch height width outputs"], shared: Mapping[str, Array]
+        cls, outputs: Float[Array, " batch *outputs"], shared: Mapping[str, Array]
     ) -> Self:
         """Return the likelihood of a batch; its log scale is smoothly bounded below by -6.
 
-        location = sigmoid(outputs)
+        location = sigmoid(outputs) for images, outputs for other examples
         """
-        return cls(sigmoid(outputs), soft_maximum(shared["log_scale"], -6))
+        location = sigmoid(outputs) if is_image(outputs.shape[1:]) else outputs
+        return cls(location, soft_maximum(shared["log_scale"], -6))
 
     @property
     def mean(self) -> Pixels:
         """The location."""
         return self.location
 
-    def log_prob(self, images: Images) -> Float[Array, "*batch"]:
+    def log_prob(self, images: Images) -> Float[Array, " batch"]:
         """Compute log N(images; location, exp(2 log_scale)).
 
         Args:
@@ -247,7 +255,7 @@ class DiscretizedLogistic(_LocationScale):
 
     @classmethod
     def from_outputs(
-        cls, outputs: Float[Array, "*batch height width outputs"], shared: Mapping[str, Array]
+        cls, outputs: Float[Array, " batch *outputs"], shared: Mapping[str, Array]
     ) -> Self:
         """Return the likelihood of a batch.
 
@@ -265,7 +273,7 @@ class DiscretizedLogistic(_LocationScale):
         """The location, clipped to [0, 1]."""
         return jnp.clip(self.location, 0, 1)
 
-    def log_prob(self, images: Images) -> Float[Array, "*batch"]:
+    def log_prob(self, images: Images) -> Float[Array, " batch"]:
         """Compute log P(images).
 
         Args:
@@ -290,7 +298,7 @@ class DiscretizedLogistic(_LocationScale):
 
 
 def bits_per_dimension(
-    log_prob: Float[Array, "*batch"], image_shape: tuple[int, int, int]
+    log_prob: Float[Array, "*batch"], image_shape: tuple[int, ...]
 ) -> Float[Array, "*batch"]:
     """Convert log-probabilities to bits per dimension.
 
@@ -298,7 +306,7 @@ def bits_per_dimension(
 
     Args:
       log_prob: log P(x), in nats per image.
-      image_shape: (height, width, channels).
+      image_shape: (height, width, channels), or the shape of one example.
 
     Returns:
       Bits per dimension of each image.
@@ -306,7 +314,7 @@ def bits_per_dimension(
     return -log_prob / (math.prod(image_shape) * math.log(2))
 
 
-def binarize(key: AnyKey, images: Images) -> Float[Array, "*batch height width channels"]:
+def binarize(key: AnyKey, images: Images) -> Float[Array, " batch *shape"]:
     """Draw binary images: each pixel is 1 with its grey level as the probability.
 
     The probability is exact to 2^-16, as pixels are compared with 16 random bits. Levels 0 and 1

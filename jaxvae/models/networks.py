@@ -24,10 +24,10 @@ from jaxvae.devices.convolution import conv_general_dilated, conv_transpose
 from jaxvae.errors import InputError
 from jaxvae.validation import whole_number
 
-Images = Float[Array, "batch height width channels"]
+Images = Float[Array, " batch *shape"]
 Latents = Float[Array, "batch latent"]
 Labels = Num[Array, "batch classes"] | None  # one-hot
-Outputs = Float[Array, "batch height width outputs"]
+Outputs = Float[Array, " batch *outputs"]
 Features = Float[Array, "batch rows columns features"]
 Encoded = tuple[Latents, Latents, Float[Array, "batch features"]]
 OutputsShape = tuple[int, int, int]  # (height, width, outputs)
@@ -205,12 +205,12 @@ class MlpDecoder(nn.Module):
     """The decoder for `MlpEncoder`: two hidden layers of tanh units and a linear layer.
 
     Attributes:
-      image_shape: (height, width, outputs).
+      image_shape: (height, width, outputs), or (..., outputs) of other examples.
       dtype: of the layers' inputs, kernels and products.
       width: units of a hidden layer.
     """
 
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, ...]
     dtype: Dtype | None = None
     width: int = 200
 
@@ -456,6 +456,8 @@ def _halvings(rows: int, columns: int, features: int, least: int = 4) -> list[tu
 class Conv:
     """The notebook's network: four 3x3 convolutions in the encoder, two in the decoder."""
 
+    images_only: ClassVar[bool] = True
+
     def modules(
         self, latent_dim: int, outputs_shape: OutputsShape, dtype: Dtype | None
     ) -> tuple[nn.Module, nn.Module]:
@@ -481,7 +483,7 @@ class MLP:
         object.__setattr__(self, "width", whole_number("width", self.width))
 
     def modules(
-        self, latent_dim: int, outputs_shape: OutputsShape, dtype: Dtype | None
+        self, latent_dim: int, outputs_shape: tuple[int, ...], dtype: Dtype | None
     ) -> tuple[nn.Module, nn.Module]:
         """Return encoder and decoder."""
         return (
@@ -501,6 +503,7 @@ class Residual:
 
     width: int = 32
     blocks: int = 1
+    images_only: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in ("width", "blocks"):
@@ -527,6 +530,7 @@ class Spatial:
 
     width: int = 32
     blocks: int = 1
+    images_only: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in ("width", "blocks"):
@@ -558,7 +562,7 @@ class Modules:
     spec: ClassVar[str] = "own"
 
     def modules(
-        self, latent_dim: int, outputs_shape: OutputsShape, dtype: Dtype | None
+        self, latent_dim: int, outputs_shape: tuple[int, ...], dtype: Dtype | None
     ) -> tuple[nn.Module, nn.Module]:
         """Return encoder and decoder."""
         return self.encoder, self.decoder

@@ -1,4 +1,4 @@
-"""Numerics that the likelihoods of pixels share."""
+"""Numerics that likelihoods share. A pixel is a number of an example, which may be no image."""
 
 import math
 
@@ -7,16 +7,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Num
 
 from jaxvae.errors import InputError
-from jaxvae.validation import at_least_float32, expect_unit_interval, scale_images
-
-Images = (
-    Num[ArrayLike, "*batch height width channels"] | Bool[ArrayLike, "*batch height width channels"]
+from jaxvae.validation import (
+    at_least_float32,
+    expect_support,
+    expect_unit_interval,
+    is_image,
+    scale_images,
 )
-Pixels = Float[Array, "*batch height width channels"]
+
+Images = Num[ArrayLike, " batch *shape"] | Bool[ArrayLike, " batch *shape"]
+Pixels = Float[Array, " batch *shape"]
 
 
 def expected_pixels(images: Images, shape: tuple[int, ...], *, bounded: bool = True) -> Pixels:
-    """Return images as floats in [0, 1].
+    """Return images, or other examples, as floats; images are in [0, 1].
 
     Args:
       images: of the decoder's shape.
@@ -26,20 +30,22 @@ def expected_pixels(images: Images, shape: tuple[int, ...], *, bounded: bool = T
     Raises:
       InputError: images of another shape, or values outside [0, 1].
     """
-    if bounded:
+    if bounded and is_image(shape[1:]):
         expect_unit_interval(images)
     x = at_least_float32(scale_images(images))
     if x.shape != shape:
         raise InputError(f"images have shape {x.shape}: expected the decoder's {shape}")
+    if bounded and not is_image(shape[1:]):
+        expect_support("unit", x)
     return x
 
 
-def flat(*arrays: Pixels) -> list[Float[Array, "*batch pixels"]]:
-    """Reshape each array to [..., height * width * channels], at least float32.
+def flat(*arrays: Pixels) -> list[Float[Array, "batch pixels"]]:
+    """Reshape each array to [batch, pixels], at least float32.
 
     On a CPU, XLA does not vectorise over a last axis of size 1, which takes ten times as long.
     """
-    return [at_least_float32(x).reshape(*x.shape[:-3], -1) for x in arrays]
+    return [at_least_float32(x).reshape(x.shape[0], -1) for x in arrays]
 
 
 def log_prob_of_level(

@@ -130,18 +130,19 @@ class Posterior(Protocol):
 
 @runtime_checkable
 class Likelihood(Protocol):
-    """p(x|z) of a batch: a pytree."""
+    """p(x|z) of a batch: a pytree.
+
+    Examples are images, [batch, height, width, channels], or arrays [batch, ...] of another rank.
+    """
 
     @property
-    def mean(self) -> Float[Array, "batch height width channels"]:
+    def mean(self) -> Float[Array, " batch *shape"]:
         """The mean of p(x|z), float32."""
 
-    def log_prob(
-        self, images: Num[ArrayLike, "batch height width channels"]
-    ) -> Float[Array, " batch"]:
+    def log_prob(self, images: Num[ArrayLike, " batch *shape"]) -> Float[Array, " batch"]:
         """Compute log p(x|z), in nats per image."""
 
-    def sample(self, key: "AnyKey") -> Float[Array, "batch height width channels"]:
+    def sample(self, key: "AnyKey") -> Float[Array, " batch *shape"]:
         """Draw images."""
 
 
@@ -208,7 +209,7 @@ class LikelihoodFamily(Protocol):
         """Return the initial parameters that all pixels have in common."""
 
     def from_outputs(
-        self, outputs: Float[Array, "batch height width outputs"], learned: Learned
+        self, outputs: Float[Array, " batch *outputs"], learned: Learned
     ) -> Likelihood:
         """Return the likelihood of a batch.
 
@@ -241,10 +242,13 @@ class Model(Protocol):
     def posterior(
         self,
         params: "Params",
-        images: Float[Array, "batch height width channels"],
+        images: Float[Array, " batch *shape"],
         labels: Int[Array, " batch"] | None,
     ) -> Posterior:
-        """Return q(z|x) of images in [0, 1] and, if the model is conditional, their classes."""
+        """Return q(z|x) of images in [0, 1] and, if the model is conditional, their classes.
+
+        Other examples than images are taken as they are.
+        """
 
     def likelihood(
         self,
@@ -259,17 +263,19 @@ class Model(Protocol):
 class Network(Protocol):
     """A choice of encoder and decoder: `ModelConfig(network=...)`.
 
-    It may have `model(config)`, which returns the whole `Model` instead of a `VAE`.
+    It may have `model(config)`, which returns the whole `Model` instead of a `VAE`. One for images
+    alone, not for vectors, has `images_only = True`.
     """
 
     def modules(
-        self, latent_dim: int, outputs_shape: tuple[int, int, int], dtype: Any
+        self, latent_dim: int, outputs_shape: tuple[int, ...], dtype: Any
     ) -> tuple[nn.Module, nn.Module]:
         """Return encoder and decoder.
 
         Args:
           latent_dim: number of latents.
-          outputs_shape: (height, width, outputs) of the decoder's outputs for one image.
+          outputs_shape: (height, width, outputs) of the decoder's outputs for one image, or
+            (..., outputs) for another example.
           dtype: of the layers' inputs, kernels and products; None: that of the inputs.
 
         Returns:
