@@ -146,12 +146,13 @@ def measure_bounds(
     }
 
     def means(*of_images: Any) -> dict[str, float]:
-        found = data_parallel(
+        bounds = data_parallel(
             partial(_bounds, **numbers),
             devices,
             in_specs=(jax.P(), *[jax.P(AXIS)] * len(of_images)),
             out_specs=jax.P(AXIS),
-        )(params, *of_images)
+        )
+        found = bounds(*jax.device_put((params, *of_images), replicated(devices)))
         return {name: float(np.mean(values)) for name, values in found.items()}
 
     return {
