@@ -20,7 +20,6 @@ from scipy import special, stats
 
 import jaxvae
 from jaxvae.evaluation.ais import _Chains, _densities, ais, bidirectional_ais, sigmoidal_schedule
-from jaxvae.models.config import PRIORS
 from jaxvae.models.likelihoods import GaussianPixels
 from jaxvae.models.vae import prior
 from jaxvae.objectives import example_keys, numbered_keys
@@ -198,18 +197,12 @@ def log_mean_likelihood(params, images, labels=None, n=4000):
     return np.choose(np.zeros(len(images), int) if labels is None else labels, found)
 
 
-DENSITIES = {"standard_normal": "standard_normal", "mixture": "mixture:components=3",
-             "vamp": "vamp:components=3", "realnvp": "realnvp:layers=2,hidden=8"}  # fmt: skip
 FEW = {"num_steps": 12, "num_chains": 2, "num_leapfrog": 3}
 
 
-def test_every_prior_over_densities_is_tested():
-    assert {n for n in PRIORS if not hasattr(PRIORS.parse(n), "over_codes")} == set(DENSITIES)
-
-
-@pytest.mark.parametrize("name", DENSITIES)
-def test_every_prior_has_unbiased_weights(name):
-    params = small(0.3, prior=DENSITIES[name])
+@pytest.mark.parametrize("name", ["vamp:components=3", "realnvp:layers=2,hidden=8"])
+def test_a_learned_prior_has_unbiased_weights(name):
+    params = small(0.3, prior=name)
     found = bidirectional_ais(params, KEY, 300, **FEW)
     exact = log_mean_likelihood(params, found.images)
     assert np.std(exact) > 0.2
@@ -226,7 +219,7 @@ def test_simulated_images_are_of_all_classes_in_turn():
 
 
 def test_a_hierarchy_has_unbiased_weights():
-    params = small(0.2, network="ladder:groups=2x1+1x1,width=4,latents=1")
+    params = small(0.2, network="ladder:groups=1x2,width=4,latents=1")
     found = bidirectional_ais(params, KEY, 40, **FEW)
     exact = log_mean_likelihood(params, found.images, n=1000)
     assert np.std(exact) > 0.2
@@ -249,12 +242,13 @@ def test_a_bound_is_of_the_image_its_label_and_its_key_whatever_the_batch():
 
 
 def test_the_parameters_of_several_models_are_mapped_over():
-    models = [small(), jax.tree.map(lambda x: 0.5 * x, small())]
+    models = [LINEAR, jax.tree.map(lambda x: 0.5 * x, LINEAR)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *models)
+    x = np.float32(np.random.default_rng(6).uniform(size=(3, 2, 2, 1)))
     bound = partial(ais, num_steps=3, num_chains=2, num_leapfrog=2)
-    together = jax.vmap(bound, (0, None, None))(stacked, KEY, IMAGES)
+    together = jax.vmap(bound, (0, None, None))(stacked, KEY, x)
     for params, found in zip(models, together, strict=True):
-        np.testing.assert_allclose(found, bound(params, KEY, IMAGES), rtol=1e-4)
+        np.testing.assert_allclose(found, bound(params, KEY, x), rtol=1e-4)
 
 
 def test_double_precision_is_kept():
