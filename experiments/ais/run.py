@@ -27,7 +27,7 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
     "ladder": (LADDER, 1),
 }
 SIZE = {"num_images": 50, "num_steps": 500, "num_chains": 2}
-SIZES = {"ladder": {"num_images": 20, "num_steps": 100, "num_chains": 2}}  # a slower decoder
+SIZES = {"ladder": {"num_images": 16, "num_steps": 300, "num_chains": 1}}  # a slower decoder
 NUM_SAMPLES = 1000
 
 
