@@ -339,7 +339,7 @@ def _refuse(arguments: Mapping[str, Any]) -> None:
         elif name == "objective":
             if value is not None and not callable(value):
                 raise InputError(f"objective is {shown(value)}: expected a function")
-        elif name in ("n", "num_samples"):
+        elif name == "n" or name.startswith("num_"):
             whole_number(name, value)
             if isinstance(value, jax.Array):
                 raise InputError(f"{name} is an array: expected a whole number, int({name})")

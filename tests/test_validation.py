@@ -117,6 +117,7 @@ OF_IMAGES = {
     "reconstruct": lambda params, images: jaxvae.reconstruct(params, images),
     "elbo": lambda params, images: jaxvae.elbo(params, KEY, images),
     "log_likelihood": lambda params, images: jaxvae.log_likelihood(params, KEY, images, 2),
+    "ais": lambda params, images: jaxvae.ais(params, KEY, images, 2),
 }
 
 
@@ -158,6 +159,7 @@ OF_LABELS = {
     "reconstruct": lambda params, labels: jaxvae.reconstruct(params, IMAGES, labels),
     "elbo": lambda params, labels: jaxvae.elbo(params, KEY, IMAGES, labels),
     "log_likelihood": lambda params, labels: jaxvae.log_likelihood(params, KEY, IMAGES, 2, labels),
+    "ais": lambda params, labels: jaxvae.ais(params, KEY, IMAGES, 2, labels),
     "sample": lambda params, labels: jaxvae.sample(params, KEY, 5, labels),
 }
 

@@ -408,10 +408,23 @@ _METRICS = {
 
 def _evaluate(options: argparse.Namespace) -> None:
     from jaxvae.runs import evaluation
-    from jaxvae.runs.config import read_config
+    from jaxvae.runs.config import as_flag, read_config
 
     _at_least_one("--num-samples", options.num_samples)
     which = _which(options)
+    numbers = {
+        name: value
+        for name in ("num_images", "num_steps", "num_chains")
+        if (value := getattr(options, name)) is not None
+    }
+    for name, value in numbers.items():
+        flag = as_flag(name)
+        if options.method != "ais":
+            raise InputError(f"{flag} is for --method ais: pass that too, or leave {flag} out")
+        _at_least_one(flag, value)
+    if options.method == "ais":
+        _print_bounds(options, numbers)
+        return
     found = evaluation.measure(
         options.run, options.num_samples, which, options.data, **_own(options)
     )
@@ -424,11 +437,49 @@ def _evaluate(options: argparse.Namespace) -> None:
             print(f"  {says.format(**found, value=value):34}{found[name]:10.{digits}f}")
     for group, kl in enumerate(found.get("kl_per_group", ()), start=1):
         print(f"  {f'KL of group {group}, from the top':34}{kl:10.3f}")
+    _write_evaluation(options.run, found, "evaluation.json")
+
+
+_BOUNDS = {
+    "elbo": "ELBO",
+    "importance_sampling": "importance sampling, {num_samples} samples",
+    "lower": "AIS, lower bound",
+    "upper": "AIS, upper bound",
+    "gap": "upper - lower bound",
+    "bias": "upper bound - importance sampling",
+}
+
+
+def _print_bounds(options: argparse.Namespace, numbers: dict[str, int]) -> None:
+    """Print the table of `evaluate --method ais`, and write its file."""
+    from jaxvae.runs import evaluation
+
+    found = evaluation.measure_bounds(
+        options.run, options.num_samples, _which(options), options.data, **numbers, **_own(options)
+    )
+    print(
+        f"{options.run}, step {found['step']}: {found['images']:,} images, {found['num_chains']:,} "
+        f"chains of {found['num_steps']:,} steps, nats per image"
+    )
+    test, simulated = found["test"], dict(found["simulated"])
+    simulated["gap"] = simulated["upper"] - simulated["lower"]
+    simulated["bias"] = simulated["upper"] - simulated["importance_sampling"]
+    print(f"  {'':36}{'test':>10}{'simulated':>12}")
+    for name, says in _BOUNDS.items():
+        of_test = f"{test[name]:.3f}" if name in test else ""
+        print(f"  {says.format(**found):36}{of_test:>10}{simulated[name]:12.3f}")
+    _write_evaluation(options.run, found, "ais.json")
+
+
+def _write_evaluation(run_dir: Path, found: dict[str, Any], name: str) -> None:
+    from jaxvae.runs import evaluation
+
     sys.stdout.flush()
     try:
-        print(f"evaluation: {evaluation.write_evaluation(options.run, found)}", file=sys.stderr)
+        path = evaluation.write_evaluation(run_dir, found, name)
+        print(f"evaluation: {path}", file=sys.stderr)
     except InputError as error:
-        print(f"jaxvae: evaluation.json was not written: {error}", file=sys.stderr)
+        print(f"jaxvae: {name} was not written: {error}", file=sys.stderr)
 
 
 def _sample(options: argparse.Namespace) -> None:

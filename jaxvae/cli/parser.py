@@ -82,6 +82,7 @@ _EXAMPLES = {
     "evaluate": """
   jaxvae evaluate runs/photos
   jaxvae evaluate runs/photos --best --num-samples 5000
+  jaxvae evaluate runs/photos --method ais --num-steps 500 --num-chains 8
 """,
     "sample": """
   jaxvae sample runs/photos --n 64 --out samples.png
@@ -116,6 +117,12 @@ _EXAMPLES = {
   jaxvae completion bash > ~/.local/share/bash-completion/completions/jaxvae
   jaxvae completion zsh > ~/.zfunc/_jaxvae
 """,
+}
+METHODS = ("importance", "ais")
+_AIS = {
+    "--num-images": "number of test images and of simulated images; default 100",
+    "--num-steps": "steps from the prior to the posterior; default 1000",
+    "--num-chains": "chains for each image; default 16",
 }
 SHELLS = ("bash", "zsh", "tcsh")
 
@@ -220,6 +227,12 @@ def make_parser(
     evaluate = command("evaluate", "evaluate a run on its test images")
     evaluate.add_argument("--num-samples", type=int, default=100, metavar="K",
                           help="importance samples for log p(x); default 100")  # fmt: skip
+    evaluate.add_argument("--method", choices=METHODS, default="importance",
+                          help="importance: all metrics, with log p(x) by importance sampling, the "
+                          "default; ais: bounds on log p(x) by annealed importance sampling, also "
+                          "from above for images simulated from the model")  # fmt: skip
+    for flag, says in _AIS.items():
+        evaluate.add_argument(flag, type=int, metavar="N", help=f"with --method ais: {says}")
     sample = command("sample", "draw samples from the model of a run")
     sample.add_argument("--n", type=int, required=True, metavar="N", help="number of samples")
     sample.add_argument("--out", type=Path, required=True, metavar="FILE.png",

@@ -229,8 +229,8 @@ class Model(Protocol):
     [samples, batch]: see `jaxvae.objectives.draw_at`.
 
     A hierarchy has `groups`, each with its number of latents, `size`. For the explorer it also has
-    `noise_of(params, z)`, the noise of N(0, I) of which its prior makes latents, and
-    `likelihood_of_noise(params, noise, labels)`.
+    `noise_of(params, z)`, the noise of N(0, I) of which its prior makes latents, and, also for
+    annealed importance sampling, `likelihood_of_noise(params, noise, labels)`.
     """
 
     def init(self, key: Key[Array, ""]) -> dict[str, Any]:

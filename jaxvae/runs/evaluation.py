@@ -9,9 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxvae.devices.sharding import data_parallel, devices_for, replicated
+from jaxvae.devices.sharding import AXIS, data_parallel, devices_for, replicated
+from jaxvae.evaluation.ais import ais, bidirectional_ais
 from jaxvae.evaluation.evaluate import evaluate, examine, mean_log_likelihood
+from jaxvae.evaluation.log_likelihood import log_likelihood
 from jaxvae.models.likelihoods import bits_per_dimension
+from jaxvae.models.vae import Params
+from jaxvae.objectives import elbo, example_keys
 from jaxvae.runs.checkpoints import Which, load_with_step
 from jaxvae.runs.config import read_config, run_keys
 from jaxvae.runs.data import (
@@ -88,19 +92,124 @@ def measure(
     }
 
 
-def write_evaluation(run_dir: Path, metrics: Mapping[str, Any]) -> Path:
-    """Write the result of `measure` to evaluation.json.
+def measure_bounds(
+    run_dir: Path,
+    num_samples: int,
+    which: Which = "latest",
+    data_name: str | None = None,
+    *,
+    num_images: int = 100,
+    num_steps: int = 1000,
+    num_chains: int = 16,
+    **own: Any,
+) -> dict[str, Any]:
+    """Bound log p(x) of test images, and of images simulated from the model of a run.
 
     Args:
       run_dir: the run directory.
-      metrics: as returned by `measure`.
+      num_samples: importance samples for log p(x).
+      which: "latest", or "best" by test ELBO.
+      data_name: name or path of another data set than the recorded one.
+      num_images: number of test images, the first ones, and of simulated images.
+      num_steps: steps of annealed importance sampling.
+      num_chains: its chains for each image and direction.
+      own: custom components of the model, by field.
 
     Returns:
-      The path of evaluation.json.
+      `step`, `images`, `num_samples`, `num_steps` and `num_chains`; `test` and `simulated`, with
+      the means `elbo`, `importance_sampling`, `lower` and, of simulated images, `upper`, in nats
+      per image; `seconds` and `devices`.
+
+    Raises:
+      InputError: the run, its data or its checkpoints cannot be read; latents that are codes.
+    """
+    began = time.perf_counter()
+    config = read_config(run_dir, **own)
+    data = load_run_data(config, data_name)
+    warn_of_other_data(run_dir, config, data)
+    params, step = load_with_step(run_dir, which, **own)
+    num_images = min(num_images, len(data.test_images))
+    images, labels = model_inputs(
+        data.test_images[:num_images],
+        None if data.test_labels is None else data.test_labels[:num_images],
+        config.model,
+    )
+    classes = config.model.num_classes
+    simulated_labels = np.arange(num_images, dtype=np.int32) % classes if classes else None
+    _, key = run_keys(config)
+    test_keys, simulated_keys = (example_keys(k, num_images) for k in jax.random.split(key))
+    devices = devices_for(num_images)
+    numbers: dict[str, Any] = {
+        "num_samples": num_samples,
+        "num_steps": num_steps,
+        "num_chains": num_chains,
+    }
+
+    def means(*of_images: Any) -> dict[str, float]:
+        bounds = data_parallel(
+            partial(_bounds, **numbers),
+            devices,
+            in_specs=(jax.P(), *[jax.P(AXIS)] * len(of_images)),
+            out_specs=jax.P(AXIS),
+        )
+        found = bounds(*jax.device_put((params, *of_images), replicated(devices)))
+        return {name: float(np.mean(values)) for name, values in found.items()}
+
+    return {
+        "step": step,
+        "images": num_images,
+        **numbers,
+        "test": means(test_keys, labels, images),
+        "simulated": means(simulated_keys, simulated_labels),
+        "seconds": round(time.perf_counter() - began, 1),
+        "devices": f"{devices.size} x {devices.devices.flat[0].device_kind}",
+    }
+
+
+def _bounds(
+    params: Params,
+    keys: jax.Array,
+    labels: jax.Array | None,
+    images: jax.Array | None = None,
+    *,
+    num_samples: int,
+    num_steps: int,
+    num_chains: int,
+    axis_name: str,
+) -> dict[str, jax.Array]:
+    """Bound log p(x) of these images, or of as many simulated ones, on one device."""
+    ais_keys, elbo_keys, sample_keys = jax.vmap(lambda key: jax.random.split(key, 3), 0, 1)(keys)
+    if images is None:
+        sandwich = bidirectional_ais(
+            params, ais_keys, len(keys), num_steps, labels, num_chains=num_chains
+        )
+        images = sandwich.images
+        bounds = {"lower": sandwich.lower, "upper": sandwich.upper}
+    else:
+        bounds = {"lower": ais(params, ais_keys, images, num_steps, labels, num_chains=num_chains)}
+    return {
+        "elbo": elbo(params, elbo_keys, images, labels).value,
+        "importance_sampling": log_likelihood(params, sample_keys, images, num_samples, labels),
+        **bounds,
+    }
+
+
+def write_evaluation(
+    run_dir: Path, metrics: Mapping[str, Any], name: str = "evaluation.json"
+) -> Path:
+    """Write the result of `measure` or `measure_bounds` to a file of the run directory.
+
+    Args:
+      run_dir: the run directory.
+      metrics: the result.
+      name: of the file.
+
+    Returns:
+      The path of the file.
 
     Raises:
       InputError: the directory cannot be written.
     """
-    path = run_dir / "evaluation.json"
+    path = run_dir / name
     write_json(path, metrics)
     return path

@@ -208,6 +208,41 @@ def test_evaluate_prints_one_table_of_what_it_writes_down(run_dir, capsys):
     assert set(written) == set(names.values()) | about
 
 
+def test_evaluate_prints_the_bounds_that_it_writes_down(conditional, capsys):
+    numbers = ["--num-images", "16", "--num-steps", "3", "--num-chains", "2", "--num-samples", "5"]
+    assert main(["evaluate", str(conditional), "--method", "ais", *numbers]) == 0
+    told = capsys.readouterr()
+    written = json.loads((conditional / "ais.json").read_text())
+    assert told.err == f"evaluation: {conditional / 'ais.json'}\n"
+    head, columns, *rows = told.out.splitlines()
+    step = written["step"]
+    assert head == (f"{conditional}, step {step}: 16 images, 2 chains of 3 steps, nats per image")
+    assert columns.split() == ["test", "simulated"]
+    test, simulated = written["test"], written["simulated"]
+    gap, bias = (simulated["upper"] - simulated[name] for name in ("lower", "importance_sampling"))
+    expected = {
+        "ELBO": [test["elbo"], simulated["elbo"]],
+        "importance sampling, 5 samples": [
+            test["importance_sampling"],
+            simulated["importance_sampling"],
+        ],
+        "AIS, lower bound": [test["lower"], simulated["lower"]],
+        "AIS, upper bound": [simulated["upper"]],
+        "upper - lower bound": [gap],
+        "upper bound - importance sampling": [bias],
+    }
+    table = {row[:38].strip(): row[38:].split() for row in rows}
+    assert table == {name: [f"{x:.3f}" for x in values] for name, values in expected.items()}
+    assert {
+        name: written[name] for name in ("images", "num_samples", "num_steps", "num_chains")
+    } == {
+        "images": 16,
+        "num_samples": 5,
+        "num_steps": 3,
+        "num_chains": 2,
+    }
+
+
 def test_evaluate_prints_what_it_cannot_write_down(run_dir, tmp_path, capsys):
     """Where the directory cannot be written, which root could; here the name is taken."""
     copy = shutil.copytree(run_dir, tmp_path / "copy")
@@ -707,6 +742,15 @@ WRONG = {
     ),
     "evaluate nothing": ("evaluate {tmp}", "is not a run directory"),
     "no samples": ("evaluate {run} --num-samples 0", "--num-samples is 0: expected at least 1"),
+    "no steps": (
+        "evaluate {run} --method ais --num-steps 0",
+        "--num-steps is 0: expected at least 1",
+    ),
+    "chains of importance sampling": (
+        "evaluate {run} --num-chains 4",
+        "--num-chains is for --method ais: pass that too, or leave --num-chains out",
+    ),
+    "an unknown method": ("evaluate {run} --method hmc", "invalid choice: 'hmc'"),
     "sample none": ("sample {run} --n 0 --out {tmp}/a.png", "--n is 0: expected at least 1"),
     "sample a jpeg": (
         "sample {run} --n 1 --out {tmp}/a.jpg",
