@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # the names of `_MODULES` once more, with their types
     from jaxvae.data import load_data as load_data
     from jaxvae.errors import InputError as InputError
+    from jaxvae.evaluation.impute import Imputation as Imputation
+    from jaxvae.evaluation.impute import impute as impute
     from jaxvae.evaluation.log_likelihood import log_likelihood as log_likelihood
     from jaxvae.models.config import ModelConfig as ModelConfig
     from jaxvae.models.distributions import Gaussian as Gaussian
@@ -49,6 +51,8 @@ _MODULES = {
     "Elbo": "models.protocols",
     "elbo": "objectives",
     "log_likelihood": "evaluation.log_likelihood",
+    "impute": "evaluation.impute",
+    "Imputation": "evaluation.impute",
     "TrainConfig": "training.config",
     "TrainState": "training.state",
     "create_train_state": "training.state",

@@ -28,12 +28,13 @@ from jaxvae.models.vae import Images, Labels, Params, decode, encode, prior
 from jaxvae.validation import (
     AnyKey,
     as_array,
+    as_floats,
     as_key,
     expect_bool,
     is_number,
     jit,
     native,
-    scale_images,
+    support_of,
     whole_number,
 )
 
@@ -53,6 +54,9 @@ class Objective(Protocol):
       num_samples: latent samples per image.
       across_batch: whether the loss of an image depends on the other images of the batch. The
         batch is then not split into blocks, and over several devices `axis_name` is passed.
+
+    An objective for images with missing entries, NaN, has `missing = True`: without it the training
+    step refuses NaN.
     """
 
     num_samples: int
@@ -394,6 +398,28 @@ class ImportanceWeighted:
 
 
 @dataclass(frozen=True)
+class MissingImportanceWeighted(ImportanceWeighted):
+    """The negative importance-weighted bound on the log-probability of the observed entries.
+
+        loss = -log 1/k sum_i w_i,    w_i = p(x_o|z_i) (p(z_i) / q(z_i|x_o))^beta,    z_i ~ q(z|x_o)
+
+    NaN marks missing entries, and x_o are the others. The encoder sees zeros in place of missing
+    entries, and the likelihood leaves them out. Without any it is "iwae". The bound is on the joint
+    probability of x_o alone, so entries must be missing at random: whether an entry is missing may
+    depend on x_o, not on the missing values.
+
+    Attributes:
+      num_samples: k.
+
+    References:
+      Mattei and Frellsen (2019), MIWAE: Deep Generative Modelling and Imputation of Incomplete Data
+      Sets, section 2.
+    """
+
+    missing = True
+
+
+@dataclass(frozen=True)
 class DoublyReparameterized:
     """The negative importance-weighted bound, with a doubly reparameterized encoder gradient.
 
@@ -439,7 +465,9 @@ class DoublyReparameterized:
           InputError: a posterior without `log_prob`.
         """
         posterior = with_log_prob(encode(params, images, labels))
-        images = scale_images(images)  # to floats, as the custom derivative includes the images
+        images = as_floats(
+            support_of(params), images
+        )  # to floats, as the custom derivative includes the images
         keys = example_keys(key, len(images))
         z, _ = samples(posterior, sample_keys(keys, self.num_samples))
         bound, (log_p_x, log_ratio) = _doubly(
@@ -715,6 +743,7 @@ OBJECTIVES: Registry[Any] = Registry(
         "elbo": ELBO,
         "stl": StickingTheLanding,
         "iwae": ImportanceWeighted,
+        "miwae": MissingImportanceWeighted,
         "dreg": DoublyReparameterized,
         "beta_tc": BetaTC,
         "mmd": MaximumMeanDiscrepancy,

@@ -1,7 +1,8 @@
 """Checks and conversions of the arguments of the public functions.
 
 Shapes and types are always checked. Values are checked where they are known, which they are not
-inside `jit`: float images must be between 0 and 1, and labels must be classes of the model.
+inside `jit`: examples must be in the support of the likelihood, and labels must be classes of the
+model. By its support a likelihood says which values it takes: see `LikelihoodFamily`.
 """
 
 import functools
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Key, Shaped, UInt32
 
-from jaxvae.errors import InputError, shown
+from jaxvae.errors import InputError, either, shown
 
 AnyKey = Key[Array, "..."] | UInt32[ArrayLike, "..."]  # one PRNG key or several, typed or raw
 
@@ -23,8 +24,20 @@ R = TypeVar("R")
 _THREEFRY = "threefry2x32"
 _ROUNDING = 1e-3  # tolerance for values that resizing or half precision moves outside [0, 1]
 
+# Values of examples: a kind, or of mixed columns the kind of each block and its number of columns.
+Support = str | tuple[tuple[str, int], ...]
+# Kinds whose values are taken as they are. Those of any other are images, of which uint8 is scaled.
+_MOST = float(np.finfo(np.float64).max)
+_UNSCALED = {
+    "number": (-_MOST, _MOST, "finite numbers"),
+    "count": (0, _MOST, "counts, whole numbers of at least 0"),
+    "one_hot": (0, 1, "one-hot columns of 0 and 1"),
+}
 
-def jit(*, wait: bool = True, **options: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
+
+def jit(
+    *, wait: bool = True, missing: bool = False, **options: Any
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Make a decorator like `jax.jit` which raises InputError for wrong arguments.
 
     Values of images and labels are checked before the call; uint8 images need no check. Other
@@ -32,6 +45,8 @@ def jit(*, wait: bool = True, **options: Any) -> Callable[[Callable[P, R]], Call
 
     Args:
       wait: whether to check values on an accelerator, which waits for their computation.
+      missing: whether NaN in the images is allowed, as the mark of missing entries; with False it
+        is if the objective of a training step has the attribute `missing`.
       **options: options of `jax.jit`.
 
     Returns:
@@ -54,10 +69,12 @@ def jit(*, wait: bool = True, **options: Any) -> Callable[[Callable[P, R]], Call
                 x = args[place] if place < len(args) else kwargs.get(name)
                 if x is None:
                     continue
+                model = args[0] if args else kwargs.get(first)
                 if name == "images":
-                    expect_unit_interval(x, wait=wait)
+                    allowed = missing or _takes_missing(model, kwargs.get("objective"))
+                    expect_support(support_of(model), x, wait=wait, missing=allowed)
                 else:
-                    _expect_classes(args[0] if args else kwargs.get(first), x, wait)
+                    _expect_classes(model, x, wait)
             try:
                 return jitted(*args, **kwargs)
             except InputError:
@@ -82,24 +99,83 @@ def _is_swapped(x: Any) -> bool:
     return isinstance(x, np.ndarray) and not x.dtype.isnative
 
 
-def expect_unit_interval(images: Any, *, wait: bool = True) -> None:
-    """Raise InputError if float images are known to have values outside [0, 1].
+def support_of(model: Any) -> Support:
+    """Return the support of a model's likelihood.
 
     Args:
-      images: of any type; only floats are checked.
+      model: `Params` or a training state; anything else counts as a model of images.
+    """
+    config = getattr(getattr(model, "params", model), "config", None)
+    return getattr(getattr(config, "likelihood", None), "support", "unit")
+
+
+def is_of_images(support: Support) -> bool:
+    """Whether values of this support are images, which are scaled to [0, 1]."""
+    return isinstance(support, str) and support not in _UNSCALED
+
+
+def _takes_missing(model: Any, objective: Any) -> bool:
+    """Whether the objective of a training step takes examples with missing entries."""
+    if objective is None:
+        objective = getattr(getattr(model, "config", None), "objective", None)
+    return getattr(objective, "missing", False)
+
+
+def expect_unit_interval(images: Any, *, wait: bool = True) -> None:
+    """Raise InputError if float images are known to be outside [0, 1]: see `expect_support`."""
+    expect_support("unit", images, wait=wait)
+
+
+def expect_support(
+    support: Support, images: Any, *, wait: bool = True, missing: bool = False
+) -> None:
+    """Raise InputError if examples are known to have values outside a support.
+
+    Args:
+      support: of a likelihood.
+      images: examples of any type.
       wait: as in `jit`.
+      missing: whether NaN is allowed, as the mark of missing entries.
 
     Raises:
-      InputError: NaN, or values outside [0, 1].
+      InputError: values outside the support, or NaN.
     """
-    if getattr(images, "dtype", None) == np.uint8:
+    if not isinstance(support, str):
+        if isinstance(images, jax.core.Tracer):
+            return
+        images = images if hasattr(images, "astype") else np.asarray(images)
+        start = 0
+        for kind, columns in support:
+            block = images[..., start : start + columns].astype(np.float32)
+            expect_support(kind, block, wait=wait, missing=missing)
+            start += columns
         return
-    found = _extremes(images, jnp.floating, wait)
-    if found is not None and not (found[0] >= -_ROUNDING and found[1] <= 1 + _ROUNDING):
-        has = "NaN" if found[0] != found[0] else f"values from {found[0]:g} to {found[1]:g}"
-        raise InputError(
-            f"images have {has}: expected floats between 0 and 1, or uint8 from 0 to 255"
-        )
+    scaled = is_of_images(support)
+    if scaled and getattr(images, "dtype", None) == np.uint8:
+        return
+    found = _extremes(images, jnp.floating if scaled else np.number, wait)
+    if found is None:
+        return
+    low, high = found
+    if low != low and missing:
+        found = _extremes(images, jnp.floating, wait, lambda x: x[x == x])
+        if found is None:  # all of them are missing
+            return
+        low, high = found
+    images_of = (-_ROUNDING, 1 + _ROUNDING, "floats between 0 and 1, or uint8 from 0 to 255")
+    least, most, expected = _UNSCALED.get(support, images_of)
+    if not (low >= least and high <= most):
+        has = "NaN" if low != low else f"values from {low:g} to {high:g}"
+        raise InputError(f"images have {has}: expected {expected}")
+    if support == "count" and (_extremes(images, jnp.floating, wait, _fractions) or (0, 0)) != (
+        0,
+        0,
+    ):
+        raise InputError(f"images have fractional values: expected {expected}")
+
+
+def _fractions(x: Any) -> Any:
+    return (x - x.round())[x == x]
 
 
 def _expect_classes(model: Any, labels: Any, wait: bool) -> None:
@@ -123,8 +199,17 @@ def _expect_classes(model: Any, labels: Any, wait: bool) -> None:
         )
 
 
-def _extremes(x: Any, kind: Any, wait: bool) -> tuple[Any, Any] | None:
-    """Return the minimum and maximum of an array of this kind; None if they are not known."""
+def _extremes(
+    x: Any, kind: Any, wait: bool, of: Callable[[Any], Any] = lambda x: x
+) -> tuple[Any, Any] | None:
+    """Return the minimum and maximum of an array of this kind; None if they are not known.
+
+    Args:
+      x: array-like.
+      kind: supertype of the dtypes that are examined.
+      wait: as in `jit`.
+      of: function of the array whose result is examined.
+    """
     if isinstance(x, jax.core.Tracer):
         return None
     if isinstance(x, jax.Array):
@@ -134,14 +219,16 @@ def _extremes(x: Any, kind: Any, wait: bool) -> tuple[Any, Any] | None:
             if not wait or not x.size or not jnp.issubdtype(x.dtype, kind):
                 return None
             with jax.ensure_compile_time_eval():  # x may be a constant of a function being traced
-                return jnp.min(x).item(), jnp.max(x).item()
+                x = of(x)
+                return (jnp.min(x).item(), jnp.max(x).item()) if x.size else None
     try:
         array = np.asarray(x)
     except (TypeError, ValueError):
         return None
-    if not array.size or not jnp.issubdtype(array.dtype, kind):
+    if not jnp.issubdtype(array.dtype, kind):
         return None
-    return array.min().item(), array.max().item()
+    array = of(array)
+    return (array.min().item(), array.max().item()) if array.size else None
 
 
 def _on_host(x: jax.Array) -> bool:
@@ -192,6 +279,29 @@ def scale_images(images: Shaped[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
     raise InputError(
         f"images are of type {images.dtype}: expected uint8, or floats between 0 and 1"
     )
+
+
+def as_floats(support: Support, images: Shaped[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
+    """Convert examples to the floats that encoder and likelihood take.
+
+    Args:
+      support: of the likelihood.
+      images: images, which are converted by `scale_images`, or numbers, which keep their values.
+
+    Returns:
+      The examples as floats.
+
+    Raises:
+      InputError: another type.
+    """
+    if is_of_images(support):
+        return scale_images(images)
+    images = as_array("images", images)
+    if jnp.issubdtype(images.dtype, jnp.floating):
+        return images
+    if images.dtype != jnp.bool_:
+        expect_real("images", images)
+    return images.astype(jnp.float32)
 
 
 def at_least_float32(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -316,6 +426,12 @@ def expect_bool(name: str, value: Any) -> None:
     """Raise InputError unless the value of an option is True or False."""
     if not isinstance(value, bool):
         raise InputError(f"{name} is {shown(value)}: expected true or false")
+
+
+def expect_one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """Raise InputError unless the value of an option is one of these."""
+    if value not in allowed:
+        raise InputError(f"{name} is {shown(value)}: expected {either(allowed)}")
 
 
 def is_number(value: Any) -> bool:

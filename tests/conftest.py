@@ -152,6 +152,21 @@ def moved(params, scale, seed=0):
     )
 
 
+def examples_of(support, shape, seed=0):
+    """Examples in the support of a likelihood: uint8 images, or floats."""
+    rng = np.random.default_rng(seed)
+    if support == "number":
+        return rng.normal(size=shape).astype(np.float32)
+    if support == "count":
+        return rng.poisson(3, shape).astype(np.float32)
+    if support == "one_hot":
+        return np.eye(shape[-1], dtype=np.float32)[rng.integers(0, shape[-1], shape[:-1])]
+    if isinstance(support, str):
+        return rng.integers(0, 256, shape, np.uint8)
+    blocks = [examples_of(kind, (*shape[:-1], columns)) for kind, columns in support]
+    return np.concatenate(blocks, axis=-1)
+
+
 @contextmanager
 def unchecked():
     """Without the run-time check of annotations, for input that they do not allow."""

@@ -11,6 +11,7 @@ from jaxvae.errors import ComponentNeeded, InputError, either, shown
 from jaxvae.models.autoregressive import Autoregressive
 from jaxvae.models.categorical import CategoricalFamily
 from jaxvae.models.codebooks import Uniform
+from jaxvae.models.counts import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
 from jaxvae.models.coupling import RealNVP
 from jaxvae.models.flows import InverseAutoregressive
 from jaxvae.models.ladder import Ladder
@@ -18,13 +19,14 @@ from jaxvae.models.likelihoods import (
     Bernoulli,
     ContinuousBernoulli,
     DiscretizedLogistic,
-    GaussianPixels,
+    GaussianFamily,
 )
 from jaxvae.models.logistic_mixture import LogisticMixture
 from jaxvae.models.networks import MLP, Conv, Modules, Residual, Spatial
 from jaxvae.models.posteriors import DiagonalGaussian
 from jaxvae.models.priors import Mixture, StandardNormal, Vamp
 from jaxvae.models.quantization import FiniteScalarQuantization, VectorQuantization
+from jaxvae.models.tables import Categorical, Columns, StudentT
 from jaxvae.validation import whole_number
 
 DTYPES = ("float32", "bfloat16")
@@ -38,9 +40,15 @@ LIKELIHOODS: Registry[Any] = Registry(
     {
         "bernoulli": Bernoulli,
         "continuous_bernoulli": ContinuousBernoulli,
-        "gaussian": GaussianPixels,
+        "gaussian": GaussianFamily,
         "discretized_logistic": DiscretizedLogistic,
         "logistic_mixture": LogisticMixture,
+        "student_t": StudentT,
+        "poisson": Poisson,
+        "negative_binomial": NegativeBinomial,
+        "zero_inflated_negative_binomial": ZeroInflatedNegativeBinomial,
+        "categorical": Categorical,
+        "columns": Columns,
     },
 )
 PRIORS: Registry[Any] = Registry(

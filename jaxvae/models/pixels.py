@@ -1,45 +1,66 @@
 """Numerics that the likelihoods of pixels share."""
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Num
 
 from jaxvae.errors import InputError
-from jaxvae.validation import at_least_float32, expect_unit_interval, scale_images
+from jaxvae.validation import Support, as_floats, at_least_float32, expect_support
 
-Images = (
-    Num[ArrayLike, "*batch height width channels"] | Bool[ArrayLike, "*batch height width channels"]
-)
-Pixels = Float[Array, "*batch height width channels"]
+Images = Num[ArrayLike, "batch *shape"] | Bool[ArrayLike, "batch *shape"]
+Pixels = Float[Array, "batch *shape"]
 
 
-def expected_pixels(images: Images, shape: tuple[int, ...], *, bounded: bool = True) -> Pixels:
-    """Return images as floats in [0, 1].
+def expected_pixels(
+    images: Images, shape: tuple[int, ...], support: Support = "unit", *, bounded: bool = True
+) -> Pixels:
+    """Return examples as floats; NaN marks missing entries.
 
     Args:
       images: of the decoder's shape.
       shape: the decoder's shape.
-      bounded: whether to refuse values outside [0, 1], where values are known.
+      support: of the likelihood.
+      bounded: whether to refuse values outside the support, where values are known.
 
     Raises:
-      InputError: images of another shape, or values outside [0, 1].
+      InputError: images of another shape, or values outside the support.
     """
     if bounded:
-        expect_unit_interval(images)
-    x = at_least_float32(scale_images(images))
+        expect_support(support, images, missing=True)
+    x = at_least_float32(as_floats(support, images))
     if x.shape != shape:
         raise InputError(f"images have shape {x.shape}: expected the decoder's {shape}")
     return x
 
 
-def flat(*arrays: Pixels) -> list[Float[Array, "*batch pixels"]]:
-    """Reshape each array to [..., height * width * channels], at least float32.
+def flat(*arrays: Pixels) -> list[Float[Array, "batch entries"]]:
+    """Reshape each array to [batch, entries], at least float32.
 
     On a CPU, XLA does not vectorise over a last axis of size 1, which takes ten times as long.
     """
-    return [at_least_float32(x).reshape(*x.shape[:-3], -1) for x in arrays]
+    return [at_least_float32(x).reshape(x.shape[0], -1) for x in arrays]
+
+
+def sum_observed(
+    log_prob: Callable[..., Float[Array, "batch entries"]],
+    x: Pixels,
+    *parameters: Float[Array, "..."],
+) -> Float[Array, " batch"]:
+    """Sum the log-probabilities of the entries of each example that are not missing, NaN.
+
+    Args:
+      log_prob: function of x and the parameters, entry by entry.
+      x: examples. A missing entry counts as 0 before `log_prob`: if it were only left out of the
+        sum, its derivatives would be NaN.
+      *parameters: arrays that broadcast to the shape of x.
+    """
+    x, *at = flat(x, *(jnp.broadcast_to(p, x.shape) for p in parameters))
+    missing = jnp.isnan(x)
+    each = log_prob(jnp.where(missing, 0, x), *at)
+    return jnp.sum(jnp.where(missing, 0, each), axis=-1)
 
 
 def log_prob_of_level(

@@ -13,7 +13,7 @@ from jaxvae.errors import InputError
 from jaxvae.models.distributions import GaussianMixture, UnitGaussian
 from jaxvae.models.pixels import sigmoid
 from jaxvae.models.protocols import Learned
-from jaxvae.validation import at_least_float32, scale_images, whole_number
+from jaxvae.validation import at_least_float32, is_of_images, scale_images, whole_number
 
 if TYPE_CHECKING:
     from jaxvae.models.config import ModelConfig
@@ -127,11 +127,16 @@ class Vamp:
         object.__setattr__(self, "components", whole_number("components", self.components))
 
     def validate(self, config: "ModelConfig") -> None:
-        """Raise InputError if the model is conditional, as pseudo-inputs have no classes."""
+        """Raise InputError for a conditional model or a table: pseudo-inputs are images alone."""
         if config.num_classes:
             raise InputError(
                 "prior is 'vamp', whose pseudo-inputs have no classes: expected "
                 "'standard_normal' or 'mixture' with num_classes"
+            )
+        if not is_of_images(getattr(config.likelihood, "support", "unit")):
+            raise InputError(
+                "prior is 'vamp', whose pseudo-inputs are images: expected 'standard_normal' or "
+                "'mixture' with a likelihood of tables or counts"
             )
 
     def init(self, key: Key[Array, ""], config: "ModelConfig") -> Learned:

@@ -15,7 +15,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, Key, Num
 if TYPE_CHECKING:
     from jaxvae.models.config import ModelConfig
     from jaxvae.models.vae import Params
-    from jaxvae.validation import AnyKey
+    from jaxvae.validation import AnyKey, Support
 
 Learned = Mapping[str, Any]
 
@@ -130,7 +130,12 @@ class Posterior(Protocol):
 
 @runtime_checkable
 class Likelihood(Protocol):
-    """p(x|z) of a batch: a pytree."""
+    """p(x|z) of a batch: a pytree.
+
+    NaN marks missing entries: `log_prob` is then the log-probability of the others, with finite
+    derivatives, as `jaxvae.models.pixels.sum_observed` computes it. A likelihood given the total of
+    x, a library size, has `with_size_of(images)`, which returns it at the totals of examples.
+    """
 
     @property
     def mean(self) -> Float[Array, "batch height width channels"]:
@@ -197,12 +202,14 @@ class LikelihoodFamily(Protocol):
 
     Attributes:
       outputs_per_channel: number of decoder outputs for each channel of a pixel.
-      support: the possible values of pixels: "binary" (0 and 1), "levels" (k / 255), "unit" (the
-        interval from 0 to 1) or "real".
+      support: the possible values of x. Of images, which are floats in [0, 1] or uint8: "binary" (0
+        and 1), "levels" (k / 255), "unit" (the interval from 0 to 1) or "real". Of tables, whose
+        values are not scaled: "number" (any finite one), "count" (whole, at least 0), "one_hot"
+        (columns of 0 and 1), or for mixed columns ((support, columns), ...).
     """
 
     outputs_per_channel: int
-    support: str
+    support: "Support"
 
     def init(self, channels: int) -> Learned:
         """Return the initial parameters that all pixels have in common."""
@@ -244,7 +251,10 @@ class Model(Protocol):
         images: Float[Array, "batch height width channels"],
         labels: Int[Array, " batch"] | None,
     ) -> Posterior:
-        """Return q(z|x) of images in [0, 1] and, if the model is conditional, their classes."""
+        """Return q(z|x) of images and, if the model is conditional, their classes.
+
+        Images are floats, in [0, 1] unless the likelihood is of tables; missing entries are 0.
+        """
 
     def likelihood(
         self,
