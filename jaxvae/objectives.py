@@ -24,7 +24,7 @@ from jaxvae.errors import InputError, shown
 from jaxvae.models.codebooks import is_discrete
 from jaxvae.models.distributions import Gaussian
 from jaxvae.models.protocols import Draw, Elbo, Posterior
-from jaxvae.models.vae import Images, Labels, Params, decode, encode, prior
+from jaxvae.models.vae import Images, Labels, Params, decode, encode, encode_observed, prior
 from jaxvae.validation import (
     AnyKey,
     as_array,
@@ -96,6 +96,7 @@ def draw(
     *,
     path: bool = False,
     relaxed: bool = False,
+    missing: bool = False,
 ) -> Draw:
     """Sample the posterior and evaluate the log-densities at the samples.
 
@@ -107,6 +108,7 @@ def draw(
       num_samples: samples per image.
       path: differentiate log q(z|x) only through z, not through the parameters of the posterior.
       relaxed: sample the relaxation of the posterior, if it has one.
+      missing: whether NaN marks missing entries, which are left out.
 
     Returns:
       The samples and their log-densities.
@@ -114,7 +116,7 @@ def draw(
     Raises:
       InputError: as in `jaxvae.encode`; `path` with a posterior without `log_prob`.
     """
-    posterior = encode(params, images, labels)
+    posterior = (encode_observed if missing else encode)(params, images, labels)
     if relaxed:
         posterior = getattr(posterior, "relaxation", None) or posterior
     images = as_array("images", images)
@@ -368,6 +370,7 @@ class ImportanceWeighted:
 
     num_samples: int = 1
     across_batch = False
+    missing = False
 
     def __post_init__(self) -> None:
         _check_samples(self)
@@ -387,7 +390,7 @@ class ImportanceWeighted:
         Raises:
           InputError: training samples a relaxation of the posterior.
         """
-        drawn = draw(params, key, images, labels, self.num_samples)
+        drawn = draw(params, key, images, labels, self.num_samples, missing=self.missing)
         if getattr(drawn.posterior, "relaxation", None) is not None:
             raise InputError(
                 "the objective 'iwae' weights samples by log q(z|x), which relaxed samples do not "

@@ -152,6 +152,11 @@ def moved(params, scale, seed=0):
     )
 
 
+OF_IMAGES = (
+    "bernoulli", "continuous_bernoulli", "gaussian", "discretized_logistic", "logistic_mixture"
+)  # fmt: skip
+
+
 def examples_of(support, shape, seed=0):
     """Examples in the support of a likelihood: uint8 images, or floats."""
     rng = np.random.default_rng(seed)

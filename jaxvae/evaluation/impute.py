@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, ArrayLike, Float, Int, Integer, Num
+from jaxtyping import Array, ArrayLike, Float, Int, Integer, Key, Num
 
 from jaxvae.models.protocols import Likelihood
 from jaxvae.models.vae import (
@@ -114,11 +114,16 @@ def impute(
     nothing = jnp.full(batch, -jnp.inf, dtype), jnp.zeros(images.shape, dtype)
     (_, mean), found = lax.scan(add, nothing, jnp.arange(0, num_samples, at_once))
     z, log_w = (x.reshape(-1, *x.shape[2:]) for x in found)
-    chosen = jax.random.categorical(index_key, log_w, axis=0, shape=(num_draws, batch))
-    draws = likelihood_at(z[chosen, jnp.arange(batch)]).sample(draw_key)
+    v = jax.nn.softmax(log_w, axis=0)
+
+    def choose(key: Key[Array, ""], v: Float[Array, " samples"]) -> Int[Array, " draws"]:
+        return jax.random.choice(key, len(v), (num_draws,), p=v)
+
+    k = jax.vmap(choose, (0, 1), 1)(example_keys(index_key, batch), v)
+    draws = likelihood_at(z[k, jnp.arange(batch)]).sample(draw_key)
     x = as_floats(support_of(params), images).astype(dtype)
     return Imputation(
         jnp.where(jnp.isnan(x), mean, x),
         jnp.where(jnp.isnan(x), draws.reshape(num_draws, *x.shape), x),
-        1 / jnp.sum(jax.nn.softmax(log_w, axis=0) ** 2, axis=0),
+        1 / jnp.sum(v**2, axis=0),
     )

@@ -26,7 +26,7 @@ from jaxvae.models.networks import MLP, Conv, Modules, Residual, Spatial
 from jaxvae.models.posteriors import DiagonalGaussian
 from jaxvae.models.priors import Mixture, StandardNormal, Vamp
 from jaxvae.models.quantization import FiniteScalarQuantization, VectorQuantization
-from jaxvae.models.tables import Categorical, Columns, StudentT
+from jaxvae.models.tables import Categorical, MixedColumns, StudentT
 from jaxvae.validation import whole_number
 
 DTYPES = ("float32", "bfloat16")
@@ -35,6 +35,21 @@ NETWORKS: Registry[Any] = Registry(
     "network",
     {"conv": Conv, "mlp": MLP, "residual": Residual, "spatial": Spatial, "ladder": Ladder},
 )
+
+
+class Columns(MixedColumns):
+    """Columns of the kinds that `MixedColumns` names; counts have no library size."""
+
+    kinds: ClassVar[Mapping[str, Any]] = {
+        "gaussian": GaussianFamily("feature", bounded=False),
+        "student_t": StudentT(),
+        "bernoulli": Bernoulli,
+        "poisson": Poisson(size=0),
+        "negative_binomial": NegativeBinomial(size=0),
+        "zero_inflated_negative_binomial": ZeroInflatedNegativeBinomial(size=0),
+    }
+
+
 LIKELIHOODS: Registry[Any] = Registry(
     "likelihood",
     {

@@ -13,8 +13,6 @@ from jax.scipy.special import betaln
 from jaxtyping import Array, Float
 
 from jaxvae.errors import InputError, either, shown
-from jaxvae.models.counts import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
-from jaxvae.models.likelihoods import Bernoulli, GaussianFamily
 from jaxvae.models.pixels import Images, Pixels, expected_pixels, soft_maximum, sum_observed
 from jaxvae.models.protocols import Likelihood
 from jaxvae.validation import AnyKey, as_floats, at_least_float32, whole_number
@@ -220,18 +218,8 @@ class Blocks:
         return jnp.concatenate(drawn, axis=-1)
 
 
-_KINDS: Mapping[str, Any] = {
-    "gaussian": GaussianFamily("feature", bounded=False),
-    "student_t": StudentT(),
-    "bernoulli": Bernoulli,
-    "poisson": Poisson(size=0),
-    "negative_binomial": NegativeBinomial(size=0),
-    "zero_inflated_negative_binomial": ZeroInflatedNegativeBinomial(size=0),
-}
-
-
 @dataclass(frozen=True)
-class Columns:
+class MixedColumns:
     """Columns of several kinds, each with its own likelihood.
 
         log p(x|z) = sum of log p(x_j|z) over the columns
@@ -244,9 +232,12 @@ class Columns:
       of: kinds of adjacent columns, KIND or KINDxCOUNT, joined by "+". A KIND is gaussian,
         student_t, bernoulli, poisson, negative_binomial, zero_inflated_negative_binomial, or
         categoricalK, which takes K one-hot columns.
+      kinds: the likelihood of one column of each kind. A subclass has them, such as
+        `jaxvae.models.config.Columns`, or one with kinds of a user's own.
     """
 
     of: str
+    kinds: ClassVar[Mapping[str, Any]] = {}
 
     def __post_init__(self) -> None:
         _ = self._blocks
@@ -260,12 +251,12 @@ class Columns:
             kind, classes, count = found.groups() if found else ("", None, None)
             if kind == "categorical" and classes:
                 family: Any = Categorical(int(classes))
-            elif kind in _KINDS and not classes:
-                family = _KINDS[kind]
+            elif kind in self.kinds and not classes:
+                family = self.kinds[kind]
             else:
                 raise InputError(
                     f"of is {shown(self.of)}: expected kinds such as gaussianx3+categorical4, not "
-                    f"{part!r} in it; a kind is {either((*_KINDS, 'categoricalK'))}"
+                    f"{part!r} in it; a kind is {either((*self.kinds, 'categoricalK'))}"
                 )
             blocks.append((family, int(count or 1) * int(classes or 1)))
         return blocks

@@ -206,6 +206,12 @@ def encode(params: Params, images: Images, labels: Labels = None) -> Posterior:
       InputError: images of another shape than the model's; labels for an unconditional model, or
         none for a conditional one.
     """
+    return encode_observed(params, images, labels)
+
+
+@jit(missing=True)
+def encode_observed(params: Params, images: Images, labels: Labels = None) -> Posterior:
+    """Compute q(z|x) as `encode`; the encoder sees zeros in place of missing entries, NaN."""
     images = expected_images(params, images)
     labels = expected_labels(params, labels, images.shape[0])
     x = as_floats(support_of(params), images)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import mpmath as mp
 import numpy as np
 import pytest
-from conftest import examples_of, refused
+from conftest import OF_IMAGES, examples_of, refused
 from jax.test_util import check_grads
 from scipy import integrate, special, stats
 
@@ -420,11 +420,6 @@ def test_bits_per_dimension_of_uniform_levels_are_eight():
     shape = (4, 3, 2)
     log_prob = jnp.array([-math.prod(shape) * math.log(256), 0])
     np.testing.assert_allclose(bits_per_dimension(log_prob, shape), [8, 0], rtol=1e-6)
-
-
-OF_IMAGES = [
-    "bernoulli", "continuous_bernoulli", "gaussian", "discretized_logistic", "logistic_mixture"
-]  # fmt: skip
 
 
 def outputs_shape(likelihood, images):

@@ -9,9 +9,9 @@ from conftest import refused
 from scipy import special, stats
 
 import jaxvae
-from jaxvae.models.config import LIKELIHOODS
+from jaxvae.models.config import LIKELIHOODS, Columns
 from jaxvae.models.likelihoods import GaussianFamily
-from jaxvae.models.tables import Categorical, Categories, Columns, StudentT, StudentTNumbers
+from jaxvae.models.tables import Categorical, Categories, StudentT, StudentTNumbers
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
