@@ -143,11 +143,14 @@ def expect_support(
     if not isinstance(support, str):
         if isinstance(images, jax.core.Tracer):
             return
-        images = images if hasattr(images, "astype") else np.asarray(images)
+        try:
+            x = images if isinstance(images, jax.Array) else np.asarray(images)
+            x = x.astype(np.float32)[..., :]
+        except (IndexError, TypeError, ValueError):
+            return  # what is no array of numbers is refused where it is converted to one
         start = 0
         for kind, columns in support:
-            block = images[..., start : start + columns].astype(np.float32)
-            expect_support(kind, block, wait=wait, missing=missing)
+            expect_support(kind, x[..., start : start + columns], wait=wait, missing=missing)
             start += columns
         return
     scaled = is_of_images(support)

@@ -27,6 +27,12 @@ LIBRARY = [Poisson(), NegativeBinomial(), ZeroInflatedNegativeBinomial(dispersio
 PLAIN = [Poisson(size=0), NegativeBinomial(size=0), ZeroInflatedNegativeBinomial(size=0)]
 
 
+# Compiled as one program each; eagerly every operation would be one.
+log_prob = jax.jit(lambda p_x, x: p_x.log_prob(x))
+with_slope = jax.jit(jax.value_and_grad(lambda p_x, x: jnp.sum(p_x.log_prob(x))))
+mean_and_sample = jax.jit(lambda p_x, key: (p_x.mean, p_x.sample(key)))
+
+
 def name_of(family):
     return type(family).__name__
 
@@ -64,9 +70,8 @@ def test_log_prob_is_scipys(family):
     p_x, x, outputs, learned = made(family)
     log_mean, *others = parts(family, outputs, learned)
     expected = scipys(family, np.exp(log_mean), *others, x)
-    np.testing.assert_allclose(p_x.log_prob(x), expected.sum(1), rtol=1e-5)
-    np.testing.assert_allclose(p_x.log_prob(np.float32(x)), expected.sum(1), rtol=1e-5)
-    np.testing.assert_allclose(p_x.log_prob(x.astype(np.uint8)), expected.sum(1), rtol=1e-5)
+    for dtype in (np.int64, np.uint8):
+        np.testing.assert_allclose(log_prob(p_x, x.astype(dtype)), expected.sum(1), rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", LIBRARY, ids=name_of)
@@ -75,7 +80,7 @@ def test_with_a_library_size_the_means_are_shares_of_the_total(family):
     logits, *others = parts(family, outputs, learned)
     mean = x.sum(1, keepdims=True) * special.softmax(logits, axis=1)
     expected = scipys(family, mean, *others, x)
-    np.testing.assert_allclose(p_x.log_prob(x), expected.sum(1), rtol=2e-5)
+    np.testing.assert_allclose(log_prob(p_x, x), expected.sum(1), rtol=2e-5)
     kept = 1 - special.expit(others[1]) if others[1] is not None else 1
     np.testing.assert_allclose(p_x.with_size_of(x).mean, mean * kept, rtol=1e-5)
     np.testing.assert_allclose(p_x.mean, 1e4 * special.softmax(logits, axis=1) * kept, rtol=1e-5)
@@ -92,14 +97,11 @@ def test_with_missing_counts_the_observed_means_add_up_to_the_observed_total(fam
     mean = np.zeros_like(logits)
     mean[[0, 2, 3]] = total[[0, 2, 3]] * share
     terms = scipys(family, np.where(observed, mean, 1), theta, zero_logits, x)
-    log_p, slope = jax.value_and_grad(
-        lambda p: jnp.sum(p.log_prob(jnp.where(observed, x, jnp.nan)))
-    )(p_x)
+    part = np.where(observed, x, np.nan)
+    log_p, slope = with_slope(p_x, part)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(slope))
     expected = np.where(observed, terms, 0).sum(1)
-    np.testing.assert_allclose(
-        p_x.log_prob(np.where(observed, x, np.nan)), expected, rtol=2e-5, atol=1e-6
-    )
+    np.testing.assert_allclose(log_prob(p_x, part), expected, rtol=2e-5, atol=1e-6)
     assert log_p == pytest.approx(expected.sum(), rel=2e-5)
     np.testing.assert_allclose(slope.outputs[1], 0, atol=1e-6)  # of which nothing is observed
 
@@ -107,14 +109,13 @@ def test_with_missing_counts_the_observed_means_add_up_to_the_observed_total(fam
 @pytest.mark.parametrize("family", PLAIN, ids=name_of)
 def test_probabilities_sum_to_one_and_samples_have_them(family):
     n = 20_000
-    rng = np.random.default_rng(2)
     outputs = np.full((n, family.outputs_per_channel), [0.8, -0.5][: family.outputs_per_channel])
     learned = {k: jnp.full(v.shape, 0.4) for k, v in family.init(1).items()}
     p_x = family.from_outputs(jnp.asarray(outputs, jnp.float32), learned)
-    p = np.exp(np.float64(p_x.log_prob(np.arange(n)[:, None])))
+    p = np.exp(np.float64(log_prob(p_x, np.arange(n)[:, None])))
     assert p.sum() == pytest.approx(1, abs=1e-5)
-    assert p @ np.arange(n) == pytest.approx(float(p_x.mean[0, 0]), rel=1e-4)
-    x = np.asarray(p_x.sample(jax.random.key(rng.integers(100))))
+    mean, x = map(np.asarray, mean_and_sample(p_x, jax.random.key(21)))
+    assert p @ np.arange(n) == pytest.approx(mean[0, 0], rel=1e-4)
     assert x.shape == (n, 1)
     assert x.dtype == np.float32
     np.testing.assert_array_equal(x, np.rint(x))
@@ -140,8 +141,8 @@ def exact(x, log_mean, log_theta=None, zero_logits=None):
     return mp.log((odds * (x == 0) + mp.exp(log_p)) / (1 + odds))
 
 
-COUNTS = [0, 1, 2, 16, 17, 300, 1e4, 1e6]
-LOG_MEANS = [-1e3, -50, -1, 0, 0.5, 5, 13.8, 50]
+COUNTS = [0, 1, 16, 17, 300, 1e6]
+LOG_MEANS = [-1e3, -50, 0.5, 5, 13.8, 50]
 LOG_THETAS = [-9.9, -3, 0, 3, 9.9]
 ZEROS = [-1e3, -50, 0.3, 50]
 GRIDS = {
@@ -156,8 +157,8 @@ def test_values_and_derivatives_are_mpmaths_at_extremes(log_p):
     """At counts of 0 and 1e6, log means of 50 and beyond, and tiny and huge dispersion."""
     grid = [np.float32(x).ravel() for x in np.meshgrid(*GRIDS[log_p])]
     at = range(1, len(grid))
-    value = log_p(*map(jnp.asarray, grid))
-    slopes = jax.grad(lambda *xs: jnp.sum(log_p(*xs)), tuple(at))(*map(jnp.asarray, grid))
+    value = jax.jit(log_p)(*grid)
+    slopes = jax.jit(jax.grad(lambda *xs: jnp.sum(log_p(*xs)), tuple(at)))(*grid)
     with mp.workdps(40):
         points = [[mp.mpf(float(v)) for v in point] for point in zip(*grid, strict=True)]
         expected = [float(exact(*p)) for p in points]
@@ -181,8 +182,7 @@ def test_beyond_float32_the_exponential_has_its_tangent():
     assert _exp(jnp.float32(60.5)) == pytest.approx(np.exp(60) * 1.5, rel=1e-5)
     for x in (100.0, 1e4):
         assert jax.grad(_exp)(x) == pytest.approx(np.exp(60), rel=1e-5)
-        value, slope = jax.value_and_grad(lambda x: _log_poisson(jnp.float32(3), x))(x)
-        assert np.isfinite([value, slope]).all()
+        assert np.isfinite(jax.value_and_grad(lambda x: _log_poisson(jnp.float32(3), x))(x)).all()
 
 
 @pytest.mark.parametrize("family", LIBRARY, ids=name_of)
@@ -192,18 +192,17 @@ def test_logits_beyond_50_and_totals_of_0_and_a_million_are_finite(family, total
     x[:, 0] = total
     for scale in (50, 1e4):
         p_x = made(family, scale=scale)[0]
-        log_p, slope = jax.value_and_grad(lambda p: jnp.sum(p.log_prob(x)))(p_x)
-        assert np.isfinite(log_p)
-        assert all(np.isfinite(g).all() for g in jax.tree.leaves(slope))
-        assert np.isfinite(p_x.mean).all()
-        assert np.isfinite(p_x.sample(KEY)).all()
+        everything = [with_slope(p_x, x)]
+        if family == LIBRARY[-1]:  # which draws all that the others draw
+            everything.append(mean_and_sample(p_x, KEY))
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(everything))
 
 
 def test_of_an_empty_example_nothing_can_be_learned():
     x = np.zeros((4, GENES), np.float32)
     p_x = made(Poisson())[0]
-    np.testing.assert_allclose(p_x.log_prob(x), 0, atol=1e-5)
-    slope = jax.grad(lambda p: jnp.sum(p.log_prob(x)))(p_x)
+    log_p, slope = with_slope(p_x, x)
+    assert log_p == pytest.approx(0, abs=1e-4)
     np.testing.assert_allclose(slope.outputs, 0, atol=1e-5)
 
 
@@ -213,7 +212,7 @@ def test_arrays_of_any_rank_are_one_example():
     grid = Counts(p_x.outputs.reshape(1, 2, 2, GENES), p_x.log_size)
     row = Counts(p_x.outputs.reshape(1, -1), p_x.log_size)
     np.testing.assert_allclose(
-        grid.log_prob(x.reshape(1, 2, 2, GENES)), row.log_prob(x.reshape(1, -1)), rtol=1e-5
+        log_prob(grid, x.reshape(1, 2, 2, GENES)), log_prob(row, x.reshape(1, -1)), rtol=1e-5
     )
 
 
