@@ -1,12 +1,13 @@
 """Checks and conversions of the arguments of the public functions.
 
 Shapes and types are always checked. Values are checked where they are known, which they are not
-inside `jit`: examples must be in the support of the likelihood, and labels must be classes of the
-model. By its support a likelihood says which values it takes: see `LikelihoodFamily`.
+inside `jit`: float images must be between 0 and 1, other examples in the support of the likelihood,
+and labels must be classes of the model.
 """
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
@@ -24,15 +25,14 @@ R = TypeVar("R")
 _THREEFRY = "threefry2x32"
 _ROUNDING = 1e-3  # tolerance for values that resizing or half precision moves outside [0, 1]
 
-# Values of examples: a kind, or of mixed columns the kind of each block and its number of columns.
+# The values of examples, as in `protocols.LikelihoodFamily`.
 Support = str | tuple[tuple[str, int], ...]
-# Kinds whose values are taken as they are. Those of any other are images, of which uint8 is scaled.
-_MOST = float(np.finfo(np.float64).max)
-_UNSCALED = {
-    "number": (-_MOST, _MOST, "finite numbers"),
-    "count": (0, _MOST, "counts, whole numbers of at least 0"),
-    "one_hot": (0, 1, "one-hot columns of 0 and 1"),
+_IN_WORDS = {
+    "count": "counts, whole numbers of at least 0",
+    "one_hot": "one-hot columns of 0 and 1",
 }
+# Ranges; that of "real" is all finite numbers.
+_RANGES = {"count": (0, math.inf), **dict.fromkeys(("binary", "levels", "unit", "one_hot"), (0, 1))}
 
 
 def jit(
@@ -41,7 +41,8 @@ def jit(
     """Make a decorator like `jax.jit` which raises InputError for wrong arguments.
 
     Values of images and labels are checked before the call; uint8 images need no check. Other
-    arguments are examined only after JAX has refused them.
+    arguments are examined only after JAX has refused them. "Images" are the examples of the model,
+    of any shape.
 
     Args:
       wait: whether to check values on an accelerator, which waits for their computation.
@@ -72,7 +73,7 @@ def jit(
                 model = args[0] if args else kwargs.get(first)
                 if name == "images":
                     allowed = missing or _takes_missing(model, kwargs.get("objective"))
-                    expect_support(support_of(model), x, wait=wait, missing=allowed)
+                    _expect_values(model, x, wait, allowed)
                 else:
                     _expect_classes(model, x, wait)
             try:
@@ -99,19 +100,133 @@ def _is_swapped(x: Any) -> bool:
     return isinstance(x, np.ndarray) and not x.dtype.isnative
 
 
+def is_image(shape: tuple[int, ...]) -> bool:
+    """Whether examples of this shape are images, (height, width, channels)."""
+    return len(shape) == 3
+
+
+def is_of_pixels(support: Support) -> bool:
+    """Whether values of this support are pixels: they are scaled to [0, 1] in images."""
+    return isinstance(support, str) and support not in _IN_WORDS
+
+
+def is_scaled(support: Support, shape: tuple[int, ...]) -> bool:
+    """Whether examples are images whose pixels are scaled to [0, 1]."""
+    return is_of_pixels(support) and is_image(shape)
+
+
 def support_of(model: Any) -> Support:
     """Return the support of a model's likelihood.
 
     Args:
       model: `Params` or a training state; anything else counts as a model of images.
     """
-    config = getattr(getattr(model, "params", model), "config", None)
-    return getattr(getattr(config, "likelihood", None), "support", "unit")
+    return getattr(getattr(_config_of(model), "likelihood", None), "support", "unit")
 
 
-def is_of_images(support: Support) -> bool:
-    """Whether values of this support are images, which are scaled to [0, 1]."""
-    return isinstance(support, str) and support not in _UNSCALED
+def expect_unit_interval(images: Any, *, wait: bool = True, missing: bool = False) -> None:
+    """Raise InputError if float images are known to have values outside [0, 1].
+
+    Args:
+      images: of any type; only floats are checked.
+      wait: as in `jit`.
+      missing: whether NaN is allowed, as the mark of missing entries.
+
+    Raises:
+      InputError: NaN, or values outside [0, 1].
+    """
+    if getattr(images, "dtype", None) == np.uint8:
+        return
+    found = _observed_extremes(images, jnp.floating, wait, missing)
+    if found is not None and not (found[0] >= -_ROUNDING and found[1] <= 1 + _ROUNDING):
+        has = "NaN" if found[0] != found[0] else f"values from {found[0]:g} to {found[1]:g}"
+        raise InputError(
+            f"images have {has}: expected floats between 0 and 1, or uint8 from 0 to 255"
+        )
+
+
+def expect_support(
+    support: Support,
+    examples: Any,
+    subject: str = "images have",
+    *,
+    wait: bool = True,
+    missing: bool = False,
+) -> None:
+    """Raise InputError if examples that are not scaled are known to be outside of a support.
+
+    Args:
+      support: of the likelihood, as in `protocols.LikelihoodFamily`.
+      examples: of any type; only numbers are checked.
+      subject: start of the error message, such as "data.csv has".
+      wait: as in `jit`.
+      missing: whether NaN is allowed, as the mark of missing entries.
+
+    Raises:
+      InputError: NaN, infinity or values outside of the support.
+    """
+    if not isinstance(support, str):
+        if isinstance(examples, jax.core.Tracer):
+            return
+        try:
+            x = examples if isinstance(examples, jax.Array) else np.asarray(examples)
+            x = x.astype(np.float32)[..., :]
+        except (IndexError, TypeError, ValueError):
+            return  # what is no array of numbers is refused where it is converted to one
+        start = 0
+        for kind, columns in support:
+            block = x[..., start : start + columns]
+            expect_support(kind, block, subject, wait=wait, missing=missing)
+            start += columns
+        return
+    found = _observed_extremes(examples, jnp.floating, wait, missing)
+    found = found or _extremes(examples, jnp.integer, wait)
+    if found is None:
+        return
+    if not all(map(math.isfinite, found)):
+        raise InputError(f"{subject} NaN or infinity: expected finite numbers")
+    low, high = _RANGES.get(support, (-math.inf, math.inf))
+    rounding = 0 if support in _IN_WORDS else _ROUNDING
+    expected = _IN_WORDS.get(
+        support,
+        f"numbers between {low} and {high}, the support of the likelihood; scale the data, or "
+        "choose another likelihood, such as 'gaussian'",
+    )
+    if found[0] < low - rounding or found[1] > high + rounding:
+        raise InputError(f"{subject} values from {found[0]:g} to {found[1]:g}: expected {expected}")
+    if support == "count" and any(_extremes(examples, jnp.floating, wait, _fractions) or ()):
+        raise InputError(f"{subject} fractional values: expected {expected}")
+
+
+def _fractions(x: Any) -> Any:
+    return (x - x.round())[x == x]
+
+
+def _observed_extremes(x: Any, kind: Any, wait: bool, missing: bool) -> tuple[Any, Any] | None:
+    """Return `_extremes` of an array; with `missing`, of its numbers that are not NaN."""
+    found = _extremes(x, kind, wait)
+    if missing and found is not None and found[0] != found[0]:
+        found = _extremes(x, kind, wait, lambda x: x[x == x])
+    return found
+
+
+def _expect_values(model: Any, images: Any, wait: bool, missing: bool) -> None:
+    """Raise InputError if examples are known to have values that the model does not take.
+
+    Args:
+      model: `Params` or a training state; anything else counts as a model of images.
+      images: the examples.
+      wait: as in `jit`.
+      missing: whether NaN is allowed.
+
+    Raises:
+      InputError: as for `expect_unit_interval` or `expect_support`.
+    """
+    support, config = support_of(model), _config_of(model)
+    if config is None or is_scaled(support, config.image_shape):
+        expect_unit_interval(images, wait=wait, missing=missing)
+    else:
+        expect_support(support, images, wait=wait, missing=missing)
 
 
 def _takes_missing(model: Any, objective: Any) -> bool:
@@ -121,61 +236,10 @@ def _takes_missing(model: Any, objective: Any) -> bool:
     return getattr(objective, "missing", False)
 
 
-def expect_unit_interval(images: Any, *, wait: bool = True) -> None:
-    """Raise InputError if float images are known to be outside [0, 1]: see `expect_support`."""
-    expect_support("unit", images, wait=wait)
-
-
-def expect_support(
-    support: Support, images: Any, *, wait: bool = True, missing: bool = False
-) -> None:
-    """Raise InputError if examples are known to have values outside a support.
-
-    Args:
-      support: of a likelihood.
-      images: examples of any type.
-      wait: as in `jit`.
-      missing: whether NaN is allowed, as the mark of missing entries.
-
-    Raises:
-      InputError: values outside the support, or NaN.
-    """
-    if not isinstance(support, str):
-        if isinstance(images, jax.core.Tracer):
-            return
-        try:
-            x = images if isinstance(images, jax.Array) else np.asarray(images)
-            x = x.astype(np.float32)[..., :]
-        except (IndexError, TypeError, ValueError):
-            return  # what is no array of numbers is refused where it is converted to one
-        start = 0
-        for kind, columns in support:
-            expect_support(kind, x[..., start : start + columns], wait=wait, missing=missing)
-            start += columns
-        return
-    scaled = is_of_images(support)
-    if scaled and getattr(images, "dtype", None) == np.uint8:
-        return
-    found = _extremes(images, jnp.floating if scaled else np.number, wait)
-    if found is None:
-        return
-    low, high = found
-    if low != low and missing:
-        found = _extremes(images, jnp.floating, wait, lambda x: x[x == x])
-        if found is None:  # all of them are missing
-            return
-        low, high = found
-    images_of = (-_ROUNDING, 1 + _ROUNDING, "floats between 0 and 1, or uint8 from 0 to 255")
-    least, most, expected = _UNSCALED.get(support, images_of)
-    if not (low >= least and high <= most):
-        has = "NaN" if low != low else f"values from {low:g} to {high:g}"
-        raise InputError(f"images have {has}: expected {expected}")
-    if support == "count" and any(_extremes(images, jnp.floating, wait, _fractions) or ()):
-        raise InputError(f"images have fractional values: expected {expected}")
-
-
-def _fractions(x: Any) -> Any:
-    return (x - x.round())[x == x]
+def _config_of(model: Any) -> Any:
+    """Return the ModelConfig of `Params` or of a training state, else None."""
+    config = getattr(getattr(model, "params", model), "config", None)
+    return config if hasattr(config, "image_shape") else None
 
 
 def _expect_classes(model: Any, labels: Any, wait: bool) -> None:
@@ -189,8 +253,7 @@ def _expect_classes(model: Any, labels: Any, wait: bool) -> None:
     Raises:
       InputError: labels below 0, or not below the number of classes.
     """
-    config = getattr(getattr(model, "params", model), "config", None)
-    classes = getattr(config, "num_classes", 0)
+    classes = getattr(_config_of(model), "num_classes", 0)
     found = _extremes(labels, jnp.integer, wait) if classes else None
     if found is not None and not (found[0] >= 0 and found[1] < classes):
         raise InputError(
@@ -256,20 +319,23 @@ def as_array(name: str, x: Any) -> jax.Array:
         raise InputError(f"{name}: expected an array of numbers, not {_kind(x)}") from None
 
 
-def scale_images(images: Shaped[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
-    """Convert images to floats in [0, 1].
+def scale_images(images: Shaped[ArrayLike, " batch *shape"]) -> Float[Array, " batch *shape"]:
+    """Convert images to floats in [0, 1], and other examples to floats of the same values.
 
     Args:
-      images: uint8, which is divided by 255; bool; or floats, which are returned unchanged.
+      images: images [batch, height, width, channels]: uint8, which is divided by 255; bool; or
+        floats, which are returned unchanged. Or other examples [batch, ...]: numbers of any type.
 
     Returns:
-      The images as floats.
+      The examples as floats.
 
     Raises:
       InputError: images of any other type.
     """
     if not isinstance(images, np.ndarray):  # whose division is exact
         images = as_array("images", images)
+    if not is_image(images.shape[1:]):
+        return _numbers(images)
     if images.dtype == jnp.uint8:
         return jnp.asarray(images.astype(jnp.float32) / 255)
     if images.dtype == jnp.bool_:
@@ -286,7 +352,7 @@ def as_floats(support: Support, images: Shaped[ArrayLike, "*shape"]) -> Float[Ar
 
     Args:
       support: of the likelihood.
-      images: images, which are converted by `scale_images`, or numbers, which keep their values.
+      images: pixels, which are converted by `scale_images`, or others, which keep their values.
 
     Returns:
       The examples as floats.
@@ -294,14 +360,16 @@ def as_floats(support: Support, images: Shaped[ArrayLike, "*shape"]) -> Float[Ar
     Raises:
       InputError: another type.
     """
-    if is_of_images(support):
-        return scale_images(images)
-    images = as_array("images", images)
+    return scale_images(images) if is_of_pixels(support) else _numbers(as_array("images", images))
+
+
+def _numbers(images: Any) -> Float[Array, "*shape"]:
+    """Convert numbers of any type to floats of the same values."""
     if jnp.issubdtype(images.dtype, jnp.floating):
-        return images
+        return jnp.asarray(native(images))
     if images.dtype != jnp.bool_:
         expect_real("images", images)
-    return images.astype(jnp.float32)
+    return jnp.asarray(native(images), jnp.float32)
 
 
 def at_least_float32(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -342,7 +410,7 @@ def as_key(key: Any, *, several: bool = False) -> jax.Array:
     return jax.random.wrap_key_data(jax.random.key_data(key)[..., :2], impl=_THREEFRY)
 
 
-def expect_real(name: str, x: jax.Array) -> None:
+def expect_real(name: str, x: jax.Array | np.ndarray) -> None:
     """Raise InputError unless the dtype is an integer or floating type."""
     if not jnp.issubdtype(x.dtype, jnp.floating) and not jnp.issubdtype(x.dtype, jnp.integer):
         raise InputError(f"{name} are of type {x.dtype}: expected floats")

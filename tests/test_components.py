@@ -381,7 +381,7 @@ OTHERS = {
     "prior": ["mixture:components=5", "vamp:components=7"],
     "posterior": ["iaf:steps=1", "iaf:hidden=32", "iaf:steps=3,hidden=8"],
     "likelihood": [
-        "gaussian:scale=feature,bounded=false",
+        "gaussian:scale=feature",
         "negative_binomial:size=0,dispersion=entry",
         "columns:of=gaussianx3+categorical4x2+poisson",
     ],

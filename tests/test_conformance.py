@@ -160,9 +160,9 @@ def test_an_exact_kl_is_the_mean_of_its_estimate(name, of_prior):
     assert float(exact[0]) == pytest.approx(float(jnp.mean(estimate)), abs=error)
 
 
-def channels_of(likelihood):
-    """Number of channels for every likelihood; a category of one class is certain."""
-    return 2 if likelihood == "categorical" else 1
+def shape_of(likelihood, *places):
+    """A shape for every likelihood: columns are vectors, and a category has two classes."""
+    return {"columns": (1,), "categorical": (*places, 2)}.get(likelihood, (*places, 1))
 
 
 def support_of(family):
@@ -172,7 +172,7 @@ def support_of(family):
               "count": jnp.arange(20_000.0)[:, None], "one_hot": jnp.eye(2)}  # fmt: skip
     if support in values:
         return values[support], jnp.ones(len(values[support]))
-    low, high = {"unit": (0, 1), "real": (-40, 40), "number": (-100, 100)}[support]
+    low, high = {"unit": (0, 1), "real": (-100, 100)}[support]
     values = jnp.linspace(low, high, 40_001)
     weights = jnp.full(len(values), (high - low) / 40_000)
     return values[:, None], weights.at[jnp.array([0, -1])].mul(0.5)
@@ -180,12 +180,12 @@ def support_of(family):
 
 @pytest.mark.parametrize("name", list(LIKELIHOODS))
 def test_a_likelihood_is_normalised_and_its_mean_and_samples_have_it(name):
-    shape = (1, 1, channels_of(name))
+    shape = shape_of(name, 1, 1)
     params = params_of(image_shape=shape, scale=1.0, likelihood=small(name))
     values, weights = support_of(params.config.likelihood)
     z = jnp.broadcast_to(jnp.array([[0.4, -0.7]]), (len(values), 2))
     p_x = jaxvae.decode(params, z)
-    p = jnp.exp(p_x.log_prob(values[:, None, None])) * weights
+    p = jnp.exp(p_x.log_prob(values.reshape(-1, *shape))) * weights
     assert p.dtype == jnp.float32
     assert jnp.sum(p) == pytest.approx(1, abs=1e-3)
     samples = p_x.sample(KEY).reshape(values.shape)
@@ -199,7 +199,7 @@ def test_a_likelihood_is_normalised_and_its_mean_and_samples_have_it(name):
 
 def examples_for(name, count):
     """Examples in the support of a likelihood, and their shape."""
-    shape = (*SHAPE[:2], channels_of(name))
+    shape = shape_of(name, *SHAPE[:2])
     return examples_of(LIKELIHOODS.parse(small(name)).support, (count, *shape)), shape
 
 
@@ -227,7 +227,7 @@ def test_missing_entries_do_not_count_in_a_likelihood(name):
     """log p(x) is the sum of those of its parts, each with the other part missing."""
     images, shape = examples_for(name, 4)
     params = params_of(image_shape=shape, likelihood=small(name))
-    missing = np.random.default_rng(1).random((4, *SHAPE)) < 0.4
+    missing = np.random.default_rng(1).random((4, *shape[:-1], 1)) < 0.4
     missing[0] = True
     x = np.float32(images) / (255 if images.dtype == np.uint8 else 1)
     z = jax.random.normal(KEY, (4, 2))

@@ -27,6 +27,8 @@ from jaxvae.errors import (
     TrainingFailed,
 )
 from jaxvae.runs.files import as_argument, resume_command
+from jaxvae.storage import write_atomic
+from jaxvae.validation import is_image
 
 _PRINTED = (Converted, Damaged, Diverged, NotDrawn, OtherData)  # warnings printed as one line
 _BYTES_PER_SAMPLED = 24  # memory per pixel: the image and its copies until it is a PNG
@@ -243,7 +245,8 @@ def _train(options: argparse.Namespace) -> None:
     if paths:
         lost = sweep.diverged(run_dir, models) if len(models) > 1 else []
         model = next(name for name in models if name not in lost)
-        _print_next_steps(run_dir, model if len(models) > 1 else "", paths)
+        images = is_image(data.train_images.shape[1:])
+        _print_next_steps(run_dir, model if len(models) > 1 else "", paths, images=images)
 
 
 def _flags(options: argparse.Namespace) -> dict[str, Any]:
@@ -287,15 +290,23 @@ def _config_and_data(options: argparse.Namespace) -> tuple[Any, Any]:
     return config, data
 
 
-def _print_next_steps(run_dir: Path, model: str, figures: list[Path]) -> None:
-    """Print the number of figures and the next commands; `model` is a subfolder of a sweep."""
+def _print_next_steps(run_dir: Path, model: str, figures: list[Path], *, images: bool) -> None:
+    """Print the number of figures and the next commands.
+
+    Args:
+      run_dir: directory of the run, or of a sweep.
+      model: subfolder of the sweep.
+      figures: paths of the figures.
+      images: whether the model is of images.
+    """
     whole, one = as_argument(run_dir), as_argument(run_dir / model)
     print(f"{len(figures)} figures; the first: {figures[0]}", file=sys.stderr)
     name = _program_name()
-    lines = {
-        f"{name} explore {one}": "write an interactive latent-space explorer",
+    explore = {f"{name} explore {one}": "write an interactive latent-space explorer"}
+    sample = f"{name} sample {one} --n 64 --out samples.{'png' if images else 'npz'}"
+    lines = (explore if images else {}) | {
         f"{name} evaluate {one}": "print test ELBO, log p(x) and other metrics",
-        f"{name} sample {one} --n 64 --out samples.png": "draw new images",
+        sample: f"draw new {'images' if images else 'examples'}",
         f"{name} train --resume --run-dir {whole} --epochs N": "continue training to N epochs",
     }
     width = max(map(len, lines))
@@ -354,8 +365,12 @@ def _train_many(
 
 
 def _print_start(name: str, data: Any, where: str) -> None:
-    counts = f"{len(data.train_images):,} training and {len(data.test_images):,} test images"
-    print(f"{name}: {counts}; {where}", file=sys.stderr)
+    counts = f"{len(data.train_images):,} training and {len(data.test_images):,} test"
+    images = is_image(data.train_images.shape[1:])
+    noun = "images" if images else "examples"
+    # For images the documentation says it.
+    split = " (every tenth, as there is no test split)" if data.every_tenth and not images else ""
+    print(f"{name}: {counts} {noun}{split}; {where}", file=sys.stderr)
 
 
 def _of_one_model(flags: dict[str, Any], run_dir: Path) -> dict[str, Any]:
@@ -385,7 +400,7 @@ _METRICS = {
     "bits_per_dimension": "bits per dimension, of log p(x)",
     "active_units": "active units",
     "code_perplexity": "codes in use (perplexity)",
-    "reconstruction_error": "mean squared error of a pixel",
+    "reconstruction_error": "mean squared error of a {value}",
     "logistic_regression": "accuracy of logistic regression",
     "nearest_neighbors": "accuracy of 5 nearest neighbors",
 }
@@ -393,17 +408,20 @@ _METRICS = {
 
 def _evaluate(options: argparse.Namespace) -> None:
     from jaxvae.runs import evaluation
+    from jaxvae.runs.config import read_config
 
     _at_least_one("--num-samples", options.num_samples)
     which = _which(options)
     found = evaluation.measure(
         options.run, options.num_samples, which, options.data, **_own(options)
     )
-    print(f"{options.run}, step {found['step']}: {found['images']:,} test images, nats per image")
+    noun = read_config(options.run, **_own(options)).model.noun
+    value = "pixel" if noun == "image" else "feature"
+    print(f"{options.run}, step {found['step']}: {found['images']:,} test {noun}s, nats per {noun}")
     for name, says in _METRICS.items():
         if name in found:
             digits = 0 if name == "active_units" else 4 if "error" in name else 3
-            print(f"  {says.format(**found):34}{found[name]:10.{digits}f}")
+            print(f"  {says.format(**found, value=value):34}{found[name]:10.{digits}f}")
     for group, kl in enumerate(found.get("kl_per_group", ()), start=1):
         print(f"  {f'KL of group {group}, from the top':34}{kl:10.3f}")
     sys.stdout.flush()
@@ -415,6 +433,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _sample(options: argparse.Namespace) -> None:
     import jax
+    import numpy as np
 
     from jaxvae.devices.processes import memory
     from jaxvae.figures.grid import save_images
@@ -425,21 +444,48 @@ def _sample(options: argparse.Namespace) -> None:
     _at_least_one("--n", options.n)
     if options.seed is not None:
         whole_number("--seed", options.seed, 0, 2**32 - 1)
-    if options.out.suffix.lower() != ".png":
-        raise InputError(f"--out is {options.out}: expected a file name ending in .png")
     config = read_config(options.run, **_own(options))
-    needed = options.n * math.prod(config.model.image_shape) * _BYTES_PER_SAMPLED
+    shape = config.model.image_shape
+    suffix = options.out.suffix.lower()
+    if is_image(shape) and suffix != ".png":
+        raise InputError(f"--out is {options.out}: expected a file name ending in .png")
+    ends = (".npz", ".csv") if len(shape) == 1 else (".npz",)
+    if not is_image(shape) and suffix not in ends:
+        raise InputError(
+            f"--out is {options.out}: expected a file name ending in {' or '.join(ends)}, as the "
+            f"examples have shape {shape}"
+        )
+    needed = options.n * math.prod(shape) * _BYTES_PER_SAMPLED
     if (available := memory()) is not None and needed > available:
         raise InputError(
             f"--n is {options.n}, which needs {needed / 1e9:,.0f} GB: expected at most the "
-            f"{available / 1e9:,.0f} GB of memory of this machine; draw fewer images"
+            f"{available / 1e9:,.0f} GB of memory of this machine; draw fewer {config.model.noun}s"
         )
     seed = config.seed if options.seed is None else options.seed
     first, *others = options.temperature
     temperature = tuple(options.temperature) if others else first
     images = sample(_params(options), jax.random.key(seed), options.n, temperature=temperature)
-    save_images(images, options.out)
+    if is_image(shape):
+        save_images(images, options.out)
+    else:
+        _save_examples(np.asarray(images), options.out)
     print(options.out)
+
+
+def _save_examples(examples: Any, path: Path) -> None:
+    """Write examples as the array `images` of an .npz file, or as a .csv file without a header."""
+    import numpy as np
+
+    def write(file: Any) -> None:
+        if path.suffix.lower() == ".npz":
+            np.savez(file, images=examples)
+        else:
+            np.savetxt(file, examples, "%.9g", delimiter=",")  # exact for float32
+
+    try:
+        write_atomic(path, write)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
 def _figures(options: argparse.Namespace) -> None:
@@ -485,7 +531,7 @@ def _fit_prior(options: argparse.Namespace) -> None:
     run_dir, params = fitted.run_dir, fitted.params
     config = read_config(run_dir, **own, prior=params.config.prior)
     figures = drawing.draw(run_dir, config, load_run_data(config, options.data), params)
-    _print_next_steps(run_dir, "", figures)
+    _print_next_steps(run_dir, "", figures, images=is_image(params.config.image_shape))
     trained = read_config(options.run, **own)
     for when, model, test in (
         ("before", trained.model, fitted.before),

@@ -18,6 +18,7 @@ _GROUPS: dict[str, type[Config]] = {"run": RunConfig, "model": ModelConfig, "tra
 _NO_FLAG = ("image_shape", "model", "train", "data_seen")
 _METAVARS = {
     "data": "NAME|FOLDER|FILE",
+    "label_column": "NAME",
     "data_dir": "DIR",
     "manual_dir": "DIR",
     "start_from": "RUN_DIR",
@@ -222,7 +223,8 @@ def make_parser(
     sample = command("sample", "draw samples from the model of a run")
     sample.add_argument("--n", type=int, required=True, metavar="N", help="number of samples")
     sample.add_argument("--out", type=Path, required=True, metavar="FILE.png",
-                        help="the image file, a grid of all samples")  # fmt: skip
+                        help="the image file, a grid of all samples; of examples that are no "
+                             "images a .npz or .csv file")  # fmt: skip
     sample.add_argument("--seed", type=int, metavar="N", help="default: the seed of the run")
     sample.add_argument("--temperature", type=float, nargs="+", default=[1.0], metavar="X",
                         help="factor of the prior's standard deviations; of a ladder also one for "

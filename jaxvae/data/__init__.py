@@ -1,4 +1,4 @@
-"""Data sets of images, loaded by name or path or taken from arrays."""
+"""Data sets of images and other examples, loaded by name or path or taken from arrays."""
 
 import gzip
 import warnings
@@ -11,12 +11,14 @@ import numpy as np
 from jaxvae.data.dataset import (
     Dataset,
     Images,
-    as_images,
+    as_examples,
     as_labels,
     expect_labels,
+    expect_no_label_column,
     split_every_tenth,
 )
 from jaxvae.data.records import Records
+from jaxvae.data.sources import is_source, read_source
 from jaxvae.errors import Converted, InputError
 
 __all__ = ["Dataset", "Images", "as_dataset", "load_data", "load_dataset"]
@@ -31,6 +33,7 @@ def load_data(
     *,
     data_dir: str | Path | None = None,
     manual_dir: str | Path | None = None,
+    label_column: str | None = None,
     labels: Literal[False] = False,
 ) -> _Unlabelled: ...
 @overload
@@ -39,6 +42,7 @@ def load_data(
     *,
     data_dir: str | Path | None = None,
     manual_dir: str | Path | None = None,
+    label_column: str | None = None,
     labels: Literal[True],
 ) -> _Labelled: ...
 @overload
@@ -47,6 +51,7 @@ def load_data(
     *,
     data_dir: str | Path | None = None,
     manual_dir: str | Path | None = None,
+    label_column: str | None = None,
     labels: bool,
 ) -> _Unlabelled | _Labelled: ...
 def load_data(
@@ -54,20 +59,27 @@ def load_data(
     *,
     data_dir: str | Path | None = None,
     manual_dir: str | Path | None = None,
+    label_column: str | None = None,
     labels: bool = False,
 ) -> _Unlabelled | _Labelled:
-    """Load training and test images: uint8 [N, height, width, channels].
+    """Load training and test images, uint8 [N, height, width, channels], or other examples.
 
     Floats in [0, 1] of an .npz or .npy file stay floats, as float32. A warning of the category
     `jaxvae.errors.Converted` reports pictures that were scaled to 8 bits, composed on white
     because they are transparent, or rotated according to their EXIF orientation.
 
+    Tables, AnnData files and arrays of two axes, or of more than four, hold other examples than
+    images: float32 [N, ...], with the values of the file. A source without a split of its own
+    gives every tenth example as a test example.
+
     Args:
       name: "mnist-5k" (embedded), "mnist", "tfds:NAME", or the path of an .npz, .npy or IDX
-        file, of a folder of IDX files, or of a folder of pictures.
+        file, of a folder of IDX files, of a folder of pictures, or of a .csv, .tsv, .parquet or
+        .h5ad file.
       data_dir: folder of the data sets that TensorFlow Datasets has prepared; by default its own.
       manual_dir: folder of manually downloaded files, which TensorFlow Datasets reads instead of
         downloading them.
+      label_column: name of the column of classes of a table, or of `obs` of an AnnData file.
       labels: whether to return the labels too.
 
     Returns:
@@ -77,14 +89,18 @@ def load_data(
     Raises:
       InputError: the data set cannot be found or read, or does not hold images.
     """
-    data = load_dataset(name, data_dir=data_dir, manual_dir=manual_dir)
+    data = load_dataset(name, data_dir=data_dir, manual_dir=manual_dir, label_column=label_column)
     if labels:
         return (data.train_images, data.train_labels), (data.test_images, data.test_labels)
     return data.train_images, data.test_images
 
 
 def load_dataset(
-    name: str, *, data_dir: str | Path | None = None, manual_dir: str | Path | None = None
+    name: str,
+    *,
+    data_dir: str | Path | None = None,
+    manual_dir: str | Path | None = None,
+    label_column: str | None = None,
 ) -> Dataset:
     """Load a data set as `load_data` does, as a Dataset of images and labels.
 
@@ -92,6 +108,7 @@ def load_dataset(
       name: as in `load_data`.
       data_dir: as in `load_data`.
       manual_dir: as in `load_data`.
+      label_column: as in `load_data`.
 
     Returns:
       The data set.
@@ -101,6 +118,8 @@ def load_dataset(
     """
     if not isinstance(name, str):
         raise InputError(f"the data are {name!r}: expected a name, or a path as a string")
+    if name in ("mnist-5k", "mnist") or name.startswith("tfds:"):
+        expect_no_label_column(label_column, name)
     if name == "mnist-5k":
         return _mnist_5k()
     if name == "mnist" or name.startswith("tfds:"):
@@ -115,11 +134,11 @@ def load_dataset(
         with warnings.catch_warnings():
             # Pillow and NumPy warn about unusual files, which they then read or refuse.
             warnings.simplefilter("ignore")
-            data = _checked(files.load_path(Path(name), changes), name)
+            data = _checked(files.load_path(Path(name), changes, label_column), name)
     except OSError as error:
         raise InputError(f"{name} cannot be read: {error.strerror}") from None
     except MemoryError:
-        raise InputError(f"{name} does not fit into memory: expected fewer images") from None
+        raise InputError(f"{name} does not fit into memory: expected fewer examples") from None
     if changes:
         text = f"{name} has pictures that were {'; and some that were '.join(sorted(changes))}"
         warnings.warn(text, Converted, stacklevel=2)
@@ -131,14 +150,17 @@ def as_dataset(data: Any, name: str = "the data") -> Dataset:
 
     Args:
       data: a Dataset; a pair of training and test images, or of (images, labels) each; or images
-        [N, H, W] or [N, H, W, C], of which every tenth becomes a test image.
+        [N, H, W] or [N, H, W, C], of which every tenth becomes a test image. Other examples are
+        arrays [N, features], or [N, ...] of more than four axes. Instead of an array of images or
+        examples, any source with `__len__` and `__getitem__`, such as a data set of Hugging Face,
+        PyTorch or Grain: its items are read into memory as by `sources.read_source`.
       name: name of the data in error messages.
 
     Returns:
-      The data set, with images that are uint8 or float32 in [0, 1].
+      The data set, with images that are uint8 or float32 in [0, 1], or other examples, float32.
 
     Raises:
-      InputError: `data` does not hold images.
+      InputError: `data` does not hold images or other examples.
     """
     if not isinstance(data, Dataset):
         if isinstance(data, tuple) and len(data) != 2:
@@ -159,11 +181,13 @@ def as_dataset(data: Any, name: str = "the data") -> Dataset:
 
 def _images_and_labels(part: Any, name: str) -> tuple[np.ndarray, np.ndarray | None]:
     """Return the images and labels of a split, which is a pair of both or images alone."""
+    if is_source(part):
+        return read_source(part, name)
     labels = None
     if isinstance(part, tuple) and len(part) == 2 and (part[1] is None or np.ndim(part[1]) == 1):
         part, labels = part
         labels = None if labels is None else as_labels(np.asarray(labels), name)
-    return as_images(np.asarray(part), name), labels
+    return as_examples(np.asarray(part), name), labels
 
 
 def _mnist_5k() -> Dataset:
@@ -176,7 +200,10 @@ def _mnist_5k() -> Dataset:
 
 
 def _checked(data: Dataset, name: str) -> Dataset:
-    """Check a data set, and convert its images to uint8 or float32 in [0, 1]."""
+    """Check a data set, and convert its images to uint8 or float32 in [0, 1].
+
+    Other examples than images become float32.
+    """
     splits: dict[str, Any] = {}
     for split in ("train", "test"):
         images, labels = getattr(data, f"{split}_images"), getattr(data, f"{split}_labels")
@@ -186,7 +213,9 @@ def _checked(data: Dataset, name: str) -> Dataset:
         if not images.size:
             raise InputError(f"{name} has no {split} images: expected at least one")
         expect_labels(images, labels, f"{name} has", f"{split} ")
-        if np.issubdtype(images.dtype, np.floating):
+        if images.ndim != 4:
+            images = _as_float32(images, f"{name}: {split} example")
+        elif np.issubdtype(images.dtype, np.floating):
             if not np.isfinite(images).all():
                 bad = int(np.argmin(np.isfinite(images).all(axis=(1, 2, 3))))
                 raise InputError(
@@ -211,4 +240,18 @@ def _checked(data: Dataset, name: str) -> Dataset:
             f"{name} has train images of shape {splits['train_images'].shape[1:]} and test images "
             f"of shape {splits['test_images'].shape[1:]}: expected one shape"
         )
-    return Dataset(**splits)
+    return data._replace(**splits)
+
+
+def _as_float32(examples: np.ndarray, name: str) -> np.ndarray:
+    """Convert examples other than images to float32, and check that they are finite numbers."""
+    if examples.dtype.kind not in "biuf":
+        raise InputError(f"{name}s are of type {examples.dtype}: expected numbers")
+    with np.errstate(over="ignore"):
+        examples = examples.astype(np.float32)
+    finite = np.isfinite(examples).reshape(len(examples), -1).all(axis=1)
+    if not finite.all():
+        raise InputError(
+            f"{name} {np.argmin(finite)} holds NaN or infinity: expected finite numbers"
+        )
+    return examples

@@ -1,4 +1,4 @@
-"""The Dataset type, and the checks that every source of images shares."""
+"""The Dataset type, and the checks that every source of examples shares."""
 
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -9,7 +9,10 @@ from jaxvae.errors import InputError
 
 @runtime_checkable
 class Images(Protocol):
-    """Images [N, H, W, C] read by index: an array, or an object that reads them from disk."""
+    """Images [N, H, W, C] read by index: an array, or an object that reads them from disk.
+
+    An array may also hold other examples, [N, ...].
+    """
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -24,37 +27,65 @@ class Images(Protocol):
 
 
 class Dataset(NamedTuple):
-    """Training and test images with their labels.
+    """Training and test images, or other examples, with their labels.
 
     Training images that do not fit into memory are read from disk when they are indexed.
 
     Attributes:
-      train_images: uint8, or float32 in [0, 1]: [N, H, W, C].
+      train_images: images, uint8 or float32 in [0, 1]: [N, H, W, C]; or other examples, float32
+        [N, ...].
       train_labels: int64 [N], or None without labels.
       test_images: as `train_images`, an array.
       test_labels: as `train_labels`.
+      every_tenth: whether the test images are every tenth of all, as the source has no split.
     """
 
     train_images: Images
     train_labels: np.ndarray | None
     test_images: np.ndarray
     test_labels: np.ndarray | None
+    every_tenth: bool = False
 
 
 def split_every_tenth(images: np.ndarray, labels: np.ndarray | None) -> Dataset:
     """Split off the first image and every tenth after it as test images.
 
     Args:
-      images: [N, H, W, C].
+      images: [N, ...].
       labels: int64 [N], or None.
 
     Returns:
       A Dataset of N - ceil(N / 10) training images and ceil(N / 10) test images, in order.
     """
     held_out = np.arange(len(images)) % 10 == 0
-    if labels is None:
-        return Dataset(images[~held_out], None, images[held_out], None)
-    return Dataset(images[~held_out], labels[~held_out], images[held_out], labels[held_out])
+    train, test = (None if labels is None else labels[rows] for rows in (~held_out, held_out))
+    return Dataset(images[~held_out], train, images[held_out], test, every_tenth=True)
+
+
+def as_examples(array: np.ndarray, name: object) -> np.ndarray:
+    """Reshape images to [N, H, W, C], and return an array of another rank unchanged.
+
+    Args:
+      array: images [N, H, W] or [N, H, W, C], or other examples: [N, features], or [N, ...] of more
+        than four axes.
+      name: name of the data in error messages.
+
+    Returns:
+      The examples.
+
+    Raises:
+      InputError: the array is empty or has fewer than two axes, or as for `as_images`.
+    """
+    if array.ndim in (3, 4):
+        return as_images(array, name)
+    if array.ndim < 2:
+        raise InputError(
+            f"{name} holds images of shape {array.shape}: expected (images, height, width), "
+            "(images, height, width, channels) or, if they are no images, (examples, features)"
+        )
+    if not array.size:
+        raise InputError(f"{name} holds no examples, but an array of shape {array.shape}")
+    return array
 
 
 def as_images(array: np.ndarray, name: object) -> np.ndarray:
@@ -139,3 +170,30 @@ def as_labels(array: np.ndarray, name: object) -> np.ndarray:
     if array.size and array.max() > np.iinfo(np.int64).max:
         raise InputError(f"{name} holds the label {array.max()}: expected at most 2**63 - 1")
     return array.astype(np.int64)
+
+
+def number_classes(classes: np.ndarray, name: object) -> np.ndarray:
+    """Convert classes to labels: names are numbered in alphabetical order.
+
+    Args:
+      classes: text, whole numbers or booleans, [N].
+      name: name of the data in error messages.
+
+    Returns:
+      The labels, int64 [N].
+
+    Raises:
+      InputError: classes of another type.
+    """
+    if classes.dtype.kind in "OSU":
+        return np.unique(classes.astype(str), return_inverse=True)[1].astype(np.int64)
+    return as_labels(classes.astype(np.int64) if classes.dtype.kind == "b" else classes, name)
+
+
+def expect_no_label_column(label_column: str | None, name: object) -> None:
+    """Raise InputError if a column of classes is named for data without columns."""
+    if label_column is not None:
+        raise InputError(
+            f"label_column is {label_column!r}, but {name} is not a .csv, .tsv, .parquet or .h5ad "
+            "file: leave it out"
+        )

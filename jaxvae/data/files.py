@@ -1,4 +1,4 @@
-"""Images from files: IDX, NumPy arrays, ArrayRecord files and folders of pictures."""
+"""Data sets from files: images, NumPy arrays and tables."""
 
 import gzip
 import re
@@ -10,7 +10,15 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from jaxvae.data.arrays import expect_memory, read_idx, read_npy, read_npz, reading
-from jaxvae.data.dataset import Dataset, as_images, as_labels, expect_labels, split_every_tenth
+from jaxvae.data.dataset import (
+    Dataset,
+    as_examples,
+    as_images,
+    as_labels,
+    expect_labels,
+    expect_no_label_column,
+    split_every_tenth,
+)
 from jaxvae.data.pictures import FORMATS, read_picture
 from jaxvae.errors import InputError
 
@@ -23,11 +31,13 @@ _HELD_OUT = ("test", "testing", "val", "valid", "validation")
 _ENDS = frozenset[str]().union(*FORMATS.values())
 
 
-def load_path(path: Path, changes: set[str]) -> Dataset:
-    """Load the images of a file or folder.
+def load_path(path: Path, changes: set[str], label_column: str | None = None) -> Dataset:
+    """Load the images, or other examples, of a file or folder.
 
     - an .npz file: `x_train`, `x_test` (and `y_train`, `y_test`), or `images` (and `labels`);
-    - an .npy file or one IDX file: images;
+    - an .npy file: images or other examples; one IDX file: images;
+    - a .csv, .tsv or .parquet file: an example in each row (`tables.load_table`);
+    - an .h5ad file: the rows of X (`anndata.load_h5ad`);
     - a folder of IDX files with MNIST's names, gzipped or not;
     - a folder of ArrayRecord files, train*.array_record* and test*.array_record*, whose records
       are PNG, JPEG or .npy files, with the labels in train_labels.npy and test_labels.npy: the
@@ -37,7 +47,7 @@ def load_path(path: Path, changes: set[str]) -> Dataset:
       over both splits. Names that begin with a dot are skipped. `read_picture` converts the
       pictures to uint8.
 
-    Every tenth image becomes a test image where the source has no split of its own.
+    Every tenth example becomes a test example where the source has no split of its own.
 
     Untrusted files are parsed safely: nothing is unpickled, extracted or executed, and memory is
     allocated only for data that the file holds.
@@ -45,19 +55,30 @@ def load_path(path: Path, changes: set[str]) -> Dataset:
     Args:
       path: the file or folder.
       changes: set to which conversions of pictures are added, as in `read_picture`.
+      label_column: the column of classes of a table or AnnData file.
 
     Returns:
       The images, and the labels where there are any.
 
     Raises:
       InputError: the path does not exist or has another format; a picture has more than 2^24
-        pixels; an array is larger than this machine's memory.
+        pixels; an array is larger than this machine's memory; `label_column` for another format.
     """
     if not path.exists():
         raise InputError(
             f"{path} does not exist: expected mnist-5k, mnist, tfds:NAME, "
-            "or the path of an .npz, .npy or IDX file or of a folder of images"
+            "or the path of an .npz, .npy or IDX file or of a folder of images, or of a .csv, "
+            ".tsv, .parquet or .h5ad file"
         )
+    if path.is_file() and path.suffix in (".csv", ".tsv", ".parquet"):
+        from jaxvae.data.tables import load_table
+
+        return load_table(path, label_column)
+    if path.is_file() and path.suffix == ".h5ad":
+        from jaxvae.data.anndata import load_h5ad
+
+        return load_h5ad(path, label_column)
+    expect_no_label_column(label_column, path)
     if path.is_dir():
         return _load_folder(path, changes)
     if not path.is_file():
@@ -77,13 +98,13 @@ def _load_numpy(path: Path) -> Dataset:
     labels = {name: as_labels(arrays[name], path) for name in arrays if name[0] in "ly"}
     if {"x_train", "x_test"} <= set(arrays):
         return Dataset(
-            as_images(arrays["x_train"], path),
+            as_examples(arrays["x_train"], path),
             labels.get("y_train"),
-            as_images(arrays["x_test"], path),
+            as_examples(arrays["x_test"], path),
             labels.get("y_test"),
         )
     if "images" in arrays:
-        images = as_images(arrays["images"], path)
+        images = as_examples(arrays["images"], path)
         expect_labels(images, labels.get("labels"), f"{path} has")
         return split_every_tenth(images, labels.get("labels"))
     raise InputError(

@@ -359,7 +359,7 @@ def _read_cache(path: Path) -> Dataset | None:
         reading(path),
         open(path, "rb", opener=open_regular) as file,
     ):
-        arrays = read_npz(file, Dataset._fields)
+        arrays = read_npz(file, Dataset._fields[:4])
         labels = {name: as_labels(arrays[name], path) for name in arrays if "labels" in name}
         images = {split: as_images(arrays[f"{split}_images"], path) for split in ("train", "test")}
         for split in images:
@@ -374,7 +374,8 @@ def _read_cache(path: Path) -> Dataset | None:
 
 
 def _write_cache(path: Path, dataset: Dataset) -> None:
-    arrays = {key: value for key, value in dataset._asdict().items() if value is not None}
+    arrays: dict[str, Any] = dataset._asdict()
+    arrays = {key: value for key, value in arrays.items() if isinstance(value, np.ndarray)}
     _replace(path, lambda file: np.savez(file, **arrays))
 
 

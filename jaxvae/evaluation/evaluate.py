@@ -34,7 +34,7 @@ _BLOCK = 1000  # images at once, which bounds memory
 def evaluate(
     params: Params,
     key: Key[Array, "..."] | UInt32[ArrayLike, "..."],
-    images: Num[ArrayLike, "n height width channels"],
+    images: Num[ArrayLike, " n *shape"],
     labels: Integer[ArrayLike, " n"] | None = None,
     *,
     axis_name: str | None = None,
@@ -70,7 +70,7 @@ def evaluate(
 def mean_log_likelihood(
     params: Params,
     key: Key[Array, "..."] | UInt32[ArrayLike, "..."],
-    images: Num[ArrayLike, "n height width channels"],
+    images: Num[ArrayLike, " n *shape"],
     labels: Integer[ArrayLike, " n"] | None = None,
     *,
     num_samples: int,
@@ -105,7 +105,7 @@ def mean_log_likelihood(
 def kl_per_group(
     params: Params,
     key: Key[Array, "..."] | UInt32[ArrayLike, "..."],
-    images: Num[ArrayLike, "n height width channels"],
+    images: Num[ArrayLike, " n *shape"],
     labels: Integer[ArrayLike, " n"] | None = None,
 ) -> Float[Array, " groups"]:
     """Compute the mean KL of every group of a hierarchy, given samples of the groups above.

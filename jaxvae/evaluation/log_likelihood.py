@@ -14,7 +14,7 @@ from jaxvae.validation import AnyKey, jit, whole_number
 def log_likelihood(
     params: Params,
     key: AnyKey,
-    images: Num[ArrayLike, "batch height width channels"],
+    images: Num[ArrayLike, " batch *shape"],
     num_samples: int = 5000,
     labels: Integer[ArrayLike, " batch"] | None = None,
 ) -> Float[Array, " batch"]:

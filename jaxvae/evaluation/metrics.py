@@ -164,19 +164,19 @@ def log_aggregate(posterior: Gaussian, z: Float[Array, "batch latent"]) -> Float
 
 
 def reconstruction_error(
-    images: Num[Array, "*batch height width channels"],
-    means: Float[Array, "*batch height width channels"],
-) -> Float[Array, "*batch"]:
+    images: Num[Array, " batch *shape"],
+    means: Float[Array, " batch *shape"],
+) -> Float[Array, " batch"]:
     """Compute the mean squared error of every reconstruction.
 
-        MSE = mean over pixels and channels of (x - mean)^2,    x in [0, 1]
+        MSE = mean over pixels and channels of (x - mean)^2
 
-    The root of its mean over a data set is the RMSE of the data set; an RMSE of 0.1 is 25.5 of 255
-    grey levels.
+    The root of its mean over a data set is the RMSE of the data set; that of images in [0, 1] is
+    25.5 of 255 grey levels where it is 0.1.
 
     Args:
-      images: floats in [0, 1], or uint8.
-      means: means of p(x|z), in [0, 1].
+      images: images, floats in [0, 1] or uint8; or other examples, as they are.
+      means: means of p(x|z), of images in [0, 1].
 
     Returns:
       The error of each image.
@@ -189,7 +189,7 @@ def reconstruction_error(
             f"images have shape {images.shape}: expected the reconstructions' {means.shape}"
         )
     error = at_least_float32(scale_images(images)) - at_least_float32(means)
-    return jnp.mean(error**2, axis=(-3, -2, -1))
+    return jnp.mean(error**2, axis=tuple(range(1, error.ndim)))
 
 
 class LatentProbe(NamedTuple):

@@ -21,6 +21,7 @@ from jaxvae.figures.grid import pixels, tile
 from jaxvae.figures.style import COLOURS
 from jaxvae.models.vae import Params, encode
 from jaxvae.storage import write_atomic
+from jaxvae.validation import is_image
 
 _BYTES = 5_000_000  # size of a page, at most
 _IMAGES = 10_000  # test images, at most; more points would only hide each other
@@ -66,8 +67,14 @@ def page(params: Params, data: Dataset, title: str) -> str:
       The text of the page.
 
     Raises:
-      InputError: the decoder has an operation that `program` cannot translate.
+      InputError: the decoder has an operation that `program` cannot translate, or the model is not
+        of images.
     """
+    if not is_image(params.config.image_shape):
+        raise InputError(
+            "the explorer shows images, but the examples of this model have shape "
+            f"{params.config.image_shape}: use `jaxvae figures` instead"
+        )
     program = decoder_program(params)
     count = min(len(data.test_images), _IMAGES)
     images = np.asarray(data.test_images[:count])

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from jaxvae.data import Dataset
-from jaxvae.figures.charts import aggregate, latents, training, units
+from jaxvae.figures.charts import aggregate, latents, training, traversal_lines, units
 from jaxvae.figures.pictures import (
     classes,
     interpolations,
@@ -21,6 +21,7 @@ from jaxvae.figures.pictures import (
 from jaxvae.figures.style import save, warn_on_failure
 from jaxvae.models.codebooks import is_discrete
 from jaxvae.models.vae import Params
+from jaxvae.validation import is_image
 
 FORMATS = ("png", "svg", "pdf")
 
@@ -36,7 +37,8 @@ def draw_all(
     """Draw every figure of a run into a folder.
 
     A figure that fails is skipped with a warning of the category `jaxvae.errors.NotDrawn`. Figures
-    that need continuous latents are left out for a model with discrete ones.
+    that need continuous latents are left out for a model with discrete ones, and grids of images
+    for a model of other examples.
 
     Args:
       folder: created if it does not exist.
@@ -65,12 +67,18 @@ def draw_all(
     }
     if is_discrete(params.config):  # nothing lies between codes
         figures = {name: figures[name] for name in ("reconstructions", "samples")}
+    image = is_image(params.config.image_shape)
+    if not image:
+        drawn = [name for name in ("latents", "aggregate", "units") if name in figures]
+        figures = {name: figures[name] for name in drawn}
+        if drawn:
+            figures["traversals"] = partial(traversal_lines, params, data)
     if hasattr(params.model, "groups"):
         figures["levels"] = partial(levels, params, key)
-    if params.config.num_classes:
+    if params.config.num_classes and image:
         figures["classes"] = partial(classes, params, key)
     if history:
-        figures["training"] = partial(training, history)
+        figures["training"] = partial(training, history, params.config.noun)
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, draw in figures.items():

@@ -22,6 +22,7 @@ from jaxvae.figures.grid import pixels, plane, tile
 from jaxvae.models.codebooks import is_discrete
 from jaxvae.models.vae import Params
 from jaxvae.storage import make_folder, write_atomic
+from jaxvae.validation import is_image
 
 _FRAMES = 64  # at most; every second frame is deleted when there would be more
 _SIDE = 480  # approximate side of a frame, in pixels
@@ -32,7 +33,8 @@ _STRIP = 26  # height of a frame's title, in pixels
 def keep_frame(run_dir: Path, record: dict[str, Any], params: Params) -> None:
     """Write the frame of an epoch, and delete frames if there are too many.
 
-    A model with discrete latents has no latent plane, and so no frames.
+    A model with discrete latents has no latent plane, and so no frames; nor has one of other
+    examples than images.
 
     Args:
       run_dir: the run directory.
@@ -40,9 +42,10 @@ def keep_frame(run_dir: Path, record: dict[str, Any], params: Params) -> None:
       params: the model after that epoch.
     """
     epoch = record["epoch"]
-    if not is_kept(epoch) or is_discrete(params.config):
+    config = params.config
+    if not is_kept(epoch) or is_discrete(config) or not is_image(config.image_shape):
         return
-    n = int(np.clip(_SIDE // max(params.config.image_shape[:2]), 3, 15))
+    n = int(np.clip(_SIDE // max(config.image_shape[:2]), 3, 15))
     images, _, down = plane(params, n)
     frame = Image.fromarray(pixels(tile(images, len(down))))
     folder = make_folder(run_dir, "manifolds")

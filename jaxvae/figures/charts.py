@@ -1,4 +1,4 @@
-"""Charts: latents, training curves, active units, aggregate posterior."""
+"""Charts: latents, training curves, active units, aggregate posterior, traversals of vectors."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
@@ -15,7 +17,7 @@ from jaxvae.data import Dataset
 from jaxvae.errors import InputError
 from jaxvae.evaluation.metrics import ACTIVE, log_aggregate, variance_of_means
 from jaxvae.figures.grid import latent_grid
-from jaxvae.figures.pictures import activity, encode_test_images
+from jaxvae.figures.pictures import activity, encode_test_images, traversed
 from jaxvae.figures.style import COLOURS, DARK, LIGHT, STYLE, WARM, Picture
 from jaxvae.models.distributions import Gaussian, GaussianMixture, UnitGaussian
 from jaxvae.models.posteriors import DiagonalGaussian
@@ -50,7 +52,7 @@ def latents(params: Params, data: Dataset) -> Figure:
         y, names = posterior.center[:, 1], (f"posterior {mean} of z1", f"posterior {mean} of z2")
     points = np.asarray(np.stack([x, y], axis=1), np.float64)
     seen = np.all(np.isfinite(points), axis=1)
-    title = f"Latents of {len(points):,} test images{_unseen(seen)}"
+    title = f"Latents of {len(points):,} test {params.config.noun}s{_unseen(seen)}"
     labels = None if data.test_labels is None else data.test_labels[: len(points)][seen]
     points = points[seen]
     with mpl.rc_context(STYLE):
@@ -89,11 +91,12 @@ def latents(params: Params, data: Dataset) -> Figure:
     return figure
 
 
-def training(history: Sequence[dict[str, Any]]) -> Figure:
+def training(history: Sequence[dict[str, Any]], noun: str = "image") -> Figure:
     """Draw the ELBO and its two terms after each epoch.
 
     Args:
       history: lines of metrics.jsonl.
+      noun: what an example is called.
 
     Returns:
       The figure.
@@ -117,7 +120,7 @@ def training(history: Sequence[dict[str, Any]]) -> Figure:
             axes.set(title=title, xlabel="epoch" + note * hidden)
             axes.set_xlim(epochs[0] - 0.3, epochs[-1] + 0.3)
             axes.xaxis.get_major_locator().set_params(integer=True)
-        figure.axes[0].set_ylabel("nats per image")
+        figure.axes[0].set_ylabel(f"nats per {noun}")
         figure.axes[0].legend(loc="center right")
     return figure
 
@@ -170,9 +173,53 @@ def units(
             axes.set_xticks(np.arange(1, count + 1), [f"z{i + 1}" for i in order])
         axes.grid(visible=False, axis="x")
         axes.set(
-            title=f"Active units: {active} of {count} latents vary with the image",
+            title=f"Active units: {active} of {count} latents vary with the {params.config.noun}",
             xlabel=f"latent, in decreasing order of variance{_unseen(np.isfinite(variance))}",
             ylabel="variance of the posterior mean",
+        )
+    return figure
+
+
+def traversal_lines(params: Params, data: Dataset, columns: int = 11) -> Figure:
+    """Draw latent traversals of examples that are not images: a panel for each latent.
+
+    The latents are those of `pictures.traversed`. Each line is the decoder's mean of all features
+    at one quantile of the latent.
+
+    Args:
+      params: the model.
+      data: its test examples are encoded.
+      columns: number of quantiles.
+
+    Returns:
+      The figure.
+    """
+    means, shown = traversed(params, data, columns)
+    lines = np.asarray(means, np.float64).reshape(len(shown), columns, -1)
+    features = np.arange(1, lines.shape[2] + 1)
+    colours = LinearSegmentedColormap.from_list("quantiles", [LIGHT, DARK])
+    scale = ScalarMappable(Normalize(0.01, 0.99), colours)
+    wide = min(len(shown), 2)
+    with mpl.rc_context(STYLE):
+        rows = -(-len(shown) // wide)
+        figure = Picture(figsize=(5 * wide + 0.8, 2.2 * rows + 0.6), layout="constrained")
+        grid = figure.subplots(rows, wide, squeeze=False, sharex=True, sharey=True).ravel()
+        for axes, latent, curves in zip(grid, shown, lines, strict=False):
+            for quantile, curve in zip(np.linspace(0.01, 0.99, columns), curves, strict=True):
+                axes.plot(features, curve, ".-", color=scale.to_rgba(quantile), linewidth=1)
+            axes.set(ylabel="decoder mean", title=f"z{latent + 1}")
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        for axes in grid[len(shown) :]:
+            axes.remove()
+        for axes in grid[len(shown) - wide : len(shown)]:
+            axes.set_xlabel("feature")
+            axes.tick_params(labelbottom=True)
+        figure.colorbar(scale, ax=grid[: len(shown)].tolist(), label="quantile of the prior")
+        figure.suptitle(
+            "Latent traversals: one latent varies, the others are those of a test example",
+            x=0.01,
+            ha="left",
+            size=STYLE["axes.titlesize"],
         )
     return figure
 
@@ -236,7 +283,8 @@ def aggregate(params: Params, data: Dataset, key: jax.Array) -> Figure:
         for axes in grid[panels:]:
             axes.remove()
         figure.suptitle(
-            f"Aggregate posterior of {len(seen):,} test images{_unseen(seen)}, and the prior",
+            f"Aggregate posterior of {len(seen):,} test {params.config.noun}s{_unseen(seen)}, and "
+            "the prior",
             x=0.01,
             ha="left",
             size=STYLE["axes.titlesize"],

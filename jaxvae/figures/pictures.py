@@ -136,9 +136,7 @@ def classes(params: Params, key: jax.Array, columns: int = 10) -> Figure:
 def traversals(params: Params, data: Dataset, columns: int = 11) -> Figure:
     """Draw latent traversals: in each row one latent changes and the others stay fixed.
 
-    The fixed latents are the posterior mean of the first test image. Rows are the ten latents whose
-    posterior means have the largest variance over the test images, in decreasing order. Along a
-    row the latent takes the quantiles 0.01 to 0.99 of its prior.
+    The latents are those of `traversed`.
 
     Args:
       params: the model.
@@ -148,6 +146,33 @@ def traversals(params: Params, data: Dataset, columns: int = 11) -> Figure:
     Returns:
       The figure.
     """
+    quantiles = np.linspace(0.01, 0.99, columns)
+    means, shown = traversed(params, data, columns)
+    title = "Latent traversals: one latent varies, the others are those of a test image"
+    figure, axes = image_grid(means, len(shown), title)
+    width = params.config.image_shape[1]
+    ticks = np.linspace(0, columns - 1, 3).round().astype(int)
+    axes.set_xticks((ticks + 0.5) * width, [f"{quantiles[i]:.2f}" for i in ticks])
+    axes.set_xlabel("quantile of the latent's prior")
+    _name_rows(axes, params, [f"z{latent + 1}" for latent in shown])
+    return figure
+
+
+def traversed(params: Params, data: Dataset, columns: int) -> tuple[jax.Array, np.ndarray]:
+    """Decode latent traversals: in each row one latent changes and the others stay fixed.
+
+    The fixed latents are the posterior mean of the first test image. Rows are the ten latents whose
+    posterior means have the largest variance over the test images, in decreasing order. Along a
+    row the latent takes the quantiles 0.01 to 0.99 of its prior.
+
+    Args:
+      params: the model.
+      data: its test images are encoded.
+      columns: number of quantiles.
+
+    Returns:
+      The decoder's means, [rows * columns, ...], and the index of each row's latent.
+    """
     p_z, (mean, variance) = prior(params), activity(params, data)
     shown = np.argsort(-variance, kind="stable")[:_ROWS]
     z = np.tile(mean[0], (len(shown), columns, 1))
@@ -155,15 +180,7 @@ def traversals(params: Params, data: Dataset, columns: int = 11) -> Figure:
         z[row, :, latent] = latent_grid(p_z, latent, columns, tail=0.01)
     z = z.reshape(-1, params.config.latent_dim)
     labels = labels_of(params, data, np.zeros(len(z), int))
-    title = "Latent traversals: one latent varies, the others are those of a test image"
-    figure, axes = image_grid(decode(params, z, labels).mean, len(shown), title)
-    width = params.config.image_shape[1]
-    ticks = np.linspace(0, columns - 1, 3).round().astype(int)
-    quantiles = np.linspace(0.01, 0.99, columns)
-    axes.set_xticks((ticks + 0.5) * width, [f"{quantiles[i]:.2f}" for i in ticks])
-    axes.set_xlabel("quantile of the latent's prior")
-    _name_rows(axes, params, [f"z{latent + 1}" for latent in shown])
-    return figure
+    return decode(params, z, labels).mean, shown
 
 
 @jax.jit

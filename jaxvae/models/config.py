@@ -27,7 +27,7 @@ from jaxvae.models.posteriors import DiagonalGaussian
 from jaxvae.models.priors import Mixture, StandardNormal, Vamp
 from jaxvae.models.quantization import FiniteScalarQuantization, VectorQuantization
 from jaxvae.models.tables import Categorical, MixedColumns, StudentT
-from jaxvae.validation import whole_number
+from jaxvae.validation import is_image, whole_number
 
 DTYPES = ("float32", "bfloat16")
 
@@ -41,7 +41,7 @@ class Columns(MixedColumns):
     """Columns of the kinds that `MixedColumns` names; counts have no library size."""
 
     kinds: ClassVar[Mapping[str, Any]] = {
-        "gaussian": GaussianFamily("feature", bounded=False),
+        "gaussian": GaussianFamily("feature"),
         "student_t": StudentT(),
         "bernoulli": Bernoulli,
         "poisson": Poisson(size=0),
@@ -99,7 +99,8 @@ class ModelConfig(Config):
     (encoder, decoder).
 
     Attributes:
-      image_shape: (height, width, channels) of one image.
+      image_shape: shape of one example: (height, width, channels) of an image, (features,) of a
+        vector. Any shape but that of an image needs a network that takes it, such as "mlp".
       latent_dim: dimension of the latent space.
       network: encoder and decoder.
       likelihood: the likelihood p(x|z).
@@ -110,7 +111,7 @@ class ModelConfig(Config):
         parameters, gradients and the terms of the ELBO stay float32.
     """
 
-    image_shape: tuple[int, int, int] = (28, 28, 1)
+    image_shape: tuple[int, ...] = (28, 28, 1)
     latent_dim: int = 2
     network: Any = "conv"
     likelihood: Any = "bernoulli"
@@ -127,9 +128,10 @@ class ModelConfig(Config):
     }
 
     def __post_init__(self) -> None:
-        if not isinstance(self.image_shape, tuple | list) or len(self.image_shape) != 3:
+        if not isinstance(self.image_shape, tuple | list) or not self.image_shape:
             raise InputError(
-                f"image_shape is {shown(self.image_shape)}: expected (height, width, channels)"
+                f"image_shape is {shown(self.image_shape)}: expected (height, width, channels), or "
+                "the shape of other examples, such as (features,)"
             )
         # JSON has no tuples; a jitted function needs the config hashable.
         shape = tuple(whole_number(f"image_shape[{i}]", n) for i, n in enumerate(self.image_shape))
@@ -142,6 +144,11 @@ class ModelConfig(Config):
                 f"compute_dtype is {shown(self.compute_dtype)}: expected {either(DTYPES)}"
             )
         set_field(self, "network", _network(self.network))
+        if not is_image(shape) and getattr(self.network, "images_only", False):
+            raise InputError(
+                f"image_shape is {shape}: expected (height, width, channels), as the network "
+                f"{NETWORKS.spec(self.network)!r} is for images; for other examples choose 'mlp'"
+            )
         if hasattr(self.network, "latent_dim"):
             latent_dim = self.network.latent_dim(shape)
             if self.latent_dim not in (type(self).latent_dim, latent_dim):
@@ -164,11 +171,11 @@ class ModelConfig(Config):
             if hasattr(part, "validate"):
                 part.validate(self)
 
-    def with_image_shape(self, image_shape: tuple[int, int, int]) -> Self:
+    def with_image_shape(self, image_shape: tuple[int, ...]) -> Self:
         """Return the configuration for images of another shape, on which a ladder's latents depend.
 
         Args:
-          image_shape: (height, width, channels) of one image.
+          image_shape: shape of one image or other example.
 
         Returns:
           The configuration.
@@ -181,12 +188,20 @@ class ModelConfig(Config):
         return dataclasses.replace(self, image_shape=image_shape, latent_dim=latent_dim)
 
     @property
-    def outputs_shape(self) -> tuple[int, int, int]:
-        """(height, width, outputs) of what the decoder returns for one image."""
-        height, width, channels = self.image_shape
+    def outputs_shape(self) -> tuple[int, ...]:
+        """(height, width, outputs) of what the decoder returns for one image.
+
+        In general only the last axis of an example becomes larger: a vector is a single pixel.
+        """
+        *places, channels = self.image_shape
         if hasattr(self.likelihood, "outputs_per_pixel"):
-            return height, width, self.likelihood.outputs_per_pixel(channels)
-        return height, width, channels * self.likelihood.outputs_per_channel
+            return *places, self.likelihood.outputs_per_pixel(channels)
+        return *places, channels * self.likelihood.outputs_per_channel
+
+    @property
+    def noun(self) -> str:
+        """What messages and figures call an example: "image" or "example"."""
+        return "image" if is_image(self.image_shape) else "example"
 
     @classmethod
     def _updated(cls, fields: dict[str, Any]) -> dict[str, Any]:

@@ -161,7 +161,7 @@ class Poisson:
         return {}
 
     def from_outputs(
-        self, outputs: Float[Array, "batch *shape outputs"], shared: Mapping[str, Array]
+        self, outputs: Float[Array, " batch *outputs"], shared: Mapping[str, Array]
     ) -> Counts:
         """Return the likelihood of a batch."""
         return Counts(outputs, _log_size(self))
@@ -205,7 +205,7 @@ class NegativeBinomial:
         return {"log_theta": jnp.zeros(channels, jnp.float32)}
 
     def from_outputs(
-        self, outputs: Float[Array, "batch *shape outputs"], shared: Mapping[str, Array]
+        self, outputs: Float[Array, " batch *outputs"], shared: Mapping[str, Array]
     ) -> Counts:
         """Return the likelihood of a batch.
 

@@ -14,7 +14,7 @@ from jaxvae.validation import as_array, jit
 @jit()
 def codes(
     params: Params,
-    images: Num[ArrayLike, "batch height width channels"],
+    images: Num[ArrayLike, " batch *shape"],
     labels: Integer[ArrayLike, " batch"] | None = None,
 ) -> Int[Array, "batch n"]:
     """Compute the codes of images, the most probable ones.

@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -98,6 +98,7 @@ class Ladder:
     width: int = 32
     latents: int = 4
     remat: bool = False
+    images_only: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in ("width", "latents"):

@@ -1,14 +1,14 @@
-"""Likelihoods of pixels.
+"""Likelihoods of pixels, which are the numbers of an example of any shape.
 
 A likelihood p(x|z) is made from the decoder's unbounded `outputs`, [batch, height, width,
-channels * outputs_per_channel], and from `shared`, learned parameters that all pixels have in
-common, which start as `init(channels)`.
+channels * outputs_per_channel] or in general [batch, ..., channels * outputs_per_channel], and from
+`shared`, learned parameters that all pixels have in common, which start as `init(channels)`.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from typing import ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +28,9 @@ from jaxvae.models.pixels import (
 from jaxvae.validation import (
     AnyKey,
     as_key,
-    expect_bool,
     expect_one_of,
     expect_unit_interval,
+    is_image,
     scale_images,
 )
 
@@ -48,7 +48,7 @@ class _Logits(NamedTuple):
 
     @classmethod
     def from_outputs(
-        cls, outputs: Float[Array, "batch *shape outputs"], shared: Mapping[str, Array]
+        cls, outputs: Float[Array, " batch *outputs"], shared: Mapping[str, Array]
     ) -> Self:
         """Return the likelihood whose logits are the decoder's outputs."""
         return cls(outputs)
@@ -178,7 +178,7 @@ class GaussianPixels(_LocationScale):
     The density is with respect to Lebesgue measure on the whole real line, not only on [0, 1].
 
     Attributes:
-      location: means of the entries, [batch, height, width, channels].
+      location: means of the entries, of images in [0, 1]: [batch, height, width, channels].
       log_scale: logarithms of the standard deviations, of a shape that broadcasts to that.
     """
 
@@ -215,23 +215,15 @@ class GaussianPixels(_LocationScale):
         return self.location + jnp.exp(self.log_scale) * noise
 
 
-class GaussianNumbers(GaussianPixels):
-    """The same of any finite numbers, which are not scaled as images are."""
-
-    support = "number"
-
-
 @dataclass(frozen=True)
 class GaussianFamily:
-    """Independent Gaussian entries, with learned scales.
+    """Independent Gaussian pixels, with learned scales.
 
         x ~ N(location, exp(2 log_scale)),    log_scale >= -6, by a smooth maximum
 
     Attributes:
       scale: "shared", one learned scale; "feature", one for each place on the last axis (channel or
-        column); "entry", from the decoder for every entry of every example.
-      bounded: whether x is in [0, 1], as of images: location = sigmoid(outputs). With false x is
-        any number, as of tables: location = outputs.
+        column); "entry", from the decoder for every number of every example.
 
     References:
       Rybkin, Daniilidis and Levine (2021), Simple and Effective VAE Training with Calibrated
@@ -239,55 +231,40 @@ class GaussianFamily:
     """
 
     scale: str = "shared"
-    bounded: bool = True
+
+    support: ClassVar[str] = "real"
 
     def __post_init__(self) -> None:
         expect_one_of("scale", self.scale, ("shared", "feature", "entry"))
-        expect_bool("bounded", self.bounded)
-
-    @property
-    def support(self) -> str:
-        """As in `LikelihoodFamily`."""
-        return self._distribution.support
 
     @property
     def outputs_per_channel(self) -> int:
         """The location, and with "entry" the log scale."""
         return 2 if self.scale == "entry" else 1
 
-    @property
-    def _distribution(self) -> type[GaussianPixels]:
-        return GaussianPixels if self.bounded else GaussianNumbers
-
     def init(self, channels: int) -> dict[str, Array]:
-        """Return the log scales.
-
-        Pixels in [0, 1] start with 0.37, a little above their standard deviation; other numbers
-        with 1, which is that of standardised ones.
-        """
+        """Return scales of 0.37, a little above the standard deviation of pixels in [0, 1]."""
         if self.scale == "entry":
             return {}
         shape = () if self.scale == "shared" else (channels,)
-        return {"log_scale": jnp.full(shape, self._start, jnp.float32)}
-
-    @property
-    def _start(self) -> float:
-        return -1.0 if self.bounded else 0.0
+        return {"log_scale": jnp.full(shape, -1.0, jnp.float32)}
 
     def from_outputs(
-        self, outputs: Float[Array, "batch *shape outputs"], shared: Mapping[str, Array]
+        self, outputs: Float[Array, " batch *outputs"], shared: Mapping[str, Array]
     ) -> GaussianPixels:
         """Return the likelihood of a batch.
 
-        With "entry" the last axis of the outputs has the locations, then the log scales.
+            location = sigmoid(outputs) for images, outputs for other examples
+
+        With "entry" the last axis of the outputs has the locations, then the log scales plus 1.
         """
         if self.scale == "entry":
             outputs, log_scale = jnp.split(outputs, 2, axis=-1)
-            log_scale = self._start + log_scale
+            log_scale = log_scale - 1
         else:
             log_scale = shared["log_scale"]
-        location = sigmoid(outputs) if self.bounded else outputs
-        return self._distribution(location, soft_maximum(log_scale, -6))
+        location = sigmoid(outputs) if is_image(outputs.shape[1:]) else outputs
+        return GaussianPixels(location, soft_maximum(log_scale, -6))
 
 
 class DiscretizedLogistic(_LocationScale):
@@ -318,7 +295,7 @@ class DiscretizedLogistic(_LocationScale):
 
     @classmethod
     def from_outputs(
-        cls, outputs: Float[Array, "batch *shape outputs"], shared: Mapping[str, Array]
+        cls, outputs: Float[Array, " batch *outputs"], shared: Mapping[str, Array]
     ) -> Self:
         """Return the likelihood of a batch.
 
@@ -360,7 +337,7 @@ class DiscretizedLogistic(_LocationScale):
 
 
 def bits_per_dimension(
-    log_prob: Float[Array, "*batch"], image_shape: tuple[int, int, int]
+    log_prob: Float[Array, "*batch"], image_shape: tuple[int, ...]
 ) -> Float[Array, "*batch"]:
     """Convert log-probabilities to bits per dimension.
 
@@ -368,7 +345,7 @@ def bits_per_dimension(
 
     Args:
       log_prob: log P(x), in nats per image.
-      image_shape: (height, width, channels).
+      image_shape: (height, width, channels), or the shape of one example.
 
     Returns:
       Bits per dimension of each image.
@@ -376,7 +353,7 @@ def bits_per_dimension(
     return -log_prob / (math.prod(image_shape) * math.log(2))
 
 
-def binarize(key: AnyKey, images: Images) -> Float[Array, "*batch height width channels"]:
+def binarize(key: AnyKey, images: Images) -> Float[Array, " batch *shape"]:
     """Draw binary images: each pixel is 1 with its grey level as the probability.
 
     The probability is exact to 2^-16, as pixels are compared with 16 random bits. Levels 0 and 1

@@ -46,10 +46,10 @@ class DiscretizedLogisticMixture(NamedTuple):
       Salimans, Karpathy, Chen and Kingma (2017), PixelCNN++, equations 1 to 3.
     """
 
-    logits: Float[Array, "*batch height width components"]
-    location: Float[Array, "*batch height width channels components"]
-    log_scale: Float[Array, "*batch height width channels components"]
-    coefficients: Float[Array, "*batch height width coefficients components"]
+    logits: Float[Array, "batch *places components"]
+    location: Float[Array, "batch *places channels components"]
+    log_scale: Float[Array, "batch *places channels components"]
+    coefficients: Float[Array, "batch *places coefficients components"]
 
     @property
     def mean(self) -> Pixels:
@@ -66,7 +66,7 @@ class DiscretizedLogisticMixture(NamedTuple):
         each = [jnp.sum(weights * mean, axis=-1, keepdims=True) for mean in means]
         return jnp.clip(jnp.concatenate(each, axis=-1), 0, 1)
 
-    def log_prob(self, images: Images) -> Float[Array, "*batch"]:
+    def log_prob(self, images: Images) -> Float[Array, " batch"]:
         """Compute log P(images).
 
         Missing channels, NaN, are left out. That is exact unless a pixel of three channels has only
@@ -96,9 +96,8 @@ class DiscretizedLogisticMixture(NamedTuple):
             each = log_prob_of_level(jnp.where(missing, 0, level), location, log_scale)
             log_p += jnp.where(missing, 0, each)
         log_weights = jax.nn.log_softmax(p.logits)
-        return jnp.sum(
-            jax.nn.logsumexp(log_weights + log_p.reshape(log_weights.shape), axis=-1), axis=(-2, -1)
-        )
+        of_pixels = jax.nn.logsumexp(log_weights + log_p.reshape(log_weights.shape), axis=-1)
+        return jnp.sum(of_pixels, axis=tuple(range(1, of_pixels.ndim)))
 
     def sample(self, key: AnyKey) -> Pixels:
         """Draw levels k / 255: a component for each pixel, then its channels one after another."""
@@ -176,7 +175,7 @@ class LogisticMixture:
         return {}
 
     def from_outputs(
-        self, outputs: Float[Array, "*batch height width outputs"], shared: Mapping[str, Array]
+        self, outputs: Float[Array, " batch *outputs"], shared: Mapping[str, Array]
     ) -> DiscretizedLogisticMixture:
         """Return the likelihood of a batch.
 

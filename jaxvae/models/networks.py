@@ -22,15 +22,15 @@ from jaxtyping import Array, Float, Num
 
 from jaxvae.devices.convolution import conv_general_dilated, conv_transpose
 from jaxvae.errors import InputError
-from jaxvae.validation import expect_bool, is_of_images, whole_number
+from jaxvae.validation import expect_bool, whole_number
 
 if TYPE_CHECKING:
     from jaxvae.models.config import ModelConfig
 
-Images = Float[Array, "batch height width channels"]
+Images = Float[Array, " batch *shape"]
 Latents = Float[Array, "batch latent"]
 Labels = Num[Array, "batch classes"] | None  # one-hot
-Outputs = Float[Array, "batch height width outputs"]
+Outputs = Float[Array, " batch *outputs"]
 Features = Float[Array, "batch rows columns features"]
 Encoded = tuple[Latents, Latents, Float[Array, "batch features"]]
 OutputsShape = tuple[int, int, int]  # (height, width, outputs)
@@ -232,14 +232,14 @@ class MlpDecoder(nn.Module):
     """The decoder for `MlpEncoder`: hidden layers of tanh units and a linear layer.
 
     Attributes:
-      image_shape: (height, width, outputs).
+      image_shape: (height, width, outputs), or (..., outputs) of other examples.
       dtype: of the layers' inputs, kernels and products.
       width: units of a hidden layer.
       layers: number of hidden layers.
       norm: whether hidden layers are normalised.
     """
 
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, ...]
     dtype: Dtype | None = None
     width: int = 200
     layers: int = 2
@@ -486,6 +486,8 @@ def _halvings(rows: int, columns: int, features: int, least: int = 4) -> list[tu
 class Conv:
     """The notebook's network: four 3x3 convolutions in the encoder, two in the decoder."""
 
+    images_only: ClassVar[bool] = True
+
     def modules(
         self, latent_dim: int, outputs_shape: OutputsShape, dtype: Dtype | None
     ) -> tuple[nn.Module, nn.Module]:
@@ -522,15 +524,14 @@ class MLP:
 
     def validate(self, config: "ModelConfig") -> None:
         """Raise InputError for `log1p` with values that may be negative."""
-        support = getattr(config.likelihood, "support", "unit")
-        if self.log1p and support != "count" and not is_of_images(support):
+        if self.log1p and getattr(config.likelihood, "support", "unit") != "count":
             raise InputError(
                 "log1p is true, but the likelihood is not of counts: expected 'poisson', "
                 "'negative_binomial' or 'zero_inflated_negative_binomial', or log1p=false"
             )
 
     def modules(
-        self, latent_dim: int, outputs_shape: OutputsShape, dtype: Dtype | None
+        self, latent_dim: int, outputs_shape: tuple[int, ...], dtype: Dtype | None
     ) -> tuple[nn.Module, nn.Module]:
         """Return encoder and decoder."""
         shared = self.width, self.layers, self.norm
@@ -551,6 +552,7 @@ class Residual:
 
     width: int = 32
     blocks: int = 1
+    images_only: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in ("width", "blocks"):
@@ -577,6 +579,7 @@ class Spatial:
 
     width: int = 32
     blocks: int = 1
+    images_only: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in ("width", "blocks"):
@@ -608,7 +611,7 @@ class Modules:
     spec: ClassVar[str] = "own"
 
     def modules(
-        self, latent_dim: int, outputs_shape: OutputsShape, dtype: Dtype | None
+        self, latent_dim: int, outputs_shape: tuple[int, ...], dtype: Dtype | None
     ) -> tuple[nn.Module, nn.Module]:
         """Return encoder and decoder."""
         return self.encoder, self.decoder

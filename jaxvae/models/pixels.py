@@ -1,4 +1,4 @@
-"""Numerics that the likelihoods of pixels share."""
+"""Numerics that likelihoods share. A pixel is a number of an example, which may be no image."""
 
 import math
 from collections.abc import Callable
@@ -8,16 +8,23 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Num
 
 from jaxvae.errors import InputError
-from jaxvae.validation import Support, as_floats, at_least_float32, expect_support
+from jaxvae.validation import (
+    Support,
+    as_floats,
+    at_least_float32,
+    expect_support,
+    expect_unit_interval,
+    is_scaled,
+)
 
-Images = Num[ArrayLike, "batch *shape"] | Bool[ArrayLike, "batch *shape"]
-Pixels = Float[Array, "batch *shape"]
+Images = Num[ArrayLike, " batch *shape"] | Bool[ArrayLike, " batch *shape"]
+Pixels = Float[Array, " batch *shape"]
 
 
 def expected_pixels(
     images: Images, shape: tuple[int, ...], support: Support = "unit", *, bounded: bool = True
 ) -> Pixels:
-    """Return examples as floats; NaN marks missing entries.
+    """Return images, or other examples, as floats; images are in [0, 1]. NaN: missing entries.
 
     Args:
       images: of the decoder's shape.
@@ -28,16 +35,19 @@ def expected_pixels(
     Raises:
       InputError: images of another shape, or values outside the support.
     """
-    if bounded:
-        expect_support(support, images, missing=True)
+    scaled = is_scaled(support, shape[1:])
+    if bounded and scaled:
+        expect_unit_interval(images, missing=True)
     x = at_least_float32(as_floats(support, images))
     if x.shape != shape:
         raise InputError(f"images have shape {x.shape}: expected the decoder's {shape}")
+    if bounded and not scaled:
+        expect_support(support, x, missing=True)
     return x
 
 
-def flat(*arrays: Pixels) -> list[Float[Array, "batch entries"]]:
-    """Reshape each array to [batch, entries], at least float32.
+def flat(*arrays: Pixels) -> list[Float[Array, "batch pixels"]]:
+    """Reshape each array to [batch, pixels], at least float32.
 
     On a CPU, XLA does not vectorise over a last axis of size 1, which takes ten times as long.
     """
@@ -45,7 +55,7 @@ def flat(*arrays: Pixels) -> list[Float[Array, "batch entries"]]:
 
 
 def sum_observed(
-    log_prob: Callable[..., Float[Array, "batch entries"]],
+    log_prob: Callable[..., Float[Array, "batch pixels"]],
     x: Pixels,
     *parameters: Float[Array, "..."],
 ) -> Float[Array, " batch"]:

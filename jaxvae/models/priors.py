@@ -13,7 +13,13 @@ from jaxvae.errors import InputError
 from jaxvae.models.distributions import GaussianMixture, UnitGaussian
 from jaxvae.models.pixels import sigmoid
 from jaxvae.models.protocols import Learned
-from jaxvae.validation import at_least_float32, is_of_images, scale_images, whole_number
+from jaxvae.validation import (
+    at_least_float32,
+    is_image,
+    is_of_pixels,
+    scale_images,
+    whole_number,
+)
 
 if TYPE_CHECKING:
     from jaxvae.models.config import ModelConfig
@@ -67,7 +73,7 @@ class Mixture:
         self,
         key: Key[Array, ""],
         params: "Params",
-        images: Num[Array, "n height width channels"],
+        images: Num[Array, " n *shape"],
         labels: Int[Array, " n"] | None,
     ) -> Learned:
         """Return a fit to latents of the images by the EM algorithm.
@@ -127,24 +133,30 @@ class Vamp:
         object.__setattr__(self, "components", whole_number("components", self.components))
 
     def validate(self, config: "ModelConfig") -> None:
-        """Raise InputError for a conditional model or a table: pseudo-inputs are images alone."""
+        """Raise InputError for a conditional model, or one of counts or categories.
+
+        Pseudo-inputs have no classes, and their numbers are neither whole nor one-hot.
+        """
         if config.num_classes:
             raise InputError(
                 "prior is 'vamp', whose pseudo-inputs have no classes: expected "
                 "'standard_normal' or 'mixture' with num_classes"
             )
-        if not is_of_images(getattr(config.likelihood, "support", "unit")):
+        if not is_of_pixels(getattr(config.likelihood, "support", "unit")):
             raise InputError(
-                "prior is 'vamp', whose pseudo-inputs are images: expected 'standard_normal' or "
-                "'mixture' with a likelihood of tables or counts"
+                "prior is 'vamp', whose pseudo-inputs are no counts or categories: expected "
+                "'standard_normal' or 'mixture' with this likelihood"
             )
 
     def init(self, key: Key[Array, ""], config: "ModelConfig") -> Learned:
-        """Return pseudo-inputs: smooth dark images with bright spots.
+        """Return pseudo-inputs: smooth dark images with bright spots, or standard normal examples.
 
-        In short runs on digits they gave the same bound as training images, and the same as or a
-        better one than independent pixels, each with a warm-up of beta.
+        In short runs on digits the images gave the same bound as training images, and the same as
+        or a better one than independent pixels, each with a warm-up of beta.
         """
+        if not is_image(config.image_shape):
+            shape = self.components, *config.image_shape
+            return {"pseudo_inputs": jax.random.normal(key, shape, jnp.float32)}
         height, width, channels = config.image_shape
         spots = (self.components, -(-height // 4), -(-width // 4), channels)
         shape = self.components, height, width, channels
@@ -155,13 +167,15 @@ class Vamp:
         self,
         key: Key[Array, ""],
         params: "Params",
-        images: Num[Array, "n height width channels"],
+        images: Num[Array, " n *shape"],
         labels: Int[Array, " n"] | None,
     ) -> Learned:
         """Return training images as pseudo-inputs."""
-        rows = jnp.arange(self.components) % len(images)
-        x = jnp.clip(scale_images(images)[rows], 0.02, 0.98)
-        return {"pseudo_inputs": (jnp.log(x) - jnp.log1p(-x)).astype(jnp.float32)}
+        x = scale_images(images)[jnp.arange(self.components) % len(images)]
+        if is_image(x.shape[1:]):
+            x = jnp.clip(x, 0.02, 0.98)
+            x = jnp.log(x) - jnp.log1p(-x)
+        return {"pseudo_inputs": x.astype(jnp.float32)}
 
     def bind(self, learned: Learned, params: "Params") -> GaussianMixture:
         """Return the mixture of the posteriors of the pseudo-inputs."""
@@ -169,10 +183,11 @@ class Vamp:
         return GaussianMixture(jnp.zeros(len(mean), mean.dtype), mean, log_var)
 
 
-def pseudo_images(learned: Learned) -> Float[Array, "components height width channels"]:
-    """Return the pseudo-inputs of a VampPrior as images in [0, 1].
+def pseudo_images(learned: Learned) -> Float[Array, " components *shape"]:
+    """Return the pseudo-inputs of a VampPrior: images in [0, 1], or other examples.
 
-    By a sigmoid, whose gradient is nowhere 0, instead of the clipping of Tomczak and Welling
+    Images by a sigmoid, whose gradient is nowhere 0, instead of the clipping of Tomczak and Welling
     (2018).
     """
-    return sigmoid(learned["pseudo_inputs"])
+    x = learned["pseudo_inputs"]
+    return sigmoid(x) if is_image(x.shape[1:]) else x

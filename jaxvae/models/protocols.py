@@ -132,21 +132,21 @@ class Posterior(Protocol):
 class Likelihood(Protocol):
     """p(x|z) of a batch: a pytree.
 
+    Examples are images, [batch, height, width, channels], or arrays [batch, ...] of another rank.
+
     NaN marks missing entries: `log_prob` is then the log-probability of the others, with finite
     derivatives, as `jaxvae.models.pixels.sum_observed` computes it. A likelihood given the total of
     x, a library size, has `with_size_of(images)`, which returns it at the totals of examples.
     """
 
     @property
-    def mean(self) -> Float[Array, "batch height width channels"]:
+    def mean(self) -> Float[Array, " batch *shape"]:
         """The mean of p(x|z), float32."""
 
-    def log_prob(
-        self, images: Num[ArrayLike, "batch height width channels"]
-    ) -> Float[Array, " batch"]:
+    def log_prob(self, images: Num[ArrayLike, " batch *shape"]) -> Float[Array, " batch"]:
         """Compute log p(x|z), in nats per image."""
 
-    def sample(self, key: "AnyKey") -> Float[Array, "batch height width channels"]:
+    def sample(self, key: "AnyKey") -> Float[Array, " batch *shape"]:
         """Draw images."""
 
 
@@ -202,10 +202,10 @@ class LikelihoodFamily(Protocol):
 
     Attributes:
       outputs_per_channel: number of decoder outputs for each channel of a pixel.
-      support: the possible values of x. Of images, which are floats in [0, 1] or uint8: "binary" (0
-        and 1), "levels" (k / 255), "unit" (the interval from 0 to 1) or "real". Of tables, whose
-        values are not scaled: "number" (any finite one), "count" (whole, at least 0), "one_hot"
-        (columns of 0 and 1), or for mixed columns ((support, columns), ...).
+      support: the possible values of pixels: "binary" (0 and 1), "levels" (k / 255), "unit" (the
+        interval from 0 to 1) or "real". Images are scaled to [0, 1] for these. The values of
+        others never are: "count" (whole, at least 0), "one_hot" (columns of 0 and 1), or for mixed
+        columns ((support, columns), ...).
     """
 
     outputs_per_channel: int
@@ -215,7 +215,7 @@ class LikelihoodFamily(Protocol):
         """Return the initial parameters that all pixels have in common."""
 
     def from_outputs(
-        self, outputs: Float[Array, "batch height width outputs"], learned: Learned
+        self, outputs: Float[Array, " batch *outputs"], learned: Learned
     ) -> Likelihood:
         """Return the likelihood of a batch.
 
@@ -248,12 +248,12 @@ class Model(Protocol):
     def posterior(
         self,
         params: "Params",
-        images: Float[Array, "batch height width channels"],
+        images: Float[Array, " batch *shape"],
         labels: Int[Array, " batch"] | None,
     ) -> Posterior:
-        """Return q(z|x) of images and, if the model is conditional, their classes.
+        """Return q(z|x) of images in [0, 1] and, if the model is conditional, their classes.
 
-        Images are floats, in [0, 1] unless the likelihood is of tables; missing entries are 0.
+        Other examples than images are taken as they are. Missing entries are 0.
         """
 
     def likelihood(
@@ -269,17 +269,19 @@ class Model(Protocol):
 class Network(Protocol):
     """A choice of encoder and decoder: `ModelConfig(network=...)`.
 
-    It may have `model(config)`, which returns the whole `Model` instead of a `VAE`.
+    It may have `model(config)`, which returns the whole `Model` instead of a `VAE`. One for images
+    alone, not for vectors, has `images_only = True`.
     """
 
     def modules(
-        self, latent_dim: int, outputs_shape: tuple[int, int, int], dtype: Any
+        self, latent_dim: int, outputs_shape: tuple[int, ...], dtype: Any
     ) -> tuple[nn.Module, nn.Module]:
         """Return encoder and decoder.
 
         Args:
           latent_dim: number of latents.
-          outputs_shape: (height, width, outputs) of the decoder's outputs for one image.
+          outputs_shape: (height, width, outputs) of the decoder's outputs for one image, or
+            (..., outputs) for another example.
           dtype: of the layers' inputs, kernels and products; None: that of the inputs.
 
         Returns:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from jaxvae.errors import InputError, either, shown
 from jaxvae.models.pixels import Images, Pixels, expected_pixels, soft_maximum, sum_observed
 from jaxvae.models.protocols import Likelihood
-from jaxvae.validation import AnyKey, as_floats, at_least_float32, whole_number
+from jaxvae.validation import AnyKey, as_floats, at_least_float32, is_image, whole_number
 
 
 class StudentTNumbers(NamedTuple):
@@ -43,13 +43,13 @@ class StudentTNumbers(NamedTuple):
         """Compute log p(x).
 
         Args:
-          images: finite numbers, of the shape of the location.
+          images: numbers, of the shape of the location.
 
         Returns:
           The log-density of each example, in nats.
 
         Raises:
-          InputError: another shape than that of the location, or infinite values.
+          InputError: another shape than that of the location.
         """
 
         def log_p(x: Array, location: Array, log_scale: Array, nu: Array) -> Array:
@@ -57,7 +57,7 @@ class StudentTNumbers(NamedTuple):
             normaliser = betaln(jnp.full_like(nu, 0.5), nu / 2) + jnp.log(nu) / 2 + log_scale
             return -(nu + 1) / 2 * jnp.log1p(y**2 / nu) - normaliser
 
-        x = expected_pixels(images, self.location.shape, "number")
+        x = expected_pixels(images, self.location.shape, "real", bounded=False)
         return sum_observed(log_p, x, *self)
 
     def sample(self, key: AnyKey) -> Pixels:
@@ -77,7 +77,7 @@ class StudentT:
     """
 
     outputs_per_channel: ClassVar[int] = 1
-    support: ClassVar[str] = "number"
+    support: ClassVar[str] = "real"
 
     def init(self, channels: int) -> dict[str, Array]:
         """Return a scale of 1 and 10 degrees of freedom for every feature."""
@@ -87,7 +87,7 @@ class StudentT:
         }
 
     def from_outputs(
-        self, outputs: Float[Array, "batch *shape outputs"], shared: Mapping[str, Array]
+        self, outputs: Float[Array, " batch *outputs"], shared: Mapping[str, Array]
     ) -> StudentTNumbers:
         """Return the likelihood of a batch."""
         log_scale = soft_maximum(shared["log_scale"], -6)
@@ -166,7 +166,7 @@ class Categorical:
         return {}
 
     def from_outputs(
-        self, outputs: Float[Array, "batch *shape outputs"], shared: Mapping[str, Array]
+        self, outputs: Float[Array, " batch *outputs"], shared: Mapping[str, Array]
     ) -> Categories:
         """Return the likelihood of a batch."""
         classes = self.classes or outputs.shape[-1]
@@ -289,9 +289,11 @@ class MixedColumns:
         return {str(i): block for i, block in enumerate(learned) if block}
 
     def from_outputs(
-        self, outputs: Float[Array, "batch *shape outputs"], shared: Mapping[str, Any]
+        self, outputs: Float[Array, " batch *outputs"], shared: Mapping[str, Any]
     ) -> Blocks:
         """Return the likelihood of a batch; the last axis of the outputs has the blocks in turn."""
+        if is_image(outputs.shape[1:]):
+            raise InputError("the likelihood 'columns' is of tables, but the examples are images")
         *ends, _ = accumulate(self._outputs())
         blocks = jnp.split(outputs, ends, axis=-1)
         parts = [

@@ -29,7 +29,7 @@ from jaxvae.validation import (
 if TYPE_CHECKING:
     from jaxvae.models.config import ModelConfig
 
-Images = Num[ArrayLike, "batch height width channels"]
+Images = Num[ArrayLike, " batch *shape"]
 Labels = Integer[ArrayLike, " batch"] | None
 
 
@@ -99,7 +99,7 @@ class VAE:
         return {
             "encoder": encoder_params,
             "decoder": decoder_params,
-            "likelihood": config.likelihood.init(config.image_shape[2]),
+            "likelihood": config.likelihood.init(config.image_shape[-1]),
             "prior": config.prior.init(prior_key, config),
             "posterior": config.posterior.init(posterior_key, encoded),
         }
@@ -111,10 +111,13 @@ class VAE:
     def posterior(
         self,
         params: Params,
-        images: Float[Array, "batch height width channels"],
+        images: Float[Array, " batch *shape"],
         labels: Integer[Array, " batch"] | None = None,
     ) -> Posterior:
-        """Return q(z|x) of images in [0, 1] and, if the model is conditional, their classes."""
+        """Return q(z|x) of images in [0, 1] and, if the model is conditional, their classes.
+
+        Other examples than images are taken as they are.
+        """
         return self.config.posterior.bind(params.posterior, self.encoded(params, images, labels))
 
     def likelihood(
@@ -138,7 +141,7 @@ class VAE:
     def encoded(
         self,
         params: Params,
-        images: Float[Array, "batch height width channels"],
+        images: Float[Array, " batch *shape"],
         labels: Integer[Array, " batch"] | None = None,
     ) -> tuple[Array, ...]:
         """Apply the encoder to images in [0, 1]: mean, log_var and, if it has them, features."""
@@ -251,7 +254,7 @@ def prior(params: Params) -> Prior:
 @jit()
 def reconstruct(
     params: Params, images: Images, labels: Labels = None
-) -> Float[Array, "batch height width channels"]:
+) -> Float[Array, " batch *shape"]:
     """Decode the center of the posterior of each image.
 
     The center of a Gaussian is its mean; that of a flow posterior is the flow's output for the
@@ -286,7 +289,7 @@ def sample(
     labels: Integer[ArrayLike, " n"] | None = None,
     *,
     temperature: float | tuple[float, ...] = 1.0,
-) -> Float[Array, "n height width channels"]:
+) -> Float[Array, " n *shape"]:
     """Draw n latents from the prior and decode them.
 
     Args:
@@ -321,11 +324,12 @@ def sample(
     return decode(params, p_z.sample(key, n, temperature=temperature), labels).mean
 
 
-def expected_images(params: Params, images: Images) -> Num[Array, "batch height width channels"]:
+def expected_images(params: Params, images: Images) -> Num[Array, " batch *shape"]:
     """Convert images to an array, or raise InputError if their shape is not the model's."""
     images = as_array("images", images)
-    if images.ndim != 4 or images.shape[1:] != params.config.image_shape or images.shape[0] < 1:
-        expected = ", ".join(map(str, params.config.image_shape))
+    shape = params.config.image_shape
+    if images.ndim != 1 + len(shape) or images.shape[1:] != shape or images.shape[0] < 1:
+        expected = ", ".join(map(str, shape))
         raise InputError(
             f"images have shape {images.shape}: expected (batch, {expected}), batch at least 1"
         )

@@ -47,8 +47,10 @@ class RunConfig(Config):
     """The configuration of a run: data, seed, model and training.
 
     Attributes:
-      data: mnist-5k, mnist, tfds:NAME, a folder of images or of IDX files, an .npz, .npy or IDX
-        file, or the dotted path of a function that returns a `jaxvae.data.Dataset`.
+      data: mnist-5k, mnist, tfds:NAME, a folder of images or of IDX files, an .npz, .npy, IDX,
+        .csv, .tsv, .parquet or .h5ad file, or the dotted path of a function that returns a
+        `jaxvae.data.Dataset`.
+      label_column: column of classes of a table, or of `obs` of an .h5ad file.
       data_dir: folder in which TensorFlow Datasets stores prepared data.
       manual_dir: folder of data files that you downloaded by hand.
       seed: seed of all random numbers.
@@ -62,6 +64,7 @@ class RunConfig(Config):
     """
 
     data: str = "mnist-5k"
+    label_column: str | None = None
     data_dir: str | None = None
     manual_dir: str | None = None
     seed: int = 0
@@ -73,7 +76,7 @@ class RunConfig(Config):
     data_seen: tuple[DataRecord, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("data", "data_dir", "manual_dir", "start_from"):
+        for name in ("data", "label_column", "data_dir", "manual_dir", "start_from"):
             value = getattr(self, name)
             if not isinstance(value, str) and (value is not None or name == "data"):
                 raise InputError(f"{name} is {shown(value)}: expected a string")
@@ -123,7 +126,16 @@ class RunConfig(Config):
 
 
 # Fields that may change when a run is resumed.
-MAY_CHANGE = ("data", "data_dir", "manual_dir", "epochs", "patience", "fsdp", "workers")
+MAY_CHANGE = (
+    "data",
+    "label_column",
+    "data_dir",
+    "manual_dir",
+    "epochs",
+    "patience",
+    "fsdp",
+    "workers",
+)
 
 
 def configured(flags: Mapping[str, Any], base: RunConfig | None = None) -> RunConfig:

@@ -196,8 +196,7 @@ def with_shape(config: RunConfig, data: Dataset) -> RunConfig:
 
 
 def _with_shape(config: RunConfig, data: Dataset) -> RunConfig:
-    height, width, channels = data.train_images.shape[1:]
-    model = config.model.with_image_shape((height, width, channels))
+    model = config.model.with_image_shape(data.train_images.shape[1:])
     for split in ("train", "test") if model.num_classes else ():
         labels = getattr(data, f"{split}_labels")
         if labels is None or not 0 <= labels.min() <= labels.max() < model.num_classes:

@@ -13,7 +13,7 @@ from jaxvae.models.vae import Params
 from jaxvae.runs import directory, loop
 from jaxvae.runs.callbacks import Callback, expect_callbacks
 from jaxvae.runs.config import RunConfig, components, configured, read_config, updated
-from jaxvae.runs.data import IN_PYTHON, load_run_data, with_binarization
+from jaxvae.runs.data import IN_PYTHON, load_run_data, prepared
 from jaxvae.runs.files import read_metrics
 from jaxvae.runs.progress import Progress
 from jaxvae.training.config import TrainConfig
@@ -55,7 +55,9 @@ def fit(
         (train images, test images) or ((train images, train labels), (test images, test labels)),
         as `jaxvae.load_data` returns them; or an array of images, of which every tenth is held
         out as a test image. Images are uint8 or floats in [0, 1], of shape
-        [N, height, width, channels] or [N, height, width].
+        [N, height, width, channels] or [N, height, width]; other examples are numbers of shape
+        [N, features], or [N, ...] of more than four axes. In place of an array, any source with
+        `__len__` and `__getitem__`, such as a data set of Hugging Face, PyTorch or Grain.
       model: the architecture, by default the notebook's; its `image_shape` is taken from the data.
       train: the training configuration, by default that of `jaxvae train`.
       seed: seed of all random numbers.
@@ -82,7 +84,7 @@ def fit(
         config = configured({"data": data}, config)
         dataset = load_run_data(config, config.data)
     else:
-        dataset = with_binarization(as_dataset(data), config)
+        dataset = prepared(as_dataset(data), config)
     folder = None if run_dir is None else Path(run_dir)
     history = _History()
     shown = [Progress()] if progress else []

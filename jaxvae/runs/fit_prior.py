@@ -21,7 +21,7 @@ from jaxvae.runs import directory, loop
 from jaxvae.runs.callbacks import Callback, expect_callbacks
 from jaxvae.runs.checkpoints import load
 from jaxvae.runs.config import RunConfig, configured, read_config, run_keys
-from jaxvae.runs.data import IN_PYTHON, load_run_data, model_inputs, with_binarization
+from jaxvae.runs.data import IN_PYTHON, load_run_data, model_inputs, prepared
 from jaxvae.runs.files import read_metrics, resume_command
 from jaxvae.runs.progress import Progress
 from jaxvae.training.config import TrainConfig
@@ -157,7 +157,7 @@ def _load_data(config: RunConfig, data: Any) -> tuple[RunConfig, Dataset]:
     if data is None or isinstance(data, str):
         dataset = load_run_data(config, data)
         return config if data is None else configured({"data": data}, config), dataset
-    return replace(config, data=IN_PYTHON), with_binarization(as_dataset(data), config)
+    return replace(config, data=IN_PYTHON), prepared(as_dataset(data), config)
 
 
 def _log_likelihood(params: Params, config: RunConfig, data: Dataset) -> float:

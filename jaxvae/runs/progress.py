@@ -41,6 +41,7 @@ class Progress(Callback):
     def start(self, training: Training) -> None:
         """Show the bar."""
         self._epochs, self._images = training.epochs, training.images
+        self._noun = training.config.model.noun
         self._bar = Bar(
             TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
             BarColumn(),
@@ -66,7 +67,7 @@ class Progress(Callback):
         """Advance the bar."""
         self._bar.advance(self._task, images)
         rate = self._bar.tasks[0].speed
-        status = f"ELBO {metrics['elbo']:.1f}" + (f", {rate:.0f} images/s" if rate else "")
+        status = f"ELBO {metrics['elbo']:.1f}" + (f", {rate:.0f} {self._noun}s/s" if rate else "")
         self._bar.update(self._task, status=status)
 
     def epoch(self, record: dict[str, Any], params: Params) -> None:
@@ -81,7 +82,8 @@ class Progress(Callback):
             f"epoch {epoch:{len(str(self._epochs))}}/{self._epochs}  "
             f"ELBO {record['train']['elbo']:.2f} train, {test['elbo']:.2f}{spread} test "
             f"(log-likelihood {test['log_likelihood']:.2f}, KL {test['kl']:.2f})  "
-            f"{record['seconds']:.1f} s, {self._images / record['seconds']:.0f} images/s"
+            f"{record['seconds']:.1f} s, {self._images / record['seconds']:.0f} "
+            f"{self._noun}s/s"
         )
         self._console.print(line, highlight=False, soft_wrap=True)
 

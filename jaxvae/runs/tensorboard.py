@@ -17,7 +17,7 @@ from jaxvae.runs.callbacks import Callback, Training
 from jaxvae.runs.config import run_keys
 from jaxvae.runs.data import model_inputs
 from jaxvae.storage import make_folder, refuse_links
-from jaxvae.validation import scale_images
+from jaxvae.validation import is_image, scale_images
 
 _PICTURED = 8  # reconstructions, and samples per row and column
 _PROJECTED = 2500  # test latents in the projector
@@ -83,7 +83,8 @@ class TensorBoard(Callback):
     def _write_latents(self, params: Params) -> None:
         if self._writer is None:
             self._open(None)
-        side = max(self._images.shape[1:3])
+        image = is_image(self._images.shape[1:])
+        side = max(self._images.shape[1:3]) if image else 1
         count = min(len(self._images), _PROJECTED, (_SPRITE // side) ** 2)
         rows = np.linspace(0, len(self._images) - 1, count).astype(int)
         labels = None if self._labels is None else jnp.asarray(self._labels[rows])
@@ -94,7 +95,7 @@ class TensorBoard(Callback):
         self._writer.add_embedding(
             np.asarray(center),
             None if self._classes is None else [str(label) for label in self._classes[rows]],
-            _squares(self._images[rows]),
+            _squares(self._images[rows]) if image else None,
             tag="latents",
         )
 
@@ -118,7 +119,12 @@ class TensorBoard(Callback):
             self._writer.file_writer.add_summary(summary)
 
     def _pictures(self, params: Params) -> dict[str, np.ndarray]:
-        """Return reconstructions, and a grid over two latents or samples: uint8 [H, W, 3]."""
+        """Return reconstructions, and a grid over two latents or samples: uint8 [H, W, 3].
+
+        A model of other examples than images has no pictures.
+        """
+        if not is_image(params.config.image_shape):
+            return {}
         rows = np.linspace(0, len(self._images) - 1, _PICTURED).astype(int)
         images = jnp.asarray(self._images[rows])
         labels = None if self._labels is None else jnp.asarray(self._labels[rows])

@@ -70,7 +70,7 @@ def epoch_pipeline(
 
 
 def _resident(
-    images: Num[np.ndarray, "n height width channels"],
+    images: Num[np.ndarray, " n *shape"],
     labels: Integer[np.ndarray, " n"] | None,
     mesh: jax.sharding.Mesh,
     specs: Any,
@@ -139,7 +139,7 @@ def _streamed(
 
 def _read(
     images: Images, portions: list[Int[np.ndarray, "steps batch"]], workers: int
-) -> Iterator[Num[np.ndarray, "rows height width channels"]]:
+) -> Iterator[Num[np.ndarray, " rows *shape"]]:
     """Read the images of every portion, ahead of their use."""
     import grain
     from absl.flags import FLAGS

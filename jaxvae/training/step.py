@@ -29,7 +29,7 @@ LossFunction = Callable[..., tuple[Array, Elbo]]
 @jit(static_argnames=("axis_name", "objective"), wait=False)
 def train_step(
     state: TrainState,
-    images: Num[ArrayLike, "batch height width channels"],
+    images: Num[ArrayLike, " batch *shape"],
     labels: Integer[ArrayLike, " batch"] | None = None,
     *,
     axis_name: str | None = None,
@@ -125,7 +125,7 @@ def _updated(
 @jit(static_argnames=("axis_name", "objective"), donate_argnames="state")
 def train_epoch(
     state: TrainState,
-    images: Num[ArrayLike, "n height width channels"],
+    images: Num[ArrayLike, " n *shape"],
     labels: Integer[ArrayLike, " n"] | None = None,
     *,
     axis_name: str | None = None,
@@ -197,7 +197,7 @@ def shuffle(state: TrainState, num_images: int) -> Int[Array, "steps batch"]:
 @partial(jax.jit, static_argnames=("axis_name", "objective"), donate_argnames="state")
 def train_steps(
     state: TrainState,
-    images: Num[Array, "n height width channels"],
+    images: Num[Array, " n *shape"],
     batches: Int[Array, "steps batch"],
     first: Int[Array, ""] | int,
     last: Int[Array, ""] | int,
@@ -246,7 +246,7 @@ def train_steps(
 @partial(jax.jit, static_argnames=("axis_name", "objective", "steps"), donate_argnames="state")
 def train_portion(
     state: TrainState,
-    images: Num[Array, "batches batch height width channels"],
+    images: Num[Array, "batches batch *shape"],
     labels: Integer[Array, "batches batch"] | None,
     count: Int[Array, ""] | int,
     *,

@@ -363,7 +363,7 @@ WRONG = {
         "not an array of numbers",
     ),
     "other names": (lambda d: save(d / "x.npz", a=PIXELS), "holds a: expected arrays named x_tr"),
-    "flat images": (lambda d: save(d / "x.npz", images=PIXELS[0]), "images of shape \\(6, 5\\)"),
+    "flat images": (lambda d: save(d / "x.npz", images=PIXELS[0, 0]), "images of shape \\(5,\\)"),
     "integers": (lambda d: save(d / "x.npz", images=PIXELS.astype(int)), "of type int64: expected"),
     "floats to 255": (lambda d: save(d / "x.npz", images=PIXELS * 1.0), "expected floats between"),
     "NaN": (lambda d: save(d / "x.npz", images=PIXELS * np.nan), "image 0 holds NaN"),

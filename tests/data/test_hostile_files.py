@@ -8,7 +8,10 @@ import struct
 import tracemalloc
 import zipfile
 
+import h5py
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from conftest import refused
 from hypothesis import HealthCheck, given, settings
@@ -50,6 +53,20 @@ def archive(*members, compression=zipfile.ZIP_DEFLATED):
     with zipfile.ZipFile(file, "w", compression) as made:
         for name, content in members:
             made.writestr(name, content)
+    return file.getvalue()
+
+
+def parquet(**columns):
+    file = io.BytesIO()
+    pa.parquet.write_table(pa.table({k: pa.array(v) for k, v in columns.items()}), file)
+    return file.getvalue()
+
+
+def h5ad(**arrays):
+    file = io.BytesIO()
+    with h5py.File(file, "w") as made:
+        for name, array in arrays.items():
+            made[name] = array
     return file.getvalue()
 
 
@@ -279,7 +296,11 @@ VALID = {
     "x.webp": picture("webp"),
     "x.bmp": picture("bmp"),
     "x.tif": picture("tiff"),
+    "x.csv": b"a,b\n" + b"1,2.5\n" * 20,
+    "x.parquet": parquet(a=[1.5] * 20, b=range(20)),
+    "x.h5ad": h5ad(X=np.ones((20, 3), np.float32)),
 }
+ARRAYS = ("", ".gz", ".npy", ".npz", ".csv", ".parquet", ".h5ad")
 
 
 @st.composite
@@ -312,7 +333,7 @@ def mutated(draw, content):
 def test_a_damaged_file_is_read_or_refused_in_one_line(tmp_path, name, data):
     path = tmp_path / name
     path.write_bytes(data.draw(mutated(VALID[name])))
-    is_picture = name[1:] not in ("", ".gz", ".npy", ".npz")
+    is_picture = name[1:] not in ARRAYS
     # One picture alone leaves none to train on; a second is whole.
     if is_picture:
         (tmp_path / f"y{name[1:]}").write_bytes(VALID[name])

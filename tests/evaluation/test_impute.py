@@ -11,7 +11,6 @@ from conftest import moved, refused
 from scipy import stats
 
 import jaxvae
-from jaxvae.models.likelihoods import GaussianFamily
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -35,14 +34,14 @@ class WideEncoder(nn.Module):
 class LinearDecoder(nn.Module):
     @nn.compact
     def __call__(self, z):
-        return nn.Dense(FEATURES, name="x")(z).reshape(-1, 1, 1, FEATURES)
+        return nn.Dense(FEATURES, name="x")(z).reshape(-1, FEATURES)
 
 
 @pytest.fixture(scope="module")
 def params():
     """x = W z + b + noise, with z ~ N(0, I)."""
-    config = jaxvae.ModelConfig((1, 1, FEATURES), 2, network=(WideEncoder(), LinearDecoder()),
-                                likelihood=GaussianFamily("feature", bounded=False))  # fmt: skip
+    config = jaxvae.ModelConfig((FEATURES,), 2, network=(WideEncoder(), LinearDecoder()),
+                                likelihood="gaussian:scale=feature")  # fmt: skip
     log_scale = -6 + np.log(np.expm1(np.log(NOISE) + 6))  # of which the smooth maximum is taken
     return replace(
         jaxvae.init(KEY, config),
@@ -52,7 +51,7 @@ def params():
 
 
 def rows(x):
-    return np.float32(x).reshape(-1, 1, 1, FEATURES)
+    return np.float32(x).reshape(-1, FEATURES)
 
 
 X = rows(np.random.default_rng(1).multivariate_normal(BIAS, COVARIANCE, 3))
@@ -75,26 +74,26 @@ def test_imputation_is_the_conditional_gaussian(params):
     assert filled.mean.shape == X.shape
     assert filled.draws.shape == (4000, *X.shape)
     for i, missing in enumerate(MISSING):
-        mean, covariance = conditional(X[i, 0, 0], missing)
+        mean, covariance = conditional(X[i], missing)
         variance = np.diag(covariance)
         ess = float(filled.effective_sample_size[i])
         assert 200 < ess < 20_001
         np.testing.assert_allclose(
-            filled.mean[i, 0, 0, missing], mean, atol=5 * np.sqrt(variance.max() / ess)
+            filled.mean[i, missing], mean, atol=5 * np.sqrt(variance.max() / ess)
         )
-        draws = np.asarray(filled.draws[:, i, 0, 0])[:, missing]
+        draws = np.asarray(filled.draws[:, i])[:, missing]
         error = 5 * np.sqrt(2 / 4000 + 2 / ess) * variance.max()
         np.testing.assert_allclose(draws.mean(0), mean, atol=5 * np.sqrt(variance.max() / 1000))
         np.testing.assert_allclose(np.cov(draws.T), covariance, atol=error)
         for x in (filled.mean, *filled.draws[:3]):
-            np.testing.assert_array_equal(x[i, 0, 0, ~missing], X[i, 0, 0, ~missing])
+            np.testing.assert_array_equal(x[i, ~missing], X[i, ~missing])
 
 
 def test_log_likelihood_is_that_of_the_observed_entries(params):
     estimate = jaxvae.log_likelihood(params, KEY, PART, 20_000)
     for i, missing in enumerate(MISSING[:2]):
         o = np.flatnonzero(~missing)
-        exact = stats.multivariate_normal(BIAS[o], COVARIANCE[np.ix_(o, o)]).logpdf(X[i, 0, 0, o])
+        exact = stats.multivariate_normal(BIAS[o], COVARIANCE[np.ix_(o, o)]).logpdf(X[i, o])
         assert estimate[i] == pytest.approx(exact, abs=0.1)
     assert estimate[2] == pytest.approx(0, abs=1e-5)  # nothing is observed
 
@@ -122,10 +121,10 @@ def test_images_are_inpainted_between_0_and_1():
 
 
 def test_missing_counts_are_at_the_size_of_the_observed_ones():
-    config = jaxvae.ModelConfig((1, 1, 4), 2, network="mlp:width=8", likelihood="poisson")
+    config = jaxvae.ModelConfig((4,), 2, network="mlp:width=8", likelihood="poisson")
     params = moved(jaxvae.init(KEY, config), 0.1)
-    x = np.float32([[30, 50, 20, np.nan], [3000, 5000, 2000, np.nan]]).reshape(2, 1, 1, 4)
-    mean = np.asarray(jaxvae.impute(params, KEY, x, 500).mean)[:, 0, 0, 3]
+    x = np.float32([[30, 50, 20, np.nan], [3000, 5000, 2000, np.nan]])
+    mean = np.asarray(jaxvae.impute(params, KEY, x, 500).mean)[:, 3]
     assert 10 < mean[0] < 100
     assert 1000 < mean[1] < 10_000
 
@@ -135,10 +134,10 @@ def test_wrong_arguments_are_refused(params):
         jaxvae.impute(params, KEY, PART, 0)
     with refused("num_draws is 0"):
         jaxvae.impute(params, KEY, PART, num_draws=0)
-    with refused("images have shape (3, 1, 1, 4)"):
+    with refused("images have shape (3, 4)"):
         jaxvae.impute(params, KEY, PART[..., :4])
-    with refused("images have values from", "inf: expected finite numbers"):
+    with refused("images have NaN or infinity: expected finite numbers"):
         jaxvae.impute(params, KEY, np.where(np.isnan(PART), np.inf, PART))
     for f in (jaxvae.encode, jaxvae.reconstruct):
-        with refused("images have NaN: expected finite numbers"):
+        with refused("images have NaN or infinity: expected finite numbers"):
             f(params, PART)

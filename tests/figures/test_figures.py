@@ -52,6 +52,33 @@ def test_the_manifold_decodes_the_grid_with_z1_to_the_right_and_z2_upwards():
     np.testing.assert_allclose(picture[-8:, -8:], corners[1], atol=0.51)
 
 
+def vectors(latent_dim=2, **fields):
+    config = jaxvae.ModelConfig(
+        (5,), latent_dim, network="mlp:width=8", likelihood="gaussian", **fields
+    )
+    x = np.random.default_rng(0).normal(size=(40, 5)).astype("f")
+    return jaxvae.init(jax.random.key(0), config), Dataset(x, None, x, None)
+
+
+def test_a_traversal_of_vectors_draws_the_decoders_means_as_lines():
+    model, data = vectors()
+    figure = figures.traversal_lines(model, data, columns=3)
+    panels = [axes for axes in figure.axes if axes.get_lines()]
+    z = np.tile(jaxvae.encode(model, data.test_images[:1]).mean, (2, 3, 1))
+    for row, axes in enumerate(panels):
+        latent = int(axes.get_title(loc="left").removeprefix("z")) - 1
+        z[row, :, latent] = [-2.326348, 0, 2.326348]  # quantiles 0.01, 0.5 and 0.99 of N(0, 1)
+    lines = [line.get_ydata() for axes in panels for line in axes.get_lines()]
+    means = jaxvae.decode(model, z.reshape(6, 2)).mean
+    np.testing.assert_allclose(lines, means, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("latent_dim", [1, 3])
+def test_figures_of_vectors_leave_out_grids_of_images(tmp_path, latent_dim):
+    paths = figures.draw_all(tmp_path, *vectors(latent_dim), [], jax.random.key(0))
+    assert {path.stem for path in paths} == {"latents", "aggregate", "units", "traversals"}
+
+
 def test_more_latents_stay_at_zero_in_the_manifold():
     model = params(latent_dim=4)
     picture = shown(figures.manifold(model, 3))

@@ -25,6 +25,7 @@ from jaxvae.models.likelihoods import (
     binarize,
     bits_per_dimension,
 )
+from jaxvae.validation import is_of_pixels
 
 GAUSSIANS = [(0.0, 0.0), (1.5, 0.0), (0.0, 2.0), (-3.0, -4.0), (0.3, 1.2), (6.0, -8.0), (0.1, 0.2)]
 
@@ -423,7 +424,7 @@ def test_bits_per_dimension_of_uniform_levels_are_eight():
 
 
 def outputs_shape(likelihood, images):
-    config = ModelConfig(images[1:], likelihood=likelihood)
+    config = ModelConfig(images[1:], network="mlp", likelihood=likelihood)
     return images[0], *config.outputs_shape
 
 
@@ -460,9 +461,10 @@ def test_every_likelihood_of_images_is_made_of_the_decoders_outputs(name):
 def test_terms_are_float32_whatever_the_decoder_and_the_images_are(name, dtype):
     of = {"columns": "columns:of=gaussian+poisson+student_t"}
     likelihood, rng = LIKELIHOODS.parse(of.get(name, name)), np.random.default_rng(0)
-    outputs = 3 * rng.normal(size=outputs_shape(likelihood, (2, 20, 20, 3)))
-    images = rng.uniform(size=(2, 20, 20, 3))
-    if name not in OF_IMAGES:
+    shape = (800, 3) if name == "columns" else (2, 20, 20, 3)
+    outputs = 3 * rng.normal(size=outputs_shape(likelihood, shape))
+    images = rng.uniform(size=shape)
+    if not is_of_pixels(likelihood.support):
         images = examples_of(likelihood.support, images.shape)
     images = jnp.asarray(images, dtype)
     made = likelihood.from_outputs(jnp.asarray(outputs, dtype), likelihood.init(3))

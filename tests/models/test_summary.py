@@ -74,7 +74,7 @@ MODELS = {
         for name in NETWORKS
     },
     **{name: {"likelihood": name} for name in LIKELIHOODS if name != "columns"},
-    "columns": {"likelihood": "columns:of=gaussianx2+poisson"},
+    "columns": {"likelihood": "columns:of=gaussianx2+poisson", "image_shape": (3,)},
     **{name: {"prior": small(name), "posterior": posterior_of(name)} for name in PRIORS},
     "iaf": {"posterior": "iaf"},
     "all": {

@@ -1,0 +1,138 @@
+"""Tables: CSV and Parquet files, with an example in each row."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+
+from jaxvae.data.arrays import expect_memory, reading
+from jaxvae.data.dataset import Dataset, number_classes, split_every_tenth
+from jaxvae.errors import InputError
+
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_MOST_HEADER = 2**24  # characters
+
+
+def load_table(path: Path, label_column: str | None) -> Dataset:
+    """Load a table of numbers: a .csv, .tsv or .parquet file.
+
+    The first line of a text file is its header, unless all of its cells are numbers; the columns
+    are then named 1, 2, 3, ... Rows are counted from 1, without the header.
+
+    Args:
+      path: the file.
+      label_column: name of the column of classes, whole numbers or text, which is not a part of
+        the examples. Text is numbered in alphabetical order.
+
+    Returns:
+      The examples, float32 [N, columns], and the labels. Every tenth row is a test example.
+
+    Raises:
+      InputError: the file is damaged, a row has another number of cells than the first, or a cell
+        holds no finite number.
+    """
+    with reading(path):
+        table = _parquet(path) if path.suffix == ".parquet" else _text(path)
+    names = [str(name) for name in table.column_names]
+    if twice := next((name for i, name in enumerate(names) if name in names[:i]), None):
+        raise InputError(f"{path} has two columns named {twice!r}: expected different names")
+    if not table.num_rows:
+        raise InputError(f"{path} has no rows: expected an example in each row")
+    labels = None
+    if label_column is not None:
+        if label_column not in names:
+            raise InputError(
+                f"{path} has no column {label_column!r}, the label_column: expected one of "
+                f"{', '.join(names[:10])}{', ...' if len(names) > 10 else ''}"
+            )
+        labels = _labels(table[label_column], f"{path}, column {label_column!r}")
+        names.remove(label_column)
+    if not names:
+        raise InputError(f"{path} has no column of numbers: expected at least one")
+    with reading(path):
+        expect_memory(4 * table.num_rows * len(names))
+        examples = np.empty((table.num_rows, len(names)), np.float32)
+    for i, name in enumerate(names):
+        examples[:, i] = _numbers(table[name], name, path)
+    return split_every_tenth(examples, labels)
+
+
+def _parquet(path: Path) -> pa.Table:
+    # A column can be far larger than its file, as that has a repeated value only once.
+    with path.open("rb") as file:
+        about = pa.parquet.ParquetFile(file)
+        expect_memory(8 * about.metadata.num_rows * about.metadata.num_columns)
+        return about.read()
+
+
+def _text(path: Path) -> pa.Table:
+    expect_memory(path.stat().st_size)
+    delimiter = _DELIMITERS[path.suffix]
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        first = next(csv.reader([file.readline(_MOST_HEADER)], delimiter=delimiter), [])
+    if not first:
+        raise ValueError("its first line is empty: expected a header, or numbers")
+    numbered = all(map(_is_number, first))
+    names = [str(i + 1) for i in range(len(first))] if numbered else None
+    ragged: list[Any] = []
+
+    def keep(row: Any) -> str:
+        ragged.append(row)
+        return "skip"
+
+    # One thread, as several do not count the rows.
+    table = pa.csv.read_csv(
+        path,
+        pa.csv.ReadOptions(column_names=names, use_threads=False),
+        pa.csv.ParseOptions(delimiter=delimiter, invalid_row_handler=keep),
+    )
+    if ragged:
+        row = ragged[0]
+        raise InputError(
+            f"{path}, row {row.number - (not numbered)} has {row.actual_columns} cells: expected "
+            f"{row.expected_columns}, as many as the first line"
+        )
+    return table
+
+
+def _numbers(column: pa.ChunkedArray, name: str, path: Path) -> np.ndarray:
+    """Convert a column to finite float32 numbers."""
+    kind = column.type
+    of_numbers = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean,
+                  pa.types.is_decimal, pa.types.is_null)  # fmt: skip
+    if any(is_kind(kind) for is_kind in of_numbers):
+        with np.errstate(over="ignore"):
+            numbers = column.to_numpy().astype(np.float64).astype(np.float32)
+        bad = np.flatnonzero(~np.isfinite(numbers))
+        remedy = ""
+    else:
+        cells = column.to_pylist()
+        bad = np.array([i for i, cell in enumerate(cells) if not _is_number(cell)] or [0])
+        remedy = "; if it is a column of classes, give its name as label_column (--label-column)"
+    if not bad.size:
+        return numbers
+    cell = column[int(bad[0])].as_py()
+    holds = "is empty or NaN" if cell is None or cell != cell else f"holds {cell!r}"
+    raise InputError(
+        f"{path}, row {bad[0] + 1}, column {name!r} {holds}: expected a finite number{remedy}"
+    )
+
+
+def _is_number(cell: Any) -> bool:
+    try:
+        float(cell)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _labels(column: pa.ChunkedArray, name: str) -> np.ndarray:
+    cells = column.to_pylist()
+    empty = next((i for i, cell in enumerate(cells) if cell is None or cell == ""), None)
+    if empty is not None:
+        raise InputError(f"{name}, row {empty + 1} is empty: expected a class in every row")
+    return number_classes(np.asarray(cells), name)
