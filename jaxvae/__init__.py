@@ -9,6 +9,8 @@ if TYPE_CHECKING:  # the names of `_MODULES` once more, with their types
     from jaxvae.errors import InputError as InputError
     from jaxvae.evaluation.ais import ais as ais
     from jaxvae.evaluation.ais import bidirectional_ais as bidirectional_ais
+    from jaxvae.evaluation.impute import Imputation as Imputation
+    from jaxvae.evaluation.impute import impute as impute
     from jaxvae.evaluation.log_likelihood import log_likelihood as log_likelihood
     from jaxvae.models.config import ModelConfig as ModelConfig
     from jaxvae.models.distributions import Gaussian as Gaussian
@@ -53,6 +55,8 @@ _MODULES = {
     "log_likelihood": "evaluation.log_likelihood",
     "ais": "evaluation.ais",
     "bidirectional_ais": "evaluation.ais",
+    "impute": "evaluation.impute",
+    "Imputation": "evaluation.impute",
     "TrainConfig": "training.config",
     "TrainState": "training.state",
     "create_train_state": "training.state",

@@ -24,16 +24,17 @@ from jaxvae.errors import InputError, shown
 from jaxvae.models.codebooks import is_discrete
 from jaxvae.models.distributions import Gaussian
 from jaxvae.models.protocols import Draw, Elbo, Posterior
-from jaxvae.models.vae import Images, Labels, Params, decode, encode, prior
+from jaxvae.models.vae import Images, Labels, Params, decode, encode, encode_observed, prior
 from jaxvae.validation import (
     AnyKey,
     as_array,
+    as_floats,
     as_key,
     expect_bool,
     is_number,
     jit,
     native,
-    scale_images,
+    support_of,
     whole_number,
 )
 
@@ -53,6 +54,9 @@ class Objective(Protocol):
       num_samples: latent samples per image.
       across_batch: whether the loss of an image depends on the other images of the batch. The
         batch is then not split into blocks, and over several devices `axis_name` is passed.
+
+    An objective for images with missing entries, NaN, has `missing = True`: without it the training
+    step refuses NaN.
     """
 
     num_samples: int
@@ -92,6 +96,7 @@ def draw(
     *,
     path: bool = False,
     relaxed: bool = False,
+    missing: bool = False,
 ) -> Draw:
     """Sample the posterior and evaluate the log-densities at the samples.
 
@@ -103,6 +108,7 @@ def draw(
       num_samples: samples per image.
       path: differentiate log q(z|x) only through z, not through the parameters of the posterior.
       relaxed: sample the relaxation of the posterior, if it has one.
+      missing: whether NaN marks missing entries, which are left out.
 
     Returns:
       The samples and their log-densities.
@@ -110,7 +116,7 @@ def draw(
     Raises:
       InputError: as in `jaxvae.encode`; `path` with a posterior without `log_prob`.
     """
-    posterior = encode(params, images, labels)
+    posterior = (encode_observed if missing else encode)(params, images, labels)
     if relaxed:
         posterior = getattr(posterior, "relaxation", None) or posterior
     images = as_array("images", images)
@@ -364,6 +370,7 @@ class ImportanceWeighted:
 
     num_samples: int = 1
     across_batch = False
+    missing = False
 
     def __post_init__(self) -> None:
         _check_samples(self)
@@ -383,7 +390,7 @@ class ImportanceWeighted:
         Raises:
           InputError: training samples a relaxation of the posterior.
         """
-        drawn = draw(params, key, images, labels, self.num_samples)
+        drawn = draw(params, key, images, labels, self.num_samples, missing=self.missing)
         if getattr(drawn.posterior, "relaxation", None) is not None:
             raise InputError(
                 "the objective 'iwae' weights samples by log q(z|x), which relaxed samples do not "
@@ -391,6 +398,28 @@ class ImportanceWeighted:
             )
         log_w = drawn.log_likelihood - beta * drawn.log_ratio
         return -_log_mean_exp(log_w) + drawn.penalty, drawn.elbo(exact=False)
+
+
+@dataclass(frozen=True)
+class MissingImportanceWeighted(ImportanceWeighted):
+    """The negative importance-weighted bound on the log-probability of the observed entries.
+
+        loss = -log 1/k sum_i w_i,    w_i = p(x_o|z_i) (p(z_i) / q(z_i|x_o))^beta,    z_i ~ q(z|x_o)
+
+    NaN marks missing entries, and x_o are the others. The encoder sees zeros in place of missing
+    entries, and the likelihood leaves them out. Without any it is "iwae". The bound is on the joint
+    probability of x_o alone, so entries must be missing at random: whether an entry is missing may
+    depend on x_o, not on the missing values.
+
+    Attributes:
+      num_samples: k.
+
+    References:
+      Mattei and Frellsen (2019), MIWAE: Deep Generative Modelling and Imputation of Incomplete Data
+      Sets, section 2.
+    """
+
+    missing = True
 
 
 @dataclass(frozen=True)
@@ -439,7 +468,9 @@ class DoublyReparameterized:
           InputError: a posterior without `log_prob`.
         """
         posterior = with_log_prob(encode(params, images, labels))
-        images = scale_images(images)  # to floats, as the custom derivative includes the images
+        images = as_floats(
+            support_of(params), images
+        )  # to floats, as the custom derivative includes the images
         keys = example_keys(key, len(images))
         z, _ = samples(posterior, sample_keys(keys, self.num_samples))
         bound, (log_p_x, log_ratio) = _doubly(
@@ -715,6 +746,7 @@ OBJECTIVES: Registry[Any] = Registry(
         "elbo": ELBO,
         "stl": StickingTheLanding,
         "iwae": ImportanceWeighted,
+        "miwae": MissingImportanceWeighted,
         "dreg": DoublyReparameterized,
         "beta_tc": BetaTC,
         "mmd": MaximumMeanDiscrepancy,

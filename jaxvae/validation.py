@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Key, Shaped, UInt32
 
-from jaxvae.errors import InputError, shown
+from jaxvae.errors import InputError, either, shown
 
 AnyKey = Key[Array, "..."] | UInt32[ArrayLike, "..."]  # one PRNG key or several, typed or raw
 
@@ -24,11 +24,20 @@ P = ParamSpec("P")
 R = TypeVar("R")
 _THREEFRY = "threefry2x32"
 _ROUNDING = 1e-3  # tolerance for values that resizing or half precision moves outside [0, 1]
-# The range of the supports of likelihoods; that of others is the real line.
-_RANGES = {"binary": (0, 1), "levels": (0, 1), "unit": (0, 1)}
+
+# The values of examples, as in `protocols.LikelihoodFamily`.
+Support = str | tuple[tuple[str, int], ...]
+_IN_WORDS = {
+    "count": "counts, whole numbers of at least 0",
+    "one_hot": "one-hot columns of 0 and 1",
+}
+# Ranges; that of "real" is all finite numbers.
+_RANGES = {"count": (0, math.inf), **dict.fromkeys(("binary", "levels", "unit", "one_hot"), (0, 1))}
 
 
-def jit(*, wait: bool = True, **options: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def jit(
+    *, wait: bool = True, missing: bool = False, **options: Any
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Make a decorator like `jax.jit` which raises InputError for wrong arguments.
 
     Values of images and labels are checked before the call; uint8 images need no check. Other
@@ -37,6 +46,8 @@ def jit(*, wait: bool = True, **options: Any) -> Callable[[Callable[P, R]], Call
 
     Args:
       wait: whether to check values on an accelerator, which waits for their computation.
+      missing: whether NaN in the images is allowed, as the mark of missing entries; with False it
+        is if the objective of a training step has the attribute `missing`.
       **options: options of `jax.jit`.
 
     Returns:
@@ -61,7 +72,8 @@ def jit(*, wait: bool = True, **options: Any) -> Callable[[Callable[P, R]], Call
                     continue
                 model = args[0] if args else kwargs.get(first)
                 if name == "images":
-                    _expect_values(model, x, wait)
+                    allowed = missing or _takes_missing(model, kwargs.get("objective"))
+                    _expect_values(model, x, wait, allowed)
                 else:
                     _expect_classes(model, x, wait)
             try:
@@ -88,19 +100,44 @@ def _is_swapped(x: Any) -> bool:
     return isinstance(x, np.ndarray) and not x.dtype.isnative
 
 
-def expect_unit_interval(images: Any, *, wait: bool = True) -> None:
+def is_image(shape: tuple[int, ...]) -> bool:
+    """Whether examples of this shape are images, (height, width, channels)."""
+    return len(shape) == 3
+
+
+def is_of_pixels(support: Support) -> bool:
+    """Whether values of this support are pixels: they are scaled to [0, 1] in images."""
+    return isinstance(support, str) and support not in _IN_WORDS
+
+
+def is_scaled(support: Support, shape: tuple[int, ...]) -> bool:
+    """Whether examples are images whose pixels are scaled to [0, 1]."""
+    return is_of_pixels(support) and is_image(shape)
+
+
+def support_of(model: Any) -> Support:
+    """Return the support of a model's likelihood.
+
+    Args:
+      model: `Params` or a training state; anything else counts as a model of images.
+    """
+    return getattr(getattr(_config_of(model), "likelihood", None), "support", "unit")
+
+
+def expect_unit_interval(images: Any, *, wait: bool = True, missing: bool = False) -> None:
     """Raise InputError if float images are known to have values outside [0, 1].
 
     Args:
       images: of any type; only floats are checked.
       wait: as in `jit`.
+      missing: whether NaN is allowed, as the mark of missing entries.
 
     Raises:
       InputError: NaN, or values outside [0, 1].
     """
     if getattr(images, "dtype", None) == np.uint8:
         return
-    found = _extremes(images, jnp.floating, wait)
+    found = _observed_extremes(images, jnp.floating, wait, missing)
     if found is not None and not (found[0] >= -_ROUNDING and found[1] <= 1 + _ROUNDING):
         has = "NaN" if found[0] != found[0] else f"values from {found[0]:g} to {found[1]:g}"
         raise InputError(
@@ -108,55 +145,95 @@ def expect_unit_interval(images: Any, *, wait: bool = True) -> None:
         )
 
 
-def is_image(shape: tuple[int, ...]) -> bool:
-    """Whether examples of this shape are images, (height, width, channels)."""
-    return len(shape) == 3
-
-
 def expect_support(
-    support: str, examples: Any, subject: str = "images have", *, wait: bool = True
+    support: Support,
+    examples: Any,
+    subject: str = "images have",
+    *,
+    wait: bool = True,
+    missing: bool = False,
 ) -> None:
-    """Raise InputError if examples other than images are known to be outside of a support.
+    """Raise InputError if examples that are not scaled are known to be outside of a support.
 
     Args:
       support: of the likelihood, as in `protocols.LikelihoodFamily`.
       examples: of any type; only numbers are checked.
       subject: start of the error message, such as "data.csv has".
       wait: as in `jit`.
+      missing: whether NaN is allowed, as the mark of missing entries.
 
     Raises:
       InputError: NaN, infinity or values outside of the support.
     """
-    found = _extremes(examples, jnp.floating, wait) or _extremes(examples, jnp.integer, wait)
+    if not isinstance(support, str):
+        if isinstance(examples, jax.core.Tracer):
+            return
+        try:
+            x = examples if isinstance(examples, jax.Array) else np.asarray(examples)
+            x = x.astype(np.float32)[..., :]
+        except (IndexError, TypeError, ValueError):
+            return  # what is no array of numbers is refused where it is converted to one
+        start = 0
+        for kind, columns in support:
+            block = x[..., start : start + columns]
+            expect_support(kind, block, subject, wait=wait, missing=missing)
+            start += columns
+        return
+    found = _observed_extremes(examples, jnp.floating, wait, missing)
+    found = found or _extremes(examples, jnp.integer, wait)
     if found is None:
         return
     if not all(map(math.isfinite, found)):
         raise InputError(f"{subject} NaN or infinity: expected finite numbers")
     low, high = _RANGES.get(support, (-math.inf, math.inf))
-    if found[0] < low - _ROUNDING or found[1] > high + _ROUNDING:
-        raise InputError(
-            f"{subject} values from {found[0]:g} to {found[1]:g}: expected numbers between {low} "
-            f"and {high}, the support of the likelihood; scale the data, or choose another "
-            "likelihood, such as 'gaussian'"
-        )
+    rounding = 0 if support in _IN_WORDS else _ROUNDING
+    expected = _IN_WORDS.get(
+        support,
+        f"numbers between {low} and {high}, the support of the likelihood; scale the data, or "
+        "choose another likelihood, such as 'gaussian'",
+    )
+    if found[0] < low - rounding or found[1] > high + rounding:
+        raise InputError(f"{subject} values from {found[0]:g} to {found[1]:g}: expected {expected}")
+    if support == "count" and any(_extremes(examples, jnp.floating, wait, _fractions) or ()):
+        raise InputError(f"{subject} fractional values: expected {expected}")
 
 
-def _expect_values(model: Any, images: Any, wait: bool) -> None:
+def _fractions(x: Any) -> Any:
+    return (x - x.round())[x == x]
+
+
+def _observed_extremes(x: Any, kind: Any, wait: bool, missing: bool) -> tuple[Any, Any] | None:
+    """Return `_extremes` of an array; with `missing`, of its numbers that are not NaN."""
+    found = _extremes(x, kind, wait)
+    if missing and found is not None and found[0] != found[0]:
+        found = _extremes(x, kind, wait, lambda x: x[x == x])
+    return found
+
+
+def _expect_values(model: Any, images: Any, wait: bool, missing: bool) -> None:
     """Raise InputError if examples are known to have values that the model does not take.
 
     Args:
       model: `Params` or a training state; anything else counts as a model of images.
       images: the examples.
       wait: as in `jit`.
+      missing: whether NaN is allowed.
 
     Raises:
       InputError: as for `expect_unit_interval` or `expect_support`.
     """
-    config = _config_of(model)
-    if config is None or is_image(config.image_shape):
-        expect_unit_interval(images, wait=wait)
+    support, config = support_of(model), _config_of(model)
+    if config is None or is_scaled(support, config.image_shape):
+        expect_unit_interval(images, wait=wait, missing=missing)
     else:
-        expect_support(config.likelihood.support, images, wait=wait)
+        expect_support(support, images, wait=wait, missing=missing)
+
+
+def _takes_missing(model: Any, objective: Any) -> bool:
+    """Whether the objective of a training step takes examples with missing entries."""
+    if objective is None:
+        objective = getattr(getattr(model, "config", None), "objective", None)
+    return getattr(objective, "missing", False)
 
 
 def _config_of(model: Any) -> Any:
@@ -185,8 +262,17 @@ def _expect_classes(model: Any, labels: Any, wait: bool) -> None:
         )
 
 
-def _extremes(x: Any, kind: Any, wait: bool) -> tuple[Any, Any] | None:
-    """Return the minimum and maximum of an array of this kind; None if they are not known."""
+def _extremes(
+    x: Any, kind: Any, wait: bool, of: Callable[[Any], Any] = lambda x: x
+) -> tuple[Any, Any] | None:
+    """Return the minimum and maximum of an array of this kind; None if they are not known.
+
+    Args:
+      x: array-like.
+      kind: supertype of the dtypes that are examined.
+      wait: as in `jit`.
+      of: function of the array whose result is examined.
+    """
     if isinstance(x, jax.core.Tracer):
         return None
     if isinstance(x, jax.Array):
@@ -196,14 +282,16 @@ def _extremes(x: Any, kind: Any, wait: bool) -> tuple[Any, Any] | None:
             if not wait or not x.size or not jnp.issubdtype(x.dtype, kind):
                 return None
             with jax.ensure_compile_time_eval():  # x may be a constant of a function being traced
-                return jnp.min(x).item(), jnp.max(x).item()
+                x = of(x)
+                return (jnp.min(x).item(), jnp.max(x).item()) if x.size else None
     try:
         array = np.asarray(x)
     except (TypeError, ValueError):
         return None
-    if not array.size or not jnp.issubdtype(array.dtype, kind):
+    if not jnp.issubdtype(array.dtype, kind):
         return None
-    return array.min().item(), array.max().item()
+    array = of(array)
+    return (array.min().item(), array.max().item()) if array.size else None
 
 
 def _on_host(x: jax.Array) -> bool:
@@ -247,11 +335,7 @@ def scale_images(images: Shaped[ArrayLike, " batch *shape"]) -> Float[Array, " b
     if not isinstance(images, np.ndarray):  # whose division is exact
         images = as_array("images", images)
     if not is_image(images.shape[1:]):
-        if jnp.issubdtype(images.dtype, jnp.floating):
-            return jnp.asarray(native(images))
-        if images.dtype != jnp.bool_:
-            expect_real("images", images)
-        return jnp.asarray(native(images), jnp.float32)
+        return _numbers(images)
     if images.dtype == jnp.uint8:
         return jnp.asarray(images.astype(jnp.float32) / 255)
     if images.dtype == jnp.bool_:
@@ -261,6 +345,31 @@ def scale_images(images: Shaped[ArrayLike, " batch *shape"]) -> Float[Array, " b
     raise InputError(
         f"images are of type {images.dtype}: expected uint8, or floats between 0 and 1"
     )
+
+
+def as_floats(support: Support, images: Shaped[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
+    """Convert examples to the floats that encoder and likelihood take.
+
+    Args:
+      support: of the likelihood.
+      images: pixels, which are converted by `scale_images`, or others, which keep their values.
+
+    Returns:
+      The examples as floats.
+
+    Raises:
+      InputError: another type.
+    """
+    return scale_images(images) if is_of_pixels(support) else _numbers(as_array("images", images))
+
+
+def _numbers(images: Any) -> Float[Array, "*shape"]:
+    """Convert numbers of any type to floats of the same values."""
+    if jnp.issubdtype(images.dtype, jnp.floating):
+        return jnp.asarray(native(images))
+    if images.dtype != jnp.bool_:
+        expect_real("images", images)
+    return jnp.asarray(native(images), jnp.float32)
 
 
 def at_least_float32(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -390,6 +499,12 @@ def expect_bool(name: str, value: Any) -> None:
     """Raise InputError unless the value of an option is True or False."""
     if not isinstance(value, bool):
         raise InputError(f"{name} is {shown(value)}: expected true or false")
+
+
+def expect_one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """Raise InputError unless the value of an option is one of these."""
+    if value not in allowed:
+        raise InputError(f"{name} is {shown(value)}: expected {either(allowed)}")
 
 
 def is_number(value: Any) -> bool:

@@ -152,6 +152,28 @@ def moved(params, scale, seed=0):
     )
 
 
+OF_IMAGES = (
+    "bernoulli", "continuous_bernoulli", "gaussian", "discretized_logistic", "logistic_mixture"
+)  # fmt: skip
+
+
+def examples_of(support, shape, seed=0):
+    """Examples in the support of a likelihood: uint8 images, counts, categories or columns."""
+    rng = np.random.default_rng(seed)
+    if support == "count":
+        return rng.poisson(3, shape).astype(np.float32)
+    if support == "one_hot":
+        return np.eye(shape[-1], dtype=np.float32)[rng.integers(0, shape[-1], shape[:-1])]
+    if isinstance(support, str):
+        return rng.integers(0, 256, shape, np.uint8)
+    blocks = []
+    for kind, columns in support:
+        block = (*shape[:-1], columns)
+        numbers = rng.normal(size=block).astype(np.float32)
+        blocks.append(numbers if kind == "real" else examples_of(kind, block))
+    return np.concatenate(blocks, axis=-1)
+
+
 @contextmanager
 def unchecked():
     """Without the run-time check of annotations, for input that they do not allow."""

@@ -380,7 +380,11 @@ OTHERS = {
     "network": ["mlp:width=16", "residual:width=8,blocks=2", "spatial:blocks=3"],
     "prior": ["mixture:components=5", "vamp:components=7"],
     "posterior": ["iaf:steps=1", "iaf:hidden=32", "iaf:steps=3,hidden=8"],
-    "likelihood": [],
+    "likelihood": [
+        "gaussian:scale=feature",
+        "negative_binomial:size=0,dispersion=entry",
+        "columns:of=gaussianx3+categorical4x2+poisson",
+    ],
     "optimizer": [
         "adam:eps=0.1",
         "adamw:b1=0.8,weight_decay=0.0001",
@@ -397,6 +401,7 @@ OTHERS = {
     "warmup": ["linear:steps=4", "cyclical:steps=100"],
 }  # fmt: skip
 NEEDY = {
+    "columns": "of",
     "linear": "steps",
     "cyclical": "steps",
     "exponential_decay": "decay_rate",
@@ -422,7 +427,7 @@ SPECS = [
 @pytest.mark.parametrize(("kind", "text"), SPECS)
 def test_the_one_line_form_of_every_component_survives_a_configuration_and_json(kind, text):
     config = ModelConfig if kind in ModelConfig._registries else TrainConfig
-    others = PARTNERS.get(text.partition(":")[0], {})
+    others = {} if kind == "likelihood" else PARTNERS.get(text.partition(":")[0], {})
     made = config(**{kind: text}, **others)
     assert made.specs()[kind] == made.to_dict()[kind] == text
     assert config(**{kind: getattr(made, kind)}, **others) == made
@@ -471,6 +476,9 @@ def test_a_name_that_needs_options_says_which(name):
     if name in WARMUPS.entries:
         with refused(f"warmup {name!r} needs the option 'steps': expected {name}:steps=VALUE"):
             TrainConfig(warmup=name)
+    elif name in LIKELIHOODS.entries:
+        with refused("likelihood 'columns' needs the option 'of': expected columns:of=VALUE"):
+            ModelConfig(likelihood=name)
     else:
         with refused(f"schedule is {name!r}, which optax refuses: ", repr(NEEDY[name])):
             TrainConfig(schedule=name)

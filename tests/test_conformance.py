@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import moved
+from conftest import examples_of, moved
 
 import jaxvae
 from jaxvae.models.codebooks import codebook_of
@@ -28,7 +28,10 @@ SMALL = {"mixture": "mixture:components=3", "vamp": "vamp:components=3", "mlp": 
          "logistic_mixture": "logistic_mixture:components=2",
          "iaf": "iaf:steps=1,hidden=8", "realnvp": "realnvp:layers=2,hidden=8",
          "categorical": "categorical:classes=2", "fsq": "fsq:levels=3x2", "vq": "vq:codes=4,dim=2",
-         "autoregressive": "autoregressive:width=8,layers=1"}  # fmt: skip
+         "autoregressive": "autoregressive:width=8,layers=1",
+         "poisson": "poisson:size=0", "negative_binomial": "negative_binomial:size=0",
+         "zero_inflated_negative_binomial": "zero_inflated_negative_binomial:size=0",
+         "columns": "columns:of=student_t"}  # fmt: skip
 
 CODE_POSTERIORS = [n for n in POSTERIORS if hasattr(POSTERIORS.parse(n), "codebook")]
 CODE_PRIORS = [n for n in PRIORS if hasattr(PRIORS.parse(n), "over_codes")]
@@ -157,51 +160,86 @@ def test_an_exact_kl_is_the_mean_of_its_estimate(name, of_prior):
     assert float(exact[0]) == pytest.approx(float(jnp.mean(estimate)), abs=error)
 
 
+def shape_of(likelihood, *places):
+    """A shape for every likelihood: columns are vectors, and a category has two classes."""
+    return {"columns": (1,), "categorical": (*places, 2)}.get(likelihood, (*places, 1))
+
+
 def support_of(family):
-    """The values of one pixel, and the weight of each in an integral."""
-    if family.support in ("binary", "levels"):
-        values = jnp.array([0.0, 1.0]) if family.support == "binary" else jnp.arange(256) / 255
-        return values, jnp.ones(len(values))
-    low, high = {"unit": (0, 1), "real": (-40, 40)}[family.support]
+    """The values of one pixel, [values, channels], and the weight of each in an integral."""
+    support = family.support if isinstance(family.support, str) else family.support[0][0]
+    values = {"binary": jnp.array([[0.0], [1.0]]), "levels": jnp.arange(256)[:, None] / 255,
+              "count": jnp.arange(20_000.0)[:, None], "one_hot": jnp.eye(2)}  # fmt: skip
+    if support in values:
+        return values[support], jnp.ones(len(values[support]))
+    low, high = {"unit": (0, 1), "real": (-100, 100)}[support]
     values = jnp.linspace(low, high, 40_001)
     weights = jnp.full(len(values), (high - low) / 40_000)
-    return values, weights.at[jnp.array([0, -1])].mul(0.5)
+    return values[:, None], weights.at[jnp.array([0, -1])].mul(0.5)
 
 
 @pytest.mark.parametrize("name", list(LIKELIHOODS))
 def test_a_likelihood_is_normalised_and_its_mean_and_samples_have_it(name):
-    params = params_of(image_shape=(1, 1, 1), scale=1.0, likelihood=small(name))
+    shape = shape_of(name, 1, 1)
+    params = params_of(image_shape=shape, scale=1.0, likelihood=small(name))
     values, weights = support_of(params.config.likelihood)
     z = jnp.broadcast_to(jnp.array([[0.4, -0.7]]), (len(values), 2))
     p_x = jaxvae.decode(params, z)
-    p = jnp.exp(p_x.log_prob(values[:, None, None, None])) * weights
+    p = jnp.exp(p_x.log_prob(values.reshape(-1, *shape))) * weights
     assert p.dtype == jnp.float32
     assert jnp.sum(p) == pytest.approx(1, abs=1e-3)
-    samples = p_x.sample(KEY).ravel()
-    error = 5 * float(jnp.std(samples)) / np.sqrt(len(samples)) + 1e-3
+    samples = p_x.sample(KEY).reshape(values.shape)
+    error = 5 * jnp.std(samples, axis=0) / np.sqrt(len(samples)) + 1e-3
     if len(samples) > 1000:
-        assert jnp.mean(samples) == pytest.approx(float(jnp.sum(p * values)), abs=error)
+        assert jnp.all(jnp.abs(jnp.mean(samples, axis=0) - p @ values) < error)
     if name != "discretized_logistic":  # whose mean is the location, before it is rounded
-        assert p_x.mean[0].item() == pytest.approx(float(jnp.sum(p * values)), abs=1e-3)
-    assert p_x.mean.shape == p_x.sample(KEY).shape == (len(values), 1, 1, 1)
+        np.testing.assert_allclose(p_x.mean[0].ravel(), p @ values, atol=1e-3)
+    assert p_x.mean.shape == p_x.sample(KEY).shape == (len(values), *shape)
+
+
+def examples_for(name, count):
+    """Examples in the support of a likelihood, and their shape."""
+    shape = shape_of(name, *SHAPE[:2])
+    return examples_of(LIKELIHOODS.parse(small(name)).support, (count, *shape)), shape
 
 
 @pytest.mark.parametrize("name", list(LIKELIHOODS))
 def test_a_likelihood_is_differentiable_under_jit_and_vmap(name):
-    params = params_of(likelihood=small(name))
+    images, shape = examples_for(name, 4)
+    params = params_of(image_shape=shape, likelihood=small(name))
     z = jax.random.normal(KEY, (4, 2))
 
     def log_p(params, z, images):
         return jaxvae.decode(params, z).log_prob(images)
 
-    together = jax.jit(log_p)(params, z, IMAGES[:4])
+    together = jax.jit(log_p)(params, z, images)
     assert together.shape == (4,)
-    each = jax.vmap(lambda z, x: log_p(params, z[None], x[None])[0])(z, jnp.asarray(IMAGES[:4]))
+    each = jax.vmap(lambda z, x: log_p(params, z[None], x[None])[0])(z, jnp.asarray(images))
     np.testing.assert_allclose(each, together, rtol=2e-5)
-    slope = jax.grad(lambda params: jnp.sum(log_p(params, z, IMAGES[:4])))(params)
+    slope = jax.grad(lambda params: jnp.sum(log_p(params, z, images)))(params)
     for part in ("decoder", "likelihood"):
         leaves = jax.tree.leaves(getattr(slope, part))
         assert all(jnp.isfinite(x).all() and jnp.any(x != 0) for x in leaves)
+
+
+@pytest.mark.parametrize("name", list(LIKELIHOODS))
+def test_missing_entries_do_not_count_in_a_likelihood(name):
+    """log p(x) is the sum of those of its parts, each with the other part missing."""
+    images, shape = examples_for(name, 4)
+    params = params_of(image_shape=shape, likelihood=small(name))
+    missing = np.random.default_rng(1).random((4, *shape[:-1], 1)) < 0.4
+    missing[0] = True
+    x = np.float32(images) / (255 if images.dtype == np.uint8 else 1)
+    z = jax.random.normal(KEY, (4, 2))
+
+    def log_p(params, x):
+        return jaxvae.decode(params, z).log_prob(x)
+
+    part, rest = (log_p(params, np.where(m, np.nan, x)) for m in (missing, ~missing))
+    np.testing.assert_allclose(part + rest, log_p(params, x), rtol=1e-5)
+    assert part[0] == pytest.approx(0, abs=1e-6)
+    slope = jax.grad(lambda params: jnp.sum(log_p(params, np.where(missing, np.nan, x))))(params)
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(slope))
 
 
 @pytest.mark.parametrize("num_classes", [0, 3])
@@ -291,20 +329,21 @@ EVERY = [(kind, name) for kind, registry in KINDS.items() for name in registry]
 @pytest.mark.parametrize(("kind", "name"), EVERY)
 def test_a_component_survives_config_and_checkpoint_and_trains(kind, name, tmp_path):
     fields = {"network": "mlp:width=8"} | with_partner(kind, name)
-    config = jaxvae.ModelConfig(SHAPE, latents_of(name), **fields)
+    images, shape = examples_for(name, 32) if kind == "likelihood" else (IMAGES, SHAPE)
+    config = jaxvae.ModelConfig(shape, latents_of(name), **fields)
     assert config.to_dict()[kind] == small(name)
     assert jaxvae.ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert hash(jaxvae.ModelConfig.from_dict(config.to_dict())) == hash(config)
     train = jaxvae.TrainConfig(batch_size=8, optimizer="adam")
     state = jaxvae.create_train_state(KEY, config, train)
-    state, metrics = jaxvae.train_epoch(state, IMAGES)
+    state, metrics = jaxvae.train_epoch(state, images)
     assert all(jnp.isfinite(x) for x in metrics.values())
     jaxvae.save(tmp_path, state)
     again = jaxvae.restore(tmp_path)
     assert again.config == train
     for a, b in zip(jax.tree.leaves(again.params), jax.tree.leaves(state.params), strict=True):
         np.testing.assert_array_equal(a, b)
-    assert jaxvae.sample(jaxvae.load(tmp_path), KEY, 2).shape == (2, *SHAPE)
+    assert jaxvae.sample(jaxvae.load(tmp_path), KEY, 2).shape == (2, *shape)
     assert replace(config, compute_dtype="bfloat16") != config
 
 

@@ -21,7 +21,18 @@ from conftest import refused
 from jax.flatten_util import ravel_pytree
 from scipy import integrate, special, stats
 
-from jaxvae import ModelConfig, Params, decode, elbo, encode, init, log_likelihood
+from jaxvae import (
+    ModelConfig,
+    Params,
+    TrainConfig,
+    create_train_state,
+    decode,
+    elbo,
+    encode,
+    init,
+    log_likelihood,
+    train_step,
+)
 from jaxvae.models.likelihoods import GaussianPixels
 from jaxvae.models.networks import MlpDecoder, MlpEncoder
 from jaxvae.models.vae import prior
@@ -68,7 +79,13 @@ class LinearDecoder(nn.Module):
 
 
 class LinearPixels(GaussianPixels):
-    """N(outputs, s^2): the library's own has its means between 0 and 1."""
+    """N(outputs, s^2), with a fixed scale."""
+
+    outputs_per_channel = 1
+
+    @staticmethod
+    def init(channels):
+        return {}
 
     @classmethod
     def from_outputs(cls, outputs, shared):
@@ -805,3 +822,29 @@ def test_free_bits_are_refused_where_the_latents_kls_are_not_known(params, image
     params = replace(params, config=replace(CONFIG, **changed))
     with refused("free_bits needs the KL of every latent", "'gaussian'", "'standard_normal'"):
         negative_elbo(params, KEY, images, free_bits=0.1)
+
+
+def test_miwae_of_complete_images_is_iwae_to_the_bit(images):
+    params = init(KEY, ModelConfig((6, 5, 2), 2, network="mlp:width=8"))
+    for x in (images, np.uint8(255 * images)):
+        ours, iwae = (EVERY[name](params, KEY, x, beta=0.7) for name in ("miwae", "iwae"))
+        jax.tree.map(np.testing.assert_array_equal, ours, iwae)
+
+
+def test_miwae_is_a_bound_on_the_observed_pixels_which_only_it_takes(images):
+    model = ModelConfig((6, 5, 2), 2, network="mlp:width=8")
+    params = init(KEY, model)
+    x = np.where(np.random.default_rng(1).random(images.shape) < 0.3, np.nan, images)
+    miwae = OBJECTIVES.parse("miwae:num_samples=8")
+    loss, _ = miwae(params, KEY, x)
+    np.testing.assert_allclose(loss, -log_likelihood(params, KEY, x, 8), rtol=1e-5)
+    p_x = decode(params, jnp.zeros((7, 2)))
+    log_p = x * np.float64(p_x.logits) - np.logaddexp(0, np.float64(p_x.logits))
+    np.testing.assert_allclose(p_x.log_prob(x), np.nansum(log_p, axis=(1, 2, 3)), rtol=1e-5)
+    state, metrics = train_step(create_train_state(KEY, model, TrainConfig(objective=miwae)), x)
+    assert np.isfinite([*metrics.values()]).all()
+    assert np.isfinite(ravel_pytree(state.params)[0]).all()
+    with refused("images have NaN: expected floats between 0 and 1"):
+        train_step(create_train_state(KEY, model, TrainConfig(objective="iwae")), x)
+    with refused("images have NaN: expected floats between 0 and 1"):
+        importance_weighted(params, KEY, x)

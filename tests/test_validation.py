@@ -271,6 +271,8 @@ def test_float_images_beyond_0_and_1_are_refused(f, params, hold):
         (np.where(GREY.max() == GREY, np.inf, GREY), " to inf"),
         (np.where(GREY.max() == GREY, np.nan, GREY), "NaN"),
     ):
+        if has == "NaN" and f is OF_IMAGES["log_likelihood"]:  # of missing entries
+            continue
         with refused("images have ", has, "expected floats between 0 and 1, or uint8 from 0 to"):
             f(params, hold(images))
     with unchecked():  # lists are taken, although the annotations do not name them

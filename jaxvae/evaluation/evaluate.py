@@ -30,7 +30,7 @@ from jaxvae.validation import jit
 _BLOCK = 1000  # images at once, which bounds memory
 
 
-@jit(static_argnames="axis_name")
+@jit(static_argnames="axis_name", missing=True)
 def evaluate(
     params: Params,
     key: Key[Array, "..."] | UInt32[ArrayLike, "..."],
@@ -66,7 +66,7 @@ def evaluate(
     return {"loss": -value, "elbo": value, **means}
 
 
-@jit(static_argnames=("num_samples", "axis_name"))
+@jit(static_argnames=("num_samples", "axis_name"), missing=True)
 def mean_log_likelihood(
     params: Params,
     key: Key[Array, "..."] | UInt32[ArrayLike, "..."],

@@ -10,7 +10,7 @@ from jaxvae.objectives import draw_at, example_keys, numbered_keys
 from jaxvae.validation import AnyKey, jit, whole_number
 
 
-@jit(static_argnames="num_samples")
+@jit(static_argnames="num_samples", missing=True)
 def log_likelihood(
     params: Params,
     key: AnyKey,
@@ -23,6 +23,7 @@ def log_likelihood(
         log p(x) >= E[log 1/K sum_k p(x|z_k) p(z_k) / q(z_k|x)],    z_k ~ q(z|x)
 
     The estimate is a lower bound in expectation, which grows with K. Memory does not grow with K.
+    NaN marks missing entries, and the estimate is of log p of the others.
 
     Args:
       params: the model.

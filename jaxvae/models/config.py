@@ -11,6 +11,7 @@ from jaxvae.errors import ComponentNeeded, InputError, either, shown
 from jaxvae.models.autoregressive import Autoregressive
 from jaxvae.models.categorical import CategoricalFamily
 from jaxvae.models.codebooks import Uniform
+from jaxvae.models.counts import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
 from jaxvae.models.coupling import RealNVP
 from jaxvae.models.flows import InverseAutoregressive
 from jaxvae.models.ladder import Ladder
@@ -18,13 +19,14 @@ from jaxvae.models.likelihoods import (
     Bernoulli,
     ContinuousBernoulli,
     DiscretizedLogistic,
-    GaussianPixels,
+    GaussianFamily,
 )
 from jaxvae.models.logistic_mixture import LogisticMixture
 from jaxvae.models.networks import MLP, Conv, Modules, Residual, Spatial
 from jaxvae.models.posteriors import DiagonalGaussian
 from jaxvae.models.priors import Mixture, StandardNormal, Vamp
 from jaxvae.models.quantization import FiniteScalarQuantization, VectorQuantization
+from jaxvae.models.tables import Categorical, MixedColumns, StudentT
 from jaxvae.validation import is_image, whole_number
 
 DTYPES = ("float32", "bfloat16")
@@ -33,14 +35,35 @@ NETWORKS: Registry[Any] = Registry(
     "network",
     {"conv": Conv, "mlp": MLP, "residual": Residual, "spatial": Spatial, "ladder": Ladder},
 )
+
+
+class Columns(MixedColumns):
+    """Columns of the kinds that `MixedColumns` names; counts have no library size."""
+
+    kinds: ClassVar[Mapping[str, Any]] = {
+        "gaussian": GaussianFamily("feature"),
+        "student_t": StudentT(),
+        "bernoulli": Bernoulli,
+        "poisson": Poisson(size=0),
+        "negative_binomial": NegativeBinomial(size=0),
+        "zero_inflated_negative_binomial": ZeroInflatedNegativeBinomial(size=0),
+    }
+
+
 LIKELIHOODS: Registry[Any] = Registry(
     "likelihood",
     {
         "bernoulli": Bernoulli,
         "continuous_bernoulli": ContinuousBernoulli,
-        "gaussian": GaussianPixels,
+        "gaussian": GaussianFamily,
         "discretized_logistic": DiscretizedLogistic,
         "logistic_mixture": LogisticMixture,
+        "student_t": StudentT,
+        "poisson": Poisson,
+        "negative_binomial": NegativeBinomial,
+        "zero_inflated_negative_binomial": ZeroInflatedNegativeBinomial,
+        "categorical": Categorical,
+        "columns": Columns,
     },
 )
 PRIORS: Registry[Any] = Registry(

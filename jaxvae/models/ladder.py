@@ -35,7 +35,7 @@ from jaxvae.models.networks import (
     with_planes,
 )
 from jaxvae.models.protocols import Draw, Likelihood, Posterior, Prior
-from jaxvae.validation import at_least_float32, expect_bool, scale_images, whole_number
+from jaxvae.validation import as_floats, at_least_float32, expect_bool, support_of, whole_number
 
 if TYPE_CHECKING:
     from jaxvae.models.config import ModelConfig
@@ -454,7 +454,7 @@ class LadderVAE:
             return jax.tree.map(repeat, tree)
 
         noise = jax.vmap(self._noise)(keys.reshape(-1))
-        images = jnp.asarray(scale_images(images))
+        images = as_floats(support_of(params), images)
         rows = noise, repeated(posterior.features), *repeated((images, labels))
 
         def one_pass(rows: Any) -> tuple[Terms, Array]:

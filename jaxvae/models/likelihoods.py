@@ -7,7 +7,8 @@ channels * outputs_per_channel] or in general [batch, ..., channels * outputs_pe
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple, Self
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +19,16 @@ from jaxvae.models.pixels import (
     Images,
     Pixels,
     expected_pixels,
-    flat,
     log_prob_of_level,
     series,
     sigmoid,
     soft_maximum,
+    sum_observed,
 )
 from jaxvae.validation import (
     AnyKey,
     as_key,
-    at_least_float32,
+    expect_one_of,
     expect_unit_interval,
     is_image,
     scale_images,
@@ -88,13 +89,16 @@ class Bernoulli(_Logits):
         Raises:
           InputError: images of another shape than the logits.
         """
-        x, logits = flat(expected_pixels(images, self.logits.shape), self.logits)
-        # Not by `maximum` and `abs`: JAX's derivatives of these at 0 (1/2 and 1) would give
-        # softplus the slope 0 there instead of 1/2.
-        positive = logits > 0
-        tail = jnp.log1p(jnp.exp(jnp.where(positive, -logits, logits)))
-        softplus = jnp.where(positive, logits, 0) + tail
-        return jnp.sum(x * logits - softplus, axis=-1)
+
+        def log_p(x: Array, logits: Array) -> Array:
+            # Not by `maximum` and `abs`: JAX's derivatives of these at 0 (1/2 and 1) would give
+            # softplus the slope 0 there instead of 1/2.
+            positive = logits > 0
+            tail = jnp.log1p(jnp.exp(jnp.where(positive, -logits, logits)))
+            softplus = jnp.where(positive, logits, 0) + tail
+            return x * logits - softplus
+
+        return sum_observed(log_p, expected_pixels(images, self.logits.shape), self.logits)
 
     def sample(self, key: AnyKey) -> Pixels:
         """Draw pixels of 0 or 1."""
@@ -140,8 +144,11 @@ class ContinuousBernoulli(_Logits):
           InputError: images of another shape than the logits.
         """
         x = expected_pixels(images, self.logits.shape)
-        x, logits = flat(jnp.where(self.logits > 0, 1 - x, x), self._negative())
-        return jnp.sum(x * logits - _log_partition(logits), axis=-1)
+        return sum_observed(
+            lambda x, logits: x * logits - _log_partition(logits),
+            jnp.where(self.logits > 0, 1 - x, x),
+            self._negative(),
+        )
 
     def sample(self, key: AnyKey) -> Pixels:
         """Draw pixels in [0, 1], by the inverse of the cumulative distribution function.
@@ -166,37 +173,16 @@ class _LocationScale(NamedTuple):
 
 
 class GaussianPixels(_LocationScale):
-    """Independent Gaussian pixels, N(location, exp(2 log_scale)), with one learned scale.
+    """Independent Gaussian entries, N(location, exp(2 log_scale)).
 
     The density is with respect to Lebesgue measure on the whole real line, not only on [0, 1].
 
     Attributes:
-      location: means of the pixels, of images in [0, 1]: [batch, height, width, channels].
-      log_scale: logarithm of the standard deviation of every pixel, [].
-
-    References:
-      Rybkin, Daniilidis and Levine (2021), Simple and Effective VAE Training with Calibrated
-      Decoders: sigma-VAE, with the scale learned by gradient descent.
+      location: means of the entries, of images in [0, 1]: [batch, height, width, channels].
+      log_scale: logarithms of the standard deviations, of a shape that broadcasts to that.
     """
 
-    outputs_per_channel = 1
     support = "real"
-
-    @staticmethod
-    def init(channels: int) -> dict[str, Array]:
-        """Return a scale of 0.37, a little above the standard deviation of pixels in [0, 1]."""
-        return {"log_scale": jnp.array(-1.0, jnp.float32)}
-
-    @classmethod
-    def from_outputs(
-        cls, outputs: Float[Array, " batch *outputs"], shared: Mapping[str, Array]
-    ) -> Self:
-        """Return the likelihood of a batch; its log scale is smoothly bounded below by -6.
-
-        location = sigmoid(outputs) for images, outputs for other examples
-        """
-        location = sigmoid(outputs) if is_image(outputs.shape[1:]) else outputs
-        return cls(location, soft_maximum(shared["log_scale"], -6))
 
     @property
     def mean(self) -> Pixels:
@@ -215,16 +201,70 @@ class GaussianPixels(_LocationScale):
         Raises:
           InputError: images of another shape than the location.
         """
-        x = expected_pixels(images, self.location.shape, bounded=False)
-        x, location = flat(x, self.location)
-        log_scale = at_least_float32(self.log_scale)
-        square = ((x - location) * jnp.exp(-log_scale)) ** 2
-        return jnp.sum(-0.5 * (math.log(2 * math.pi) + square) - log_scale, axis=-1)
+
+        def log_p(x: Array, location: Array, log_scale: Array) -> Array:
+            square = ((x - location) * jnp.exp(-log_scale)) ** 2
+            return -0.5 * (math.log(2 * math.pi) + square) - log_scale
+
+        x = expected_pixels(images, self.location.shape, self.support, bounded=False)
+        return sum_observed(log_p, x, *self)
 
     def sample(self, key: AnyKey) -> Pixels:
         """Draw pixels; they are not clipped to [0, 1]."""
         noise = jax.random.normal(key, self.location.shape, self.location.dtype)
         return self.location + jnp.exp(self.log_scale) * noise
+
+
+@dataclass(frozen=True)
+class GaussianFamily:
+    """Independent Gaussian pixels, with learned scales.
+
+        x ~ N(location, exp(2 log_scale)),    log_scale >= -6, by a smooth maximum
+
+    Attributes:
+      scale: "shared", one learned scale; "feature", one for each place on the last axis (channel or
+        column); "entry", from the decoder for every number of every example.
+
+    References:
+      Rybkin, Daniilidis and Levine (2021), Simple and Effective VAE Training with Calibrated
+      Decoders: sigma-VAE, with the scale learned by gradient descent.
+    """
+
+    scale: str = "shared"
+
+    support: ClassVar[str] = "real"
+
+    def __post_init__(self) -> None:
+        expect_one_of("scale", self.scale, ("shared", "feature", "entry"))
+
+    @property
+    def outputs_per_channel(self) -> int:
+        """The location, and with "entry" the log scale."""
+        return 2 if self.scale == "entry" else 1
+
+    def init(self, channels: int) -> dict[str, Array]:
+        """Return scales of 0.37, a little above the standard deviation of pixels in [0, 1]."""
+        if self.scale == "entry":
+            return {}
+        shape = () if self.scale == "shared" else (channels,)
+        return {"log_scale": jnp.full(shape, -1.0, jnp.float32)}
+
+    def from_outputs(
+        self, outputs: Float[Array, " batch *outputs"], shared: Mapping[str, Array]
+    ) -> GaussianPixels:
+        """Return the likelihood of a batch.
+
+            location = sigmoid(outputs) for images, outputs for other examples
+
+        With "entry" the last axis of the outputs has the locations, then the log scales plus 1.
+        """
+        if self.scale == "entry":
+            outputs, log_scale = jnp.split(outputs, 2, axis=-1)
+            log_scale = log_scale - 1
+        else:
+            log_scale = shared["log_scale"]
+        location = sigmoid(outputs) if is_image(outputs.shape[1:]) else outputs
+        return GaussianPixels(location, soft_maximum(log_scale, -6))
 
 
 class DiscretizedLogistic(_LocationScale):
@@ -286,9 +326,8 @@ class DiscretizedLogistic(_LocationScale):
         Raises:
           InputError: images of another shape than the location.
         """
-        x = expected_pixels(images, self.location.shape)
-        x, location, log_scale = flat(x, self.location, self.log_scale)
-        return jnp.sum(log_prob_of_level(jnp.round(255 * x), location, log_scale), axis=-1)
+        level = jnp.round(255 * expected_pixels(images, self.location.shape))
+        return sum_observed(log_prob_of_level, level, self.location, self.log_scale)
 
     def sample(self, key: AnyKey) -> Pixels:
         """Draw grey levels k / 255."""

@@ -69,6 +69,9 @@ class DiscretizedLogisticMixture(NamedTuple):
     def log_prob(self, images: Images) -> Float[Array, " batch"]:
         """Compute log P(images).
 
+        Missing channels, NaN, are left out. That is exact unless a pixel of three channels has only
+        some of them: later channels then depend on the location of the missing one.
+
         Args:
           images: floats in [0, 1], which are rounded to the nearest of the 256 levels, or uint8;
             [batch, height, width, channels].
@@ -80,13 +83,18 @@ class DiscretizedLogisticMixture(NamedTuple):
           InputError: images of another shape than the locations.
         """
         p = self._at_least_float32()
-        level = jnp.round(255 * expected_pixels(images, p.location.shape[:-1]))
-        levels = [level[..., c, None] for c in range(level.shape[-1])]
-        log_p = jnp.zeros((), level.dtype)
-        for c, level in enumerate(levels):
-            location = p._location(c, [earlier / 255 for earlier in levels[:c]])
-            level = jnp.broadcast_to(level, location.shape)
-            log_p += log_prob_of_level(*flat(level, location, p.log_scale[..., c, :]))
+        levels = jnp.round(255 * expected_pixels(images, p.location.shape[:-1]))
+        log_p = jnp.zeros((), levels.dtype)
+        earlier: list[Array] = []
+        for c in range(levels.shape[-1]):
+            level, location = levels[..., c, None], p._location(c, earlier)
+            missing = jnp.isnan(level)
+            earlier.append(jnp.where(missing, jnp.clip(location, 0, 1), level / 255))
+            level, missing = (jnp.broadcast_to(x, location.shape) for x in (level, missing))
+            level, location, log_scale = flat(level, location, p.log_scale[..., c, :])
+            missing = missing.reshape(level.shape)
+            each = log_prob_of_level(jnp.where(missing, 0, level), location, log_scale)
+            log_p += jnp.where(missing, 0, each)
         log_weights = jax.nn.log_softmax(p.logits)
         of_pixels = jax.nn.logsumexp(log_weights + log_p.reshape(log_weights.shape), axis=-1)
         return jnp.sum(of_pixels, axis=tuple(range(1, of_pixels.ndim)))

@@ -12,7 +12,7 @@ Parameters and outputs are float32 in any case.
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -22,7 +22,10 @@ from jaxtyping import Array, Float, Num
 
 from jaxvae.devices.convolution import conv_general_dilated, conv_transpose
 from jaxvae.errors import InputError
-from jaxvae.validation import whole_number
+from jaxvae.validation import expect_bool, whole_number
+
+if TYPE_CHECKING:
+    from jaxvae.models.config import ModelConfig
 
 Images = Float[Array, " batch *shape"]
 Latents = Float[Array, "batch latent"]
@@ -175,13 +178,34 @@ class Decoder(nn.Module):
         return conv_3x3(outputs, dtype=self.dtype, name="conv")(x[:, :height, :width])
 
 
+def hidden_layers(
+    x: Float[Array, "batch inputs"], width: int, layers: int, *, norm: bool, dtype: Dtype | None
+) -> Float[Array, "batch features"]:
+    """Apply dense layers of tanh units, in the calling module.
+
+    Args:
+      x: inputs.
+      width: units of each layer.
+      layers: number of layers.
+      norm: whether to normalise before each tanh (Ba, Kiros and Hinton 2016, Layer Normalization).
+      dtype: of the layers' inputs, kernels and products.
+    """
+    for i in range(1, layers + 1):
+        x = dense(width, dtype=dtype, name=f"dense_{i}")(x)
+        x = nn.tanh(nn.LayerNorm(dtype=dtype, name=f"norm_{i}")(x) if norm else x)
+    return x
+
+
 class MlpEncoder(nn.Module):
-    """An encoder with two hidden layers of tanh units.
+    """An encoder with hidden layers of tanh units.
 
     Attributes:
       latent_dim: number of latents.
       dtype: of the layers' inputs, kernels and products.
       width: units of a hidden layer.
+      layers: number of hidden layers.
+      norm: whether hidden layers are normalised.
+      log1p: whether the inputs are log(1 + x).
 
     References:
       Burda, Grosse and Salakhutdinov (2016), Importance Weighted Autoencoders, appendix C: one
@@ -191,35 +215,41 @@ class MlpEncoder(nn.Module):
     latent_dim: int
     dtype: Dtype | None = None
     width: int = 200
+    layers: int = 2
+    norm: bool = False
+    log1p: bool = False
 
     @nn.compact
     def __call__(self, images: Images, labels: Labels = None) -> Encoded:
         """Return mean, log_var and features."""
-        x = with_labels(images.reshape(images.shape[0], -1), labels)
-        x = nn.tanh(dense(self.width, dtype=self.dtype, name="dense_1")(x))
-        x = nn.tanh(dense(self.width, dtype=self.dtype, name="dense_2")(x))
+        x = images.reshape(images.shape[0], -1)
+        x = with_labels(jnp.log1p(x) if self.log1p else x, labels)
+        x = hidden_layers(x, self.width, self.layers, norm=self.norm, dtype=self.dtype)
         return heads(x, self.latent_dim, self.dtype)
 
 
 class MlpDecoder(nn.Module):
-    """The decoder for `MlpEncoder`: two hidden layers of tanh units and a linear layer.
+    """The decoder for `MlpEncoder`: hidden layers of tanh units and a linear layer.
 
     Attributes:
       image_shape: (height, width, outputs), or (..., outputs) of other examples.
       dtype: of the layers' inputs, kernels and products.
       width: units of a hidden layer.
+      layers: number of hidden layers.
+      norm: whether hidden layers are normalised.
     """
 
     image_shape: tuple[int, ...]
     dtype: Dtype | None = None
     width: int = 200
+    layers: int = 2
+    norm: bool = False
 
     @nn.compact
     def __call__(self, z: Num[Array, "batch latent"], labels: Labels = None) -> Outputs:
         """Return the outputs for the likelihood."""
         x = with_labels(z, labels)
-        x = nn.tanh(dense(self.width, dtype=self.dtype, name="dense_1")(x))
-        x = nn.tanh(dense(self.width, dtype=self.dtype, name="dense_2")(x))
+        x = hidden_layers(x, self.width, self.layers, norm=self.norm, dtype=self.dtype)
         x = dense(math.prod(self.image_shape), dtype=self.dtype, name="pixels")(x)
         return x.reshape(-1, *self.image_shape)
 
@@ -467,28 +497,47 @@ class Conv:
 
 @dataclass(frozen=True)
 class MLP:
-    """Two hidden layers of tanh units in the encoder and in the decoder.
+    """Hidden layers of tanh units in the encoder and in the decoder.
 
     Attributes:
       width: units of a hidden layer.
+      layers: number of hidden layers, of the encoder and of the decoder.
+      norm: whether hidden layers have layer normalization.
+      log1p: whether the encoder sees log(1 + x): for counts, which differ by orders of magnitude.
 
     References:
       Burda, Grosse and Salakhutdinov (2016), Importance Weighted Autoencoders, appendix C: one
-      stochastic layer.
+      stochastic layer. Lopez et al. (2018), Deep generative modeling for single-cell
+      transcriptomics, for `log1p`.
     """
 
     width: int = 200
+    layers: int = 2
+    norm: bool = False
+    log1p: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "width", whole_number("width", self.width))
+        for name in ("width", "layers"):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
+        for name in ("norm", "log1p"):
+            expect_bool(name, getattr(self, name))
+
+    def validate(self, config: "ModelConfig") -> None:
+        """Raise InputError for `log1p` with values that may be negative."""
+        if self.log1p and getattr(config.likelihood, "support", "unit") != "count":
+            raise InputError(
+                "log1p is true, but the likelihood is not of counts: expected 'poisson', "
+                "'negative_binomial' or 'zero_inflated_negative_binomial', or log1p=false"
+            )
 
     def modules(
         self, latent_dim: int, outputs_shape: tuple[int, ...], dtype: Dtype | None
     ) -> tuple[nn.Module, nn.Module]:
         """Return encoder and decoder."""
+        shared = self.width, self.layers, self.norm
         return (
-            MlpEncoder(latent_dim, dtype, self.width),
-            MlpDecoder(outputs_shape, dtype, self.width),
+            MlpEncoder(latent_dim, dtype, *shared, self.log1p),
+            MlpDecoder(outputs_shape, dtype, *shared),
         )
 
 

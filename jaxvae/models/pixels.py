@@ -1,6 +1,7 @@
 """Numerics that likelihoods share. A pixel is a number of an example, which may be no image."""
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -8,35 +9,40 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Num
 
 from jaxvae.errors import InputError
 from jaxvae.validation import (
+    Support,
+    as_floats,
     at_least_float32,
     expect_support,
     expect_unit_interval,
-    is_image,
-    scale_images,
+    is_scaled,
 )
 
 Images = Num[ArrayLike, " batch *shape"] | Bool[ArrayLike, " batch *shape"]
 Pixels = Float[Array, " batch *shape"]
 
 
-def expected_pixels(images: Images, shape: tuple[int, ...], *, bounded: bool = True) -> Pixels:
-    """Return images, or other examples, as floats; images are in [0, 1].
+def expected_pixels(
+    images: Images, shape: tuple[int, ...], support: Support = "unit", *, bounded: bool = True
+) -> Pixels:
+    """Return images, or other examples, as floats; images are in [0, 1]. NaN: missing entries.
 
     Args:
       images: of the decoder's shape.
       shape: the decoder's shape.
-      bounded: whether to refuse values outside [0, 1], where values are known.
+      support: of the likelihood.
+      bounded: whether to refuse values outside the support, where values are known.
 
     Raises:
-      InputError: images of another shape, or values outside [0, 1].
+      InputError: images of another shape, or values outside the support.
     """
-    if bounded and is_image(shape[1:]):
-        expect_unit_interval(images)
-    x = at_least_float32(scale_images(images))
+    scaled = is_scaled(support, shape[1:])
+    if bounded and scaled:
+        expect_unit_interval(images, missing=True)
+    x = at_least_float32(as_floats(support, images))
     if x.shape != shape:
         raise InputError(f"images have shape {x.shape}: expected the decoder's {shape}")
-    if bounded and not is_image(shape[1:]):
-        expect_support("unit", x)
+    if bounded and not scaled:
+        expect_support(support, x, missing=True)
     return x
 
 
@@ -46,6 +52,25 @@ def flat(*arrays: Pixels) -> list[Float[Array, "batch pixels"]]:
     On a CPU, XLA does not vectorise over a last axis of size 1, which takes ten times as long.
     """
     return [at_least_float32(x).reshape(x.shape[0], -1) for x in arrays]
+
+
+def sum_observed(
+    log_prob: Callable[..., Float[Array, "batch pixels"]],
+    x: Pixels,
+    *parameters: Float[Array, "..."],
+) -> Float[Array, " batch"]:
+    """Sum the log-probabilities of the entries of each example that are not missing, NaN.
+
+    Args:
+      log_prob: function of x and the parameters, entry by entry.
+      x: examples. A missing entry counts as 0 before `log_prob`: if it were only left out of the
+        sum, its derivatives would be NaN.
+      *parameters: arrays that broadcast to the shape of x.
+    """
+    x, *at = flat(x, *(jnp.broadcast_to(p, x.shape) for p in parameters))
+    missing = jnp.isnan(x)
+    each = log_prob(jnp.where(missing, 0, x), *at)
+    return jnp.sum(jnp.where(missing, 0, each), axis=-1)
 
 
 def log_prob_of_level(

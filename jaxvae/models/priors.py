@@ -13,7 +13,13 @@ from jaxvae.errors import InputError
 from jaxvae.models.distributions import GaussianMixture, UnitGaussian
 from jaxvae.models.pixels import sigmoid
 from jaxvae.models.protocols import Learned
-from jaxvae.validation import at_least_float32, is_image, scale_images, whole_number
+from jaxvae.validation import (
+    at_least_float32,
+    is_image,
+    is_of_pixels,
+    scale_images,
+    whole_number,
+)
 
 if TYPE_CHECKING:
     from jaxvae.models.config import ModelConfig
@@ -127,11 +133,19 @@ class Vamp:
         object.__setattr__(self, "components", whole_number("components", self.components))
 
     def validate(self, config: "ModelConfig") -> None:
-        """Raise InputError if the model is conditional, as pseudo-inputs have no classes."""
+        """Raise InputError for a conditional model, or one of counts or categories.
+
+        Pseudo-inputs have no classes, and their numbers are neither whole nor one-hot.
+        """
         if config.num_classes:
             raise InputError(
                 "prior is 'vamp', whose pseudo-inputs have no classes: expected "
                 "'standard_normal' or 'mixture' with num_classes"
+            )
+        if not is_of_pixels(getattr(config.likelihood, "support", "unit")):
+            raise InputError(
+                "prior is 'vamp', whose pseudo-inputs are no counts or categories: expected "
+                "'standard_normal' or 'mixture' with this likelihood"
             )
 
     def init(self, key: Key[Array, ""], config: "ModelConfig") -> Learned:

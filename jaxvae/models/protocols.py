@@ -15,7 +15,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, Key, Num
 if TYPE_CHECKING:
     from jaxvae.models.config import ModelConfig
     from jaxvae.models.vae import Params
-    from jaxvae.validation import AnyKey
+    from jaxvae.validation import AnyKey, Support
 
 Learned = Mapping[str, Any]
 
@@ -133,6 +133,10 @@ class Likelihood(Protocol):
     """p(x|z) of a batch: a pytree.
 
     Examples are images, [batch, height, width, channels], or arrays [batch, ...] of another rank.
+
+    NaN marks missing entries: `log_prob` is then the log-probability of the others, with finite
+    derivatives, as `jaxvae.models.pixels.sum_observed` computes it. A likelihood given the total of
+    x, a library size, has `with_size_of(images)`, which returns it at the totals of examples.
     """
 
     @property
@@ -199,11 +203,13 @@ class LikelihoodFamily(Protocol):
     Attributes:
       outputs_per_channel: number of decoder outputs for each channel of a pixel.
       support: the possible values of pixels: "binary" (0 and 1), "levels" (k / 255), "unit" (the
-        interval from 0 to 1) or "real".
+        interval from 0 to 1) or "real". Images are scaled to [0, 1] for these. The values of
+        others never are: "count" (whole, at least 0), "one_hot" (columns of 0 and 1), or for mixed
+        columns ((support, columns), ...).
     """
 
     outputs_per_channel: int
-    support: str
+    support: "Support"
 
     def init(self, channels: int) -> Learned:
         """Return the initial parameters that all pixels have in common."""
@@ -247,7 +253,7 @@ class Model(Protocol):
     ) -> Posterior:
         """Return q(z|x) of images in [0, 1] and, if the model is conditional, their classes.
 
-        Other examples than images are taken as they are.
+        Other examples than images are taken as they are. Missing entries are 0.
         """
 
     def likelihood(

@@ -16,12 +16,13 @@ from jaxvae.models.protocols import Likelihood, Model, Posterior, Prior
 from jaxvae.validation import (
     AnyKey,
     as_array,
+    as_floats,
     as_key,
     at_least_float32,
     expect_real,
     is_number,
     jit,
-    scale_images,
+    support_of,
     whole_number,
 )
 
@@ -213,9 +214,16 @@ def encode(params: Params, images: Images, labels: Labels = None) -> Posterior:
       InputError: images of another shape than the model's; labels for an unconditional model, or
         none for a conditional one.
     """
+    return encode_observed(params, images, labels)
+
+
+@jit(missing=True)
+def encode_observed(params: Params, images: Images, labels: Labels = None) -> Posterior:
+    """Compute q(z|x) as `encode`; the encoder sees zeros in place of missing entries, NaN."""
     images = expected_images(params, images)
     labels = expected_labels(params, labels, images.shape[0])
-    return params.model.posterior(params, scale_images(images), labels)
+    x = as_floats(support_of(params), images)
+    return params.model.posterior(params, jnp.where(jnp.isnan(x), 0, x), labels)
 
 
 @jit()
@@ -268,7 +276,14 @@ def reconstruct(
     Raises:
       InputError: as in `encode`.
     """
-    return decode(params, encode(params, images, labels).center, labels).mean
+    p_x = decode(params, encode(params, images, labels).center, labels)
+    return with_size_of(images, p_x).mean
+
+
+def with_size_of(images: Images, likelihood: Any) -> Likelihood:
+    """Return a likelihood of counts at the library size of examples; any other unchanged."""
+    sized = hasattr(likelihood, "with_size_of")
+    return likelihood.with_size_of(images) if sized else likelihood
 
 
 @jit(static_argnames=("n", "temperature"))

@@ -87,7 +87,9 @@ def prepared(data: Dataset, config: RunConfig, name: str = "the data") -> Datase
                 f"binarization is {kind!r}, but {name} does not hold images: expected 'none'"
             )
         for examples in (data.train_images, data.test_images):
-            expect_support(config.model.likelihood.support, examples, f"{name} has")
+            missing = getattr(config.train.objective, "missing", False)
+            support = config.model.likelihood.support
+            expect_support(support, examples, f"{name} has", missing=missing)
     train_key, test_key = binarization_keys()
     if kind == "fixed":
         if not isinstance(data.train_images, np.ndarray):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import mpmath as mp
 import numpy as np
 import pytest
-from conftest import refused
+from conftest import OF_IMAGES, examples_of, refused
 from jax.test_util import check_grads
 from scipy import integrate, special, stats
 
@@ -20,10 +20,12 @@ from jaxvae.models.likelihoods import (
     Bernoulli,
     ContinuousBernoulli,
     DiscretizedLogistic,
+    GaussianFamily,
     GaussianPixels,
     binarize,
     bits_per_dimension,
 )
+from jaxvae.validation import is_of_pixels
 
 GAUSSIANS = [(0.0, 0.0), (1.5, 0.0), (0.0, 2.0), (-3.0, -4.0), (0.3, 1.2), (6.0, -8.0), (0.1, 0.2)]
 
@@ -266,7 +268,7 @@ def gaussian_pixels(log_scale=-1.0, shape=(5, 4, 3, 2)):
     """From a decoder's outputs, and images."""
     outputs, x = np.random.default_rng(0).normal(size=(2, *shape)).astype("f")
     shared = {"log_scale": jnp.float32(log_scale)}
-    return GaussianPixels.from_outputs(jnp.asarray(outputs), shared), special.expit(x), outputs
+    return GaussianFamily().from_outputs(jnp.asarray(outputs), shared), special.expit(x), outputs
 
 
 @pytest.mark.parametrize("log_scale", [-1.0, -3.5, 0.7])
@@ -279,16 +281,16 @@ def test_gaussian_pixels_are_scipys(log_scale):
 
 
 def test_gaussian_pixels_share_one_learned_scale_which_cannot_run_away():
-    shared = GaussianPixels.init(3)
+    shared = GaussianFamily().init(3)
     assert jax.tree.map(jnp.shape, shared) == {"log_scale": ()}
     outputs = jnp.zeros((2, 4, 4, 3))
-    start = GaussianPixels.from_outputs(outputs, shared)
+    start = GaussianFamily().from_outputs(outputs, shared)
     # At least the standard deviation of uniform pixels, and not much more.
     assert 1 / np.sqrt(12) < np.exp(start.log_scale) < 0.5
     x = jnp.full(outputs.shape, 0.5)
 
     def log_prob(log_scale):
-        return GaussianPixels.from_outputs(outputs, {"log_scale": log_scale}).log_prob(x)[0]
+        return GaussianFamily().from_outputs(outputs, {"log_scale": log_scale}).log_prob(x)[0]
 
     # Perfect reconstructions: the density would have no bound.
     values = jax.vmap(log_prob)(jnp.array([0.0, -6, -20, -1e4, -1e30]))
@@ -422,12 +424,12 @@ def test_bits_per_dimension_of_uniform_levels_are_eight():
 
 
 def outputs_shape(likelihood, images):
-    config = ModelConfig(images[1:], likelihood=likelihood)
+    config = ModelConfig(images[1:], network="mlp", likelihood=likelihood)
     return images[0], *config.outputs_shape
 
 
-@pytest.mark.parametrize("name", list(LIKELIHOODS))
-def test_every_likelihood_is_made_of_the_decoders_outputs(name):
+@pytest.mark.parametrize("name", OF_IMAGES)
+def test_every_likelihood_of_images_is_made_of_the_decoders_outputs(name):
     likelihood = LIKELIHOODS.parse(name)
     outputs = 5 * jax.random.normal(jax.random.key(0), outputs_shape(likelihood, (2, 5, 4, 3)))
     images = np.random.default_rng(0).integers(0, 256, (2, 5, 4, 3), np.uint8)
@@ -457,9 +459,14 @@ def test_every_likelihood_is_made_of_the_decoders_outputs(name):
 @pytest.mark.parametrize("name", list(LIKELIHOODS))
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_terms_are_float32_whatever_the_decoder_and_the_images_are(name, dtype):
-    likelihood, rng = LIKELIHOODS.parse(name), np.random.default_rng(0)
-    outputs = 3 * rng.normal(size=outputs_shape(likelihood, (2, 20, 20, 3)))
-    images = jnp.asarray(rng.uniform(size=(2, 20, 20, 3)), dtype)
+    of = {"columns": "columns:of=gaussian+poisson+student_t"}
+    likelihood, rng = LIKELIHOODS.parse(of.get(name, name)), np.random.default_rng(0)
+    shape = (800, 3) if name == "columns" else (2, 20, 20, 3)
+    outputs = 3 * rng.normal(size=outputs_shape(likelihood, shape))
+    images = rng.uniform(size=shape)
+    if not is_of_pixels(likelihood.support):
+        images = examples_of(likelihood.support, images.shape)
+    images = jnp.asarray(images, dtype)
     made = likelihood.from_outputs(jnp.asarray(outputs, dtype), likelihood.init(3))
     half = jax.tree.map(lambda x: jnp.asarray(x, dtype), made)
     log_prob = half.log_prob(images)
@@ -519,7 +526,7 @@ def test_values_and_first_and_second_derivatives_are_mpmaths(name):
     at = [jnp.float32(a) for a in at]
 
     def log_prob(level, *at):
-        likelihood, shared = LIKELIHOODS.entries[name], {}
+        likelihood, shared = LIKELIHOODS.parse(name), {}
         if name == "gaussian":
             *at, shared["log_scale"] = at
         p_x = likelihood.from_outputs(jnp.stack(at).reshape(1, 1, 1, -1), shared)
@@ -562,7 +569,7 @@ def test_a_gaussian_pixel_comes_back_from_white_as_from_black(output):
     """The slope of a location that float32 rounds to 1 is as of one near 0."""
 
     def log_prob(output, x):
-        p_x = GaussianPixels.from_outputs(output.reshape(1, 1, 1, 1), GaussianPixels.init(1))
+        p_x = GaussianFamily().from_outputs(output.reshape(1, 1, 1, 1), GaussianFamily().init(1))
         return p_x.log_prob(as_pixels([x]))[0]
 
     white = jax.grad(log_prob)(jnp.float32(output), 0)

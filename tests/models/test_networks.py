@@ -279,6 +279,34 @@ def test_a_width_is_that_of_the_first_and_the_last_layer(network):
     assert params.decoder[last]["kernel"].shape[-2] == 5
 
 
+def test_an_mlp_has_layers_with_layer_norm_and_logarithms_of_counts():
+    config = ModelConfig((6,), 2, network="mlp:width=5,layers=3,norm=true,log1p=true",
+                         likelihood="poisson")  # fmt: skip
+    params = bumped(init(jax.random.key(0), config))
+    x = np.random.default_rng(0).poisson(20, (3, 6))
+
+    def hidden(x, layers):
+        for i in (1, 2, 3):
+            x = x @ np.float64(layers[f"dense_{i}"]["kernel"]) + layers[f"dense_{i}"]["bias"]
+            x = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-6)
+            x = np.tanh(x * layers[f"norm_{i}"]["scale"] + layers[f"norm_{i}"]["bias"])
+        return x
+
+    def linear(x, layer):
+        return x @ np.float64(layer["kernel"]) + layer["bias"]
+
+    mean = linear(hidden(np.log1p(x), params.encoder), params.encoder["mean"])
+    np.testing.assert_allclose(encode(params, x).mean, mean, rtol=1e-4, atol=1e-5)
+    logits = linear(hidden(mean, params.decoder), params.decoder["pixels"])
+    p_x = decode(params, jnp.float32(mean))
+    np.testing.assert_allclose(p_x.outputs, logits, rtol=1e-4, atol=1e-5)
+
+
+def test_logarithms_are_refused_where_values_may_be_negative():
+    with refused("log1p is true, but the likelihood is not of counts: expected 'poisson'"):
+        ModelConfig(network="mlp:log1p=true", likelihood="student_t")
+
+
 def test_a_residual_block_begins_as_the_identity_and_can_leave_it():
     x = jnp.float32(np.random.default_rng(1).normal(size=(2, 5, 4, 16)))
     block = ResidualBlock()

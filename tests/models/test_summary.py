@@ -73,7 +73,8 @@ MODELS = {
         f"{name}, 10 classes": {"network": name, "num_classes": 10} | LATENTS[name]
         for name in NETWORKS
     },
-    **{name: {"likelihood": name} for name in LIKELIHOODS},
+    **{name: {"likelihood": name} for name in LIKELIHOODS if name != "columns"},
+    "columns": {"likelihood": "columns:of=gaussianx2+poisson", "image_shape": (3,)},
     **{name: {"prior": small(name), "posterior": posterior_of(name)} for name in PRIORS},
     "iaf": {"posterior": "iaf"},
     "all": {

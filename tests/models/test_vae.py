@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import OwnDecoder, OwnEncoder, refused
+from conftest import OF_IMAGES, OwnDecoder, OwnEncoder, refused
 
 import jaxvae
 from jaxvae import ModelConfig, Params, TrainConfig
-from jaxvae.models.config import LIKELIHOODS, POSTERIORS, PRIORS
+from jaxvae.models.config import POSTERIORS, PRIORS
 from jaxvae.models.vae import prior
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -601,7 +601,7 @@ SMALL = {
     ("likelihood", "prior_name", "posterior"),
     [  # every pair of two choices
         (likelihood, prior, "fsq" if prior in CODES else list(POSTERIORS)[(i + j) % 2])
-        for i, likelihood in enumerate(LIKELIHOODS)
+        for i, likelihood in enumerate(OF_IMAGES)
         for j, prior in enumerate(PRIORS)
     ],
 )
