@@ -17,6 +17,7 @@ from jaxvae.errors import InputError
 from jaxvae.models.pixels import (
     Images,
     Pixels,
+    cdf_of_levels,
     expected_pixels,
     flat,
     log_prob_of_level,
@@ -88,6 +89,18 @@ class Bernoulli(_Logits):
         tail = jnp.log1p(jnp.exp(jnp.where(positive, -logits, logits)))
         softplus = jnp.where(positive, logits, 0) + tail
         return jnp.sum(x * logits - softplus, axis=-1)
+
+    def level_cdf(self, images: Images, channel: int) -> Float[Array, "*batch height width ends"]:
+        """Compute P(x_c = 0), which does not depend on other channels; [..., 1].
+
+        Args:
+          images: not used.
+          channel: c, from 0.
+
+        Returns:
+          The probabilities.
+        """
+        return jax.nn.sigmoid(-self.logits[..., channel, None])
 
     def sample(self, key: AnyKey) -> Pixels:
         """Draw pixels of 0 or 1."""
@@ -281,6 +294,18 @@ class DiscretizedLogistic(_LocationScale):
         x = expected_pixels(images, self.location.shape)
         x, location, log_scale = flat(x, self.location, self.log_scale)
         return jnp.sum(log_prob_of_level(jnp.round(255 * x), location, log_scale), axis=-1)
+
+    def level_cdf(self, images: Images, channel: int) -> Float[Array, "*batch height width ends"]:
+        """Compute P(x_c <= k) of k = 0, ..., 254, which does not depend on other channels.
+
+        Args:
+          images: not used.
+          channel: c, from 0.
+
+        Returns:
+          The probabilities.
+        """
+        return cdf_of_levels(self.location[..., channel], self.log_scale[..., channel])
 
     def sample(self, key: AnyKey) -> Pixels:
         """Draw grey levels k / 255."""

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from jaxvae.models.pixels import (
     Images,
     Pixels,
+    cdf_of_levels,
     expected_pixels,
     flat,
     log_prob_of_level,
@@ -79,18 +80,32 @@ class DiscretizedLogisticMixture(NamedTuple):
         Raises:
           InputError: images of another shape than the locations.
         """
+        log_joint = self._log_joint(images, self.location.shape[-2])
+        return jnp.sum(jax.nn.logsumexp(log_joint, axis=-1), axis=(-2, -1))
+
+    def level_cdf(self, images: Images, channel: int) -> Float[Array, "*batch height width ends"]:
+        """Compute the cumulative probabilities of the levels of a channel, given the earlier ones.
+
+            P(x_c <= k | x_<c) = sum_i P(i | x_<c) F_i((k + 1/2) / 255)
+
+        where P(i | x_<c) are the weights of the components given the earlier channels.
+
+        Args:
+          images: as of `log_prob`; only the channels before `channel` are used.
+          channel: c, from 0.
+
+        Returns:
+          P(x_c <= k | x_<c) of k = 0, ..., 254.
+        """
         p = self._at_least_float32()
-        level = jnp.round(255 * expected_pixels(images, p.location.shape[:-1]))
-        levels = [level[..., c, None] for c in range(level.shape[-1])]
-        log_p = jnp.zeros((), level.dtype)
-        for c, level in enumerate(levels):
-            location = p._location(c, [earlier / 255 for earlier in levels[:c]])
-            level = jnp.broadcast_to(level, location.shape)
-            log_p += log_prob_of_level(*flat(level, location, p.log_scale[..., c, :]))
-        log_weights = jax.nn.log_softmax(p.logits)
-        return jnp.sum(
-            jax.nn.logsumexp(log_weights + log_p.reshape(log_weights.shape), axis=-1), axis=(-2, -1)
-        )
+        x = jnp.round(255 * expected_pixels(images, p.location.shape[:-1])) / 255
+        location = p._location(channel, [x[..., c, None] for c in range(channel)])
+        log_scale = p.log_scale[..., channel, :]
+        weights = jax.nn.softmax(p._log_joint(images, channel))
+        cdf = jnp.zeros((), location.dtype)
+        for i in range(weights.shape[-1]):  # XLA vectorises over a long last axis
+            cdf += weights[..., i, None] * cdf_of_levels(location[..., i], log_scale[..., i])
+        return cdf
 
     def sample(self, key: AnyKey) -> Pixels:
         """Draw levels k / 255: a component for each pixel, then its channels one after another."""
@@ -107,6 +122,21 @@ class DiscretizedLogisticMixture(NamedTuple):
             y = one._location(c, x) + noise[..., c, :]
             x.append(jnp.round(255 * jnp.clip(y, 0, 1)) / 255)
         return jnp.concatenate(x, axis=-1)
+
+    def _log_joint(
+        self, images: Images, channels: int
+    ) -> Float[Array, "*batch height width components"]:
+        """Compute log P(component, x_<c) of every pixel, where c is the number of channels."""
+        p = self._at_least_float32()
+        level = jnp.round(255 * expected_pixels(images, p.location.shape[:-1]))
+        levels = [level[..., c, None] for c in range(channels)]
+        log_joint = jax.nn.log_softmax(p.logits)
+        for c, level in enumerate(levels):
+            location = p._location(c, [earlier / 255 for earlier in levels[:c]])
+            level = jnp.broadcast_to(level, location.shape)
+            log_p = log_prob_of_level(*flat(level, location, p.log_scale[..., c, :]))
+            log_joint += log_p.reshape(log_joint.shape)
+        return log_joint
 
     def _location(self, c: int, earlier: Sequence[Array]) -> Array:
         """Return the locations of channel c, [..., components], given the channels before it."""

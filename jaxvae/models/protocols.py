@@ -130,7 +130,13 @@ class Posterior(Protocol):
 
 @runtime_checkable
 class Likelihood(Protocol):
-    """p(x|z) of a batch: a pytree."""
+    """p(x|z) of a batch: a pytree.
+
+    A likelihood of discrete pixels may have `level_cdf(images, channel)`,
+    [batch, height, width, levels - 1], by which images are compressed: for all levels k but the
+    last, P(x_c <= k | x_<c), given the earlier channels of the same pixel in `images`, of which it
+    reads no others. Pixels are independent.
+    """
 
     @property
     def mean(self) -> Float[Array, "batch height width channels"]:
