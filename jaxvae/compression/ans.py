@@ -1,17 +1,17 @@
 """Asymmetric numeral systems: a stack of bits, and the distributions by which symbols are coded.
 
-A head s is a whole number from 2^32 to 2^64 - 1. To push a symbol whose mass is f of 2^24, after
+A head s is a whole number from 2^32 to 2^64 - 1. To push a symbol whose mass is f of 2^28, after
 symbols whose masses sum to c, is to compute
 
-    s <- (s // f) 2^24 + c + s mod f
+    s <- (s // f) 2^28 + c + s mod f
 
 after the low 32 bits of s have been moved to the stack of words, if s would become too large. It
-takes log2(2^24 / f) bits. To pop is the exact inverse, and a symbol that is popped from random bits
+takes log2(2^28 / f) bits. To pop is the exact inverse, and a symbol that is popped from random bits
 is a sample. Many heads, which share the words, take the symbols in turn, so that NumPy computes on
 arrays.
 
 The low bits of a head tell of the symbol pushed last, so they are not random. For a sample, whole
-numbers from a generator are added to them (modulo 2^24), which decompression subtracts.
+numbers from a generator are added to them (modulo 2^28), which decompression subtracts.
 
 References:
   Duda (2013), Asymmetric numeral systems: range variant. Giesen (2014), Interleaved entropy coders.
@@ -28,8 +28,8 @@ from scipy import special
 
 from jaxvae.errors import InputError
 
-PRECISION = 24  # of probabilities: they are whole multiples of 2^-24
-BUCKETS = 10  # log2 of the number of buckets of a latent
+PRECISION = 28  # of probabilities: they are whole multiples of 2^-28
+BUCKETS = 14  # log2 of the number of buckets of a latent
 _TOTAL = 2**PRECISION
 LEAST_HEAD = 2**32
 
@@ -38,7 +38,7 @@ Masses = UInt64[np.ndarray, " symbols"]
 
 
 class Distribution(Protocol):
-    """Independent symbols, each with masses that are at least 1 and sum to 2^24."""
+    """Independent symbols, each with masses that are at least 1 and sum to 2^28."""
 
     def __len__(self) -> int:
         """The number of symbols."""
@@ -50,7 +50,7 @@ class Distribution(Protocol):
         """Return some of the symbols' distributions."""
 
     def find(self, place: Masses) -> Symbols:
-        """Return the symbol whose interval holds each whole number below 2^24."""
+        """Return the symbol whose interval holds each whole number below 2^28."""
 
 
 class Stack:
@@ -169,7 +169,7 @@ class Uniform:
         return self.n
 
     def interval(self, symbols: Symbols) -> tuple[Masses, Masses]:
-        """Return ceil(2^24 k / K) and the difference to the next."""
+        """Return ceil(2^28 k / K) and the difference to the next."""
         return _interval(lambda k: -(-k * _TOTAL // self.symbols), symbols)
 
     def rows(self, rows: slice) -> "Uniform":
@@ -177,7 +177,7 @@ class Uniform:
         return Uniform(self.symbols, len(range(*rows.indices(self.n))))
 
     def find(self, place: Masses) -> Symbols:
-        """Return floor(K place / 2^24)."""
+        """Return floor(K place / 2^28)."""
         return (place * self.symbols >> PRECISION).astype(np.int64)
 
 
@@ -185,7 +185,7 @@ class Table(NamedTuple):
     """Symbols with tables of their cumulative masses.
 
     Attributes:
-      cumulative: for each symbol 0, the sums of the masses of the first k values, and 2^24.
+      cumulative: for each symbol 0, the sums of the masses of the first k values, and 2^28.
     """
 
     cumulative: UInt32[np.ndarray, "symbols values+1"]
@@ -194,7 +194,7 @@ class Table(NamedTuple):
     def of_cdf(cls, cdf: Float32[np.ndarray, "symbols ends"]) -> "Table":
         """Quantise cumulative probabilities.
 
-            c_k = floor(F(k - 1) (2^24 - K)) + k
+            c_k = floor(F(k - 1) (2^28 - K)) + k
 
         so that each of the K values has a mass of at least 1.
 
@@ -240,7 +240,7 @@ class GaussianBuckets(NamedTuple):
 
     Bucket k is between the quantiles k / K and (k + 1) / K of N(0, 1), and
 
-        c_k = floor(Phi((e_k - mean) / sd) (2^24 - K)) + k,    e_k = Phi^-1(k / K)
+        c_k = floor(Phi((e_k - mean) / sd) (2^28 - K)) + k,    e_k = Phi^-1(k / K)
 
     Attributes:
       mean: means.

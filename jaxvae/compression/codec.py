@@ -239,9 +239,9 @@ def _as_symbols(
 ) -> UInt8[np.ndarray, "n height width channels"]:
     """Return images as whole numbers below `levels`."""
     x = np.asarray(images)
-    expected_images(params, x[:1])
     if x.dtype == np.bool_:
         x = x.astype(np.float32)
+    expected_images(params, x[:1])
     step = 255 // (levels - 1)
     if x.dtype != np.uint8:
         rounded = np.round(255 * x).astype(np.uint8) if x.dtype.kind == "f" else None
