@@ -203,6 +203,28 @@ def examples_for(name, count):
     return examples_of(LIKELIHOODS.parse(small(name)).support, (count, *shape)), shape
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    "name", [n for n in LIKELIHOODS if LIKELIHOODS.parse(n).support in ("binary", "levels")]
+)
+def test_the_probabilities_of_levels_are_those_of_log_prob(name, channels):
+    params = params_of(image_shape=(3, 2, channels), likelihood=small(name))
+    values, _ = support_of(params.config.likelihood)
+    rng = np.random.default_rng(0)
+    p_x = jaxvae.decode(params, rng.normal(size=(32, 2)).astype(np.float32))
+    images = np.asarray(p_x.sample(KEY))  # other levels may have less than float32 can tell from 1
+    level = np.round(images * (len(values) - 1)).astype(int)
+    log_p = np.zeros(32)
+    for c in range(channels):
+        earlier = np.where(np.arange(channels) < c, images, 0)
+        cdf = np.asarray(p_x.level_cdf(earlier, c), np.float64)
+        assert cdf.shape == (32, 3, 2, len(values) - 1)
+        p = np.diff(cdf, prepend=0, append=1)
+        assert p.min() >= -1e-6
+        log_p += np.log(np.take_along_axis(p, level[..., c, None], -1)).sum((1, 2, 3))
+    np.testing.assert_allclose(log_p, p_x.log_prob(images), rtol=1e-3)
+
+
 @pytest.mark.parametrize("name", list(LIKELIHOODS))
 def test_a_likelihood_is_differentiable_under_jit_and_vmap(name):
     images, shape = examples_for(name, 4)

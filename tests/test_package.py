@@ -25,7 +25,7 @@ ORDER = (
     {"models"},
     {"objectives"},
     {"evaluation", "training"},
-    {"explorer", "figures", "interchange"},
+    {"compression", "explorer", "figures", "interchange"},
     {"runs"},
     {"cli"},
     {"__main__"},

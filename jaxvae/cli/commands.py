@@ -557,6 +557,60 @@ def _export(options: argparse.Namespace) -> None:
         print(path)
 
 
+def _compress(options: argparse.Namespace) -> None:
+    import numpy as np
+
+    from jaxvae.compression import compress, header_of
+    from jaxvae.evaluation.evaluate import evaluate
+    from jaxvae.runs.config import read_config, run_keys
+    from jaxvae.runs.data import binarization_keys, binarized, load_run_data
+    from jaxvae.runs.progress import counting
+    from jaxvae.storage import write_atomic
+
+    config = read_config(options.run, **_own(options))
+    data = load_run_data(config, options.data)
+    train_images = data.train_images[:] if options.split != "test" else data.test_images[:0]
+    if config.train.binarization == "dynamic" and options.split != "test":
+        train_images = binarized(binarization_keys()[0], train_images)
+    images = train_images
+    if options.split != "train":
+        images = np.concatenate([train_images, data.test_images])
+    params = _params(options)
+    began = time.perf_counter()
+    with counting("compressing") as progress:
+        content = compress(params, images, progress=progress)
+    seconds = time.perf_counter() - began
+    write_atomic(options.out, lambda file: file.write(content))
+    elbo = float(evaluate(params, run_keys(config)[1], images)["elbo"])
+    bits, initial = 8 * len(content), header_of(content).initial_bits
+    raw = images.size * (1 if config.model.likelihood.support == "binary" else 8)
+    if config.train.binarization != "none":
+        print("pixels: 0 or 1, drawn with the grey levels as probabilities, as in evaluation")
+    print(
+        f"{options.out}: {len(images):,} images, {len(content):,} bytes, "
+        f"{raw / bits:.2f} times smaller than raw; bits per dimension: "
+        f"{(bits - initial) / images.size:.4f}, and {initial / images.size:.4f} of initial bits; "
+        f"by the ELBO {-elbo / math.log(2) / math.prod(config.model.image_shape):.4f}; "
+        f"{seconds:.1f} s"
+    )
+
+
+def _decompress(options: argparse.Namespace) -> None:
+    from jaxvae.compression import decompress
+    from jaxvae.data.files import write_images
+    from jaxvae.runs.progress import counting
+    from jaxvae.storage import read_bytes
+
+    content = read_bytes(options.file)
+    try:
+        with counting("decompressing") as progress:
+            images = decompress(_params(options), content, progress=progress)
+    except InputError as error:
+        raise InputError(f"{options.file}: {error}") from None
+    write_images(options.out, images)
+    print(f"{options.out}: {len(images):,} images")
+
+
 def _fit_prior(options: argparse.Namespace) -> None:
     from jaxvae.runs import drawing
     from jaxvae.runs.callbacks import AnimationFrames
@@ -640,6 +694,8 @@ _COMMANDS = {
     "sample": _sample,
     "figures": _figures,
     "export": _export,
+    "compress": _compress,
+    "decompress": _decompress,
     "explore": _explore,
     "fit-prior": _fit_prior,
     "import": _import,

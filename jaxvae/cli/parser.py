@@ -58,6 +58,10 @@ _CUSTOM = "If the run was trained with custom components: the same dotted paths.
 _FIT_PRIOR = """Fit a new prior to the latents of a trained model. Encoder, decoder and
 likelihood do not change. The result is a new run, which all other commands take:
 evaluate, sample, figures, explore, export, and train --resume for more epochs."""
+_COMPRESS = """Compress images by the model of a run, without loss. Decompression needs the same
+run, the same versions of JAX and NumPy and the same kind of processor; otherwise it refuses the
+file. Images of a run with binarization are binarized first, as in evaluation: each pixel is drawn
+with its grey level as the probability, by a fixed key."""
 _DETECTED = "Detected under SLURM, Open MPI, Kubernetes and on TPUs."
 
 _EXAMPLES = {
@@ -98,6 +102,14 @@ _EXAMPLES = {
     "explore": """
   jaxvae explore runs/photos
   jaxvae explore runs/photos --best --out latents.html
+""",
+    "compress": """
+  jaxvae compress runs/photos --out photos.jaxvae
+  jaxvae compress runs/photos --data more_photos/ --split test --out test.jaxvae
+""",
+    "decompress": """
+  jaxvae decompress runs/photos photos.jaxvae --out photos.npz
+  jaxvae decompress runs/photos photos.jaxvae --out pictures/
 """,
     "fit-prior": """
   jaxvae fit-prior runs/photos --prior mixture:components=100
@@ -252,13 +264,24 @@ def make_parser(
     explore = command("explore", "write an interactive latent-space explorer (an HTML page)")
     explore.add_argument("--out", type=Path, metavar="FILE.html",
                          help="default RUN_DIR/explorer.html")  # fmt: skip
-    for one in (evaluate, sample, figures, explore, export):
+    compress = command("compress", "compress images by the model of a run, without loss")
+    compress.description = _COMPRESS
+    compress.add_argument("--out", type=Path, required=True, metavar="FILE",
+                          help="the compressed file")  # fmt: skip
+    compress.add_argument("--split", choices=["all", "train", "test"], default="all",
+                          help="which images of the data; default all, the training images "
+                               "before the test images")  # fmt: skip
+    decompress = command("decompress", "restore the images of a compressed file")
+    decompress.add_argument("--out", type=Path, required=True, metavar="FOLDER|FILE",
+                            help="an .npz or .npy file, or a new folder of PNG files")  # fmt: skip
+    for one in (evaluate, sample, figures, explore, export, compress, decompress):
         one.add_argument("run", type=Path, metavar="RUN_DIR", help="the run directory")
         one.add_argument("--best", action="store_true",
                          help="use the epoch of the best test ELBO, not the latest")  # fmt: skip
         own = one.add_argument_group("custom components", _CUSTOM)
         for name in ModelConfig._registries:
             own.add_argument(as_flag(name), metavar="PATH[:KEY=VALUE,...]")
+    decompress.add_argument("file", type=Path, metavar="FILE", help="the compressed file")
 
     fit_prior = command("fit-prior", "fit a new prior to the latents of a trained model")
     fit_prior.description = _FIT_PRIOR
@@ -281,7 +304,7 @@ def make_parser(
             own.add_argument(as_flag(name), metavar="PATH[:KEY=VALUE,...]")
 
     data = _flags(RunConfig)["--data"]
-    for one in (evaluate, figures, explore, fit_prior):
+    for one in (evaluate, figures, explore, fit_prior, compress):
         one.add_argument("--data", **data | {"help": "default: the data of the run"})
 
     keras = command("import", "import the notebook's model from Keras as a run")
@@ -316,7 +339,12 @@ def completion_script(parser: argparse.ArgumentParser, shell: str) -> str:
     choices = {name: tuple(r) for name, r in config_fields().items() if r is not None}
     choices |= _CHOICES | {"to": ("stablehlo", "onnx", "safetensors")}
     paths = {"DIR": shtab.DIRECTORY, "RUN_DIR": shtab.DIRECTORY, "FILE.png": shtab.FILE}
-    paths |= {"FILE": shtab.FILE, "FILE.html": shtab.FILE, "NAME|FOLDER|FILE": shtab.FILE}
+    paths |= {
+        "FOLDER|FILE": shtab.FILE,
+        "FILE": shtab.FILE,
+        "FILE.html": shtab.FILE,
+        "NAME|FOLDER|FILE": shtab.FILE,
+    }
     for action in _actions(parser):
         if action.dest in choices:
             action.choices = choices[action.dest]

@@ -1,7 +1,10 @@
-"""Data sets from files: images, NumPy arrays and tables."""
+"""Data sets from files, images, NumPy arrays and tables, and images to files."""
 
 import gzip
+import os
 import re
+import shutil
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,6 +24,7 @@ from jaxvae.data.dataset import (
 )
 from jaxvae.data.pictures import FORMATS, read_picture
 from jaxvae.errors import InputError
+from jaxvae.storage import write_atomic
 
 _KERAS = ("x_train", "y_train", "x_test", "y_test")
 _SPLITS = {"train": ("train",), "test": ("t10k", "test")}
@@ -86,6 +90,55 @@ def load_path(path: Path, changes: set[str], label_column: str | None = None) ->
     if path.suffix in (".npz", ".npy"):
         return _load_numpy(path)
     return split_every_tenth(as_images(_read_idx(path), path), None)
+
+
+def write_images(path: Path, images: np.ndarray) -> None:
+    """Write images to a file or a new folder, which `load_path` reads.
+
+    A kill leaves nothing or everything.
+
+    Args:
+      path: an .npz file, with the array `images`, an .npy file, or a folder of PNG files.
+      images: uint8 [N, H, W, C].
+
+    Raises:
+      InputError: the folder exists and is not empty, PNG has no such number of channels, or the
+        path cannot be written.
+    """
+    try:
+        if path.suffix == ".npz":
+            write_atomic(path, lambda file: np.savez_compressed(file, images=images))
+        elif path.suffix == ".npy":
+            write_atomic(path, lambda file: np.save(file, images, allow_pickle=False))
+        else:
+            _write_pictures(path, images)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def _write_pictures(folder: Path, images: np.ndarray) -> None:
+    from PIL import Image
+
+    if images.shape[-1] not in (1, 3):
+        raise InputError(
+            f"{folder} is a folder of PNG files, but images have {images.shape[-1]} channels: "
+            "expected 1 or 3; choose a file name ending in .npz or .npy"
+        )
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(
+            f"{folder} exists already: expected a new folder, or a file name ending in .npz or .npy"
+        )
+    part = Path(tempfile.mkdtemp(prefix=".jaxvae-", suffix=".part", dir=folder.parent))
+    try:
+        part.chmod(0o755)
+        digits = len(str(len(images) - 1))
+        for i, image in enumerate(images):
+            squeezed = image[..., 0] if image.shape[-1] == 1 else image
+            Image.fromarray(squeezed).save(part / f"{i:0{digits}}.png")
+        os.replace(part, folder)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
 
 
 def _load_numpy(path: Path) -> Dataset:

@@ -403,13 +403,19 @@ class LadderVAE:
         self, params: "Params", images: jax.Array, labels: jax.Array | None = None
     ) -> Posterior:
         """Return q(z|x) of images, floats in [0, 1], and of their classes [batch]."""
+        features = self.encoded(params, images, labels)
+        return LadderPosterior(features, params.encoder, params.decoder, self)
+
+    def encoded(
+        self, params: "Params", images: jax.Array, labels: jax.Array | None = None
+    ) -> tuple[Array, ...]:
+        """Return the features of images in [0, 1] at every resolution, from `BottomUp`."""
         encoder, _ = self.modules()
-        features = in_blocks(
+        return in_blocks(
             lambda block: encoder.apply({"params": params.encoder}, *block),
             (images, *self._one_hot(labels)),
             block_size(images.shape[0], params.encoder),
         )
-        return LadderPosterior(features, params.encoder, params.decoder, self)
 
     def likelihood(
         self, params: "Params", z: jax.Array, labels: jax.Array | None = None
@@ -462,7 +468,7 @@ class LadderVAE:
             terms = self.top_down(
                 posterior.decoder, noise=noise, encoder=posterior.encoder, encoded=features
             )
-            log_p_x = self._likelihood(params, terms.features, labels).log_prob(images)
+            log_p_x = self.likelihood_of_features(params, terms.features, labels).log_prob(images)
             return terms._replace(features=jnp.zeros(len(noise))), log_p_x
 
         terms, log_p_x = in_blocks(one_pass, rows, block_size(samples * batch, params))
@@ -503,30 +509,30 @@ class LadderVAE:
         Returns:
           The latents and the terms of all groups.
         """
-        bottom_up, top_down = self.modules()
         given = z if z is not None else noise
         assert given is not None
         parts = self._split(given)
-        generate = top_down.bind({"params": decoder})
-        infer = bottom_up.bind({"params": encoder or {}})
 
         def group(g: int, h: Array, part: Array) -> tuple[Array, tuple[Array, ...]]:
-            p, h_p = generate.prior(g, h)
-            r = p
-            if encoded is not None:
-                mean, log_var = map(at_least_float32, infer.posterior(g, h, encoded))
-                # N(mean_p + mean, var_p exp(log_var)): Vahdat and Kautz (2020), equation 3.
-                r = Gaussian(p.mean + mean, p.log_var + bounded(log_var))
+            p, h_p = self.group_prior(decoder, g, h)
+            r = p if encoded is None else self.group_posterior(encoder, g, p, h, encoded)
             z_g = part if z is not None else r.mean + jnp.exp(r.log_var / 2) * part
             log_p = _total(p.log_prob_per_latent(z_g))
             log_q, kl = jnp.zeros_like(log_p), jnp.zeros_like(log_p)
             if encoded is not None:
                 log_q, kl = _total(r.log_prob_per_latent(z_g)), _total(_kl(r, p))
-            return generate.update(g, h_p, z_g), (z_g, log_p, log_q, kl, r.mean, r.log_var)
+            return self.group_update(decoder, g, h_p, z_g), (
+                z_g,
+                log_p,
+                log_q,
+                kl,
+                r.mean,
+                r.log_var,
+            )
 
         if self.config.network.remat:
             group = jax.checkpoint(group, static_argnums=0)
-        h, found = generate.start(len(given)), []
+        h, found = self.start(decoder, len(given)), []
         for g, part in enumerate(parts):
             h, terms = group(g, h, part)
             found.append(terms)
@@ -534,16 +540,36 @@ class LadderVAE:
         log_p, log_q, kl = (jnp.stack(x, axis=-1) for x in of_groups)
         return Terms(_flat(z_g), log_p, log_q, kl, _flat(mean), _flat(log_var), h)
 
-    def _decoded(self, params: "Params", labels: Array | None, **given: Array) -> Likelihood:
-        (rows,) = given.values()
-        features = in_blocks(
-            lambda given: self.top_down(params.decoder, **given).features,
-            given,
-            block_size(len(rows), params.decoder),
-        )
-        return self._likelihood(params, features, labels)
+    def start(self, decoder: Any, rows: int) -> Array:
+        """Return the features before the first group, for so many examples."""
+        return self._generate(decoder).start(rows)
 
-    def _likelihood(self, params: "Params", features: Array, labels: Array | None) -> Likelihood:
+    def group_prior(self, decoder: Any, g: int, h: Array) -> tuple[Gaussian, Array]:
+        """Return p(z_g | z_<g), given the features h, and the features for `group_update`."""
+        return self._generate(decoder).prior(g, h)
+
+    def group_posterior(
+        self, encoder: Any, g: int, p: Gaussian, h: Array, encoded: tuple[Array, ...]
+    ) -> Gaussian:
+        """Return q(z_g | z_<g, x), relative to the prior p of the group.
+
+            N(mean_p + mean, var_p exp(log_var))
+
+        References:
+          Vahdat and Kautz (2020), NVAE, equation 3.
+        """
+        infer = self.modules()[0].bind({"params": encoder})
+        mean, log_var = map(at_least_float32, infer.posterior(g, h, encoded))
+        return Gaussian(p.mean + mean, p.log_var + bounded(log_var))
+
+    def group_update(self, decoder: Any, g: int, h: Array, z: Array) -> Array:
+        """Return the features after a group, given its latents."""
+        return self._generate(decoder).update(g, h, z)
+
+    def likelihood_of_features(
+        self, params: "Params", features: Array, labels: Array | None = None
+    ) -> Likelihood:
+        """Return p(x|z), given the features after the last group."""
         _, decoder = self.modules()
         outputs = in_blocks(
             lambda block: decoder.apply({"params": params.decoder}, *block, method="outputs"),
@@ -553,6 +579,18 @@ class LadderVAE:
         return self.config.likelihood.from_outputs(
             *jax.tree.map(at_least_float32, (outputs, params.likelihood))
         )
+
+    def _generate(self, decoder: Any) -> TopDown:
+        return self.modules()[1].bind({"params": decoder})
+
+    def _decoded(self, params: "Params", labels: Array | None, **given: Array) -> Likelihood:
+        (rows,) = given.values()
+        features = in_blocks(
+            lambda given: self.top_down(params.decoder, **given).features,
+            given,
+            block_size(len(rows), params.decoder),
+        )
+        return self.likelihood_of_features(params, features, labels)
 
     def _noise(self, key: Key[Array, ""]) -> Float[Array, " latent"]:
         return jax.random.normal(key, (self.config.latent_dim,), jnp.float32)

@@ -18,6 +18,7 @@ from jaxvae.errors import InputError
 from jaxvae.models.pixels import (
     Images,
     Pixels,
+    cdf_of_levels,
     expected_pixels,
     log_prob_of_level,
     series,
@@ -99,6 +100,18 @@ class Bernoulli(_Logits):
             return x * logits - softplus
 
         return sum_observed(log_p, expected_pixels(images, self.logits.shape), self.logits)
+
+    def level_cdf(self, images: Images, channel: int) -> Float[Array, "*batch height width ends"]:
+        """Compute P(x_c = 0), which does not depend on other channels; [..., 1].
+
+        Args:
+          images: not used.
+          channel: c, from 0.
+
+        Returns:
+          The probabilities.
+        """
+        return jax.nn.sigmoid(-self.logits[..., channel, None])
 
     def sample(self, key: AnyKey) -> Pixels:
         """Draw pixels of 0 or 1."""
@@ -328,6 +341,18 @@ class DiscretizedLogistic(_LocationScale):
         """
         level = jnp.round(255 * expected_pixels(images, self.location.shape))
         return sum_observed(log_prob_of_level, level, self.location, self.log_scale)
+
+    def level_cdf(self, images: Images, channel: int) -> Float[Array, "*batch height width ends"]:
+        """Compute P(x_c <= k) of k = 0, ..., 254, which does not depend on other channels.
+
+        Args:
+          images: not used.
+          channel: c, from 0.
+
+        Returns:
+          The probabilities.
+        """
+        return cdf_of_levels(self.location[..., channel], self.log_scale[..., channel])
 
     def sample(self, key: AnyKey) -> Pixels:
         """Draw grey levels k / 255."""

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from jaxvae.models.pixels import (
     Images,
     Pixels,
+    cdf_of_levels,
     expected_pixels,
     flat,
     log_prob_of_level,
@@ -82,22 +83,32 @@ class DiscretizedLogisticMixture(NamedTuple):
         Raises:
           InputError: images of another shape than the locations.
         """
-        p = self._at_least_float32()
-        levels = jnp.round(255 * expected_pixels(images, p.location.shape[:-1]))
-        log_p = jnp.zeros((), levels.dtype)
-        earlier: list[Array] = []
-        for c in range(levels.shape[-1]):
-            level, location = levels[..., c, None], p._location(c, earlier)
-            missing = jnp.isnan(level)
-            earlier.append(jnp.where(missing, jnp.clip(location, 0, 1), level / 255))
-            level, missing = (jnp.broadcast_to(x, location.shape) for x in (level, missing))
-            level, location, log_scale = flat(level, location, p.log_scale[..., c, :])
-            missing = missing.reshape(level.shape)
-            each = log_prob_of_level(jnp.where(missing, 0, level), location, log_scale)
-            log_p += jnp.where(missing, 0, each)
-        log_weights = jax.nn.log_softmax(p.logits)
-        of_pixels = jax.nn.logsumexp(log_weights + log_p.reshape(log_weights.shape), axis=-1)
+        of_pixels = jax.nn.logsumexp(self._log_joint(images, self.location.shape[-2]), axis=-1)
         return jnp.sum(of_pixels, axis=tuple(range(1, of_pixels.ndim)))
+
+    def level_cdf(self, images: Images, channel: int) -> Float[Array, "*batch height width ends"]:
+        """Compute the cumulative probabilities of the levels of a channel, given the earlier ones.
+
+            P(x_c <= k | x_<c) = sum_i P(i | x_<c) F_i((k + 1/2) / 255)
+
+        where P(i | x_<c) are the weights of the components given the earlier channels.
+
+        Args:
+          images: as of `log_prob`; only the channels before `channel` are used.
+          channel: c, from 0.
+
+        Returns:
+          P(x_c <= k | x_<c) of k = 0, ..., 254.
+        """
+        p = self._at_least_float32()
+        x = jnp.round(255 * expected_pixels(images, p.location.shape[:-1])) / 255
+        location = p._location(channel, [x[..., c, None] for c in range(channel)])
+        log_scale = p.log_scale[..., channel, :]
+        weights = jax.nn.softmax(p._log_joint(images, channel))
+        cdf = jnp.zeros((), location.dtype)
+        for i in range(weights.shape[-1]):  # XLA vectorises over a long last axis
+            cdf += weights[..., i, None] * cdf_of_levels(location[..., i], log_scale[..., i])
+        return cdf
 
     def sample(self, key: AnyKey) -> Pixels:
         """Draw levels k / 255: a component for each pixel, then its channels one after another."""
@@ -114,6 +125,25 @@ class DiscretizedLogisticMixture(NamedTuple):
             y = one._location(c, x) + noise[..., c, :]
             x.append(jnp.round(255 * jnp.clip(y, 0, 1)) / 255)
         return jnp.concatenate(x, axis=-1)
+
+    def _log_joint(
+        self, images: Images, channels: int
+    ) -> Float[Array, "*batch height width components"]:
+        """Compute log P(component, x_<c) of every pixel, where c is the number of channels."""
+        p = self._at_least_float32()
+        levels = jnp.round(255 * expected_pixels(images, p.location.shape[:-1]))
+        log_joint = jax.nn.log_softmax(p.logits)
+        earlier: list[Array] = []
+        for c in range(channels):
+            level, location = levels[..., c, None], p._location(c, earlier)
+            missing = jnp.isnan(level)
+            earlier.append(jnp.where(missing, jnp.clip(location, 0, 1), level / 255))
+            level, missing = (jnp.broadcast_to(x, location.shape) for x in (level, missing))
+            level, location, log_scale = flat(level, location, p.log_scale[..., c, :])
+            missing = missing.reshape(level.shape)
+            each = log_prob_of_level(jnp.where(missing, 0, level), location, log_scale)
+            log_joint += jnp.where(missing, 0, each).reshape(log_joint.shape)
+        return log_joint
 
     def _location(self, c: int, earlier: Sequence[Array]) -> Array:
         """Return the locations of channel c, [..., components], given the channels before it."""

@@ -95,9 +95,7 @@ def log_prob_of_level(
     Returns:
       log P(level), in nats.
     """
-    # For smaller scales the width overflows in float32.
-    log_scale = jnp.where(log_scale < -80, -80, log_scale)
-    width = jnp.exp(-log_scale) / 255
+    log_scale, width = _width(log_scale)
     # In units of levels the ends are exact, so neighbouring bins meet exactly.
     a = (level + 0.5 - 255 * location) * width
     b = (level - 0.5 - 255 * location) * width
@@ -106,6 +104,36 @@ def log_prob_of_level(
     ends = (level <= 0) | (level >= 255)
     between = jnp.where(ends, 0, _log_one_minus_exp(width, -log_scale - math.log(255)))
     return below_a + above_b + between
+
+
+def cdf_of_levels(
+    location: Float[Array, "*shape"], log_scale: Float[Array, "*shape"]
+) -> Float[Array, "*shape 255"]:
+    """Compute P(level <= k) of k = 0, ..., 254 under logistics rounded to a level.
+
+        P(level <= k) = F((k + 1/2) / 255) = sigmoid((k + 1/2 - 255 location) w)
+
+    with the width w of `log_prob_of_level`.
+
+    Args:
+      location: of pixels in [0, 1].
+      log_scale: logarithms of the scales.
+
+    Returns:
+      The probabilities; P(level <= 255) is 1.
+    """
+    ends = jnp.arange(255, dtype=location.dtype) + 0.5
+    _, width = _width(log_scale)
+    return jax.nn.sigmoid((ends - 255 * location[..., None]) * width[..., None])
+
+
+def _width(
+    log_scale: Float[Array, "*shape"],
+) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
+    """Return log scales of at least -80, and the width of a level over the scale."""
+    # For smaller scales the width overflows in float32.
+    log_scale = jnp.where(log_scale < -80, -80, log_scale)
+    return log_scale, jnp.exp(-log_scale) / 255
 
 
 def _log_one_minus_exp(

@@ -137,6 +137,11 @@ class Likelihood(Protocol):
     NaN marks missing entries: `log_prob` is then the log-probability of the others, with finite
     derivatives, as `jaxvae.models.pixels.sum_observed` computes it. A likelihood given the total of
     x, a library size, has `with_size_of(images)`, which returns it at the totals of examples.
+
+    A likelihood of discrete pixels may have `level_cdf(images, channel)`,
+    [batch, height, width, levels - 1], by which images are compressed: for all levels k but the
+    last, P(x_c <= k | x_<c), given the earlier channels of the same pixel in `images`, of which it
+    reads no others. Pixels are independent.
     """
 
     @property

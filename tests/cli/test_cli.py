@@ -466,6 +466,44 @@ def test_every_command_but_the_plainest_has_examples_which_it_takes(capsys):
                 make_parser(_COMMANDS).parse_args(words)
 
 
+def test_compress_and_decompress_restore_the_images(run_dir, tmp_path, capsys):
+    x, file, y = (str(tmp_path / name) for name in ("x.npy", "x.jaxvae", "y.npz"))
+    images = np.random.default_rng(0).integers(0, 2, (40, 8, 8, 1), np.uint8) * np.uint8(255)
+    np.save(x, images)
+    assert main(["compress", str(run_dir), "--data", x, "--out", file]) == 0
+    says = capsys.readouterr().out
+    size = Path(file).stat().st_size
+    assert (
+        f"x.jaxvae: 40 images, {size:,} bytes, {images.size / 8 / size:.2f} times smaller" in says
+    )
+    per_dimension, initial, elbo = (
+        float(re.search(before + r" (\d\.\d{4})", says)[1])
+        for before in ("bits per dimension:", "and", "by the ELBO")
+    )
+    assert per_dimension + initial == pytest.approx(8 * size / images.size, abs=2e-4)
+    header = 8 * 300 / images.size
+    assert elbo * 0.9 < per_dimension < elbo * 1.1 + header
+
+    assert main(["decompress", str(run_dir), file, "--out", y]) == 0
+    assert "y.npz: 40 images" in capsys.readouterr().out
+    train_images, test_images = jaxvae.load_data(x)
+    both = np.concatenate([train_images, test_images])
+    with np.load(y, allow_pickle=False) as restored:
+        np.testing.assert_array_equal(restored["images"], both)
+
+    test = ["--split", "test", "--data", x, "--out", file]
+    assert main(["compress", str(run_dir), *test]) == 0
+    assert main(["decompress", str(run_dir), file, "--out", str(tmp_path / "pictures")]) == 0
+    assert len(list((tmp_path / "pictures").glob("*.png"))) == len(test_images)
+
+    Path(file).write_bytes(Path(file).read_bytes()[:-1])
+    capsys.readouterr()
+    assert main(["decompress", str(run_dir), file, "--out", y]) == 2
+    assert capsys.readouterr().err.startswith(f"jaxvae: {file}: it is damaged")
+    assert main(["compress", str(run_dir), "--out", file]) == 2
+    assert "pixels that are 0 or 1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("shell", SHELLS)
 def test_a_script_for_the_shell_completes_commands_flags_and_names(shell, capsys):
     assert main(["completion", shell]) == 0

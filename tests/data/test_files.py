@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import refused
 from PIL import Image
 
 import jaxvae.errors
 from jaxvae import InputError, load_data
+from jaxvae.data.files import write_images
 from jaxvae.data.pictures import read_picture
 
 RNG = np.random.default_rng(0)
@@ -408,3 +410,28 @@ def test_what_is_not_images_is_refused_in_one_line(tmp_path, case):
     with pytest.raises(InputError, match=says) as error:
         load_data(str(make(tmp_path)))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", ["images.npz", "images.npy", "pictures"])
+def test_written_images_are_read_again(tmp_path, name, channels):
+    images = np.random.default_rng(0).integers(0, 256, (12, 5, 4, channels), np.uint8)
+    write_images(tmp_path / name, images)
+    train_images, test_images = load_data(str(tmp_path / name))
+    np.testing.assert_array_equal(test_images, images[::10])
+    np.testing.assert_array_equal(train_images, np.delete(images, [0, 10], axis=0))
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_images_are_not_written_where_they_would_be_lost_or_mixed(tmp_path):
+    images = np.zeros((2, 4, 4, 1), np.uint8)
+    (tmp_path / "mine.txt").touch()
+    with refused("exists already: expected a new folder"):
+        write_images(tmp_path, images)
+    with refused("mine.txt exists already"):
+        write_images(tmp_path / "mine.txt", images)
+    with refused("images have 2 channels", "ending in .npz or .npy"):
+        write_images(tmp_path / "new", np.zeros((2, 4, 4, 2), np.uint8))
+    with refused("no/x.npy cannot be written: No such file or directory"):
+        write_images(tmp_path / "no" / "x.npy", images)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
