@@ -17,6 +17,7 @@ import importlib.util
 import json
 import logging
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -143,8 +144,10 @@ def _functions(params: Params) -> dict[str, _Function]:
     keys = {"keys": shape((2,), jnp.uint32)}
     labels = {"labels": shape((), jnp.int32)} if config.num_classes else {}
 
-    # Only the parameters that each function needs, as all of them are exported.
-    encoder_params = replace(params, decoder={}, likelihood={}, prior={})
+    # Only the parameters that each function needs, as all of them are exported. The posterior of a
+    # hierarchy shares the decoder's path.
+    shared = params.decoder if hasattr(params.model, "groups") else {}
+    encoder_params = replace(params, decoder=shared, likelihood={}, prior={})
     decoder_params = replace(params, encoder={}, prior={}, posterior={})
 
     def encoder(images: jax.Array, *labels: jax.Array) -> tuple[jax.Array, ...]:
@@ -207,9 +210,11 @@ def _onnx(params: Params) -> dict[str, bytes]:
     for name in ("encoder", "decoder"):
         function = functions[name]
         try:
-            with _explain_len(name), _quiet("onnx_ir", "jax2onnx"):
+            with _explain_len(name), _quiet("onnx_ir", "jax2onnx"), warnings.catch_warnings():
                 from jax2onnx import to_onnx
 
+                # It asks for float64, and takes float32.
+                warnings.filterwarnings("ignore", "Explicitly requested dtype float64")
                 model = to_onnx(
                     function.call,
                     _of_batch("b", function),

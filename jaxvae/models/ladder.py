@@ -252,8 +252,8 @@ class TopDown(nn.Module):
         self.ups = ups
         self.conv = conv_3x3(self.outputs_shape[2], dtype=self.dtype, name="conv")
 
-    def start(self, rows: int) -> Array:
-        """Return the features before the first group, for so many examples."""
+    def start(self, rows: Any) -> Array:
+        """Return the features before the first group of `rows` examples, a number or symbolic."""
         return jnp.broadcast_to(self.top, (rows, *self.top.shape))
 
     def prior(self, g: int, h: Array) -> tuple[Gaussian, Array]:
@@ -440,7 +440,7 @@ class LadderVAE:
             terms = self.top_down(params.decoder, z=z)
             return (z - terms.mean) * jnp.exp(-terms.log_var / 2)
 
-        return in_blocks(standardized, z, block_size(len(z), params.decoder))
+        return in_blocks(standardized, z, block_size(z.shape[0], params.decoder))
 
     def draw(
         self,
@@ -469,7 +469,7 @@ class LadderVAE:
                 posterior.decoder, noise=noise, encoder=posterior.encoder, encoded=features
             )
             log_p_x = self.likelihood_of_features(params, terms.features, labels).log_prob(images)
-            return terms._replace(features=jnp.zeros(len(noise))), log_p_x
+            return terms._replace(features=jnp.zeros(noise.shape[0])), log_p_x
 
         terms, log_p_x = in_blocks(one_pass, rows, block_size(samples * batch, params))
 
@@ -532,7 +532,7 @@ class LadderVAE:
 
         if self.config.network.remat:
             group = jax.checkpoint(group, static_argnums=0)
-        h, found = self.start(decoder, len(given)), []
+        h, found = self.start(decoder, given.shape[0]), []
         for g, part in enumerate(parts):
             h, terms = group(g, h, part)
             found.append(terms)
@@ -540,8 +540,16 @@ class LadderVAE:
         log_p, log_q, kl = (jnp.stack(x, axis=-1) for x in of_groups)
         return Terms(_flat(z_g), log_p, log_q, kl, _flat(mean), _flat(log_var), h)
 
-    def start(self, decoder: Any, rows: int) -> Array:
-        """Return the features before the first group, for so many examples."""
+    def start(self, decoder: Any, rows: Any) -> Array:
+        """Return the features before the first group.
+
+        Args:
+          decoder: parameters of `TopDown`.
+          rows: number of examples; symbolic while a model is exported.
+
+        Returns:
+          The features, [rows, height, width, features].
+        """
         return self._generate(decoder).start(rows)
 
     def group_prior(self, decoder: Any, g: int, h: Array) -> tuple[Gaussian, Array]:
@@ -574,7 +582,7 @@ class LadderVAE:
         outputs = in_blocks(
             lambda block: decoder.apply({"params": params.decoder}, *block, method="outputs"),
             (features, *self._one_hot(labels)),
-            block_size(len(features), params.decoder),
+            block_size(features.shape[0], params.decoder),
         )
         return self.config.likelihood.from_outputs(
             *jax.tree.map(at_least_float32, (outputs, params.likelihood))
@@ -588,7 +596,7 @@ class LadderVAE:
         features = in_blocks(
             lambda given: self.top_down(params.decoder, **given).features,
             given,
-            block_size(len(rows), params.decoder),
+            block_size(rows.shape[0], params.decoder),
         )
         return self.likelihood_of_features(params, features, labels)
 
@@ -610,7 +618,7 @@ class LadderVAE:
 
 
 def _flat(parts: Any) -> Array:
-    return jnp.concatenate([x.reshape(len(x), -1) for x in parts], axis=-1)
+    return jnp.concatenate([x.reshape(x.shape[0], -1) for x in parts], axis=-1)
 
 
 def _total(x: Array) -> Array:
@@ -731,7 +739,7 @@ class LadderPosterior:
         return
 
     def _at_means(self) -> Terms:
-        batch = len(self.features[0])
+        batch = self.features[0].shape[0]
         return self.terms(noise=jnp.zeros((batch, self.model.config.latent_dim), jnp.float32))
 
     def terms(self, **given: Array) -> Terms:
@@ -742,7 +750,7 @@ class LadderPosterior:
             terms = self.model.top_down(
                 self.decoder, **given, encoder=self.encoder, encoded=features
             )
-            return terms._replace(features=jnp.zeros(len(terms.z)))
+            return terms._replace(features=jnp.zeros(terms.z.shape[0]))
 
-        rows = len(self.features[0])
+        rows = self.features[0].shape[0]
         return in_blocks(one_pass, (given, self.features), block_size(rows, self.decoder))

@@ -38,6 +38,7 @@ MODELS = {
         num_classes=3,
     ),
     "classes": jaxvae.ModelConfig((8, 7, 1), 2, num_classes=3, compute_dtype="bfloat16"),
+    "ladder": jaxvae.ModelConfig((4, 4, 1), network="ladder:groups=2x2z1,width=4"),
     "colour": jaxvae.ModelConfig((4, 4, 3), 3, network="mlp:width=8", prior="vamp"),
 }
 
