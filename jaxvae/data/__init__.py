@@ -211,7 +211,8 @@ def _checked(data: Dataset, name: str) -> Dataset:
             splits |= {f"{split}_images": images, f"{split}_labels": labels}
             continue
         if not images.size:
-            raise InputError(f"{name} has no {split} images: expected at least one")
+            noun = "images" if images.ndim == 4 else "examples"
+            raise InputError(f"{name} has no {split} {noun}: expected at least one")
         expect_labels(images, labels, f"{name} has", f"{split} ")
         if images.ndim != 4:
             images = _as_float32(images, f"{name}: {split} example")

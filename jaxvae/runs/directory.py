@@ -169,7 +169,7 @@ def with_data(
     config = _with_shape(config, data)
     if resume and config.model.image_shape != before:
         raise InputError(
-            f"{config.data} has images of shape {config.model.image_shape}, "
+            f"{config.data} has {config.model.noun}s of shape {config.model.image_shape}, "
             f"but {run_dir} was started with {before}"
         )
     seen = _seen(run_dir, config, record, new_data=new_data) if resume else (record,)
@@ -214,7 +214,7 @@ def _expect_a_batch(config: RunConfig, data: Dataset) -> None:
     if config.train.batch_size > len(data.train_images):
         raise InputError(
             f"batch_size is {config.train.batch_size}: expected at most the number of "
-            f"training images, {len(data.train_images)}"
+            f"training {config.model.noun}s, {len(data.train_images)}"
         )
 
 

@@ -81,6 +81,7 @@ WRONG = {
     "a row too long": ("1,2\n3,4\n5,6,7\n", "a.csv, row 3 has 3 cells: expected 2"),
     "a column twice": ("x,x\n1,2\n", "a.csv has two columns named 'x'"),
     "a header alone": ("x,y\n", "a.csv has no rows"),
+    "one row": ("x,y\n1,2\n", "a.csv has no train examples: expected at least one"),
     "nothing": ("", "a.csv cannot be read: its first line is empty"),
     "no text": ("x,y\n1,\xff\n".encode("latin-1"), "a.csv"),
     "a binary file": (bytes(range(256)) * 9, "a.csv"),

@@ -229,7 +229,7 @@ def test_a_sweep_in_the_directory_is_refused(data, npz, tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        (np.zeros((8, 8), np.uint8), "images of shape (8, 8): expected (images, height, width)"),
+        (np.zeros(8, np.uint8), "images of shape (8,): expected (images, height, width)"),
         (np.zeros((0, 8, 8), np.uint8), "holds no images"),
         (np.full((40, 8, 8), 2.0), "images between 2 and 2: expected floats between 0 and 1"),
         (np.full((40, 8, 8), np.nan), "holds NaN or infinity"),

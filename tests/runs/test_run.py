@@ -81,6 +81,7 @@ def test_config_json_holds_what_the_run_was_told(finished, npz):
     assert json.loads((run_dir / "config.json").read_text()) == {
         "jaxvae": jaxvae.__version__,
         "data": str(npz),
+        "label_column": None,
         "data_dir": None,
         "manual_dir": None,
         "seed": 3,
