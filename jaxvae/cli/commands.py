@@ -290,7 +290,9 @@ def _config_and_data(options: argparse.Namespace) -> tuple[Any, Any]:
     return config, data
 
 
-def _print_next_steps(run_dir: Path, model: str, figures: list[Path], *, images: bool) -> None:
+def _print_next_steps(
+    run_dir: Path, model: str, figures: list[Path], *, images: bool = True
+) -> None:
     """Print the number of figures and the next commands.
 
     Args:

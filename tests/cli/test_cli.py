@@ -765,7 +765,7 @@ WRONG = {
         "--objective is iwae, but",
     ),
     "NaN": ("train --data {nan}", "image 1 holds NaN or infinity"),
-    "wrong shape": ("train --data {flat}", "images of shape (4, 4): expected (images, height"),
+    "wrong shape": ("train --data {flat}", "images of shape (4,): expected (images, height"),
     "resume what": (
         "train --resume",
         "--resume needs the directory of the run: pass --run-dir DIR",
@@ -825,7 +825,7 @@ def test_wrong_input_ends_in_one_line_and_code_2(case, run_dir, many, npz, tmp_p
     images = np.random.default_rng(0).random((30, 4, 4))
     images[1, 2, 2] = np.nan
     np.savez(tmp_path / "nan.npz", x_train=images, x_test=images[2:])
-    np.save(tmp_path / "flat.npy", images[0])
+    np.save(tmp_path / "flat.npy", images[0, 0])
     places = {"tmp": tmp_path, "npz": npz, "run": run_dir, "many": many}
     np.savez(tmp_path / "bare.npz", x_train=images[2:], x_test=images[2:])
     places |= {name: tmp_path / f"{name}.npz" for name in ("nan", "bare")}
