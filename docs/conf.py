@@ -66,6 +66,7 @@ docs/models
 docs/gallery
 docs/monitoring
 docs/export
+docs/compression
 docs/scale
 docs/speed
 docs/reliability
