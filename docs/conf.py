@@ -67,6 +67,7 @@ docs/tables
 docs/gallery
 docs/monitoring
 docs/export
+docs/compression
 docs/scale
 docs/speed
 docs/reliability

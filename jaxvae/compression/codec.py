@@ -42,6 +42,7 @@ from jaxvae.models.vae import Params, expected_images
 _BATCH = 8
 # Heads, one for so many pixels: more are faster, but each takes 6 bytes of the file.
 _PIXELS_OF_HEAD, _LEAST_HEADS, _MOST_HEADS = 2**14, 16, 1024
+_ROUNDING = 1e-3  # of a level, in floats
 _LEVELS = {"binary": 2, "levels": 256}
 
 Progress = Callable[[int, int], object]
@@ -72,7 +73,7 @@ def compress(
     Raises:
       InputError: a model that is not supported, or other images.
     """
-    latents = latents_of(params)
+    latents_of(params)  # refuses what is not supported
     levels = _levels(params)
     symbols = _as_symbols(images, params, levels)
     n, height, width, channels = symbols.shape
@@ -82,7 +83,7 @@ def compress(
     )
     stack = Stack(heads, np.zeros(0, np.uint32), initial)
     chunks: list[int] = []
-    with _on_cpu():
+    with _on_cpu(params) as latents:
         while (done := sum(chunks)) < n:
             # As many images as find bits to pop, of which an image needs at most about these.
             needed = sum(latents.sizes) * BUCKETS
@@ -122,7 +123,7 @@ def decompress(
     header, body = unpack(data)
     if header.model != digest_of_model(params):
         raise InputError("it was compressed by another model: pass that one")
-    latents, levels = latents_of(params), _levels(params)
+    levels = _levels(params)
     stack = Stack(body.heads, body.words)
     images = np.empty((header.images, *params.config.image_shape), np.uint8)
     left = header.images
@@ -130,7 +131,7 @@ def decompress(
         f"it was compressed with {header.made_by}, and here, with {_made_by()}, the probabilities "
         "are others: decompress it where it was compressed"
     )
-    with _on_cpu():
+    with _on_cpu(params) as latents:
         for number, size in reversed(list(enumerate(body.chunks.tolist(), start=1))):
             try:
                 images[left - size : left] = _pop(stack, latents, params, size, levels, number)
@@ -213,6 +214,11 @@ def _table(
     n: int,
 ) -> Table:
     """Return the distributions of a channel of the first n images, given the earlier channels."""
+    if not hasattr(likelihood, "level_cdf"):
+        raise InputError(
+            f"the likelihood {type(likelihood).__name__} has no level_cdf, by which pixels are "
+            "coded: see jaxvae.models.protocols.Likelihood"
+        )
     cdf = np.asarray(_level_cdf(likelihood, known, channel))[:n]
     return Table.of_cdf(cdf.reshape(-1, cdf.shape[-1]))
 
@@ -244,13 +250,13 @@ def _as_symbols(
     expected_images(params, x[:1])
     step = 255 // (levels - 1)
     if x.dtype != np.uint8:
-        rounded = np.round(255 * x).astype(np.uint8) if x.dtype.kind == "f" else None
-        if rounded is None or not np.array_equal(rounded / np.float32(255), x.astype(np.float32)):
+        scaled = 255 * x.astype(np.float32)
+        if x.dtype.kind != "f" or not np.all(np.abs(scaled - np.round(scaled)) < _ROUNDING):
             raise InputError(
                 f"images are of type {x.dtype}, and not all pixels are levels k / 255: expected "
                 "uint8, as other pixels would not be restored exactly"
             )
-        x = rounded
+        x = np.round(scaled).astype(np.uint8)
     if np.any(x % step):
         raise InputError(
             "the likelihood is of pixels that are 0 or 1, but the images have others: binarize "
@@ -297,9 +303,16 @@ def _is_initial(stack: Stack, header: Header) -> bool:
 
 
 @contextmanager
-def _on_cpu() -> Iterator[None]:
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        yield
+def _on_cpu(params: Params) -> Iterator[Latents]:
+    """Compute on the CPU, with these parameters."""
+    try:
+        cpu = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        raise InputError(
+            "compression computes on the CPU, which JAX may not use here: add cpu to JAX_PLATFORMS"
+        ) from None
+    with jax.default_device(cpu):
+        yield latents_of(jax.device_put(params, cpu))
 
 
 def _made_by() -> str:
