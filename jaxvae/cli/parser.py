@@ -133,8 +133,8 @@ _EXAMPLES = {
 METHODS = ("importance", "ais")
 _AIS = {
     "--num-images": "number of test images and of simulated images; default 100",
-    "--num-steps": "steps from the prior to the posterior; default 1000",
-    "--num-chains": "chains for each image; default 16",
+    "--num-steps": "steps from the prior to the posterior; default 500",
+    "--num-chains": "chains for each image; default 4",
 }
 SHELLS = ("bash", "zsh", "tcsh")
 

@@ -99,8 +99,8 @@ def measure_bounds(
     data_name: str | None = None,
     *,
     num_images: int = 100,
-    num_steps: int = 1000,
-    num_chains: int = 16,
+    num_steps: int = 500,
+    num_chains: int = 4,
     **own: Any,
 ) -> dict[str, Any]:
     """Bound log p(x) of test images, and of images simulated from the model of a run.
