@@ -588,7 +588,7 @@ class LadderVAE:
             *jax.tree.map(at_least_float32, (outputs, params.likelihood))
         )
 
-    def _generate(self, decoder: Any) -> TopDown:
+    def _generate(self, decoder: Any) -> Any:
         return self.modules()[1].bind({"params": decoder})
 
     def _decoded(self, params: "Params", labels: Array | None, **given: Array) -> Likelihood:
