@@ -109,7 +109,7 @@ def write_images(path: Path, images: np.ndarray) -> None:
         if path.suffix == ".npz":
             write_atomic(path, lambda file: np.savez_compressed(file, images=images))
         elif path.suffix == ".npy":
-            write_atomic(path, lambda file: np.save(file, images, allow_pickle=False))
+            write_atomic(path, lambda file: np.save(file, images))
         else:
             _write_pictures(path, images)
     except OSError as error:

@@ -1,8 +1,9 @@
 """Tables: CSV and Parquet files, with an example in each row."""
 
 import csv
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +13,7 @@ import pyarrow.parquet
 from jaxvae.data.arrays import expect_memory, reading
 from jaxvae.data.dataset import Dataset, number_classes, split_every_tenth
 from jaxvae.errors import InputError
+from jaxvae.storage import write_atomic
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _MOST_HEADER = 2**24  # characters
@@ -58,7 +60,42 @@ def load_table(path: Path, label_column: str | None) -> Dataset:
         examples = np.empty((table.num_rows, len(names)), np.float32)
     for i, name in enumerate(names):
         examples[:, i] = _numbers(table[name], name, path)
-    return split_every_tenth(examples, labels)
+    return split_every_tenth(examples, labels)._replace(columns=tuple(names))
+
+
+def write_table(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write arrays with a row for each example, atomically.
+
+    Args:
+      path: an .npz file, which holds the arrays as they are; or a .csv or .parquet file, in which
+        an array [N] is a column, and one [N, d] is d columns with _1, _2, ... after its name. As
+        for `load_table`, a .csv file has no header if all names are numbers.
+      arrays: [N, ...], by name.
+
+    Raises:
+      InputError: the file cannot be written.
+    """
+    suffix = path.suffix.lower()
+
+    def write(file: BinaryIO) -> None:
+        if suffix == ".npz":
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+            return
+        columns: dict[str, np.ndarray] = {}
+        for name, x in arrays.items():
+            each = {name: x} if x.ndim == 1 else {f"{name}_{i + 1}": c for i, c in enumerate(x.T)}
+            columns |= {name: np.ascontiguousarray(c) for name, c in each.items()}
+        table = pa.table(columns)
+        if suffix == ".parquet":
+            pa.parquet.write_table(table, file)
+            return
+        header = not all(map(_is_number, columns))
+        pa.csv.write_csv(table, file, pa.csv.WriteOptions(include_header=header))
+
+    try:
+        write_atomic(path, write)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
 def _parquet(path: Path) -> pa.Table:

@@ -2,6 +2,7 @@
 
 import hashlib
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxvae.components import imported, is_dotted_path
-from jaxvae.data import Dataset, as_dataset, load_dataset
+from jaxvae.data import Dataset, Images, as_dataset, load_dataset
 from jaxvae.errors import InputError, OtherData
 from jaxvae.models.config import ModelConfig
 from jaxvae.models.likelihoods import binarize
@@ -18,6 +19,7 @@ from jaxvae.runs.config import DataRecord, RunConfig
 from jaxvae.validation import expect_support, is_image
 
 T = TypeVar("T")
+SPLITS = ("all", "train", "test")
 IN_PYTHON = "python"  # the name of data that were passed as arrays
 _HASHED_WHOLE = 2**30  # bytes of images in memory, which take about a second
 _HASHED_IMAGES = 256  # of images on disk, and of larger arrays
@@ -174,6 +176,105 @@ def binarization_keys() -> jax.Array:
 def binarized(key: jax.Array, images: np.ndarray) -> np.ndarray:
     """Return images as uint8 0 or 255, drawn with the grey levels as probabilities."""
     return (255 * np.asarray(binarize(key, jnp.asarray(images)))).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class _Joined:
+    """Training and test images as one array, read by index.
+
+    Attributes:
+      parts: training and test images.
+      places: of each image, its index in the training images followed by the test images.
+    """
+
+    parts: tuple[Images, Images]
+    places: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self), *self.parts[0].shape[1:])
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.parts[0].dtype
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray:
+        places, (train, test) = self.places[rows], self.parts
+        images = np.empty((len(places), *self.shape[1:]), self.dtype)
+        in_train = places < len(train)
+        images[in_train] = train[places[in_train]]
+        images[~in_train] = test[places[~in_train] - len(train)]
+        return images
+
+
+def examples_of(
+    data: Dataset, config: RunConfig, split: str, name: str = "the data"
+) -> tuple[Images, np.ndarray | None]:
+    """Return the images of a split and their labels, in the order of the data.
+
+    Data without a split of their own are in the order of their source. Of others, the training
+    images come before the test images. With dynamic binarization the training images are binarized
+    as the test images are, by a fixed key.
+
+    Args:
+      data: the data set.
+      config: the configuration of the run.
+      split: one of `SPLITS`.
+      name: name of the data in error messages.
+
+    Returns:
+      The images, which are read when they are indexed, and their labels, if all have one.
+
+    Raises:
+      InputError: the two splits have pixels of different types.
+    """
+    train_images, test_images = data.train_images, data.test_images
+    if config.train.binarization == "dynamic" and split != "test":
+        train_images = binarized(binarization_keys()[0], train_images[:])
+    if split == "test":
+        return test_images, data.test_labels
+    if split == "train":
+        return train_images, data.train_labels
+    if train_images.dtype != test_images.dtype:
+        raise InputError(
+            f"{name} has train images of type {train_images.dtype} and test images of type "
+            f"{test_images.dtype}: expected one type; choose the split 'train' or 'test'"
+        )
+    n = len(train_images) + len(test_images)
+    places = np.arange(n)
+    if data.every_tenth:
+        held_out = places % 10 == 0
+        places = np.where(held_out, n - len(test_images) + places // 10, np.cumsum(~held_out) - 1)
+    labels = None
+    if data.train_labels is not None and data.test_labels is not None:
+        labels = np.concatenate([data.train_labels, data.test_labels])[places]
+    return _Joined((train_images, test_images), places), labels
+
+
+def expect_classes(name: str, data: Dataset, model: ModelConfig) -> None:
+    """Raise InputError unless the labels of a data set are classes of a conditional model.
+
+    Args:
+      name: name of the data in error messages.
+      data: the data set.
+      model: the model; if it is unconditional, nothing is checked.
+
+    Raises:
+      InputError: labels are missing, or out of range.
+    """
+    for split in ("train", "test") if model.num_classes else ():
+        labels = getattr(data, f"{split}_labels")
+        if labels is None or not 0 <= labels.min() <= labels.max() < model.num_classes:
+            has = f"no {split} labels"
+            if labels is not None:
+                has = f"{split} labels from {labels.min()} to {labels.max()}"
+            raise InputError(
+                f"{name} has {has}: expected classes from 0 to {model.num_classes - 1}, "
+                f"as num_classes is {model.num_classes}"
+            )
 
 
 def model_inputs(

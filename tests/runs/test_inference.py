@@ -1,0 +1,118 @@
+"""A trained model applied to a whole data set, against the functions for a single batch."""
+
+import jax
+import numpy as np
+import pytest
+from conftest import moved, refused
+
+import jaxvae
+from jaxvae.data import Dataset
+from jaxvae.data.dataset import split_every_tenth
+from jaxvae.models.discrete import codes
+from jaxvae.runs import inference
+from jaxvae.runs.config import RunConfig
+from jaxvae.runs.data import examples_of, expect_classes
+from jaxvae.runs.inference import Opened, by_columns, encode_all, reconstruct_all
+
+pytestmark = pytest.mark.usefixtures("compile_quickly", "small_batches")
+
+KEY = jax.random.key(0)
+X = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
+MODEL = {"image_shape": (3,), "latent_dim": 2, "network": "mlp:width=8", "likelihood": "gaussian"}
+
+
+@pytest.fixture(scope="module")
+def small_batches():
+    """40 examples are two full batches of 16, and one that is filled up."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inference, "_BATCH", 16)
+        yield
+
+
+def opened(x=X, labels=None, **model):
+    params = moved(jaxvae.init(KEY, jaxvae.ModelConfig(**MODEL | model)), 0.3)
+    return Opened(params, KEY, x, labels, None, None)
+
+
+def test_encoding_in_batches_is_encode():
+    labels = np.arange(40) % 2
+    one = opened(labels=labels, num_classes=2)
+    seen = []
+    found = encode_all(one, lambda *counts: seen.append(counts))
+    assert seen == [(16, 40), (32, 40), (40, 40)]
+    posterior = jaxvae.encode(one.params, X, labels)
+    np.testing.assert_allclose(found["mean"], posterior.mean, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found["log_var"], posterior.log_var, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(found["labels"], labels)
+
+
+def test_the_center_of_a_flow_and_the_codes_of_a_discrete_model():
+    flow = opened(posterior="iaf:steps=1")
+    found = encode_all(flow)
+    assert set(found) == {"center"}
+    center = jaxvae.encode(flow.params, X).center
+    np.testing.assert_allclose(found["center"], center, rtol=1e-4, atol=1e-5)
+    discrete = opened(posterior="fsq:levels=3x3", prior="uniform_codes", latent_dim=4)
+    found = encode_all(discrete)
+    assert set(found) == {"codes"}
+    np.testing.assert_array_equal(found["codes"], codes(discrete.params, X))
+
+
+def test_reconstruction_in_batches_is_reconstruct():
+    one = opened()
+    found = reconstruct_all(one)
+    assert set(found) == {"images"}
+    expected = jaxvae.reconstruct(one.params, X)
+    np.testing.assert_allclose(found["images"], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_vectors_as_columns_have_the_names_of_the_data():
+    labels = np.arange(40)
+    columns = by_columns(opened(), {"images": X, "labels": labels})
+    assert list(columns) == ["1", "2", "3", "labels"]
+    named = opened()._replace(columns=("a", "b", "c"), label_column="kind")
+    columns = by_columns(named, {"images": X, "labels": labels})
+    assert list(columns) == ["a", "b", "c", "kind"]
+    np.testing.assert_array_equal(columns["b"], X[:, 1])
+
+
+def test_examples_are_in_the_order_of_the_data():
+    x, labels = np.arange(25.0)[:, None], np.arange(25)
+    config = RunConfig()
+    whole = split_every_tenth(x, labels)
+    images, found = examples_of(whole, config, "all")
+    np.testing.assert_array_equal(images[:], x)
+    np.testing.assert_array_equal(images[np.array([3, 20, 7])], x[[3, 20, 7]])
+    assert images.shape == (25, 1)
+    np.testing.assert_array_equal(found, labels)
+    images, found = examples_of(whole, config, "test")
+    np.testing.assert_array_equal(found, [0, 10, 20])
+    images, found = examples_of(whole, config, "train")
+    assert len(images) == len(found) == 22
+
+    apart = Dataset(x[:20], labels[:20], x[20:], None)
+    images, found = examples_of(apart, config, "all")
+    np.testing.assert_array_equal(images[:], x)
+    assert found is None
+
+
+def test_training_images_are_binarized_as_the_test_images_are():
+    x = np.full((20, 8, 8, 1), 100, np.uint8)
+    config = RunConfig(train=jaxvae.TrainConfig(binarization="dynamic"))
+    images, _ = examples_of(Dataset(x, None, 0 * x, None), config, "all")
+    assert set(np.unique(images[:20])) == {0, 255}
+    assert np.mean(images[:20] == 255) == pytest.approx(100 / 255, abs=0.07)
+    assert not images[20:].any()
+
+
+def test_what_is_refused():
+    floats = Dataset(np.zeros((2, 8, 8, 1), np.uint8), None, np.zeros((2, 8, 8, 1)), None)
+    with refused("a.npz has train images of type uint8 and test images of type float64"):
+        examples_of(floats, RunConfig(), "all", "a.npz")
+    model = jaxvae.ModelConfig(num_classes=3)
+    with refused("a.npz has no train labels: expected classes from 0 to 2"):
+        expect_classes("a.npz", floats, model)
+    with refused("a.npz has train labels from 0 to 3: expected classes from 0 to 2"):
+        expect_classes("a.npz", floats._replace(train_labels=np.array([0, 3])), model)
+    with refused("images have shape"):
+        encode_all(opened(X[:, :2]))
