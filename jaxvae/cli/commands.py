@@ -561,6 +561,50 @@ def _encode(options: argparse.Namespace) -> None:
     print(f"{options.out}: {len(opened.images):,} {noun}s; {shapes}")
 
 
+_PRINTED_SCORES = 5
+
+
+def _score(options: argparse.Namespace) -> None:
+    from jaxvae.data.tables import write_table
+    from jaxvae.runs.inference import score_all
+    from jaxvae.runs.progress import counting
+
+    _at_least_one("--num-samples", options.num_samples)
+    _expect_ending(options.out, (".npz", ".csv", ".parquet"))
+    opened = _open(options)
+    config = opened.params.config
+    with counting("scoring", config.noun) as progress:
+        found = score_all(opened, options.num_samples, options.by, progress)
+    write_table(options.out, found)
+    where = str(options.out)
+    if is_image(config.image_shape):
+        where += f" and {_draw_unusual(options.out.with_suffix('.png'), opened, found['index'])}"
+    count = len(opened.images)
+    print(f"{where}: {count:,} {config.noun}s; the most unusual by {options.by}:")
+    widths = {name: max(len(name), 10) for name in found}
+    print(" ".join(f"{name:>{width}}" for name, width in widths.items()))
+    for row in range(min(_PRINTED_SCORES, count)):
+        cells = (
+            f"{x[row]:{widths[name]}.{0 if x.dtype.kind == 'i' else 4}f}"
+            for name, x in found.items()
+        )
+        print(" ".join(cells))
+
+
+def _draw_unusual(path: Path, opened: Any, order: Any) -> Path:
+    """Draw the most and the least unusual images, and return the path."""
+    from jaxvae.figures.pictures import unusual
+    from jaxvae.figures.style import save
+
+    n = min(10, len(order))
+    most, least = (opened.images[order[rows]] for rows in (slice(n), slice(-1, -n - 1, -1)))
+    try:
+        save(unusual(opened.params, most, least), path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
+    return path
+
+
 def _reconstruct(options: argparse.Namespace) -> None:
     from jaxvae.data.tables import write_table
     from jaxvae.figures.grid import save_images
@@ -729,6 +773,7 @@ _COMMANDS = {
     "evaluate": _evaluate,
     "sample": _sample,
     "encode": _encode,
+    "score": _score,
     "reconstruct": _reconstruct,
     "figures": _figures,
     "export": _export,

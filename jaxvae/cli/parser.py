@@ -66,6 +66,10 @@ with its grey level as the probability, by a fixed key."""
 _ENCODE = """Write the mean and the log variance of the posterior q(z|x) of every example, in the
 order of the data: of a discrete model the codes, and of a flow the center of the posterior. Labels
 are written too, where there are any."""
+_SCORE = """Write a table with a row for each example, the most unusual first: index (from 0, in the
+order of the data), log_likelihood (an estimate of log p(x)), elbo, which is expected_log_likelihood
+minus kl, and reconstruction_error. Of images also draw the most and the least unusual ones, in a
+.png file beside the table."""
 _DETECTED = "Detected under SLURM, Open MPI, Kubernetes and on TPUs."
 
 _EXAMPLES = {
@@ -98,6 +102,10 @@ _EXAMPLES = {
     "encode": """
   jaxvae encode runs/photos --out latents.npz
   jaxvae encode runs/photos --data more_photos/ --split test --out latents.csv
+""",
+    "score": """
+  jaxvae score runs/photos --data more_photos/ --out scores.csv
+  jaxvae score runs/photos --split test --by reconstruction_error --out scores.parquet
 """,
     "reconstruct": """
   jaxvae reconstruct runs/photos --split test --out reconstructions.npz
@@ -142,6 +150,7 @@ _EXAMPLES = {
   jaxvae completion zsh > ~/.zfunc/_jaxvae
 """,
 }
+_SCORES = ("log_likelihood", "elbo", "reconstruction_error")
 METHODS = ("importance", "ais")
 _AIS = {
     "--num-images": "number of test images and of simulated images; default 100",
@@ -270,6 +279,14 @@ def make_parser(
     encode.description = _ENCODE
     encode.add_argument("--out", type=Path, required=True, metavar="FILE",
                         help="an .npz, .csv or .parquet file")  # fmt: skip
+    score = command("score", "score the examples of a data set by how unusual they are")
+    score.description = _SCORE
+    score.add_argument("--out", type=Path, required=True, metavar="FILE",
+                       help="a .csv, .parquet or .npz file")  # fmt: skip
+    score.add_argument("--by", choices=_SCORES, default="log_likelihood",
+                       help="the order of the table; default log_likelihood, log p(x)")  # fmt: skip
+    score.add_argument("--num-samples", type=int, default=100, metavar="K",
+                       help="importance samples for log p(x); default 100")  # fmt: skip
     reconstruct = command("reconstruct", "encode and decode a data set by the model of a run")
     reconstruct.add_argument("--out", type=Path, required=True, metavar="FILE",
                              help="an .npz file; of images also a .png file, a grid of all; of "
@@ -291,7 +308,7 @@ def make_parser(
     decompress = command("decompress", "restore the images of a compressed file")
     decompress.add_argument("--out", type=Path, required=True, metavar="FOLDER|FILE",
                             help="an .npz or .npy file, or a new folder of PNG files")  # fmt: skip
-    of_a_data_set = (encode, reconstruct, compress)
+    of_a_data_set = (encode, score, reconstruct, compress)
     for one in of_a_data_set:
         one.add_argument("--split", choices=SPLITS, default="all",
                          help="which part of the data; default all, in the order of the data: if "

@@ -68,6 +68,23 @@ def reconstructions(params: Params, data: Dataset, n: int = 10) -> Figure:
     return figure
 
 
+def unusual(params: Params, most: np.ndarray, least: np.ndarray) -> Figure:
+    """Draw the most unusual images of a data set above the least unusual ones.
+
+    Args:
+      params: the model.
+      most: the most unusual images, in order, [n, H, W, C].
+      least: the least unusual ones, [n, H, W, C].
+
+    Returns:
+      The figure.
+    """
+    images = scale_images(np.concatenate([most, least]))
+    figure, axes = image_grid(images, 2, "The most and the least unusual images")
+    _name_rows(axes, params, ["most", "least"])
+    return figure
+
+
 def samples(params: Params, key: jax.Array, rows: int = 10) -> Figure:
     """Draw the decoder's means of samples from the prior.
 

@@ -10,10 +10,12 @@ import numpy as np
 
 from jaxvae.data import Images
 from jaxvae.devices.sharding import AXIS, data_parallel, devices_for, replicated
+from jaxvae.evaluation.log_likelihood import log_likelihood
+from jaxvae.evaluation.metrics import reconstruction_error
 from jaxvae.models.codebooks import codebook_of, is_discrete
 from jaxvae.models.distributions import Gaussian
 from jaxvae.models.vae import Params, encode_observed, reconstruct_observed
-from jaxvae.objectives import example_keys
+from jaxvae.objectives import elbo, example_keys
 from jaxvae.runs.checkpoints import Which, load
 from jaxvae.runs.config import read_config, run_keys
 from jaxvae.runs.data import (
@@ -23,8 +25,11 @@ from jaxvae.runs.data import (
     model_inputs,
     warn_of_other_data,
 )
+from jaxvae.validation import expect_one_of, whole_number
 
 _BATCH = 1000  # images at once, which bounds memory
+
+SCORES = ("log_likelihood", "elbo", "reconstruction_error")
 
 Arrays = dict[str, np.ndarray]
 Named = OrderedDict[str, jax.Array]  # of which JAX keeps the order
@@ -111,6 +116,49 @@ def encode_all(opened: Opened, progress: Counter | None = None) -> Arrays:
         return Named(center=posterior.center)
 
     return _in_batches(encoded, opened, progress) | _labels(opened)
+
+
+def score_all(
+    opened: Opened,
+    num_samples: int = 100,
+    by: str = "log_likelihood",
+    progress: Counter | None = None,
+) -> Arrays:
+    """Score examples by how unusual they are under the model.
+
+    Args:
+      opened: model and examples.
+      num_samples: importance samples for log p(x).
+      by: the order: "log_likelihood" or "elbo", the smallest first, or "reconstruction_error", the
+        largest first.
+      progress: called with the number of examples that are done, and that of all.
+
+    Returns:
+      Arrays [N], the most unusual example first: `index`, the place of the example, from 0;
+      `log_likelihood`, an estimate of log p(x), and `elbo`, which is `expected_log_likelihood`,
+      E[log p(x|z)] under q(z|x), minus `kl`, in nats; `reconstruction_error`, the mean square per
+      pixel; and `labels`, if there are any.
+
+    Raises:
+      InputError: examples of another shape than the model's; another order; num_samples below 1.
+    """
+    expect_one_of("by", by, SCORES)
+    whole_number("num_samples", num_samples)
+
+    def scored(params: Params, keys: Any, images: Any, labels: Any) -> Named:
+        terms = elbo(params, keys, images, labels)
+        means = reconstruct_observed(params, images, labels)
+        return Named(
+            log_likelihood=log_likelihood(params, keys, images, num_samples, labels),
+            elbo=terms.value,
+            expected_log_likelihood=terms.log_likelihood,
+            kl=terms.kl,
+            reconstruction_error=reconstruction_error(images, means),
+        )
+
+    found = _in_batches(scored, opened, progress) | _labels(opened)
+    order = np.argsort(-found[by] if by == "reconstruction_error" else found[by], kind="stable")
+    return {"index": order, **{name: x[order] for name, x in found.items()}}
 
 
 def reconstruct_all(opened: Opened, progress: Counter | None = None) -> Arrays:

@@ -8,6 +8,7 @@ import jaxvae
 from jaxvae.cli.commands import main
 from jaxvae.data import load_dataset
 from jaxvae.data.tables import load_table
+from jaxvae.runs.evaluation import measure
 
 pytestmark = pytest.mark.usefixtures("compile_quickly", "keep_no_programs")
 
@@ -81,6 +82,37 @@ def test_encode_takes_other_data_and_one_split(of_images, images, tmp_path):
         np.testing.assert_allclose(found["mean"], posterior.mean, rtol=1e-5, atol=1e-6)
 
 
+def test_score_writes_a_sorted_table_and_prints_its_first_rows(of_vectors, tmp_path, capsys):
+    out = tmp_path / "a.csv"
+    assert main(["score", str(of_vectors), "--num-samples", "3", "--out", str(out)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"{out}: 150 examples; the most unusual by log_likelihood:"
+    assert len(said) == 7
+    header, first, *_ = rows = out.read_text().replace('"', "").splitlines()
+    assert len(rows) == 151
+    assert said[1].split() == header.split(",")
+    assert [*map(float, said[2].split())] == pytest.approx(
+        [*map(float, first.split(","))], abs=1e-4
+    )
+    assert not out.with_suffix(".png").exists()
+
+
+def test_score_of_images_agrees_with_evaluate_and_draws_the_extremes(of_images, tmp_path):
+    out = tmp_path / "a.npz"
+    words = ["score", str(of_images), "--split", "test", "--num-samples", "5"]
+    assert main([*words, "--by", "reconstruction_error", "--out", str(out)]) == 0
+    found = measure(of_images, 5)
+    with np.load(out) as scores:
+        means = {name: np.mean(scores[name]) for name in scores}
+        assert np.all(np.diff(scores["reconstruction_error"]) <= 0)
+    assert means["log_likelihood"] == pytest.approx(found["log_p_x"], rel=1e-5)
+    assert means["elbo"] == pytest.approx(found["elbo"], rel=1e-5)
+    assert means["kl"] == pytest.approx(found["kl"], rel=1e-4)
+    assert means["reconstruction_error"] == pytest.approx(found["reconstruction_error"], rel=1e-4)
+    with Image.open(out.with_suffix(".png")) as picture:
+        assert picture.format == "PNG"
+
+
 def test_reconstruct_writes_a_data_set_like_the_data(of_vectors, of_images, vectors, npz, tmp_path):
     means = jaxvae.reconstruct(jaxvae.load(of_vectors), vectors)
     out = str(tmp_path / "a.csv")
@@ -99,7 +131,8 @@ def test_reconstruct_writes_a_data_set_like_the_data(of_vectors, of_images, vect
 
     out = tmp_path / "a.png"
     assert main(["reconstruct", str(of_images), "--split", "test", "--out", str(out)]) == 0
-    grid = np.asarray(Image.open(out))
+    with Image.open(out) as picture:
+        grid = np.asarray(picture)
     assert grid.shape == (80, 80)  # ten rows of ten
     np.testing.assert_allclose(grid[8:16, 16:24], 255 * means[12, ..., 0], atol=0.6)
 
@@ -112,6 +145,10 @@ WRONG = {
     "a picture of vectors": (
         ["reconstruct", "RUN", "--out", "x.png"],
         "x.png: expected a file name ending in .npz, .csv or .parquet, as the examples have shape",
+    ),
+    "no samples": (
+        ["score", "RUN", "--num-samples", "0", "--out", "s.csv"],
+        "--num-samples is 0: expected at least 1",
     ),
     "no such folder": (
         ["encode", "RUN", "--out", "nowhere/z.npz"], "there is no folder nowhere; make it first"

@@ -12,7 +12,7 @@ from jaxvae.models.discrete import codes
 from jaxvae.runs import inference
 from jaxvae.runs.config import RunConfig
 from jaxvae.runs.data import examples_of, expect_classes
-from jaxvae.runs.inference import Opened, by_columns, encode_all, reconstruct_all
+from jaxvae.runs.inference import Opened, by_columns, encode_all, reconstruct_all, score_all
 
 pytestmark = pytest.mark.usefixtures("compile_quickly", "small_batches")
 
@@ -56,6 +56,38 @@ def test_the_center_of_a_flow_and_the_codes_of_a_discrete_model():
     found = encode_all(discrete)
     assert set(found) == {"codes"}
     np.testing.assert_array_equal(found["codes"], codes(discrete.params, X))
+
+
+def test_scores_are_those_of_the_functions_for_a_batch():
+    one = opened()
+    found = score_all(one, 7)
+    index = found["index"]
+    assert sorted(index) == list(range(40))
+    log_px = jaxvae.log_likelihood(one.params, KEY, X, 7)
+    terms = jaxvae.elbo(one.params, KEY, X)
+    error = np.mean((X - jaxvae.reconstruct(one.params, X)) ** 2, axis=1)
+    for name, values in {
+        "log_likelihood": log_px,
+        "elbo": terms.value,
+        "expected_log_likelihood": terms.log_likelihood,
+        "kl": terms.kl,
+        "reconstruction_error": error,
+    }.items():
+        np.testing.assert_allclose(found[name], np.asarray(values)[index], rtol=1e-4, atol=1e-5)
+
+
+def test_the_most_unusual_example_comes_first():
+    x = X.copy()
+    x[23] = 30
+    one = opened(x, labels=np.arange(40))
+    for by, sign in {"log_likelihood": 1, "elbo": 1, "reconstruction_error": -1}.items():
+        found = score_all(one, 2, by)
+        assert found["index"][0] == found["labels"][0] == 23
+        assert np.all(np.diff(sign * found[by]) >= 0)
+    with refused("by is 'kl': expected 'log_likelihood', 'elbo' or 'reconstruction_error'"):
+        score_all(one, 2, "kl")
+    with refused("num_samples is 0"):
+        score_all(one, 0)
 
 
 def test_reconstruction_in_batches_is_reconstruct():
