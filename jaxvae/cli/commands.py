@@ -539,11 +539,14 @@ def _expect_ending(path: Path, ends: tuple[str, ...], shape: tuple[int, ...] = (
         )
 
 
-def _open(options: argparse.Namespace) -> Any:
+def _open(options: argparse.Namespace, *, missing: bool = False) -> Any:
     """Return the model of a run and the examples that a command was given."""
     from jaxvae.runs.inference import open_run
 
-    return open_run(options.run, options.data, options.split, _which(options), **_own(options))
+    own = _own(options)
+    return open_run(
+        options.run, options.data, options.split, _which(options), missing=missing, **own
+    )
 
 
 def _encode(options: argparse.Namespace) -> None:
@@ -571,7 +574,7 @@ def _score(options: argparse.Namespace) -> None:
 
     _at_least_one("--num-samples", options.num_samples)
     _expect_ending(options.out, (".npz", ".csv", ".parquet"))
-    opened = _open(options)
+    opened = _open(options, missing=True)
     config = opened.params.config
     with counting("scoring", config.noun) as progress:
         found = score_all(opened, options.num_samples, options.by, progress)
@@ -603,6 +606,40 @@ def _draw_unusual(path: Path, opened: Any, order: Any) -> Path:
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
     return path
+
+
+def _impute(options: argparse.Namespace) -> None:
+    import numpy as np
+
+    from jaxvae.data.tables import write_table
+    from jaxvae.runs.config import read_config
+    from jaxvae.runs.inference import by_columns, impute_all
+    from jaxvae.runs.progress import counting
+    from jaxvae.validation import whole_number
+
+    _at_least_one("--num-samples", options.num_samples)
+    whole_number("--draws", options.draws, 0)
+    shape = read_config(options.run, **_own(options)).model.image_shape
+    _expect_ending(options.out, _endings(shape), shape)
+    npz = options.out.suffix.lower() == ".npz"
+    if options.draws and not npz:
+        raise InputError(
+            f"--draws is {options.draws}, but --out is {options.out}: expected a file name ending "
+            "in .npz, which holds the draws too"
+        )
+    opened = _open(options, missing=True)
+    noun = opened.params.config.noun
+    with counting("imputing", noun) as progress:
+        found = impute_all(opened, options.num_samples, options.draws, progress)
+    write_table(options.out, found if npz else by_columns(opened, found))
+    missing = found["missing"]
+    print(f"{options.out}: {len(missing):,} {noun}s, {missing.sum():,} missing entries")
+    if missing.any():
+        sizes = found["effective_sample_size"][missing > 0]
+        print(
+            f"effective sample size: median {np.median(sizes):.1f}, least {sizes.min():.1f}, of "
+            f"{options.num_samples}"
+        )
 
 
 def _reconstruct(options: argparse.Namespace) -> None:
@@ -654,7 +691,7 @@ def _compress(options: argparse.Namespace) -> None:
 
     config = read_config(options.run, **_own(options))
     data = load_run_data(config, options.data)
-    images = examples_of(data, config, options.split, options.data or config.data)[0][:]
+    images = examples_of(data, config, options.split)[0][:]
     params = _params(options)
     began = time.perf_counter()
     with counting("compressing") as progress:
@@ -774,6 +811,7 @@ _COMMANDS = {
     "sample": _sample,
     "encode": _encode,
     "score": _score,
+    "impute": _impute,
     "reconstruct": _reconstruct,
     "figures": _figures,
     "export": _export,

@@ -70,6 +70,9 @@ _SCORE = """Write a table with a row for each example, the most unusual first: i
 order of the data), log_likelihood (an estimate of log p(x)), elbo, which is expected_log_likelihood
 minus kl, and reconstruction_error. Of images also draw the most and the least unusual ones, in a
 .png file beside the table."""
+_IMPUTE = """Fill in missing entries, which are NaN, empty cells of a .csv file or nulls, by their
+means given the other entries of the example. With --draws also by random draws. For images: floats
+in an .npz file, with NaN in the region to fill in."""
 _DETECTED = "Detected under SLURM, Open MPI, Kubernetes and on TPUs."
 
 _EXAMPLES = {
@@ -106,6 +109,10 @@ _EXAMPLES = {
     "score": """
   jaxvae score runs/photos --data more_photos/ --out scores.csv
   jaxvae score runs/photos --split test --by reconstruction_error --out scores.parquet
+""",
+    "impute": """
+  jaxvae impute runs/table --data incomplete.csv --out complete.csv
+  jaxvae impute runs/photos --data masked.npz --draws 5 --out inpainted.npz
 """,
     "reconstruct": """
   jaxvae reconstruct runs/photos --split test --out reconstructions.npz
@@ -287,6 +294,14 @@ def make_parser(
                        help="the order of the table; default log_likelihood, log p(x)")  # fmt: skip
     score.add_argument("--num-samples", type=int, default=100, metavar="K",
                        help="importance samples for log p(x); default 100")  # fmt: skip
+    impute = command("impute", "fill in the missing entries of a data set")
+    impute.description = _IMPUTE
+    impute.add_argument("--out", type=Path, required=True, metavar="FILE",
+                        help="an .npz file; of vectors also a .csv or .parquet file")  # fmt: skip
+    impute.add_argument("--num-samples", type=int, default=1000, metavar="K",
+                        help="importance samples; default 1000")  # fmt: skip
+    impute.add_argument("--draws", type=int, default=0, metavar="N",
+                        help="number of draws, in an .npz file; default 0")  # fmt: skip
     reconstruct = command("reconstruct", "encode and decode a data set by the model of a run")
     reconstruct.add_argument("--out", type=Path, required=True, metavar="FILE",
                              help="an .npz file; of images also a .png file, a grid of all; of "
@@ -308,7 +323,7 @@ def make_parser(
     decompress = command("decompress", "restore the images of a compressed file")
     decompress.add_argument("--out", type=Path, required=True, metavar="FOLDER|FILE",
                             help="an .npz or .npy file, or a new folder of PNG files")  # fmt: skip
-    of_a_data_set = (encode, score, reconstruct, compress)
+    of_a_data_set = (encode, score, impute, reconstruct, compress)
     for one in of_a_data_set:
         one.add_argument("--split", choices=SPLITS, default="all",
                          help="which part of the data; default all, in the order of the data: if "

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxvae.data import Images
 from jaxvae.devices.sharding import AXIS, data_parallel, devices_for, replicated
+from jaxvae.evaluation.impute import impute
 from jaxvae.evaluation.log_likelihood import log_likelihood
 from jaxvae.evaluation.metrics import reconstruction_error
 from jaxvae.models.codebooks import codebook_of, is_discrete
@@ -28,6 +30,7 @@ from jaxvae.runs.data import (
 from jaxvae.validation import expect_one_of, whole_number
 
 _BATCH = 1000  # images at once, which bounds memory
+_SAMPLES = 2**26  # numbers, 256 MB
 
 SCORES = ("log_likelihood", "elbo", "reconstruction_error")
 
@@ -61,6 +64,8 @@ def open_run(
     data_name: str | None = None,
     split: str = "all",
     which: Which = "latest",
+    *,
+    missing: bool = False,
     **own: Any,
 ) -> Opened:
     """Load the model of a run, and the examples to which it is applied.
@@ -70,6 +75,7 @@ def open_run(
       data_name: name or path of another data set than the recorded one.
       split: "all", "train" or "test", in the order of `jaxvae.runs.data.examples_of`.
       which: "latest", or "best" by test ELBO.
+      missing: as in `jaxvae.runs.data.load_run_data`.
       own: custom components of the model, by field.
 
     Returns:
@@ -80,12 +86,12 @@ def open_run(
         of a conditional model.
     """
     config = read_config(run_dir, **own)
-    data = load_run_data(config, data_name)
+    data = load_run_data(config, data_name, missing=missing)
     name = data_name or config.data
     if data_name is None:
         warn_of_other_data(run_dir, config, data)
     expect_classes(name, data, config.model)
-    images, labels = examples_of(data, config, split, name)
+    images, labels = examples_of(data, config, split)
     params = load(run_dir, which, **own)
     key = run_keys(config)[1]
     return Opened(params, key, images, labels, data.columns, config.label_column)
@@ -181,6 +187,48 @@ def reconstruct_all(opened: Opened, progress: Counter | None = None) -> Arrays:
     return _in_batches(reconstructed, opened, progress) | _labels(opened)
 
 
+def impute_all(
+    opened: Opened, num_samples: int = 1000, num_draws: int = 0, progress: Counter | None = None
+) -> Arrays:
+    """Fill in missing entries, NaN, by `jaxvae.impute`.
+
+    Args:
+      opened: model and examples.
+      num_samples: importance samples.
+      num_draws: number of draws.
+      progress: called with the number of examples that are done, and that of all.
+
+    Returns:
+      `images`, [N, ...], with the conditional means in missing entries; `draws`,
+      [num_draws, N, ...], with samples of p(x_m | x_o), if any are asked for; `missing`, [N], the
+      number of missing entries of each example; `effective_sample_size`, [N], of the importance
+      weights; and `labels`, [N], if there are any.
+
+    Raises:
+      InputError: examples of another shape than the model's; num_samples below 1, or num_draws
+        below 0.
+    """
+    num_samples = whole_number("num_samples", num_samples)
+    num_draws = whole_number("num_draws", num_draws, 0)
+
+    def imputed(params: Params, keys: Any, images: Any, labels: Any) -> Named:
+        found = impute(params, keys, images, num_samples, labels, num_draws=max(1, num_draws))
+        draws = {"draws": jnp.moveaxis(found.draws, 0, 1)} if num_draws else {}
+        return Named(
+            images=found.mean,
+            **draws,
+            missing=jnp.sum(jnp.isnan(images), tuple(range(1, images.ndim))),
+            effective_sample_size=found.effective_sample_size,
+        )
+
+    # All samples of the latents are kept.
+    most = _SAMPLES // (num_samples * opened.params.config.latent_dim)
+    found = _in_batches(imputed, opened, progress, most) | _labels(opened)
+    if num_draws:
+        found["draws"] = np.moveaxis(found["draws"], 1, 0)
+    return found
+
+
 def by_columns(opened: Opened, found: Arrays) -> Arrays:
     """Return vectors `images`, and their `labels`, as the columns of a table like the data."""
     x = found["images"]
@@ -195,16 +243,19 @@ def _labels(opened: Opened) -> Arrays:
     return {} if opened.labels is None else {"labels": opened.labels}
 
 
-def _in_batches(f: Callable[..., Named], opened: Opened, progress: Counter | None) -> Arrays:
+def _in_batches(
+    f: Callable[..., Named], opened: Opened, progress: Counter | None, most: int = 2**31
+) -> Arrays:
     """Compute f(params, keys, images, labels), arrays [batch, ...], on all examples.
 
-    Every batch is split over the devices, and has a key for each example. The last batch is filled
-    up with copies of the last example, so that one compiled function serves all.
+    Every batch, of at most `most` examples, is split over the devices, and has a key for each
+    example. The last batch is filled up with copies of the last example, so that one compiled
+    function serves all.
     """
     params, key, images, labels, *_ = opened
     images, labels = model_inputs(images, labels, params.config)
     n = len(images)
-    size = min(n, _BATCH)
+    size = max(1, min(n, most, _BATCH))
     mesh, rows = devices_for(size), jax.P(AXIS)
     compute = data_parallel(
         lambda *batch, axis_name: f(*batch),

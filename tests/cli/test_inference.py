@@ -1,5 +1,8 @@
 """The commands that apply a trained model to a data set, and what they refuse."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -8,6 +11,9 @@ import jaxvae
 from jaxvae.cli.commands import main
 from jaxvae.data import load_dataset
 from jaxvae.data.tables import load_table
+from jaxvae.figures import latents
+from jaxvae.runs.config import read_config, run_keys
+from jaxvae.runs.data import load_run_data
 from jaxvae.runs.evaluation import measure
 
 pytestmark = pytest.mark.usefixtures("compile_quickly", "keep_no_programs")
@@ -137,6 +143,62 @@ def test_reconstruct_writes_a_data_set_like_the_data(of_vectors, of_images, vect
     np.testing.assert_allclose(grid[8:16, 16:24], 255 * means[12, ..., 0], atol=0.6)
 
 
+def test_a_table_with_missing_cells_end_to_end(tmp_path, vectors, capsys):
+    hidden = np.random.default_rng(1).random(vectors.shape) < 0.2
+    hidden[:, 0] &= ~hidden.all(axis=1)
+    rows = [
+        ",".join("" if h else str(x) for x, h in zip(*row, strict=True))
+        for row in zip(vectors.tolist(), hidden, strict=True)
+    ]
+    table, run = str(tmp_path / "a.csv"), str(tmp_path / "run")
+    Path(table).write_text("\n".join(["a,b,c", *rows]))
+    train = ["train", "--data", table, "--run-dir", run, "--batch-size", "32", *VECTORS]
+    assert main(train) == 2
+    assert "is empty or NaN: expected a finite number" in capsys.readouterr().err
+    assert main([*train, "--objective", "miwae:num_samples=2"]) == 0
+    assert main(["evaluate", run, "--num-samples", "5"]) == 0
+    found = json.loads(Path(run, "evaluation.json").read_text())
+    params, part = jaxvae.load(run), np.where(hidden, np.nan, vectors)
+    key = run_keys(read_config(Path(run)))[1]
+    log_px = jaxvae.log_likelihood(params, key, part[::10], 5)
+    assert found["log_p_x"] == pytest.approx(float(np.mean(log_px)), rel=1e-4)
+    assert np.isfinite(found["reconstruction_error"])
+
+    out = tmp_path / "filled.csv"
+    capsys.readouterr()
+    assert main(["impute", run, "--num-samples", "50", "--out", str(out)]) == 0
+    assert f"150 examples, {hidden.sum()} missing entries" in capsys.readouterr().out
+    assert out.read_text().splitlines()[0] == '"a","b","c"'
+    filled = np.loadtxt(out, delimiter=",", skiprows=1)
+    expected = jaxvae.impute(params, key, part, 50).mean
+    np.testing.assert_allclose(filled, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(np.float32(filled[~hidden]), vectors[~hidden])
+    for command in ("encode", "score", "reconstruct"):
+        assert main([command, run, "--out", str(tmp_path / f"{command}.npz")]) == 0
+        with np.load(tmp_path / f"{command}.npz") as arrays:
+            assert all(np.isfinite(arrays[name]).all() for name in arrays)
+    (axes,) = latents(params, load_run_data(read_config(Path(run)))).axes
+    assert np.isfinite(axes.collections[0].get_offsets()).all()
+
+
+def test_masked_images_are_inpainted_and_scored_by_any_run(of_images, images, tmp_path, capsys):
+    x = np.float32(images / 255)
+    x[:, :3] = np.nan
+    np.save(tmp_path / "x.npy", x)
+    given = [str(of_images), "--data", str(tmp_path / "x.npy"), "--num-samples", "5"]
+    out = tmp_path / "y.npz"
+    assert main(["impute", *given, "--draws", "2", "--out", str(out)]) == 0
+    assert "64 images, 1,536 missing entries" in capsys.readouterr().out
+    with np.load(out) as found:
+        np.testing.assert_array_equal(found["images"][:, 3:], x[:, 3:])
+        assert np.all((found["images"] >= 0) & (found["images"] <= 1))
+        assert found["draws"].shape == (2, 64, 8, 8, 1)
+    assert main(["score", *given, "--out", str(tmp_path / "s.csv")]) == 0
+    capsys.readouterr()
+    assert main(["encode", *given[:3], "--out", str(out)]) == 2
+    assert "train image 0 holds NaN or infinity" in capsys.readouterr().err
+
+
 WRONG = {
     "a picture of latents": (
         ["encode", "RUN", "--out", "z.png"],
@@ -150,6 +212,15 @@ WRONG = {
         ["score", "RUN", "--num-samples", "0", "--out", "s.csv"],
         "--num-samples is 0: expected at least 1",
     ),
+    "draws in a table": (
+        ["impute", "RUN", "--draws", "2", "--out", "x.csv"],
+        "--draws is 2, but --out is x.csv: expected a file name ending in .npz",
+    ),
+    "fewer draws than none": (
+        ["impute", "RUN", "--draws", "-1", "--out", "x.npz"],
+        "--draws is -1",
+    ),
+    "imputed images as a table": (["impute", "IMAGES", "--out", "x.csv"], "ending in .npz"),
     "no such folder": (
         ["encode", "RUN", "--out", "nowhere/z.npz"], "there is no folder nowhere; make it first"
     ),

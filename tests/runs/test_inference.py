@@ -11,13 +11,23 @@ from jaxvae.data.dataset import split_every_tenth
 from jaxvae.models.discrete import codes
 from jaxvae.runs import inference
 from jaxvae.runs.config import RunConfig
-from jaxvae.runs.data import examples_of, expect_classes
-from jaxvae.runs.inference import Opened, by_columns, encode_all, reconstruct_all, score_all
+from jaxvae.runs.data import binarized, examples_of, expect_classes
+from jaxvae.runs.inference import (
+    Opened,
+    by_columns,
+    encode_all,
+    impute_all,
+    reconstruct_all,
+    score_all,
+)
 
 pytestmark = pytest.mark.usefixtures("compile_quickly", "small_batches")
 
 KEY = jax.random.key(0)
 X = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
+PART = X.copy()
+PART[::2, 1] = np.nan
+PART[::5, 0] = np.nan
 MODEL = {"image_shape": (3,), "latent_dim": 2, "network": "mlp:width=8", "likelihood": "gaussian"}
 
 
@@ -98,6 +108,48 @@ def test_reconstruction_in_batches_is_reconstruct():
     np.testing.assert_allclose(found["images"], expected, rtol=1e-5, atol=1e-6)
 
 
+def test_imputation_in_batches_is_impute():
+    one = opened(PART)
+    found = impute_all(one, 50, num_draws=4)
+    expected = jaxvae.impute(one.params, KEY, PART, 50)
+    np.testing.assert_allclose(found["images"], expected.mean, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        found["effective_sample_size"], expected.effective_sample_size, rtol=1e-3
+    )
+    np.testing.assert_array_equal(found["missing"], np.isnan(PART).sum(1))
+    draws, hidden = found["draws"], np.isnan(PART)
+    assert draws.shape == (4, 40, 3)
+    np.testing.assert_array_equal(draws[:, ~hidden], np.tile(PART[~hidden], (4, 1)))
+    assert np.all(np.ptp(draws[:, hidden], axis=0) > 0)
+    assert len(np.unique(draws[:, hidden])) == draws[:, hidden].size  # no noise is used twice
+    assert "draws" not in impute_all(one, 5)
+    with refused("num_draws is -1"):
+        impute_all(one, 5, -1)
+
+
+def test_many_samples_are_imputed_in_smaller_batches(monkeypatch):
+    one, seen = opened(PART), []
+    whole = impute_all(one, 10)
+    monkeypatch.setattr(inference, "_SAMPLES", 10 * 2 * 7)
+    parts = impute_all(one, 10, progress=lambda *counts: seen.append(counts))
+    assert seen[:2] == [(7, 40), (14, 40)]
+    np.testing.assert_allclose(parts["images"], whole["images"], rtol=1e-4, atol=1e-5)
+
+
+def test_the_other_functions_take_the_observed_entries():
+    one = opened(PART)
+    zeros = np.nan_to_num(PART)
+    expected = jaxvae.encode(one.params, zeros).mean
+    np.testing.assert_allclose(encode_all(one)["mean"], expected, rtol=1e-5, atol=1e-6)
+    means = jaxvae.reconstruct(one.params, zeros)
+    np.testing.assert_allclose(reconstruct_all(one)["images"], means, rtol=1e-5, atol=1e-6)
+    found = score_all(one, 5)
+    log_px = np.asarray(jaxvae.log_likelihood(one.params, KEY, PART, 5))[found["index"]]
+    np.testing.assert_allclose(found["log_likelihood"], log_px, rtol=1e-4, atol=1e-5)
+    error = np.nanmean((PART - means) ** 2, axis=1)[found["index"]]
+    np.testing.assert_allclose(found["reconstruction_error"], error, rtol=1e-4, atol=1e-5)
+
+
 def test_vectors_as_columns_have_the_names_of_the_data():
     labels = np.arange(40)
     columns = by_columns(opened(), {"images": X, "labels": labels})
@@ -128,6 +180,13 @@ def test_examples_are_in_the_order_of_the_data():
     assert found is None
 
 
+def test_splits_of_different_types_are_scaled():
+    x = np.full((2, 8, 8, 1), 51, np.uint8)
+    data = Dataset(x, None, np.float32(x / 51), None)
+    images, _ = examples_of(data, RunConfig(), "all")
+    np.testing.assert_allclose(images[:][:, 0, 0, 0], [0.2, 0.2, 1, 1])
+
+
 def test_training_images_are_binarized_as_the_test_images_are():
     x = np.full((20, 8, 8, 1), 100, np.uint8)
     config = RunConfig(train=jaxvae.TrainConfig(binarization="dynamic"))
@@ -137,14 +196,20 @@ def test_training_images_are_binarized_as_the_test_images_are():
     assert not images[20:].any()
 
 
+def test_missing_pixels_stay_missing_when_images_are_binarized():
+    x = np.full((20, 8, 8, 1), 0.4, np.float32)
+    x[:, 2] = np.nan
+    found = binarized(KEY, x)
+    assert np.isnan(found[:, 2]).all()
+    assert set(np.unique(np.delete(found, 2, axis=1))) == {0, 1}
+
+
 def test_what_is_refused():
-    floats = Dataset(np.zeros((2, 8, 8, 1), np.uint8), None, np.zeros((2, 8, 8, 1)), None)
-    with refused("a.npz has train images of type uint8 and test images of type float64"):
-        examples_of(floats, RunConfig(), "all", "a.npz")
+    data = Dataset(np.zeros((2, 8, 8, 1)), None, np.zeros((2, 8, 8, 1)), None)
     model = jaxvae.ModelConfig(num_classes=3)
     with refused("a.npz has no train labels: expected classes from 0 to 2"):
-        expect_classes("a.npz", floats, model)
+        expect_classes("a.npz", data, model)
     with refused("a.npz has train labels from 0 to 3: expected classes from 0 to 2"):
-        expect_classes("a.npz", floats._replace(train_labels=np.array([0, 3])), model)
+        expect_classes("a.npz", data._replace(train_labels=np.array([0, 3])), model)
     with refused("images have shape"):
         encode_all(opened(X[:, :2]))
