@@ -63,6 +63,7 @@ docs/tutorial.ko
 
 docs/choosing
 docs/models
+docs/use
 docs/tables
 docs/gallery
 docs/monitoring

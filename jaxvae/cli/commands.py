@@ -488,6 +488,7 @@ def _sample(options: argparse.Namespace) -> None:
     import jax
     import numpy as np
 
+    from jaxvae.data.tables import write_table
     from jaxvae.devices.processes import memory
     from jaxvae.figures.grid import save_images
     from jaxvae.models.vae import sample
@@ -499,15 +500,7 @@ def _sample(options: argparse.Namespace) -> None:
         whole_number("--seed", options.seed, 0, 2**32 - 1)
     config = read_config(options.run, **_own(options))
     shape = config.model.image_shape
-    suffix = options.out.suffix.lower()
-    if is_image(shape) and suffix != ".png":
-        raise InputError(f"--out is {options.out}: expected a file name ending in .png")
-    ends = (".npz", ".csv") if len(shape) == 1 else (".npz",)
-    if not is_image(shape) and suffix not in ends:
-        raise InputError(
-            f"--out is {options.out}: expected a file name ending in {' or '.join(ends)}, as the "
-            f"examples have shape {shape}"
-        )
+    _expect_ending(options.out, (".png",) if is_image(shape) else _endings(shape), shape)
     needed = options.n * math.prod(shape) * _BYTES_PER_SAMPLED
     if (available := memory()) is not None and needed > available:
         raise InputError(
@@ -521,24 +514,154 @@ def _sample(options: argparse.Namespace) -> None:
     if is_image(shape):
         save_images(images, options.out)
     else:
-        _save_examples(np.asarray(images), options.out)
+        examples = np.asarray(images)
+        columns = {str(i + 1): x for i, x in enumerate(examples.T)}
+        npz = options.out.suffix.lower() == ".npz"
+        write_table(options.out, {"images": examples} if npz else columns)
     print(options.out)
 
 
-def _save_examples(examples: Any, path: Path) -> None:
-    """Write examples as the array `images` of an .npz file, or as a .csv file without a header."""
-    import numpy as np
+def _endings(shape: tuple[int, ...]) -> tuple[str, ...]:
+    """Return the file name endings for examples of this shape, as numbers."""
+    return (".npz", ".csv", ".parquet") if len(shape) == 1 else (".npz",)
 
-    def write(file: Any) -> None:
-        if path.suffix.lower() == ".npz":
-            np.savez(file, images=examples)
-        else:
-            np.savetxt(file, examples, "%.9g", delimiter=",")  # exact for float32
 
+def _expect_ending(path: Path, ends: tuple[str, ...], shape: tuple[int, ...] = ()) -> None:
+    """Raise InputError unless a file to write has one of these endings, and a folder."""
+    if path.suffix.lower() not in ends:
+        listed = f"{', '.join(ends[:-1])} or {ends[-1]}" if len(ends) > 1 else ends[0]
+        reason = f", as the examples have shape {shape}" if shape and not is_image(shape) else ""
+        raise InputError(f"--out is {path}: expected a file name ending in {listed}{reason}")
+    if not path.parent.is_dir():
+        raise InputError(
+            f"--out is {path}, which cannot be written: there is no folder {path.parent}; make it "
+            "first"
+        )
+
+
+def _open(options: argparse.Namespace, *, missing: bool = False) -> Any:
+    """Return the model of a run and the examples that a command was given."""
+    from jaxvae.runs.inference import open_run
+
+    own = _own(options)
+    return open_run(
+        options.run, options.data, options.split, _which(options), missing=missing, **own
+    )
+
+
+def _encode(options: argparse.Namespace) -> None:
+    from jaxvae.data.tables import write_table
+    from jaxvae.runs.inference import encode_all
+    from jaxvae.runs.progress import counting
+
+    _expect_ending(options.out, (".npz", ".csv", ".parquet"))
+    opened = _open(options)
+    noun = opened.params.config.noun
+    with counting("encoding", noun) as progress:
+        found = encode_all(opened, progress)
+    write_table(options.out, found)
+    shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in found.items())
+    print(f"{options.out}: {len(opened.images):,} {noun}s; {shapes}")
+
+
+_PRINTED_SCORES = 5
+
+
+def _score(options: argparse.Namespace) -> None:
+    from jaxvae.data.tables import write_table
+    from jaxvae.runs.inference import score_all
+    from jaxvae.runs.progress import counting
+
+    _at_least_one("--num-samples", options.num_samples)
+    _expect_ending(options.out, (".npz", ".csv", ".parquet"))
+    opened = _open(options, missing=True)
+    config = opened.params.config
+    with counting("scoring", config.noun) as progress:
+        found = score_all(opened, options.num_samples, options.by, progress)
+    write_table(options.out, found)
+    where = str(options.out)
+    if is_image(config.image_shape):
+        where += f" and {_draw_unusual(options.out.with_suffix('.png'), opened, found['index'])}"
+    count = len(opened.images)
+    print(f"{where}: {count:,} {config.noun}s; the most unusual by {options.by}:")
+    widths = {name: max(len(name), 10) for name in found}
+    print(" ".join(f"{name:>{width}}" for name, width in widths.items()))
+    for row in range(min(_PRINTED_SCORES, count)):
+        cells = (
+            f"{x[row]:{widths[name]}.{0 if x.dtype.kind == 'i' else 4}f}"
+            for name, x in found.items()
+        )
+        print(" ".join(cells))
+
+
+def _draw_unusual(path: Path, opened: Any, order: Any) -> Path:
+    """Draw the most and the least unusual images, and return the path."""
+    from jaxvae.figures.pictures import unusual
+    from jaxvae.figures.style import save
+
+    n = min(10, len(order))
+    most, least = (opened.images[order[rows]] for rows in (slice(n), slice(-1, -n - 1, -1)))
     try:
-        write_atomic(path, write)
+        save(unusual(opened.params, most, least), path)
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
+    return path
+
+
+def _impute(options: argparse.Namespace) -> None:
+    import numpy as np
+
+    from jaxvae.data.tables import write_table
+    from jaxvae.runs.config import read_config
+    from jaxvae.runs.inference import by_columns, impute_all
+    from jaxvae.runs.progress import counting
+    from jaxvae.validation import whole_number
+
+    _at_least_one("--num-samples", options.num_samples)
+    whole_number("--draws", options.draws, 0)
+    shape = read_config(options.run, **_own(options)).model.image_shape
+    _expect_ending(options.out, _endings(shape), shape)
+    npz = options.out.suffix.lower() == ".npz"
+    if options.draws and not npz:
+        raise InputError(
+            f"--draws is {options.draws}, but --out is {options.out}: expected a file name ending "
+            "in .npz, which holds the draws too"
+        )
+    opened = _open(options, missing=True)
+    noun = opened.params.config.noun
+    with counting("imputing", noun) as progress:
+        found = impute_all(opened, options.num_samples, options.draws, progress)
+    write_table(options.out, found if npz else by_columns(opened, found))
+    missing = found["missing"]
+    print(f"{options.out}: {len(missing):,} {noun}s, {missing.sum():,} missing entries")
+    if missing.any():
+        sizes = found["effective_sample_size"][missing > 0]
+        print(
+            f"effective sample size: median {np.median(sizes):.1f}, least {sizes.min():.1f}, of "
+            f"{options.num_samples}"
+        )
+
+
+def _reconstruct(options: argparse.Namespace) -> None:
+    from jaxvae.data.tables import write_table
+    from jaxvae.figures.grid import save_images
+    from jaxvae.runs.config import read_config
+    from jaxvae.runs.inference import by_columns, reconstruct_all
+    from jaxvae.runs.progress import counting
+
+    shape = read_config(options.run, **_own(options)).model.image_shape
+    ends = (".npz", ".png") if is_image(shape) else _endings(shape)
+    _expect_ending(options.out, ends, shape)
+    opened = _open(options)
+    noun = opened.params.config.noun
+    with counting("reconstructing", noun) as progress:
+        found = reconstruct_all(opened, progress)
+    suffix = options.out.suffix.lower()
+    if suffix == ".png":
+        save_images(found["images"], options.out)
+    else:
+        write_table(options.out, found if suffix == ".npz" else by_columns(opened, found))
+    print(f"{options.out}: {len(opened.images):,} {noun}s")
 
 
 def _figures(options: argparse.Namespace) -> None:
@@ -560,23 +683,15 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _compress(options: argparse.Namespace) -> None:
-    import numpy as np
-
     from jaxvae.compression import compress, header_of
     from jaxvae.evaluation.evaluate import evaluate
     from jaxvae.runs.config import read_config, run_keys
-    from jaxvae.runs.data import binarization_keys, binarized, load_run_data
+    from jaxvae.runs.data import examples_of, load_run_data
     from jaxvae.runs.progress import counting
-    from jaxvae.storage import write_atomic
 
     config = read_config(options.run, **_own(options))
     data = load_run_data(config, options.data)
-    train_images = data.train_images[:] if options.split != "test" else data.test_images[:0]
-    if config.train.binarization == "dynamic" and options.split != "test":
-        train_images = binarized(binarization_keys()[0], train_images)
-    images = train_images
-    if options.split != "train":
-        images = np.concatenate([train_images, data.test_images])
+    images = examples_of(data, config, options.split)[0][:]
     params = _params(options)
     began = time.perf_counter()
     with counting("compressing") as progress:
@@ -694,6 +809,10 @@ _COMMANDS = {
     "train": _train,
     "evaluate": _evaluate,
     "sample": _sample,
+    "encode": _encode,
+    "score": _score,
+    "impute": _impute,
+    "reconstruct": _reconstruct,
     "figures": _figures,
     "export": _export,
     "compress": _compress,

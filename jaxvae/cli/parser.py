@@ -11,6 +11,7 @@ from jaxvae.components import Config, Registry, field_docs
 from jaxvae.errors import InputError
 from jaxvae.models.config import DTYPES, PRIORS, ModelConfig
 from jaxvae.runs.config import RunConfig, as_flag
+from jaxvae.runs.data import SPLITS
 from jaxvae.training.config import BINARIZATIONS, PARTS, TrainConfig
 
 _GROUPS: dict[str, type[Config]] = {"run": RunConfig, "model": ModelConfig, "training": TrainConfig}
@@ -62,6 +63,16 @@ _COMPRESS = """Compress images by the model of a run, without loss. Decompressio
 run, the same versions of JAX and NumPy and the same kind of processor; otherwise it refuses the
 file. Images of a run with binarization are binarized first, as in evaluation: each pixel is drawn
 with its grey level as the probability, by a fixed key."""
+_ENCODE = """Write the mean and the log variance of the posterior q(z|x) of every example, in the
+order of the data: of a discrete model the codes, and of a flow the center of the posterior. Labels
+are written too, where there are any."""
+_SCORE = """Write a table with a row for each example, the most unusual first: index (from 0, in the
+order of the data), log_likelihood (an estimate of log p(x)), elbo, which is expected_log_likelihood
+minus kl, and reconstruction_error. Of images also draw the most and the least unusual ones, in a
+.png file beside the table."""
+_IMPUTE = """Fill in missing entries, which are NaN, empty cells of a .csv file or nulls, by their
+means given the other entries of the example. With --draws also by random draws. For images: floats
+in an .npz file, with NaN in the region to fill in."""
 _DETECTED = "Detected under SLURM, Open MPI, Kubernetes and on TPUs."
 
 _EXAMPLES = {
@@ -90,6 +101,22 @@ _EXAMPLES = {
 """,
     "sample": """
   jaxvae sample runs/photos --n 64 --out samples.png
+""",
+    "encode": """
+  jaxvae encode runs/photos --out latents.npz
+  jaxvae encode runs/photos --data more_photos/ --split test --out latents.csv
+""",
+    "score": """
+  jaxvae score runs/photos --data more_photos/ --out scores.csv
+  jaxvae score runs/photos --split test --by reconstruction_error --out scores.parquet
+""",
+    "impute": """
+  jaxvae impute runs/table --data incomplete.csv --out complete.csv
+  jaxvae impute runs/photos --data masked.npz --draws 5 --out inpainted.npz
+""",
+    "reconstruct": """
+  jaxvae reconstruct runs/photos --split test --out reconstructions.npz
+  jaxvae reconstruct runs/photos --data few_photos/ --out grid.png
 """,
     "figures": """
   jaxvae figures runs/photos --best
@@ -130,6 +157,7 @@ _EXAMPLES = {
   jaxvae completion zsh > ~/.zfunc/_jaxvae
 """,
 }
+_SCORES = ("log_likelihood", "elbo", "reconstruction_error")
 METHODS = ("importance", "ais")
 _AIS = {
     "--num-images": "number of test images and of simulated images; default 100",
@@ -254,6 +282,30 @@ def make_parser(
     sample.add_argument("--temperature", type=float, nargs="+", default=[1.0], metavar="X",
                         help="factor of the prior's standard deviations; of a ladder also one for "
                              "each group, from the top down")  # fmt: skip
+    encode = command("encode", "encode a data set by the model of a run")
+    encode.description = _ENCODE
+    encode.add_argument("--out", type=Path, required=True, metavar="FILE",
+                        help="an .npz, .csv or .parquet file")  # fmt: skip
+    score = command("score", "score the examples of a data set by how unusual they are")
+    score.description = _SCORE
+    score.add_argument("--out", type=Path, required=True, metavar="FILE",
+                       help="a .csv, .parquet or .npz file")  # fmt: skip
+    score.add_argument("--by", choices=_SCORES, default="log_likelihood",
+                       help="the order of the table; default log_likelihood, log p(x)")  # fmt: skip
+    score.add_argument("--num-samples", type=int, default=100, metavar="K",
+                       help="importance samples for log p(x); default 100")  # fmt: skip
+    impute = command("impute", "fill in the missing entries of a data set")
+    impute.description = _IMPUTE
+    impute.add_argument("--out", type=Path, required=True, metavar="FILE",
+                        help="an .npz file; of vectors also a .csv or .parquet file")  # fmt: skip
+    impute.add_argument("--num-samples", type=int, default=1000, metavar="K",
+                        help="importance samples; default 1000")  # fmt: skip
+    impute.add_argument("--draws", type=int, default=0, metavar="N",
+                        help="number of draws, in an .npz file; default 0")  # fmt: skip
+    reconstruct = command("reconstruct", "encode and decode a data set by the model of a run")
+    reconstruct.add_argument("--out", type=Path, required=True, metavar="FILE",
+                             help="an .npz file; of images also a .png file, a grid of all; of "
+                                  "vectors also a .csv or .parquet file")  # fmt: skip
     figures = command("figures", "draw the figures of a run")
     figures.add_argument("--format", choices=["png", "svg", "pdf"], default="png",
                          help="default png; the animation is always a GIF")  # fmt: skip
@@ -268,13 +320,15 @@ def make_parser(
     compress.description = _COMPRESS
     compress.add_argument("--out", type=Path, required=True, metavar="FILE",
                           help="the compressed file")  # fmt: skip
-    compress.add_argument("--split", choices=["all", "train", "test"], default="all",
-                          help="which images of the data; default all, the training images "
-                               "before the test images")  # fmt: skip
     decompress = command("decompress", "restore the images of a compressed file")
     decompress.add_argument("--out", type=Path, required=True, metavar="FOLDER|FILE",
                             help="an .npz or .npy file, or a new folder of PNG files")  # fmt: skip
-    for one in (evaluate, sample, figures, explore, export, compress, decompress):
+    of_a_data_set = (encode, score, impute, reconstruct, compress)
+    for one in of_a_data_set:
+        one.add_argument("--split", choices=SPLITS, default="all",
+                         help="which part of the data; default all, in the order of the data: if "
+                              "they have a test split, it comes last")  # fmt: skip
+    for one in (evaluate, sample, figures, explore, export, decompress, *of_a_data_set):
         one.add_argument("run", type=Path, metavar="RUN_DIR", help="the run directory")
         one.add_argument("--best", action="store_true",
                          help="use the epoch of the best test ELBO, not the latest")  # fmt: skip
@@ -304,7 +358,7 @@ def make_parser(
             own.add_argument(as_flag(name), metavar="PATH[:KEY=VALUE,...]")
 
     data = _flags(RunConfig)["--data"]
-    for one in (evaluate, figures, explore, fit_prior, compress):
+    for one in (evaluate, figures, explore, fit_prior, *of_a_data_set):
         one.add_argument("--data", **data | {"help": "default: the data of the run"})
 
     keras = command("import", "import the notebook's model from Keras as a run")

@@ -101,6 +101,7 @@ def load_dataset(
     data_dir: str | Path | None = None,
     manual_dir: str | Path | None = None,
     label_column: str | None = None,
+    missing: bool = False,
 ) -> Dataset:
     """Load a data set as `load_data` does, as a Dataset of images and labels.
 
@@ -109,6 +110,8 @@ def load_dataset(
       data_dir: as in `load_data`.
       manual_dir: as in `load_data`.
       label_column: as in `load_data`.
+      missing: whether entries may be missing: NaN, an empty cell of a .csv file, or null. They are
+        NaN in the result.
 
     Returns:
       The data set.
@@ -134,7 +137,8 @@ def load_dataset(
         with warnings.catch_warnings():
             # Pillow and NumPy warn about unusual files, which they then read or refuse.
             warnings.simplefilter("ignore")
-            data = _checked(files.load_path(Path(name), changes, label_column), name)
+            data = files.load_path(Path(name), changes, label_column, missing=missing)
+            data = _checked(data, name, missing=missing)
     except OSError as error:
         raise InputError(f"{name} cannot be read: {error.strerror}") from None
     except MemoryError:
@@ -145,7 +149,7 @@ def load_dataset(
     return data
 
 
-def as_dataset(data: Any, name: str = "the data") -> Dataset:
+def as_dataset(data: Any, name: str = "the data", *, missing: bool = False) -> Dataset:
     """Convert arrays to a Dataset, and check it.
 
     Args:
@@ -155,6 +159,7 @@ def as_dataset(data: Any, name: str = "the data") -> Dataset:
         examples, any source with `__len__` and `__getitem__`, such as a data set of Hugging Face,
         PyTorch or Grain: its items are read into memory as by `sources.read_source`.
       name: name of the data in error messages.
+      missing: whether NaN is allowed, as the mark of missing entries.
 
     Returns:
       The data set, with images that are uint8 or float32 in [0, 1], or other examples, float32.
@@ -176,7 +181,7 @@ def as_dataset(data: Any, name: str = "the data") -> Dataset:
         except (TypeError, ValueError) as error:
             raise InputError(f"{name} cannot be read as an array: {error}") from None
         data = Dataset(*pairs[0], *pairs[1]) if len(pairs) == 2 else split_every_tenth(*pairs[0])
-    return _checked(data, name)
+    return _checked(data, name, missing=missing)
 
 
 def _images_and_labels(part: Any, name: str) -> tuple[np.ndarray, np.ndarray | None]:
@@ -199,10 +204,10 @@ def _mnist_5k() -> Dataset:
     return split_every_tenth(images, labels)
 
 
-def _checked(data: Dataset, name: str) -> Dataset:
+def _checked(data: Dataset, name: str, *, missing: bool = False) -> Dataset:
     """Check a data set, and convert its images to uint8 or float32 in [0, 1].
 
-    Other examples than images become float32.
+    Other examples than images become float32. With `missing`, NaN is allowed.
     """
     splits: dict[str, Any] = {}
     for split in ("train", "test"):
@@ -215,16 +220,13 @@ def _checked(data: Dataset, name: str) -> Dataset:
             raise InputError(f"{name} has no {split} {noun}: expected at least one")
         expect_labels(images, labels, f"{name} has", f"{split} ")
         if images.ndim != 4:
-            images = _as_float32(images, f"{name}: {split} example")
+            images = _as_float32(images, f"{name}: {split} example", missing=missing)
         elif np.issubdtype(images.dtype, np.floating):
-            if not np.isfinite(images).all():
-                bad = int(np.argmin(np.isfinite(images).all(axis=(1, 2, 3))))
+            _expect_finite(images, f"{name}: {split} image", "pixels", missing=missing)
+            low, high = np.fmin.reduce(images, None), np.fmax.reduce(images, None)
+            if low < 0 or high > 1:
                 raise InputError(
-                    f"{name}: {split} image {bad} holds NaN or infinity: expected finite pixels"
-                )
-            if images.min() < 0 or images.max() > 1:
-                raise InputError(
-                    f"{name} has {split} images between {images.min():g} and {images.max():g}: "
+                    f"{name} has {split} images between {low:g} and {high:g}: "
                     "expected floats between 0 and 1, or uint8"
                 )
             images = images.astype(np.float32)
@@ -244,15 +246,20 @@ def _checked(data: Dataset, name: str) -> Dataset:
     return data._replace(**splits)
 
 
-def _as_float32(examples: np.ndarray, name: str) -> np.ndarray:
+def _as_float32(examples: np.ndarray, name: str, *, missing: bool) -> np.ndarray:
     """Convert examples other than images to float32, and check that they are finite numbers."""
     if examples.dtype.kind not in "biuf":
         raise InputError(f"{name}s are of type {examples.dtype}: expected numbers")
     with np.errstate(over="ignore"):
         examples = examples.astype(np.float32)
-    finite = np.isfinite(examples).reshape(len(examples), -1).all(axis=1)
-    if not finite.all():
-        raise InputError(
-            f"{name} {np.argmin(finite)} holds NaN or infinity: expected finite numbers"
-        )
+    _expect_finite(examples, name, "numbers", missing=missing)
     return examples
+
+
+def _expect_finite(examples: np.ndarray, name: str, expected: str, *, missing: bool) -> None:
+    finite = np.isfinite(examples)
+    if missing:
+        finite |= np.isnan(examples)
+    if not finite.all():
+        bad = np.argmin(finite.reshape(len(examples), -1).all(axis=1))
+        raise InputError(f"{name} {bad} holds NaN or infinity: expected finite {expected}")

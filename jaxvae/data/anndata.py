@@ -10,13 +10,14 @@ from jaxvae.data.dataset import Dataset, number_classes, split_every_tenth
 from jaxvae.errors import InputError
 
 
-def load_h5ad(path: Path, label_column: str | None) -> Dataset:
+def load_h5ad(path: Path, label_column: str | None, *, missing: bool = False) -> Dataset:
     """Load the matrix X of an AnnData file, dense or sparse (CSR or CSC).
 
     Args:
       path: the file.
       label_column: name of the column of `obs` with the classes: a categorical, text or whole
         numbers.
+      missing: whether X may hold NaN, as the mark of missing entries.
 
     Returns:
       The rows of X as examples, float32 [N, columns], and the labels. Every tenth row is a test
@@ -37,7 +38,7 @@ def load_h5ad(path: Path, label_column: str | None) -> Dataset:
         labels = None
         if label_column is not None:
             labels = _labels(_own(file, "obs"), label_column, path)
-    bad = np.argwhere(~np.isfinite(examples))
+    bad = np.argwhere(~np.isfinite(examples) & ~(missing & np.isnan(examples)))
     if len(bad):
         row, column = bad[0]
         raise InputError(

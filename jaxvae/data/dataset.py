@@ -38,6 +38,7 @@ class Dataset(NamedTuple):
       test_images: as `train_images`, an array.
       test_labels: as `train_labels`.
       every_tenth: whether the test images are every tenth of all, as the source has no split.
+      columns: names of the features, if the data are a table.
     """
 
     train_images: Images
@@ -45,6 +46,7 @@ class Dataset(NamedTuple):
     test_images: np.ndarray
     test_labels: np.ndarray | None
     every_tenth: bool = False
+    columns: tuple[str, ...] | None = None
 
 
 def split_every_tenth(images: np.ndarray, labels: np.ndarray | None) -> Dataset:

@@ -35,7 +35,9 @@ _HELD_OUT = ("test", "testing", "val", "valid", "validation")
 _ENDS = frozenset[str]().union(*FORMATS.values())
 
 
-def load_path(path: Path, changes: set[str], label_column: str | None = None) -> Dataset:
+def load_path(
+    path: Path, changes: set[str], label_column: str | None = None, *, missing: bool = False
+) -> Dataset:
     """Load the images, or other examples, of a file or folder.
 
     - an .npz file: `x_train`, `x_test` (and `y_train`, `y_test`), or `images` (and `labels`);
@@ -60,6 +62,7 @@ def load_path(path: Path, changes: set[str], label_column: str | None = None) ->
       path: the file or folder.
       changes: set to which conversions of pictures are added, as in `read_picture`.
       label_column: the column of classes of a table or AnnData file.
+      missing: whether numbers of a table or AnnData file may be missing, which makes them NaN.
 
     Returns:
       The images, and the labels where there are any.
@@ -77,11 +80,11 @@ def load_path(path: Path, changes: set[str], label_column: str | None = None) ->
     if path.is_file() and path.suffix in (".csv", ".tsv", ".parquet"):
         from jaxvae.data.tables import load_table
 
-        return load_table(path, label_column)
+        return load_table(path, label_column, missing=missing)
     if path.is_file() and path.suffix == ".h5ad":
         from jaxvae.data.anndata import load_h5ad
 
-        return load_h5ad(path, label_column)
+        return load_h5ad(path, label_column, missing=missing)
     expect_no_label_column(label_column, path)
     if path.is_dir():
         return _load_folder(path, changes)

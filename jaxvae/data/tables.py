@@ -1,8 +1,9 @@
 """Tables: CSV and Parquet files, with an example in each row."""
 
 import csv
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -12,21 +13,23 @@ import pyarrow.parquet
 from jaxvae.data.arrays import expect_memory, reading
 from jaxvae.data.dataset import Dataset, number_classes, split_every_tenth
 from jaxvae.errors import InputError
+from jaxvae.storage import write_atomic
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _MOST_HEADER = 2**24  # characters
 
 
-def load_table(path: Path, label_column: str | None) -> Dataset:
+def load_table(path: Path, label_column: str | None, *, missing: bool = False) -> Dataset:
     """Load a table of numbers: a .csv, .tsv or .parquet file.
 
-    The first line of a text file is its header, unless all of its cells are numbers; the columns
-    are then named 1, 2, 3, ... Rows are counted from 1, without the header.
+    The first line of a text file is its header, unless all of its cells are numbers or empty; the
+    columns are then named 1, 2, 3, ... Rows are counted from 1, without the header.
 
     Args:
       path: the file.
       label_column: name of the column of classes, whole numbers or text, which is not a part of
         the examples. Text is numbered in alphabetical order.
+      missing: whether numbers may be missing: an empty cell, NaN or null, which becomes NaN.
 
     Returns:
       The examples, float32 [N, columns], and the labels. Every tenth row is a test example.
@@ -57,8 +60,43 @@ def load_table(path: Path, label_column: str | None) -> Dataset:
         expect_memory(4 * table.num_rows * len(names))
         examples = np.empty((table.num_rows, len(names)), np.float32)
     for i, name in enumerate(names):
-        examples[:, i] = _numbers(table[name], name, path)
-    return split_every_tenth(examples, labels)
+        examples[:, i] = _numbers(table[name], name, path, missing=missing)
+    return split_every_tenth(examples, labels)._replace(columns=tuple(names))
+
+
+def write_table(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write arrays with a row for each example, atomically.
+
+    Args:
+      path: an .npz file, which holds the arrays as they are; or a .csv or .parquet file, in which
+        an array [N] is a column, and one [N, d] is d columns with _1, _2, ... after its name. As
+        for `load_table`, a .csv file has no header if all names are numbers.
+      arrays: [N, ...], by name.
+
+    Raises:
+      InputError: the file cannot be written.
+    """
+    suffix = path.suffix.lower()
+
+    def write(file: BinaryIO) -> None:
+        if suffix == ".npz":
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+            return
+        columns: dict[str, np.ndarray] = {}
+        for name, x in arrays.items():
+            each = {name: x} if x.ndim == 1 else {f"{name}_{i + 1}": c for i, c in enumerate(x.T)}
+            columns |= {name: np.ascontiguousarray(c) for name, c in each.items()}
+        table = pa.table(columns)
+        if suffix == ".parquet":
+            pa.parquet.write_table(table, file)
+            return
+        header = not all(map(_is_number, columns))
+        pa.csv.write_csv(table, file, pa.csv.WriteOptions(include_header=header))
+
+    try:
+        write_atomic(path, write)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
 def _parquet(path: Path) -> pa.Table:
@@ -76,7 +114,7 @@ def _text(path: Path) -> pa.Table:
         first = next(csv.reader([file.readline(_MOST_HEADER)], delimiter=delimiter), [])
     if not first:
         raise ValueError("its first line is empty: expected a header, or numbers")
-    numbered = all(map(_is_number, first))
+    numbered = all(cell == "" or _is_number(cell) for cell in first)
     names = [str(i + 1) for i in range(len(first))] if numbered else None
     ragged: list[Any] = []
 
@@ -99,15 +137,15 @@ def _text(path: Path) -> pa.Table:
     return table
 
 
-def _numbers(column: pa.ChunkedArray, name: str, path: Path) -> np.ndarray:
-    """Convert a column to finite float32 numbers."""
+def _numbers(column: pa.ChunkedArray, name: str, path: Path, *, missing: bool) -> np.ndarray:
+    """Convert a column to float32 numbers, which are finite or, with `missing`, NaN."""
     kind = column.type
     of_numbers = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean,
                   pa.types.is_decimal, pa.types.is_null)  # fmt: skip
     if any(is_kind(kind) for is_kind in of_numbers):
         with np.errstate(over="ignore"):
             numbers = column.to_numpy().astype(np.float64).astype(np.float32)
-        bad = np.flatnonzero(~np.isfinite(numbers))
+        bad = np.flatnonzero(~np.isfinite(numbers) & ~(missing & np.isnan(numbers)))
         remedy = ""
     else:
         cells = column.to_pylist()

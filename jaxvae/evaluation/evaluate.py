@@ -23,7 +23,14 @@ from jaxvae.evaluation.metrics import (
 from jaxvae.models.codebooks import codebook_of, is_discrete
 from jaxvae.models.discrete import perplexity
 from jaxvae.models.distributions import Gaussian
-from jaxvae.models.vae import Params, encode, expected_images, expected_labels, prior, reconstruct
+from jaxvae.models.vae import (
+    Params,
+    encode_observed,
+    expected_images,
+    expected_labels,
+    prior,
+    reconstruct_observed,
+)
 from jaxvae.objectives import draw, elbo, example_keys
 from jaxvae.validation import jit
 
@@ -101,7 +108,7 @@ def mean_log_likelihood(
     return lax.pmean(mean, axis_name) if axis_name else mean
 
 
-@jit()
+@jit(missing=True)
 def kl_per_group(
     params: Params,
     key: Key[Array, "..."] | UInt32[ArrayLike, "..."],
@@ -152,7 +159,7 @@ def examine(params: Params, key: Key[Array, ""], data: Dataset) -> dict[str, Any
         jnp.asarray(labels, jnp.int32) if params.config.num_classes else None
         for labels in (data.test_labels, data.train_labels)
     )
-    posterior = encode(params, images, labels)
+    posterior = encode_observed(params, images, labels)
     found: dict[str, Any] = {}
     if isinstance(posterior, Gaussian):
         z = posterior.sample(key)
@@ -167,14 +174,15 @@ def examine(params: Params, key: Key[Array, ""], data: Dataset) -> dict[str, Any
     else:
         variance = variance_of_means(posterior, jax.random.fold_in(key, 1))
         found["active_units"] = int(jnp.sum(variance > ACTIVE))
-    means = reconstruct(params, images, labels)
-    found["reconstruction_error"] = float(jnp.mean(reconstruction_error(images, means)))
+    means = reconstruct_observed(params, images, labels)
+    found["reconstruction_error"] = float(jnp.nanmean(reconstruction_error(images, means)))
     if (
         data.train_labels is not None
         and data.test_labels is not None
         and np.ptp(data.train_labels) > 0
     ):
-        train_mean = encode(params, jnp.asarray(data.train_images), train_labels).center
+        train_images = jnp.asarray(data.train_images)
+        train_mean = encode_observed(params, train_images, train_labels).center
         probe = latent_probe(
             np.asarray(train_mean),
             data.train_labels,

@@ -17,7 +17,7 @@ from jaxvae.models.vae import (
     with_size_of,
 )
 from jaxvae.objectives import draw_at, example_keys, numbered_keys
-from jaxvae.validation import AnyKey, as_floats, as_key, jit, support_of, whole_number
+from jaxvae.validation import AnyKey, as_floats, jit, support_of, whole_number
 
 
 class Imputation(NamedTuple):
@@ -57,7 +57,8 @@ def impute(
 
     Args:
       params: the model.
-      key: PRNG key.
+      key: a PRNG key, or [batch] keys, one for each image, of which the mean depends only on that
+        of the image.
       images: as in `jaxvae.encode`, with NaN in place of missing entries: floats, of images in
         [0, 1].
       num_samples: number K of importance samples.
@@ -80,9 +81,10 @@ def impute(
     images = expected_images(params, images)
     labels = expected_labels(params, labels, len(images))
     posterior = encode(params, images, labels)
-    sample_key, index_key, draw_key = jax.random.split(as_key(key), 3)
     batch = len(images)
-    keys = example_keys(sample_key, batch)
+    keys, index_keys, draw_keys = jax.vmap(lambda key: jax.random.split(key, 3), 0, 1)(
+        example_keys(key, batch)
+    )
 
     def likelihood_at(z: Float[Array, "samples batch latent"]) -> Likelihood:
         """Return p(x|z) of all samples as one batch, with counts at the size of the images."""
@@ -119,8 +121,8 @@ def impute(
     def choose(key: Key[Array, ""], v: Float[Array, " samples"]) -> Int[Array, " draws"]:
         return jax.random.choice(key, len(v), (num_draws,), p=v)
 
-    k = jax.vmap(choose, (0, 1), 1)(example_keys(index_key, batch), v)
-    draws = likelihood_at(z[k, jnp.arange(batch)]).sample(draw_key)
+    k = jax.vmap(choose, (0, 1), 1)(index_keys, v)
+    draws = likelihood_at(z[k, jnp.arange(batch)]).sample(draw_keys[0])
     x = as_floats(support_of(params), images).astype(dtype)
     return Imputation(
         jnp.where(jnp.isnan(x), mean, x),

@@ -175,7 +175,8 @@ def reconstruction_error(
     25.5 of 255 grey levels where it is 0.1.
 
     Args:
-      images: images, floats in [0, 1] or uint8; or other examples, as they are.
+      images: images, floats in [0, 1] or uint8; or other examples, as they are. Missing entries,
+        NaN, are left out of the mean.
       means: means of p(x|z), of images in [0, 1].
 
     Returns:
@@ -188,8 +189,9 @@ def reconstruction_error(
         raise InputError(
             f"images have shape {images.shape}: expected the reconstructions' {means.shape}"
         )
-    error = at_least_float32(scale_images(images)) - at_least_float32(means)
-    return jnp.mean(error**2, axis=tuple(range(1, error.ndim)))
+    x = at_least_float32(scale_images(images))
+    error = x - at_least_float32(means)
+    return jnp.mean(error**2, axis=tuple(range(1, error.ndim)), where=~jnp.isnan(x))
 
 
 class LatentProbe(NamedTuple):

@@ -49,7 +49,7 @@ def pixels(image: np.ndarray) -> np.ndarray:
     return np.round(np.nan_to_num(image) * 255).astype(np.uint8)
 
 
-def save_images(images: jax.Array, path: Path) -> None:
+def save_images(images: jax.Array | np.ndarray, path: Path) -> None:
     """Write images as a nearly square grid in a PNG file.
 
     Args:

@@ -13,7 +13,14 @@ from jaxvae.figures.grid import coordinate_prior, coordinates, latent_grid, mean
 from jaxvae.figures.style import image_grid
 from jaxvae.models.distributions import UnitGaussian
 from jaxvae.models.protocols import Posterior
-from jaxvae.models.vae import Params, decode, encode, prior, reconstruct, sample
+from jaxvae.models.vae import (
+    Params,
+    decode,
+    encode_observed,
+    prior,
+    reconstruct_observed,
+    sample,
+)
 from jaxvae.validation import scale_images
 
 _ROWS = 10  # classes or latents drawn, at most
@@ -61,10 +68,27 @@ def reconstructions(params: Params, data: Dataset, n: int = 10) -> Figure:
     """
     chosen = _one_of_each(data.test_labels, len(data.test_images), n)
     originals = jnp.asarray(data.test_images[chosen])
-    decoded = reconstruct(params, originals, labels_of(params, data, chosen))
+    decoded = reconstruct_observed(params, originals, labels_of(params, data, chosen))
     pairs = jnp.concatenate([scale_images(originals), decoded])
     figure, axes = image_grid(pairs, 2, "Test images and their reconstructions")
     _name_rows(axes, params, ["image", "reconstruction"])
+    return figure
+
+
+def unusual(params: Params, most: np.ndarray, least: np.ndarray) -> Figure:
+    """Draw the most unusual images of a data set above the least unusual ones.
+
+    Args:
+      params: the model.
+      most: the most unusual images, in order, [n, H, W, C].
+      least: the least unusual ones, [n, H, W, C].
+
+    Returns:
+      The figure.
+    """
+    images = scale_images(np.concatenate([most, least]))
+    figure, axes = image_grid(images, 2, "The most and the least unusual images")
+    _name_rows(axes, params, ["most", "least"])
     return figure
 
 
@@ -255,7 +279,7 @@ def interpolations(params: Params, data: Dataset, pairs: int = 4, columns: int =
     ends = _pairs(data.test_labels, len(data.test_images), pairs, bool(params.config.num_classes))
     images = scale_images(jnp.asarray(data.test_images[ends.ravel()]))
     labels = labels_of(params, data, ends.ravel())
-    center = coordinates(params, encode(params, images, labels).center)
+    center = coordinates(params, encode_observed(params, images, labels).center)
     t = jnp.linspace(0, 1, columns - 2)
     rows, names = [], []
     for i in range(0, ends.size, 2):
@@ -285,7 +309,7 @@ def encode_test_images(params: Params, data: Dataset) -> Posterior:
     """
     limit = min(_ENCODED, max(500, _NUMBERS // params.config.latent_dim))
     images = jnp.asarray(data.test_images[:limit])
-    return encode(params, images, labels_of(params, data, np.arange(len(images))))
+    return encode_observed(params, images, labels_of(params, data, np.arange(len(images))))
 
 
 def activity(posterior: Posterior) -> tuple[jax.Array, np.ndarray]:

@@ -390,7 +390,7 @@ def binarize(key: AnyKey, images: Images) -> Float[Array, " batch *shape"]:
       images: floats in [0, 1] or uint8.
 
     Returns:
-      Zeros and ones, float32.
+      Zeros and ones, float32. Missing pixels, NaN, stay missing.
 
     Raises:
       InputError: another number of keys than one or `batch`; images of another type.
@@ -398,7 +398,7 @@ def binarize(key: AnyKey, images: Images) -> Float[Array, " batch *shape"]:
     References:
       Salakhutdinov and Murray (2008), On the Quantitative Analysis of Deep Belief Networks.
     """
-    expect_unit_interval(images)
+    expect_unit_interval(images, missing=True)
     x = scale_images(images).astype(jnp.float32)
     key = as_key(key, several=True)
     if key.shape not in ((), x.shape[:1]):
@@ -410,7 +410,8 @@ def binarize(key: AnyKey, images: Images) -> Float[Array, " batch *shape"]:
         # On a CPU random bits take most of the time: a word of 32 serves two pixels.
         words = jax.random.bits(key, ((x.size + 1) // 2,), jnp.uint32)
         halves = jnp.concatenate([words >> 16, words & 0xFFFF])[: x.size].reshape(x.shape)
-        return (halves.astype(jnp.int32) < 65536 * x).astype(jnp.float32)
+        drawn = (halves.astype(jnp.int32) < 65536 * x).astype(jnp.float32)
+        return jnp.where(jnp.isnan(x), x, drawn)
 
     return jax.vmap(draw)(key, x) if key.shape else draw(key, x)
 

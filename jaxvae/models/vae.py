@@ -276,7 +276,15 @@ def reconstruct(
     Raises:
       InputError: as in `encode`.
     """
-    p_x = decode(params, encode(params, images, labels).center, labels)
+    return reconstruct_observed(params, images, labels)
+
+
+@jit(missing=True)
+def reconstruct_observed(
+    params: Params, images: Images, labels: Labels = None
+) -> Float[Array, " batch *shape"]:
+    """Reconstruct images as `reconstruct`; the encoder sees zeros in place of missing entries."""
+    p_x = decode(params, encode_observed(params, images, labels).center, labels)
     return with_size_of(images, p_x).mean
 
 

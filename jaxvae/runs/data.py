@@ -2,6 +2,7 @@
 
 import hashlib
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -10,20 +11,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxvae.components import imported, is_dotted_path
-from jaxvae.data import Dataset, as_dataset, load_dataset
+from jaxvae.data import Dataset, Images, as_dataset, load_dataset
 from jaxvae.errors import InputError, OtherData
 from jaxvae.models.config import ModelConfig
 from jaxvae.models.likelihoods import binarize
 from jaxvae.runs.config import DataRecord, RunConfig
-from jaxvae.validation import expect_support, is_image
+from jaxvae.validation import expect_support, is_image, scale_images
 
 T = TypeVar("T")
+SPLITS = ("all", "train", "test")
 IN_PYTHON = "python"  # the name of data that were passed as arrays
 _HASHED_WHOLE = 2**30  # bytes of images in memory, which take about a second
 _HASHED_IMAGES = 256  # of images on disk, and of larger arrays
 
 
-def load_run_data(config: RunConfig, typed: str | None = None) -> Dataset:
+def load_run_data(config: RunConfig, typed: str | None = None, *, missing: bool = False) -> Dataset:
     """Load the data set of a run.
 
     With binarization, the test images are 0/1 pixels, drawn once and equal in every run; with
@@ -33,6 +35,7 @@ def load_run_data(config: RunConfig, typed: str | None = None) -> Dataset:
       config: the configuration of the run.
       typed: a name or path that the user typed, instead of the recorded one. It may be the dotted
         path of a custom function; a dotted path in a file is never imported.
+      missing: whether entries may be missing, NaN, although the objective does not take them.
 
     Returns:
       The data set.
@@ -41,6 +44,7 @@ def load_run_data(config: RunConfig, typed: str | None = None) -> Dataset:
       InputError: the data cannot be loaded, or as for `prepared`.
     """
     name = config.data if typed is None else typed
+    missing = missing or takes_missing(config)
     if is_dotted_path(name) and not Path(name).exists():
         if typed is None:
             raise InputError(
@@ -51,7 +55,8 @@ def load_run_data(config: RunConfig, typed: str | None = None) -> Dataset:
             made = imported("data", name)
         except InputError as error:
             raise InputError(f"{name} is not a file, and {error}") from None
-        return prepared(as_dataset(made() if callable(made) else made, name), config, name)
+        data = as_dataset(made() if callable(made) else made, name, missing=missing)
+        return prepared(data, config, name, missing=missing)
     if name == IN_PYTHON:
         raise InputError(
             "the data of this run were passed as arrays in Python: name a data set with --data"
@@ -61,17 +66,26 @@ def load_run_data(config: RunConfig, typed: str | None = None) -> Dataset:
         data_dir=config.data_dir,
         manual_dir=config.manual_dir,
         label_column=config.label_column,
+        missing=missing,
     )
-    return prepared(data, config, name)
+    return prepared(data, config, name, missing=missing)
 
 
-def prepared(data: Dataset, config: RunConfig, name: str = "the data") -> Dataset:
+def takes_missing(config: RunConfig) -> bool:
+    """Return whether the objective of a run takes missing entries, NaN."""
+    return getattr(config.train.objective, "missing", False)
+
+
+def prepared(
+    data: Dataset, config: RunConfig, name: str = "the data", *, missing: bool = False
+) -> Dataset:
     """Binarize images as the configuration says, and check the values of other examples.
 
     Args:
       data: the data set.
       config: the configuration of the run.
       name: name of the data in error messages.
+      missing: as in `load_run_data`.
 
     Returns:
       The data set.
@@ -87,9 +101,9 @@ def prepared(data: Dataset, config: RunConfig, name: str = "the data") -> Datase
                 f"binarization is {kind!r}, but {name} does not hold images: expected 'none'"
             )
         for examples in (data.train_images, data.test_images):
-            missing = getattr(config.train.objective, "missing", False)
             support = config.model.likelihood.support
-            expect_support(support, examples, f"{name} has", missing=missing)
+            allowed = missing or takes_missing(config)
+            expect_support(support, examples, f"{name} has", missing=allowed)
     train_key, test_key = binarization_keys()
     if kind == "fixed":
         if not isinstance(data.train_images, np.ndarray):
@@ -172,8 +186,104 @@ def binarization_keys() -> jax.Array:
 
 
 def binarized(key: jax.Array, images: np.ndarray) -> np.ndarray:
-    """Return images as uint8 0 or 255, drawn with the grey levels as probabilities."""
-    return (255 * np.asarray(binarize(key, jnp.asarray(images)))).astype(np.uint8)
+    """Return images as uint8 0 or 255, drawn with the grey levels as probabilities.
+
+    With missing entries, NaN, they are float32 0 or 1.
+    """
+    binary = np.asarray(binarize(key, jnp.asarray(images)))
+    return binary if np.isnan(binary).any() else (255 * binary).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class _Joined:
+    """Training and test images as one array, read by index.
+
+    Attributes:
+      parts: training and test images.
+      places: of each image, its index in the training images followed by the test images.
+    """
+
+    parts: tuple[Images, Images]
+    places: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self), *self.parts[0].shape[1:])
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.parts[0].dtype
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray:
+        places, (train, test) = self.places[rows], self.parts
+        images = np.empty((len(places), *self.shape[1:]), self.dtype)
+        in_train = places < len(train)
+        images[in_train] = train[places[in_train]]
+        images[~in_train] = test[places[~in_train] - len(train)]
+        return images
+
+
+def examples_of(data: Dataset, config: RunConfig, split: str) -> tuple[Images, np.ndarray | None]:
+    """Return the images of a split and their labels, in the order of the data.
+
+    Data without a split of their own are in the order of their source. Of others, the training
+    images come before the test images. With dynamic binarization the training images are binarized
+    as the test images are, by a fixed key.
+
+    Args:
+      data: the data set.
+      config: the configuration of the run.
+      split: one of `SPLITS`.
+
+    Returns:
+      The images, which are read when they are indexed, and their labels, if all have one.
+    """
+    train_images, test_images = data.train_images, data.test_images
+    if config.train.binarization == "dynamic" and split != "test":
+        train_images = binarized(binarization_keys()[0], train_images[:])
+    if split == "test":
+        return test_images, data.test_labels
+    if split == "train":
+        return train_images, data.train_labels
+    if train_images.dtype != test_images.dtype:  # uint8 and float32
+        train_images, test_images = (
+            np.asarray(scale_images(x[:])) for x in (train_images, test_images)
+        )
+    n = len(train_images) + len(test_images)
+    places = np.arange(n)
+    if data.every_tenth:
+        held_out = places % 10 == 0
+        places = np.where(held_out, n - len(test_images) + places // 10, np.cumsum(~held_out) - 1)
+    labels = None
+    if data.train_labels is not None and data.test_labels is not None:
+        labels = np.concatenate([data.train_labels, data.test_labels])[places]
+    return _Joined((train_images, test_images), places), labels
+
+
+def expect_classes(name: str, data: Dataset, model: ModelConfig) -> None:
+    """Raise InputError unless the labels of a data set are classes of a conditional model.
+
+    Args:
+      name: name of the data in error messages.
+      data: the data set.
+      model: the model; if it is unconditional, nothing is checked.
+
+    Raises:
+      InputError: labels are missing, or out of range.
+    """
+    for split in ("train", "test") if model.num_classes else ():
+        labels = getattr(data, f"{split}_labels")
+        if labels is None or not 0 <= labels.min() <= labels.max() < model.num_classes:
+            has = f"no {split} labels"
+            if labels is not None:
+                has = f"{split} labels from {labels.min()} to {labels.max()}"
+            raise InputError(
+                f"{name} has {has}: expected classes from 0 to {model.num_classes - 1}, "
+                f"as num_classes is {model.num_classes}"
+            )
 
 
 def model_inputs(

@@ -33,7 +33,7 @@ from jaxvae.models.vae import Params
 from jaxvae.objectives import PriorFit
 from jaxvae.runs.checkpoints import load, metadata, newest_intact, steps_of
 from jaxvae.runs.config import MAY_CHANGE, DataRecord, RunConfig, components
-from jaxvae.runs.data import describe, difference, model_inputs
+from jaxvae.runs.data import describe, difference, expect_classes, model_inputs
 from jaxvae.runs.files import locked, read_metrics, version, write_json
 from jaxvae.storage import expect_utf8
 from jaxvae.training.state import TrainState, create_train_state, state_of
@@ -197,16 +197,7 @@ def with_shape(config: RunConfig, data: Dataset) -> RunConfig:
 
 def _with_shape(config: RunConfig, data: Dataset) -> RunConfig:
     model = config.model.with_image_shape(data.train_images.shape[1:])
-    for split in ("train", "test") if model.num_classes else ():
-        labels = getattr(data, f"{split}_labels")
-        if labels is None or not 0 <= labels.min() <= labels.max() < model.num_classes:
-            has = f"no {split} labels"
-            if labels is not None:
-                has = f"{split} labels from {labels.min()} to {labels.max()}"
-            raise InputError(
-                f"{config.data} has {has}: expected classes from 0 to {model.num_classes - 1}, "
-                f"as num_classes is {model.num_classes}"
-            )
+    expect_classes(config.data, data, model)
     return replace(config, model=model)
 
 

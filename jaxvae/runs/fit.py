@@ -13,7 +13,7 @@ from jaxvae.models.vae import Params
 from jaxvae.runs import directory, loop
 from jaxvae.runs.callbacks import Callback, expect_callbacks
 from jaxvae.runs.config import RunConfig, components, configured, read_config, updated
-from jaxvae.runs.data import IN_PYTHON, load_run_data, prepared
+from jaxvae.runs.data import IN_PYTHON, load_run_data, prepared, takes_missing
 from jaxvae.runs.files import read_metrics
 from jaxvae.runs.progress import Progress
 from jaxvae.training.config import TrainConfig
@@ -84,7 +84,7 @@ def fit(
         config = configured({"data": data}, config)
         dataset = load_run_data(config, config.data)
     else:
-        dataset = prepared(as_dataset(data), config)
+        dataset = prepared(as_dataset(data, missing=takes_missing(config)), config)
     folder = None if run_dir is None else Path(run_dir)
     history = _History()
     shown = [Progress()] if progress else []

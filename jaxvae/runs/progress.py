@@ -33,11 +33,12 @@ class _Console(Console):
 
 
 @contextmanager
-def counting(what: str) -> Iterator[Callable[[int, int], None]]:
+def counting(what: str, noun: str = "image") -> Iterator[Callable[[int, int], None]]:
     """Show a bar on standard error, or in Jupyter, while images are processed.
 
     Args:
       what: text before the bar.
+      noun: what an image is called.
 
     Yields:
       A function to call with the number of images that are done, and that of all.
@@ -46,7 +47,7 @@ def counting(what: str) -> Iterator[Callable[[int, int], None]]:
     columns = (
         TextColumn(what),
         BarColumn(),
-        TextColumn("{task.completed}/{task.total} images,"),
+        TextColumn(f"{{task.completed}}/{{task.total}} {noun}s,"),
         TimeRemainingColumn(),
         TextColumn("left"),
     )

@@ -11,7 +11,7 @@ import numpy as np
 from jaxvae.errors import InputError
 from jaxvae.figures.animation import is_kept
 from jaxvae.figures.grid import has_plane, pixels, plane, tile
-from jaxvae.models.vae import Params, encode, reconstruct, sample
+from jaxvae.models.vae import Params, encode_observed, reconstruct_observed, sample
 from jaxvae.runs.callbacks import Callback, Training
 from jaxvae.runs.config import run_keys
 from jaxvae.runs.data import model_inputs
@@ -87,7 +87,7 @@ class TensorBoard(Callback):
         count = min(len(self._images), _PROJECTED, (_SPRITE // side) ** 2)
         rows = np.linspace(0, len(self._images) - 1, count).astype(int)
         labels = None if self._labels is None else jnp.asarray(self._labels[rows])
-        center = encode(params, jnp.asarray(self._images[rows]), labels).center
+        center = encode_observed(params, jnp.asarray(self._images[rows]), labels).center
         # Remove those of an earlier end of the run: tensorboardX would append to them.
         (self._folder / "projector_config.pbtxt").unlink(missing_ok=True)
         shutil.rmtree(self._folder / "00000", ignore_errors=True)
@@ -127,7 +127,9 @@ class TensorBoard(Callback):
         rows = np.linspace(0, len(self._images) - 1, _PICTURED).astype(int)
         images = jnp.asarray(self._images[rows])
         labels = None if self._labels is None else jnp.asarray(self._labels[rows])
-        pairs = jnp.concatenate([scale_images(images), reconstruct(params, images, labels)])
+        pairs = jnp.concatenate(
+            [scale_images(images), reconstruct_observed(params, images, labels)]
+        )
         pictures = {"reconstructions": _rgb(tile(pairs, 2))}
         if params.config.latent_dim == 2 and has_plane(params):
             means, _, down = plane(params, 15)

@@ -8,6 +8,7 @@ from conftest import refused
 
 from jaxvae import load_data
 from jaxvae.data import load_dataset
+from jaxvae.data.tables import load_table, write_table
 
 ROWS = np.arange(40, dtype=np.float32).reshape(20, 2) / 4
 KINDS = ["b", "a", "c", "a"] * 5
@@ -145,3 +146,35 @@ def test_numpy_files_hold_vectors_too(tmp_path):
     np.save(tmp_path / "d.npy", np.arange(5))
     with refused("d.npy holds images of shape (5,)", "(examples, features)"):
         load_data(str(tmp_path / "d.npy"))
+
+
+def test_missing_numbers_are_nan_where_they_are_allowed(tmp_path):
+    cells = [[1, None, 3], [None, 5.5, 6], [7, float("nan"), 9]]
+    (tmp_path / "a.csv").write_text("1,,3\n,5.5,6\n7,NaN,9\n")
+    columns = {str(i + 1): pa.array([row[i] for row in cells]) for i in range(3)}
+    pa.parquet.write_table(pa.table(columns), tmp_path / "a.parquet")
+    for name in ("a.csv", "a.parquet"):
+        data = load_table(tmp_path / name, None, missing=True)
+        assert data.columns == ("1", "2", "3")
+        rows = np.concatenate([data.test_images, data.train_images])
+        np.testing.assert_array_equal(rows, np.array(cells, np.float32))
+        with refused(f"{name}, row 2, column '1' is empty or NaN"):
+            load_table(tmp_path / name, None)
+    (tmp_path / "a.csv").write_text("a,b\n1,2\n3,inf\n")
+    with refused("row 2, column 'b' holds inf"):
+        load_table(tmp_path / "a.csv", None, missing=True)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.parquet"])
+def test_a_written_table_is_read_again(name, tmp_path):
+    x = np.random.default_rng(0).normal(size=(30, 2)).astype(np.float32)
+    path = tmp_path / name
+    write_table(path, {"x": x, "kind": np.arange(30)})
+    data = load_table(path, "kind")
+    assert data.columns == ("x_1", "x_2")
+    np.testing.assert_array_equal(data.test_images, x[::10])
+    np.testing.assert_array_equal(data.test_labels, [0, 10, 20])
+    write_table(path, {"1": x[:, 0], "2": x[:, 1]})
+    np.testing.assert_array_equal(load_table(path, None).test_images, x[::10])
+    with refused("cannot be written"):
+        write_table(tmp_path / "none" / name, {"x": x})

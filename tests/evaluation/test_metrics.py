@@ -240,6 +240,12 @@ def test_the_reconstruction_error_is_the_mean_square():
     np.testing.assert_allclose(scaled, expected, rtol=1e-5)
 
 
+def test_the_reconstruction_error_leaves_out_missing_entries():
+    x = jnp.array([[1, jnp.nan, 3], [0, 0, 0]])
+    error = reconstruction_error(x, jnp.array([[0.0, 5, 1], [0, 3, 0]]))
+    np.testing.assert_allclose(error, [(1 + 4) / 2, 3])
+
+
 def test_reconstructions_of_another_shape_are_refused():
     with refused("(2, 8, 8, 1)", "(2, 8, 8, 3)"):
         reconstruction_error(jnp.zeros((2, 8, 8, 1)), jnp.zeros((2, 8, 8, 3)))

@@ -110,6 +110,14 @@ def test_a_conditional_models_images_are_taken_with_their_labels():
     np.testing.assert_allclose(axes.collections[0].get_offsets(), mean, rtol=1e-4)
 
 
+def test_the_most_unusual_images_are_above_the_least_unusual_ones():
+    images = dataset().test_images
+    picture = shown(pictures.unusual(params(), images[:3], images[3:6]))
+    assert picture.shape == (16, 24)
+    np.testing.assert_array_equal(picture[:8, 16:], images[2, ..., 0])
+    np.testing.assert_array_equal(picture[8:, :8], images[3, ..., 0])
+
+
 def test_samples_of_a_conditional_model_are_of_all_classes_in_turn():
     model, key = conditional(), jax.random.key(1)
     picture = shown(figures.samples(model, key, rows=2))

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -380,3 +381,14 @@ def test_a_run_of_data_from_python_is_measured_on_what_is_named(finished, npz, t
 
 def test_it_is_public():
     assert jaxvae.fit is fit.fit
+
+
+def test_fit_takes_missing_entries_if_the_objective_does():
+    x = np.random.default_rng(0).normal(size=(80, 3)).astype(np.float32)
+    x[::3, 1] = np.nan
+    model = jaxvae.ModelConfig(network="mlp:width=8", likelihood="gaussian")
+    train = jaxvae.TrainConfig(batch_size=32, epochs=1)
+    with refused("the data: train example", "holds NaN or infinity"):
+        jaxvae.fit(x, model, train, progress=False)
+    found = jaxvae.fit(x, model, replace(train, objective="miwae"), progress=False)
+    assert np.isfinite(found.history[0]["test"]["elbo"])
