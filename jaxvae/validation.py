@@ -437,7 +437,7 @@ def _refuse(arguments: Mapping[str, Any]) -> None:
             made_by = {"params": "jaxvae.init", "state": "jaxvae.create_train_state"}[name]
             if not hasattr(value, "config"):
                 raise InputError(f"{name}: expected the result of `{made_by}`, not {_kind(value)}")
-            if any(isinstance(x, jax.Array) and x.is_deleted() for x in jax.tree.leaves(value)):
+            if any(map(is_deleted, jax.tree.leaves(value))):
                 raise InputError(
                     f"{name} was donated to an earlier call, which reused its memory: expected the "
                     f"state that the call returned, or a copy, jax.tree.map(jnp.copy, {name})"
@@ -456,6 +456,11 @@ def _refuse(arguments: Mapping[str, Any]) -> None:
             as_key(value, several=True)
         elif name != "axis_name" and not (value is None and name not in ("images", "z")):
             as_array(name, value)
+
+
+def is_deleted(x: Any) -> bool:
+    """Return whether an array has been donated, so that its memory is gone."""
+    return isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.is_deleted()
 
 
 def _kind(x: Any) -> str:

@@ -205,7 +205,7 @@ def examples_for(name, count):
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize(
-    "name", [n for n in LIKELIHOODS if LIKELIHOODS.parse(n).support in ("binary", "levels")]
+    "name", [n for n in LIKELIHOODS if LIKELIHOODS.parse(small(n)).support in ("binary", "levels")]
 )
 def test_the_probabilities_of_levels_are_those_of_log_prob(name, channels):
     params = params_of(image_shape=(3, 2, channels), likelihood=small(name))

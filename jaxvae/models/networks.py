@@ -179,7 +179,7 @@ class Decoder(nn.Module):
 
 
 def hidden_layers(
-    x: Float[Array, "batch inputs"], width: int, layers: int, *, norm: bool, dtype: Dtype | None
+    x: Num[Array, "batch inputs"], width: int, layers: int, *, norm: bool, dtype: Dtype | None
 ) -> Float[Array, "batch features"]:
     """Apply dense layers of tanh units, in the calling module.
 

@@ -12,7 +12,7 @@ from jaxvae.errors import InputError
 from jaxvae.models.config import ModelConfig
 from jaxvae.models.vae import Params, init
 from jaxvae.training.config import PARTS, TrainConfig
-from jaxvae.validation import as_key, expect_config
+from jaxvae.validation import as_key, expect_config, is_deleted
 
 
 @no_type_check  # not at run time: JAX also builds this tree with shapes or specs as leaves
@@ -39,8 +39,7 @@ class TrainState:
 
     def __repr__(self) -> str:
         """Return the step, the parameters in short and the configuration."""
-        donated = isinstance(self.step, jax.Array) and self.step.is_deleted()
-        step = "deleted" if donated else self.step
+        step = "deleted" if is_deleted(self.step) else self.step
         return f"TrainState(step={step}, params={self.params!r}, config={self.config!r})"
 
     @property

@@ -671,7 +671,7 @@ WRONG = {
     "unknown data set": ("train --data tfds:no_such_set", "no data set 'no_such_set'"),
     "unknown network": ("train --network cnn", "network is 'cnn': expected 'conv', 'mlp', "),
     "a network of one's own": ("train --network own", "pass network=(encoder, decoder)"),
-    "unknown likelihood": ("train --likelihood poisson", "likelihood is 'poisson': expected 'bern"),
+    "unknown likelihood": ("train --likelihood beta", "likelihood is 'beta': expected 'bern"),
     "unknown prior": ("train --prior flow", "prior is 'flow': expected 'standard_normal', 'mix"),
     "unknown posterior": (
         "train --posterior flow",

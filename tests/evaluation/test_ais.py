@@ -40,6 +40,12 @@ class LinearDecoder(nn.Module):
 
 
 class LinearPixels(GaussianPixels):
+    outputs_per_channel = 1
+
+    @staticmethod
+    def init(channels):
+        return {}
+
     @classmethod
     def from_outputs(cls, outputs, shared):
         return cls(outputs, jnp.log(S))

@@ -143,7 +143,7 @@ def exact(x, log_mean, log_theta=None, zero_logits=None):
 
 COUNTS = [0, 1, 16, 17, 300, 1e6]
 LOG_MEANS = [-1e3, -50, 0.5, 5, 13.8, 50]
-LOG_THETAS = [-9.9, -3, 0, 3, 9.9]
+LOG_THETAS = [-9.9, 0, 2, 2.1, 9.9]  # the derivative has another form above log 8 = 2.08
 ZEROS = [-1e3, -50, 0.3, 50]
 GRIDS = {
     _log_poisson: [COUNTS, LOG_MEANS],
@@ -176,6 +176,14 @@ def test_values_and_derivatives_are_mpmaths_at_extremes(log_p):
     np.testing.assert_allclose(value, expected, rtol=3e-6, atol=0.05)  # 0.03 at 1e6
     common = (grid[0] <= 300) & (np.abs(grid[1]) <= 5)
     np.testing.assert_allclose(value[common], np.array(expected)[common], rtol=3e-6, atol=2e-5)
+
+
+def test_the_derivative_by_the_count_is_mpmaths():
+    x, log_mean, log_theta = jnp.float32([[3, 5, 40], [0, 2, 1], [-2, 1, 4]])
+    slope = jax.grad(lambda x: jnp.sum(_log_negative_binomial(x, log_mean, log_theta)))(x)
+    points = zip(*np.float64([x, log_mean, log_theta]), strict=True)
+    expected = [float(mp.diff(lambda t, p=p: exact(t, *p[1:]), p[0])) for p in points]
+    np.testing.assert_allclose(slope, expected, rtol=1e-4)
 
 
 def test_beyond_float32_the_exponential_has_its_tangent():

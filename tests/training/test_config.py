@@ -161,7 +161,7 @@ def test_the_fields_of_version_0_1_are_taken(fields, config):
         ({"trainable": 3}, "trainable is 3: expected parts among"),
         ({"trainable": None}, "trainable is None: expected parts among"),
         ({"trainable": [["decoder"]]}, r"trainable is \[\['decoder'\]\]: expected parts among"),
-        ({"objective": "vae"}, "objective is 'vae': expected 'elbo', 'stl', 'iwae', 'dreg'"),
+        ({"objective": "vae"}, "objective is 'vae': expected 'elbo', 'stl', 'iwae', 'miwae'"),
         ({"objective": None}, "objective is None: expected a name or a function"),
         ({"objective": "elbo:free_bits=-1"}, "objective 'elbo': free_bits is -1: expected a numb"),
         ({"objective": "elbo:free_bits=true"}, "objective 'elbo': free_bits is True: expected a"),
