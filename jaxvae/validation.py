@@ -506,6 +506,11 @@ def expect_bool(name: str, value: Any) -> None:
         raise InputError(f"{name} is {shown(value)}: expected true or false")
 
 
+def is_complete(images: Shaped[ArrayLike, "*shape"]) -> bool:
+    """Return whether no entry of images can be missing, because their type has no NaN."""
+    return not jnp.issubdtype(jnp.result_type(images), jnp.floating)
+
+
 def expect_one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     """Raise InputError unless the value of an option is one of these."""
     if value not in allowed:

@@ -31,6 +31,7 @@ from jaxvae.validation import (
     as_key,
     expect_one_of,
     expect_unit_interval,
+    is_complete,
     is_image,
     scale_images,
 )
@@ -99,7 +100,8 @@ class Bernoulli(_Logits):
             softplus = jnp.where(positive, logits, 0) + tail
             return x * logits - softplus
 
-        return sum_observed(log_p, expected_pixels(images, self.logits.shape), self.logits)
+        x = expected_pixels(images, self.logits.shape)
+        return sum_observed(log_p, x, self.logits, complete=is_complete(images))
 
     def level_cdf(self, images: Images, channel: int) -> Float[Array, "*batch height width ends"]:
         """Compute P(x_c = 0), which does not depend on other channels; [..., 1].
@@ -161,6 +163,7 @@ class ContinuousBernoulli(_Logits):
             lambda x, logits: x * logits - _log_partition(logits),
             jnp.where(self.logits > 0, 1 - x, x),
             self._negative(),
+            complete=is_complete(images),
         )
 
     def sample(self, key: AnyKey) -> Pixels:
@@ -220,7 +223,7 @@ class GaussianPixels(_LocationScale):
             return -0.5 * (math.log(2 * math.pi) + square) - log_scale
 
         x = expected_pixels(images, self.location.shape, self.support, bounded=False)
-        return sum_observed(log_p, x, *self)
+        return sum_observed(log_p, x, *self, complete=is_complete(images))
 
     def sample(self, key: AnyKey) -> Pixels:
         """Draw pixels; they are not clipped to [0, 1]."""
@@ -340,7 +343,10 @@ class DiscretizedLogistic(_LocationScale):
           InputError: images of another shape than the location.
         """
         level = jnp.round(255 * expected_pixels(images, self.location.shape))
-        return sum_observed(log_prob_of_level, level, self.location, self.log_scale)
+        complete = is_complete(images)
+        return sum_observed(
+            log_prob_of_level, level, self.location, self.log_scale, complete=complete
+        )
 
     def level_cdf(self, images: Images, channel: int) -> Float[Array, "*batch height width ends"]:
         """Compute P(x_c <= k) of k = 0, ..., 254, which does not depend on other channels.

@@ -126,9 +126,7 @@ class DiscretizedLogisticMixture(NamedTuple):
             x.append(jnp.round(255 * jnp.clip(y, 0, 1)) / 255)
         return jnp.concatenate(x, axis=-1)
 
-    def _log_joint(
-        self, images: Images, channels: int
-    ) -> Float[Array, "*batch height width components"]:
+    def _log_joint(self, images: Images, channels: int) -> Float[Array, "batch *places components"]:
         """Compute log P(component, x_<c) of every pixel, where c is the number of channels."""
         p = self._at_least_float32()
         levels = jnp.round(255 * expected_pixels(images, p.location.shape[:-1]))

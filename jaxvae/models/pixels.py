@@ -58,6 +58,7 @@ def sum_observed(
     log_prob: Callable[..., Float[Array, "batch pixels"]],
     x: Pixels,
     *parameters: Float[Array, "..."],
+    complete: bool = False,
 ) -> Float[Array, " batch"]:
     """Sum the log-probabilities of the entries of each example that are not missing, NaN.
 
@@ -66,8 +67,11 @@ def sum_observed(
       x: examples. A missing entry counts as 0 before `log_prob`: if it were only left out of the
         sum, its derivatives would be NaN.
       *parameters: arrays that broadcast to the shape of x.
+      complete: whether no entry can be missing, as `is_complete` returns.
     """
     x, *at = flat(x, *(jnp.broadcast_to(p, x.shape) for p in parameters))
+    if complete:
+        return jnp.sum(log_prob(x, *at), axis=-1)
     missing = jnp.isnan(x)
     each = log_prob(jnp.where(missing, 0, x), *at)
     return jnp.sum(jnp.where(missing, 0, each), axis=-1)

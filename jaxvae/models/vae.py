@@ -20,6 +20,7 @@ from jaxvae.validation import (
     as_key,
     at_least_float32,
     expect_real,
+    is_complete,
     is_number,
     jit,
     support_of,
@@ -223,7 +224,9 @@ def encode_observed(params: Params, images: Images, labels: Labels = None) -> Po
     images = expected_images(params, images)
     labels = expected_labels(params, labels, images.shape[0])
     x = as_floats(support_of(params), images)
-    return params.model.posterior(params, jnp.where(jnp.isnan(x), 0, x), labels)
+    if not is_complete(images):
+        x = jnp.where(jnp.isnan(x), 0, x)
+    return params.model.posterior(params, x, labels)
 
 
 @jit()

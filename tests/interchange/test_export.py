@@ -165,8 +165,7 @@ def test_what_jax2onnx_cannot_write_is_told_in_a_line(tmp_path):
     config = jaxvae.ModelConfig((4, 4, 1), 2, network="mlp", likelihood="continuous_bernoulli")
     with refused("jax2onnx", f"cannot write this decoder with JAX {jax.__version__}"):
         export(jaxvae.init(jax.random.key(0), config), tmp_path / "x", ["safetensors", "onnx"])
-    # Its masked layers are written without their masks, which only running the file shows.
-    with refused("cannot write this encoder", "its center is off by"):
+    with refused("cannot write this encoder"):  # its layers have masks
         export(random_params(MODELS["flow"]), tmp_path / "x", ["safetensors", "onnx"])
     assert not (tmp_path / "x").exists()
 
