@@ -508,7 +508,7 @@ def expect_bool(name: str, value: Any) -> None:
 
 def is_complete(images: Shaped[ArrayLike, "*shape"]) -> bool:
     """Return whether no entry of images can be missing, because their type has no NaN."""
-    return not jnp.issubdtype(jnp.result_type(images), jnp.floating)
+    return not jnp.issubdtype(getattr(images, "dtype", float), jnp.floating)
 
 
 def expect_one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
