@@ -7,7 +7,8 @@ import shutil
 import signal
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -45,15 +46,27 @@ gc.set_threshold(100_000, 50, 50)
 jax.config.update("jax_num_cpu_devices", 8)
 # What one module or worker has compiled, the others find, down to single operations: most modules
 # use the same. Not for the processes that tests start, some of which are killed while they write.
+# The next run of the tests finds it too, unless this one is killed. At most 1 GiB is kept.
+PROGRAMS = Path(__file__).parents[1] / "build" / "test-programs"
 if "JAXVAE_TESTS_PROGRAMS" not in os.environ:
-    os.environ["JAXVAE_TESTS_PROGRAMS"] = tempfile.mkdtemp(prefix="jaxvae-")
+    PROGRAMS.parent.mkdir(exist_ok=True)
+    os.environ["JAXVAE_TESTS_PROGRAMS"] = tempfile.mkdtemp("", "test-programs-", PROGRAMS.parent)
+    with suppress(OSError):  # there are none yet, or another run has them
+        PROGRAMS.rename(os.environ["JAXVAE_TESTS_PROGRAMS"])
 jax.config.update("jax_compilation_cache_dir", os.environ["JAXVAE_TESTS_PROGRAMS"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+# These have the directory in their options, and so in the key under which a program is found.
+jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 
 def pytest_unconfigure(config):
     if not hasattr(config, "workerinput"):  # the last of all to end
-        shutil.rmtree(os.environ["JAXVAE_TESTS_PROGRAMS"], ignore_errors=True)
+        programs = Path(os.environ["JAXVAE_TESTS_PROGRAMS"])
+        shutil.rmtree(PROGRAMS, ignore_errors=True)
+        if sum(program.stat().st_size for program in programs.iterdir()) < 2**30:
+            programs.rename(PROGRAMS)
+        else:
+            shutil.rmtree(programs)
 
 
 @pytest.fixture(scope="module")
