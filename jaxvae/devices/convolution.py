@@ -67,22 +67,23 @@ def in_blocks(f: Callable[[Any], Any], batch: Any, size: int) -> Any:
     Args:
       f: a function of a tree of arrays whose result for a row depends on that row only.
       batch: a tree of arrays with the same number of rows.
-      size: rows per block; the last block may be smaller.
+      size: rows per block, at most.
 
     Returns:
       f(batch).
     """
     rows = jax.tree.leaves(batch)[0].shape[0]
-    size = min(rows, size)
-    divisible = rows // size * size
-    if rows == size:
+    if rows <= size:
         return f(batch)
-    split = jax.tree.map(lambda x: x[:divisible].reshape(-1, size, *x.shape[1:]), batch)
-    done = jax.tree.map(lambda y: y.reshape(divisible, *y.shape[2:]), lax.map(f, split))
-    if divisible == rows:
-        return done
-    rest = f(jax.tree.map(lambda x: x[divisible:], batch))
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts), done, rest)
+    blocks = -(-rows // size)
+    size = -(-rows // blocks)
+    # All blocks have one size, as a block of another size would be compiled once more. The first
+    # rows are computed again where the last block lacks some.
+    if missing := blocks * size - rows:
+        batch = jax.tree.map(lambda x: jnp.concatenate([x, x[:missing]]), batch)
+    split = jax.tree.map(lambda x: x.reshape(blocks, size, *x.shape[1:]), batch)
+    done = lax.map(f, split)
+    return jax.tree.map(lambda y: y.reshape(blocks * size, *y.shape[2:])[:rows], done)
 
 
 def conv_general_dilated(

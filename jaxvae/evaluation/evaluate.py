@@ -25,11 +25,12 @@ from jaxvae.models.discrete import perplexity
 from jaxvae.models.distributions import Gaussian
 from jaxvae.models.vae import (
     Params,
+    decode,
     encode_observed,
     expected_images,
     expected_labels,
     prior,
-    reconstruct_observed,
+    with_size_of,
 )
 from jaxvae.objectives import draw, elbo, example_keys
 from jaxvae.validation import jit
@@ -174,7 +175,7 @@ def examine(params: Params, key: Key[Array, ""], data: Dataset) -> dict[str, Any
     else:
         variance = variance_of_means(posterior, jax.random.fold_in(key, 1))
         found["active_units"] = int(jnp.sum(variance > ACTIVE))
-    means = reconstruct_observed(params, images, labels)
+    means = with_size_of(images, decode(params, posterior.center, labels)).mean
     found["reconstruction_error"] = float(jnp.nanmean(reconstruction_error(images, means)))
     if (
         data.train_labels is not None

@@ -1,7 +1,6 @@
 """Charts: latents, training curves, active units, aggregate posterior, traversals of vectors."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -18,7 +17,7 @@ from jaxvae.data import Dataset
 from jaxvae.errors import InputError
 from jaxvae.evaluation.metrics import ACTIVE, log_aggregate, variance_of_means
 from jaxvae.figures.grid import latent_grid
-from jaxvae.figures.pictures import activity, encode_test_images, traversed
+from jaxvae.figures.pictures import activity, draws_of, encode_test_images, traversed
 from jaxvae.figures.style import COLOURS, DARK, LIGHT, STYLE, WARM, Picture
 from jaxvae.models.distributions import Gaussian, GaussianMixture, UnitGaussian
 from jaxvae.models.posteriors import DiagonalGaussian
@@ -250,7 +249,7 @@ def aggregate(params: Params, data: Dataset, key: jax.Array) -> Figure:
     z = z[seen]
     p_z = prior(params)
     marginal = getattr(p_z, "marginal", None)
-    drawn = np.zeros((0, 0)) if marginal else np.asarray(_of_prior(p_z, key, len(seen)))
+    drawn = np.zeros((0, 0)) if marginal else np.asarray(draws_of(p_z, key, len(seen)))
     _, variance = activity(posterior)
     shown = np.sort(np.argsort(-variance, kind="stable")[:_PANELS])
 
@@ -374,11 +373,6 @@ def _draws(posterior: Posterior, key: jax.Array) -> jax.Array:
     """Draw one sample of each image's posterior: [N, latent]."""
     keys = jax.random.split(key, len(posterior.mean))
     return posterior.sample_and_log_prob(keys)[0]
-
-
-@partial(jax.jit, static_argnames="n")
-def _of_prior(p_z: Prior, key: jax.Array, n: int) -> jax.Array:
-    return p_z.sample(key, n)
 
 
 @jax.jit

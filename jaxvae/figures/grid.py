@@ -126,9 +126,27 @@ def coordinate_prior(params: Params) -> Prior:
     return prior(params)
 
 
+_DECODED = 100  # at once
+Array = jax.Array | np.ndarray
+
+
+def means(params: Params, z: Array, labels: Array | None = None) -> jax.Array:
+    """Decode `coordinates` [batch, latent] to the means of p(x|z).
+
+    All figures decode the same number at once, so they share one compiled program.
+    """
+    n = len(z)
+    padded = -(-n // _DECODED) * _DECODED
+    rows = [
+        np.resize(x, (padded, *x.shape[1:])).reshape(-1, _DECODED, *x.shape[1:])
+        for x in (z, labels)
+        if x is not None
+    ]
+    return jnp.concatenate([_means(params, *block) for block in zip(*rows, strict=True)])[:n]
+
+
 @jax.jit
-def means(params: Params, z: jax.Array, labels: jax.Array | None = None) -> jax.Array:
-    """Decode `coordinates` [batch, latent] to the means of p(x|z)."""
+def _means(params: Params, z: jax.Array, labels: jax.Array | None = None) -> jax.Array:
     return decode_coordinates(params, z, labels).mean
 
 
@@ -164,4 +182,4 @@ def plane(params: Params, n: int) -> tuple[jax.Array, np.ndarray, np.ndarray]:
     if latent_dim > 1:
         z[:, :, 1] = down[:, None]
     labels = np.zeros(len(down) * n, int) if params.config.num_classes else None
-    return decode(params, z.reshape(-1, latent_dim), labels).mean, right, down
+    return means(params, z.reshape(-1, latent_dim), labels), right, down

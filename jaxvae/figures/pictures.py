@@ -1,6 +1,7 @@
 """Figures that are grids of images: samples, reconstructions, traversals, interpolations."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +13,10 @@ from jaxvae.data import Dataset
 from jaxvae.figures.grid import coordinate_prior, coordinates, latent_grid, means, plane
 from jaxvae.figures.style import image_grid
 from jaxvae.models.distributions import UnitGaussian
-from jaxvae.models.protocols import Posterior
+from jaxvae.models.protocols import Posterior, Prior
 from jaxvae.models.vae import (
     Params,
-    decode,
     encode_observed,
-    prior,
-    reconstruct_observed,
-    sample,
 )
 from jaxvae.validation import scale_images
 
@@ -68,7 +65,7 @@ def reconstructions(params: Params, data: Dataset, n: int = 10) -> Figure:
     """
     chosen = _one_of_each(data.test_labels, len(data.test_images), n)
     originals = jnp.asarray(data.test_images[chosen])
-    decoded = reconstruct_observed(params, originals, labels_of(params, data, chosen))
+    decoded = means(params, _coordinates_of(params, data, chosen), labels_of(params, data, chosen))
     pairs = jnp.concatenate([scale_images(originals), decoded])
     figure, axes = image_grid(pairs, 2, "Test images and their reconstructions")
     _name_rows(axes, params, ["image", "reconstruction"])
@@ -103,7 +100,9 @@ def samples(params: Params, key: jax.Array, rows: int = 10) -> Figure:
     Returns:
       The figure.
     """
-    images = sample(params, key, rows * rows)
+    labels = jnp.arange(rows * rows) % max(params.config.num_classes, 1)
+    z = draws_of(coordinate_prior(params), key, rows * rows)
+    images = means(params, z, labels if params.config.num_classes else None)
     title = f"{rows * rows} samples from the prior (decoder means)"
     return image_grid(images, rows, title)[0]
 
@@ -151,8 +150,8 @@ def classes(params: Params, key: jax.Array, columns: int = 10) -> Figure:
       The figure, of at most ten classes.
     """
     rows = min(params.config.num_classes, _ROWS)
-    z = jnp.tile(prior(params).sample(key, columns), (rows, 1))
-    images = decode(params, z, jnp.repeat(jnp.arange(rows), columns)).mean
+    z = jnp.tile(draws_of(coordinate_prior(params), key, columns), (rows, 1))
+    images = means(params, z, jnp.repeat(jnp.arange(rows), columns))
     title = "Samples by class (decoder means); each column is one latent sample"
     figure, axes = image_grid(images, rows, title)
     _name_rows(axes, params, [f"class {label}" for label in range(rows)])
@@ -279,17 +278,18 @@ def interpolations(params: Params, data: Dataset, pairs: int = 4, columns: int =
     ends = _pairs(data.test_labels, len(data.test_images), pairs, bool(params.config.num_classes))
     images = scale_images(jnp.asarray(data.test_images[ends.ravel()]))
     labels = labels_of(params, data, ends.ravel())
-    center = coordinates(params, encode_observed(params, images, labels).center)
+    center = _coordinates_of(params, data, ends.ravel())
     t = jnp.linspace(0, 1, columns - 2)
-    rows, names = [], []
-    for i in range(0, ends.size, 2):
-        row_labels = None if labels is None else jnp.full(len(t), labels[i])
-        for name, way in ways.items():
-            between = means(params, way(center[i], center[i + 1], t), row_labels)
-            rows.append(jnp.concatenate([images[i : i + 1], between, images[i + 1 : i + 2]]))
-            names.append(name)
+    names = [*ways] * len(ends)
+    z = [way(*center[i : i + 2], t) for i in range(0, ends.size, 2) for way in ways.values()]
+    of_rows = None if labels is None else jnp.repeat(labels[::2], len(ways) * len(t))
+    between = means(params, jnp.concatenate(z), of_rows).reshape(
+        len(names), len(t), *images[0].shape
+    )
+    first, last = (jnp.repeat(images[i::2], len(ways), axis=0)[:, None] for i in (0, 1))
+    rows = jnp.concatenate([first, between, last], axis=1)
     title = "Interpolations between the latents of two test images"
-    figure, axes = image_grid(jnp.concatenate(rows), len(rows), title)
+    figure, axes = image_grid(rows.reshape(-1, *images[0].shape), len(names), title)
     width = params.config.image_shape[1]
     axes.set_xticks(np.array([0.5, columns / 2, columns - 0.5]) * width,
                     ["image", "decoder means", "image"])  # fmt: skip
@@ -307,9 +307,33 @@ def encode_test_images(params: Params, data: Dataset) -> Posterior:
     Returns:
       Their posteriors, of batch size N.
     """
+    return _encode(params, data, np.arange(_encoded(params, data)))
+
+
+def _encoded(params: Params, data: Dataset) -> int:
+    """Return how many test images are encoded at once."""
     limit = min(_ENCODED, max(500, _NUMBERS // params.config.latent_dim))
-    images = jnp.asarray(data.test_images[:limit])
-    return encode_observed(params, images, labels_of(params, data, np.arange(len(images))))
+    return min(limit, len(data.test_images))
+
+
+def _encode(params: Params, data: Dataset, chosen: np.ndarray) -> Posterior:
+    images = jnp.asarray(data.test_images[chosen])
+    return encode_observed(params, images, labels_of(params, data, chosen))
+
+
+def _coordinates_of(params: Params, data: Dataset, chosen: np.ndarray) -> jax.Array:
+    """Return the coordinates of the posteriors' centers of some test images.
+
+    Many images take less time than another compiled program: the chosen ones are repeated.
+    """
+    posterior = _encode(params, data, np.resize(chosen, max(len(chosen), _encoded(params, data))))
+    return coordinates(params, posterior.center[: len(chosen)])
+
+
+@partial(jax.jit, static_argnames="n")
+def draws_of(p_z: Prior, key: jax.Array, n: int) -> jax.Array:
+    """Draw n latents from a prior."""
+    return p_z.sample(key, n)
 
 
 def activity(posterior: Posterior) -> tuple[jax.Array, np.ndarray]:
