@@ -331,6 +331,7 @@ def _train_one(
     from jaxvae.devices import processes
     from jaxvae.runs import directory, drawing, loop
     from jaxvae.runs.callbacks import AnimationFrames
+    from jaxvae.runs.progress import working
 
     config = directory.start(run_dir, config, data, **start)
     if processes.is_first():
@@ -338,7 +339,8 @@ def _train_one(
     state = loop.train(run_dir, config, data, callbacks=[*callbacks, AnimationFrames()])
     if not processes.is_first():
         return []
-    return drawing.draw(run_dir, config, data, state.eval_params)
+    with working("drawing"):
+        return drawing.draw(run_dir, config, data, state.eval_params)
 
 
 def _train_many(
@@ -347,6 +349,7 @@ def _train_many(
     from jaxvae.runs import drawing, sweep
     from jaxvae.runs.checkpoints import load
     from jaxvae.runs.config import components
+    from jaxvae.runs.progress import working
 
     models = sweep.start(run_dir, models, data, **start)
     name = next(iter(models.values())).data
@@ -362,7 +365,8 @@ def _train_many(
         if name not in lost:
             folder = run_dir / name
             params = load(folder, **components(config))
-            paths += drawing.draw(folder, config, data, params)
+            with working(f"drawing {folder}"):
+                paths += drawing.draw(folder, config, data, params)
     return paths
 
 
@@ -411,6 +415,7 @@ _METRICS = {
 def _evaluate(options: argparse.Namespace) -> None:
     from jaxvae.runs import evaluation
     from jaxvae.runs.config import as_flag, read_config
+    from jaxvae.runs.progress import working
 
     _at_least_one("--num-samples", options.num_samples)
     which = _which(options)
@@ -427,9 +432,10 @@ def _evaluate(options: argparse.Namespace) -> None:
     if options.method == "ais":
         _print_bounds(options, numbers)
         return
-    found = evaluation.measure(
-        options.run, options.num_samples, which, options.data, **_own(options)
-    )
+    with working("evaluating"):
+        found = evaluation.measure(
+            options.run, options.num_samples, which, options.data, **_own(options)
+        )
     noun = read_config(options.run, **_own(options)).model.noun
     value = "pixel" if noun == "image" else "feature"
     print(f"{options.run}, step {found['step']}: {found['images']:,} test {noun}s, nats per {noun}")
@@ -455,10 +461,13 @@ _BOUNDS = {
 def _print_bounds(options: argparse.Namespace, numbers: dict[str, int]) -> None:
     """Print the table of `evaluate --method ais`, and write its file."""
     from jaxvae.runs import evaluation
+    from jaxvae.runs.progress import working
 
-    found = evaluation.measure_bounds(
-        options.run, options.num_samples, _which(options), options.data, **numbers, **_own(options)
-    )
+    own = _own(options)
+    with working("evaluating"):
+        found = evaluation.measure_bounds(
+            options.run, options.num_samples, _which(options), options.data, **numbers, **own
+        )
     print(
         f"{options.run}, step {found['step']}: {found['images']:,} images, {found['num_chains']:,} "
         f"chains of {found['num_steps']:,} steps, nats per image"
@@ -493,6 +502,7 @@ def _sample(options: argparse.Namespace) -> None:
     from jaxvae.figures.grid import save_images
     from jaxvae.models.vae import sample
     from jaxvae.runs.config import read_config
+    from jaxvae.runs.progress import working
     from jaxvae.validation import whole_number
 
     _at_least_one("--n", options.n)
@@ -510,7 +520,9 @@ def _sample(options: argparse.Namespace) -> None:
     seed = config.seed if options.seed is None else options.seed
     first, *others = options.temperature
     temperature = tuple(options.temperature) if others else first
-    images = sample(_params(options), jax.random.key(seed), options.n, temperature=temperature)
+    with working("sampling"):
+        images = sample(_params(options), jax.random.key(seed), options.n, temperature=temperature)
+        images.block_until_ready()
     if is_image(shape):
         save_images(images, options.out)
     else:
@@ -666,19 +678,25 @@ def _reconstruct(options: argparse.Namespace) -> None:
 
 def _figures(options: argparse.Namespace) -> None:
     from jaxvae.runs import drawing
+    from jaxvae.runs.progress import working
 
     config, data = _config_and_data(options)
-    for path in drawing.draw(options.run, config, data, _params(options), options.format):
+    with working("drawing"):
+        paths = drawing.draw(options.run, config, data, _params(options), options.format)
+    for path in paths:
         print(path)
 
 
 def _export(options: argparse.Namespace) -> None:
     from jaxvae.interchange.export import export
+    from jaxvae.runs.progress import working
     from jaxvae.storage import make_folder
 
     params = _params(options)
     out = options.out or make_folder(options.run, "export")
-    for path in export(params, out, options.to):
+    with working("exporting"):
+        paths = export(params, out, options.to)
+    for path in paths:
         print(path)
 
 
@@ -734,6 +752,7 @@ def _fit_prior(options: argparse.Namespace) -> None:
     from jaxvae.runs.config import read_config
     from jaxvae.runs.data import load_run_data
     from jaxvae.runs.fit_prior import fit_prior
+    from jaxvae.runs.progress import working
 
     prior, options.prior = options.prior, None  # not a component of the trained run
     own = _own(options)
@@ -752,7 +771,8 @@ def _fit_prior(options: argparse.Namespace) -> None:
     )
     run_dir, params = fitted.run_dir, fitted.params
     config = read_config(run_dir, **own, prior=params.config.prior)
-    figures = drawing.draw(run_dir, config, load_run_data(config, options.data), params)
+    with working("drawing"):
+        figures = drawing.draw(run_dir, config, load_run_data(config, options.data), params)
     _print_next_steps(run_dir, "", figures, images=is_image(params.config.image_shape))
     trained = read_config(options.run, **own)
     for when, model, test in (
@@ -772,12 +792,14 @@ def _import(options: argparse.Namespace) -> None:
 
 def _explore(options: argparse.Namespace) -> None:
     from jaxvae import explorer
+    from jaxvae.runs.progress import working
 
     out = options.out or options.run / "explorer.html"
     if out.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"--out is {out}: expected a file name ending in .html")
     _, data = _config_and_data(options)
-    explorer.write(out, _params(options), data, options.run.resolve().name)
+    with working("writing the page"):
+        explorer.write(out, _params(options), data, options.run.resolve().name)
     print(out)
 
 
@@ -791,8 +813,14 @@ def _summary(options: argparse.Namespace) -> None:
 
 def _benchmark(options: argparse.Namespace) -> None:
     from jaxvae.cli.benchmark import benchmark
+    from jaxvae.runs.progress import working
 
-    for line in benchmark():
+    lines = benchmark()
+    while True:
+        with working("measuring"):
+            line = next(lines, None)
+        if line is None:
+            return
         print(line, flush=True)
 
 

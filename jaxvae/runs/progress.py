@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from importlib.util import find_spec
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    ProgressColumn,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as Bar
 
 from jaxvae.models.vae import Params
@@ -32,28 +42,96 @@ class _Console(Console):
             os.close(devnull)
 
 
+class _Compilations(logging.Handler):
+    """Report the name of each function that JAX compiles, and "" when it is compiled.
+
+    JAX says so in its log alone.
+    """
+
+    def __init__(self, report: Callable[[str], None]) -> None:
+        super().__init__()
+        self._report = report
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if match := re.match(r"Compiling (?:jit\()?(\w+)", message):
+            self._report(f"compiling {match[1]}")
+        elif message.startswith("Finished XLA compilation"):
+            self._report("")
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Listen, without the messages going anywhere else."""
+        loggers = [
+            logging.getLogger(f"jax._src.{name}") for name in ("interpreters.pxla", "dispatch")
+        ]
+        before = [(logger.level, logger.propagate) for logger in loggers]
+        for logger in loggers:
+            logger.setLevel(logging.DEBUG)
+            logger.propagate = False
+            logger.addHandler(self)
+        try:
+            yield
+        finally:
+            for logger, (level, propagate) in zip(loggers, before, strict=True):
+                logger.removeHandler(self)
+                logger.setLevel(level)
+                logger.propagate = propagate
+
+
 @contextmanager
-def counting(what: str, noun: str = "image") -> Iterator[Callable[[int, int], None]]:
-    """Show a bar on standard error, or in Jupyter, while images are processed.
+def _shown(
+    what: str, *columns: ProgressColumn, console: Console | None
+) -> Iterator[tuple[Bar, TaskID]]:
+    """Show a line on standard error, or in Jupyter: a text, columns, and what is compiled."""
+    console = console or _Console(stderr=True)
+    status = TextColumn("{task.fields[status]}", markup=False)
+    bar = Bar(
+        SpinnerColumn(),
+        TextColumn(what, markup=False),
+        *columns,
+        status,
+        console=console,
+        transient=True,
+        disable=not _can_move(console),
+        redirect_stdout=False,  # which may be a file
+    )
+    task = bar.add_task("", total=None, status="")
+    compilations = _Compilations(lambda status: bar.update(task, status=status))
+    with bar, nullcontext() if bar.disable else compilations.listening():
+        yield bar, task
+
+
+@contextmanager
+def working(what: str, console: Console | None = None) -> Iterator[None]:
+    """Show what is done, for how long, and what JAX compiles for it, on a terminal or in Jupyter.
+
+    Args:
+      what: text of the line.
+      console: by default standard error.
+    """
+    with _shown(what, TimeElapsedColumn(), console=console):
+        yield
+
+
+@contextmanager
+def counting(
+    what: str, noun: str = "image", console: Console | None = None
+) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar on a terminal or in Jupyter while images are processed.
 
     Args:
       what: text before the bar.
       noun: what an image is called.
+      console: by default standard error.
 
     Yields:
       A function to call with the number of images that are done, and that of all.
     """
-    console = _Console(stderr=True)
-    columns = (
-        TextColumn(what),
-        BarColumn(),
-        TextColumn(f"{{task.completed}}/{{task.total}} {noun}s,"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-    )
-    with Bar(*columns, console=console, transient=True, disable=not _can_move(console)) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    with _shown(what, BarColumn(), TimeRemainingColumn(), console=console) as (bar, task):
+        yield lambda done, total: bar.update(
+            task, completed=done, total=total, status=f"left, {done}/{total} {noun}s"
+        )
 
 
 class Progress(Callback):

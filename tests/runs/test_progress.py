@@ -1,15 +1,18 @@
 """What is shown of a training."""
 
 import io
+import logging
 from dataclasses import replace
 
+import jax
 import nbformat
+import pytest
 from nbclient import NotebookClient
 from rich.console import Console
 
 from jaxvae.runs.callbacks import Training
 from jaxvae.runs.config import RunConfig
-from jaxvae.runs.progress import Progress
+from jaxvae.runs.progress import Progress, _Compilations, counting, working
 
 RECORD = {
     "epoch": 1,
@@ -84,3 +87,41 @@ def test_a_jupyter_notebook_gets_the_lines_and_shows_figures_as_they_are():
         assert any(f"epoch {epoch}  ELBO -" in text and "images/s" in text for text in texts)
     assert outputs[-1].output_type == "execute_result"
     assert "image/png" in outputs[-1].data
+
+
+def terminal(file):
+    return Console(file=file, width=100, force_terminal=True)
+
+
+def test_the_name_of_a_function_is_shown_while_it_is_compiled():
+    def third(x):
+        return x / 3
+
+    seen = []
+    with _Compilations(seen.append).listening():
+        jax.jit(third)(2.0)
+    assert seen == ["compiling third", ""]
+
+
+@pytest.mark.parametrize("name", ["interpreters.pxla", "dispatch"])
+def test_the_log_of_jax_is_left_as_it_was(name):
+    logger = logging.getLogger(f"jax._src.{name}")
+    before = logger.level, logger.propagate, list(logger.handlers)
+    with working("evaluating", terminal(io.StringIO())):
+        pass
+    assert (logger.level, logger.propagate, logger.handlers) == before
+
+
+def test_images_that_are_done_are_counted():
+    file = io.StringIO()
+    with counting("encoding", "row", terminal(file)) as count:
+        count(3, 10)
+    assert "encoding" in file.getvalue()
+    assert "3/10 rows" in file.getvalue()
+
+
+def test_without_a_terminal_nothing_is_shown():
+    file = io.StringIO()
+    with working("evaluating", Console(file=file)), counting("x", console=Console(file=file)) as n:
+        n(1, 2)
+    assert file.getvalue() == ""
