@@ -52,8 +52,9 @@ html_math_renderer = "mathml"
 CONTENTS = """
 ```{toctree}
 :hidden:
-:caption: Tutorial
+:caption: Start
 
+docs/install
 docs/tutorial
 docs/tutorial.ko
 ```
@@ -61,6 +62,7 @@ docs/tutorial.ko
 :hidden:
 :caption: Guides
 
+docs/howto
 docs/choosing
 docs/models
 docs/use
@@ -72,6 +74,7 @@ docs/compression
 docs/scale
 docs/speed
 docs/reliability
+docs/faq
 ```
 ```{toctree}
 :hidden:
