@@ -17,6 +17,8 @@ from jaxvae.training.config import TrainConfig
 from jaxvae.training.optimizer import ELEMENTWISE
 from jaxvae.validation import expect_bool, whole_number
 
+IN_PYTHON = "python"  # the name of data that were passed as arrays
+
 
 @dataclass(frozen=True)
 class DataRecord(Config):
