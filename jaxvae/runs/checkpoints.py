@@ -30,7 +30,7 @@ from jaxvae.devices.sharding import placement
 from jaxvae.errors import Damaged, InputError, TrainingFailed
 from jaxvae.models.config import ModelConfig
 from jaxvae.models.vae import Params
-from jaxvae.runs.config import IN_PYTHON, RunConfig
+from jaxvae.runs.config import IN_PYTHON, RunConfig, expect_components
 from jaxvae.runs.files import (
     NewerVersion,
     cannot_write,
@@ -168,6 +168,7 @@ def _restore(
     to_train: bool,
 ) -> TrainState:
     own = dict(own) if network is None else {**own, "network": network}
+    expect_components(own)
     for left in reversed(range(_TRIES)):
         step = which if isinstance(which, int) else newest_intact(run_dir, which)
         held = steps_of(run_dir)

@@ -114,7 +114,12 @@ def fit_prior(
         trainable=("prior",),
     )
     config = replace(
-        trained, model=model, train=train, start_from=str(run_dir.resolve()), data_seen=()
+        trained,
+        model=model,
+        train=train,
+        start_from=str(run_dir.resolve()),
+        data_seen=(),
+        changes=(),
     )
     config, dataset = _load_data(config, data)
     params = load(run_dir, **own)

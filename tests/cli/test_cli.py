@@ -105,7 +105,7 @@ def test_every_choice_has_a_flag(conditional):
     assert recorded["schedule"] == "warmup_cosine_decay_schedule:warmup_steps=2"
     kinds = (RunConfig, jaxvae.ModelConfig, jaxvae.TrainConfig)
     of_a_run = {field.name for kind in kinds for field in fields(kind)}
-    of_a_run -= {"model", "train", "image_shape", "data_seen"}
+    of_a_run -= {"model", "train", "image_shape", "data_seen", "changes"}
     assert set(config_fields()) == of_a_run
 
 
