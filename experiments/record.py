@@ -35,7 +35,16 @@ def command(config: RunConfig) -> str:
     )
     for name in sorted(
         own.keys()
-        - {"data", "data_dir", "manual_dir", "image_shape", "model", "train", "data_seen"}
+        - {
+            "data",
+            "data_dir",
+            "manual_dir",
+            "image_shape",
+            "model",
+            "train",
+            "data_seen",
+            "changes",
+        }
     ):
         value = own[name]
         if value == plain[name]:

@@ -7,6 +7,7 @@ and never imports anything; `imported` imports what a user has typed.
 """
 
 import dataclasses
+import difflib
 import importlib
 import inspect
 import shlex
@@ -153,10 +154,7 @@ class Config:
             )
         known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
         fields = cls._updated(dict(fields))
-        if unknown := sorted(map(shown, set(fields) - known)):
-            raise InputError(
-                f"{cls.__name__} has no field {unknown[0]}: expected {', '.join(sorted(known))}"
-            )
+        expect_known(f"{cls.__name__} has no field", fields, known)
         made = cls(**{**fields, **own})
         for name in own:
             if (now := made.to_dict()[name]) != (was := fields.get(name, now)):
@@ -169,6 +167,25 @@ class Config:
     def _updated(cls, fields: dict[str, Any]) -> dict[str, Any]:
         """Convert the fields of an older version to those of this one."""
         return fields
+
+
+def expect_known(subject: str, names: Iterable[Any], known: Iterable[str]) -> None:
+    """Check that names are known ones.
+
+    Args:
+      subject: start of the message, such as "TrainConfig has no field".
+      names: the names.
+      known: the known names.
+
+    Raises:
+      InputError: one of them is not. The message has the nearest known name, if there is one.
+    """
+    known = sorted(known)
+    for name in sorted(set(names) - set(known), key=str):
+        initials = [one for one in known if "".join(part[:1] for part in one.split("_")) == name]
+        near = initials or difflib.get_close_matches(str(name), known, 1)
+        hint = f" (do you mean {near[0]!r}?)" if near else ""
+        raise InputError(f"{subject} {shown(name)}{hint}: expected {', '.join(known)}")
 
 
 def parse_spec(kind: str, text: str) -> tuple[str, dict[str, Any]]:

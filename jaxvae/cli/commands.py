@@ -185,6 +185,7 @@ def _train(options: argparse.Namespace) -> None:
     from jaxvae.runs.callbacks import expect_callbacks
     from jaxvae.runs.config import RunConfig, read_config_file, resumed
     from jaxvae.runs.data import load_run_data
+    from jaxvae.runs.directory import with_model_to_start_from
     from jaxvae.runs.profiling import Profiler
     from jaxvae.runs.progress import Progress
 
@@ -206,7 +207,7 @@ def _train(options: argparse.Namespace) -> None:
     run_dir = Path(options.run_dir or time.strftime("runs/%Y%m%d-%H%M%S"))
     if not options.resume:
         seeds = flags.pop("seeds", 1)
-        models = sweep.configured(flags, seeds, base)
+        models = sweep.configured(flags, seeds, with_model_to_start_from(base, flags))
     elif (run_dir / "sweep.json").exists():
         models = sweep.resumed(run_dir, flags)
     else:

@@ -16,7 +16,7 @@ from jaxvae.training.config import BINARIZATIONS, PARTS, TrainConfig
 
 _GROUPS: dict[str, type[Config]] = {"run": RunConfig, "model": ModelConfig, "training": TrainConfig}
 # Taken from the data, or shown as groups of their own fields.
-_NO_FLAG = ("image_shape", "model", "train", "data_seen")
+_NO_FLAG = ("image_shape", "model", "train", "data_seen", "changes")
 _METAVARS = {
     "data": "NAME|FOLDER|FILE",
     "label_column": "NAME",

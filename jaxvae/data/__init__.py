@@ -76,9 +76,10 @@ def load_data(
       name: "mnist-5k" (embedded), "mnist", "tfds:NAME", or the path of an .npz, .npy or IDX
         file, of a folder of IDX files, of a folder of pictures, or of a .csv, .tsv, .parquet or
         .h5ad file.
-      data_dir: folder of the data sets that TensorFlow Datasets has prepared; by default its own.
-      manual_dir: folder of manually downloaded files, which TensorFlow Datasets reads instead of
-        downloading them.
+      data_dir: folder of the data sets that TensorFlow Datasets has prepared, and of downloaded
+        files; by default its own, ~/tensorflow_datasets.
+      manual_dir: folder of manually downloaded files, which are read instead of downloading them:
+        for "mnist", "tfds:fashion_mnist" and "tfds:kmnist" the four IDX files, gzipped or not.
       label_column: name of the column of classes of a table, or of `obs` of an AnnData file.
       labels: whether to return the labels too.
 

@@ -31,7 +31,7 @@ def load_h5ad(path: Path, label_column: str | None, *, missing: bool = False) ->
         import h5py
     except ImportError:
         raise InputError(
-            f'{path} is an AnnData file, but h5py is not installed: pip install "jaxvae[anndata]"'
+            f"{path} is an AnnData file, but h5py is not installed: pip install h5py"
         ) from None
     with reading(path), h5py.File(path, "r") as file:
         examples = _matrix(_own(file, "X"))

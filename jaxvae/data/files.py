@@ -169,13 +169,19 @@ def _load_numpy(path: Path) -> Dataset:
     )
 
 
-def _load_folder(folder: Path, changes: set[str]) -> Dataset:
-    if _files(folder, "*.array_record*"):
-        return _load_records(folder, changes)
-    files = [file for file in _files(folder, "*") if _IDX.search(file.name)]
-    files = [file for file in files if file.suffix.lower() not in _ENDS]
-    if not files:
-        return _load_pictures(folder, changes)
+def load_idx(folder: Path) -> Dataset:
+    """Load a folder of IDX files with MNIST's names, gzipped or not.
+
+    Args:
+      folder: the folder.
+
+    Returns:
+      The images, and the labels of the splits that have a file of labels.
+
+    Raises:
+      InputError: a file is damaged, or there are no images of a split.
+    """
+    files = _idx_files(folder)
 
     def find(split: str, rank: int) -> Path | None:
         names = [file for file in files if f"idx{rank}" in file.name]
@@ -191,6 +197,17 @@ def _load_folder(folder: Path, changes: set[str]) -> Dataset:
         parts.append(as_images(_read_idx(file), file))
         parts.append(as_labels(_read_idx(label_file), label_file) if label_file else None)
     return Dataset(*parts)
+
+
+def _idx_files(folder: Path) -> list[Path]:
+    files = [file for file in _files(folder, "*") if _IDX.search(file.name)]
+    return [file for file in files if file.suffix.lower() not in _ENDS]
+
+
+def _load_folder(folder: Path, changes: set[str]) -> Dataset:
+    if _files(folder, "*.array_record*"):
+        return _load_records(folder, changes)
+    return load_idx(folder) if _idx_files(folder) else _load_pictures(folder, changes)
 
 
 def _load_records(folder: Path, changes: set[str]) -> Dataset:

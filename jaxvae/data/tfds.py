@@ -1,10 +1,12 @@
 """Image data sets of TensorFlow Datasets (TFDS), by name, read without TensorFlow.
 
-A child process prepares a data set once, as only preparing needs TensorFlow.
+A child process prepares a data set once, as only preparing needs TensorFlow. MNIST and two data
+sets of the same form are not prepared: their four IDX files are read directly.
 """
 
 import contextlib
 import functools
+import hashlib
 import importlib.util
 import io
 import logging
@@ -20,6 +22,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -35,6 +38,7 @@ from jaxvae.data.dataset import (
     expect_labels,
     split_every_tenth,
 )
+from jaxvae.data.files import load_idx
 from jaxvae.data.pictures import open_picture
 from jaxvae.data.records import Records
 from jaxvae.errors import InputError
@@ -42,6 +46,7 @@ from jaxvae.storage import open_regular, write_atomic
 
 _NAME = re.compile(r"[a-zA-Z]\w*(/[\w.-]+)?(:\d+\.\d+\.\d+)?")
 _PORTS = {"http": 80, "https": 443, "ftp": 21}
+_IDX = ("mnist", "fashion_mnist", "kmnist")  # each has the four files of MNIST
 _IN_MEMORY = 2**30  # bytes of training images; larger data sets stay on disk
 _TIMEOUT = 10.0  # seconds for a server to answer
 _EXPLAINED = 3  # exit code of a child whose last line of output is the reason
@@ -57,6 +62,8 @@ def load(
     """Load an image data set of TensorFlow Datasets, and prepare it the first time.
 
     The test images are the split "test", else "validation", else every tenth of "train".
+    "mnist", "fashion_mnist" and "kmnist" are read from their four files unless they are prepared;
+    the images and their order are the same.
 
     Args:
       name: a TFDS name, with or without config and version: "mnist", "cifar10:3.0.2".
@@ -73,7 +80,14 @@ def load(
     with _quiet(), _own_features():
         builder = _builder(name, data_dir)
         if not builder.is_prepared():
-            _prepare(builder, name, manual_dir)
+            manual = None if manual_dir is None else Path(manual_dir).expanduser()
+            if manual is not None and not manual.is_dir():
+                raise InputError(
+                    f"manual_dir is {manual}: expected a folder of manually downloaded files"
+                )
+            if builder.name in _IDX:
+                return _load_idx(builder, name, manual)
+            _prepare(builder, name, manual)
             builder = _builder(name, data_dir)
         cache = Path(builder.data_dir) / "jaxvae.npz"
         dataset = _read_cache(cache)
@@ -154,30 +168,68 @@ def _builder(name: str, data_dir: PathLike | None) -> Any:
         raise InputError(f"cannot use the data set {name!r}: {_one_line(error)}") from error
 
 
-def _prepare(builder: Any, name: str, manual_dir: PathLike | None) -> None:
+def _load_idx(builder: Any, name: str, manual: Path | None) -> Dataset:
+    """Load MNIST, or a data set of the same form, from its four files, gzipped or not.
+
+    The order of the images is that of the data set as TFDS prepares it: by the MD5 hash of the
+    split's name and the index.
+
+    Args:
+      builder: of TFDS, which knows the addresses of the files.
+      name: name of the data in error messages.
+      manual: folder of the files; None: download them, unless that was done before.
+    """
+    folder = manual or Path(builder.data_dir_root) / "downloads" / builder.name
+    if manual is None:
+        missing = {url: file for url in builder.url_infos
+                   if not (folder / (file := _file_name(url))).exists()}  # fmt: skip
+        _expect_answer(builder, name, missing)
+        for url, file in missing.items():
+            _download(url, builder.url_infos[url], folder / file)
+    try:
+        data = load_idx(folder)
+    except InputError as error:
+        raise InputError(
+            f"{error} (the files of {name} are at {_sources(builder.url_infos)})"
+        ) from None
+    parts: list[Any] = []
+    for split, (images, labels) in (("train", data[:2]), ("test", data[2:4])):
+        hashes = [hashlib.md5(f"{split}{i}".encode(), usedforsecurity=False).digest()
+                  for i in range(len(images))]  # fmt: skip
+        expect_labels(images, labels, f"{folder} has", f"{split} ")
+        order = np.array(sorted(range(len(images)), key=hashes.__getitem__))
+        parts += [images[order], None if labels is None else labels[order]]
+    return Dataset(*parts)
+
+
+def _download(url: str, info: Any, path: Path) -> None:
+    """Download a file, and check the size and SHA-256 that TFDS has recorded."""
+    print(f"downloading {url} (once) ...", file=sys.stderr, flush=True)
+    try:
+        with urllib.request.urlopen(url, timeout=_TIMEOUT) as answer:
+            content = answer.read(info.size + 1)
+        if hashlib.sha256(content).hexdigest() != info.checksum:
+            raise OSError(f"it has changed: expected the SHA-256 {info.checksum}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, lambda file: file.write(content))
+    except (OSError, HTTPException) as error:
+        raise InputError(
+            f"{url} cannot be downloaded to {path.parent}: {_one_line(error)}; correct that and "
+            "run again, or download the files yourself and give their folder as manual_dir "
+            "(--manual-dir)"
+        ) from None
+
+
+def _prepare(builder: Any, name: str, manual: Path | None) -> None:
     root = builder.data_dir_root
-    manual = None if manual_dir is None else Path(manual_dir).expanduser()
-    if manual is not None and not manual.is_dir():
-        raise InputError(f"manual_dir is {manual}: expected a folder of manually downloaded files")
     if Path(builder.data_dir).exists():
         raise InputError(f"{builder.data_dir} is not a prepared data set: remove it to prepare it")
     if importlib.util.find_spec("tensorflow") is None:
-        direct = manual is not None and any(manual.glob("*-idx?-ubyte*"))
         raise InputError(
             f"{name} is not prepared in {root} and preparing it needs TensorFlow: "
-            'pip install "jaxvae[tfds]"'
-            + (f" (or read the IDX files without it: --data {manual})" if direct else "")
+            "pip install tensorflow"
         )
-    missing = _missing_files(builder, manual)
-    proxied = urllib.request.getproxies().keys() & {"all", *_PORTS}
-    if missing and not proxied and not _any_host_answers(missing):
-        hosts = ", ".join(sorted({urlsplit(url).netloc for url in missing})[:4])
-        files = ", ".join(list(missing.values())[:4]) + (", ..." if len(missing) > 4 else "")
-        raise InputError(
-            f"{name} is not prepared in {root} and cannot be downloaded, no answer from {hosts}:"
-            f" connect to the network, or download {files} manually and give their folder as"
-            " manual_dir (--manual-dir)"
-        )
+    _expect_answer(builder, name, _missing_files(builder, manual))
     print(f"preparing {name} (once) ...", file=sys.stderr, flush=True)
     # TensorFlow would otherwise allocate the GPU memory that JAX needs.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
@@ -193,6 +245,27 @@ def _prepare(builder: Any, name: str, manual_dir: PathLike | None) -> None:
             f"cannot prepare {name} in {root}: {reason} (correct that and run again, or give"
             " a folder of manually downloaded files as manual_dir, --manual-dir)"
         )
+
+
+def _expect_answer(builder: Any, name: str, missing: dict[str, str]) -> None:
+    """Raise InputError if files are missing and none of their servers answers."""
+    proxied = urllib.request.getproxies().keys() & {"all", *_PORTS}
+    if missing and not proxied and not _any_host_answers(missing):
+        files = ", ".join(list(missing.values())[:4]) + (", ..." if len(missing) > 4 else "")
+        raise InputError(
+            f"{name} is not in {builder.data_dir_root} and cannot be downloaded, as no server "
+            f"answers: connect to the network, or download {files} from {_sources(missing)} on "
+            "another machine and give their folder as manual_dir (--manual-dir)"
+        )
+
+
+def _file_name(url: str) -> str:
+    return url.rpartition("/")[2]
+
+
+def _sources(urls: Iterable[str]) -> str:
+    """Return the folders of addresses, without repetition."""
+    return ", ".join(sorted({url.removesuffix(_file_name(url)) for url in urls})[:4])
 
 
 def _missing_files(builder: Any, manual: Path | None) -> dict[str, str]:

@@ -300,7 +300,7 @@ def _shape_text(shapes: dict[str, tuple[tuple[int, ...], str]], name: str) -> st
 
 def _require(package: str) -> None:
     if importlib.util.find_spec(package) is None:
-        raise InputError(f'{package} is not installed: pip install "jaxvae[export]"')
+        raise InputError(f"{package} is not installed: pip install {package}")
 
 
 @contextmanager

@@ -273,7 +273,7 @@ def _from_file(path: Path) -> tuple[list[_Layer], list[_Config]]:
     try:
         import h5py
     except ImportError:
-        raise InputError('h5py is not installed: pip install "jaxvae[keras]"') from None
+        raise InputError("h5py is not installed: pip install h5py") from None
     try:
         with open(path, "rb", opener=open_regular) as file:
             begin = file.read(8)

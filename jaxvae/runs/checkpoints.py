@@ -30,6 +30,7 @@ from jaxvae.devices.sharding import placement
 from jaxvae.errors import Damaged, InputError, TrainingFailed
 from jaxvae.models.config import ModelConfig
 from jaxvae.models.vae import Params
+from jaxvae.runs.config import IN_PYTHON, RunConfig, expect_components
 from jaxvae.runs.files import (
     NewerVersion,
     cannot_write,
@@ -37,6 +38,7 @@ from jaxvae.runs.files import (
     is_number,
     version,
     without_version,
+    write_json,
 )
 from jaxvae.storage import (
     expect_utf8,
@@ -65,6 +67,9 @@ _MARGIN = 100_000  # bytes of a checkpoint besides its arrays
 def save(run_dir: str | Path, state: TrainState) -> None:
     """Write a checkpoint of a training state to a run directory.
 
+    A new directory also gets a config.json, so that the command line takes it as a run, whose data
+    are named with `--data`.
+
     Args:
       run_dir: the run directory, which is made if it does not exist.
       state: the training state.
@@ -82,6 +87,10 @@ def save(run_dir: str | Path, state: TrainState) -> None:
                     "choose another directory"
                 )
             write(checkpoints, state, {})
+        path = Path(run_dir) / "config.json"
+        if is_first() and not path.exists():
+            config = RunConfig(data=IN_PYTHON, model=state.params.config, train=state.config)
+            write_json(path, {"jaxvae": version(), **config.to_dict()})
     except OSError as error:
         raise InputError(f"{run_dir} cannot be written: {error.strerror or error}") from None
 
@@ -159,6 +168,7 @@ def _restore(
     to_train: bool,
 ) -> TrainState:
     own = dict(own) if network is None else {**own, "network": network}
+    expect_components(own)
     for left in reversed(range(_TRIES)):
         step = which if isinstance(which, int) else newest_intact(run_dir, which)
         held = steps_of(run_dir)

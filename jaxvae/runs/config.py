@@ -9,13 +9,15 @@ from typing import Any, Self
 
 import jax
 
-from jaxvae.components import Config, is_dotted_path
+from jaxvae.components import Config, expect_known, is_dotted_path
 from jaxvae.errors import InputError, either, shown
 from jaxvae.models.config import ModelConfig
-from jaxvae.runs.files import NewerVersion, read_json, without_version
+from jaxvae.runs.files import NewerVersion, as_argument, read_json, without_version
 from jaxvae.training.config import TrainConfig
 from jaxvae.training.optimizer import ELEMENTWISE
 from jaxvae.validation import expect_bool, whole_number
+
+IN_PYTHON = "python"  # the name of data that were passed as arrays
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,26 @@ class DataRecord(Config):
             raise InputError(f"sha256 is {shown(self.sha256)}: expected a string")
 
 
+@dataclass(frozen=True)
+class Change(Config):
+    """A field of the training that a resumed run changed.
+
+    Attributes:
+      step: number of steps the run had taken.
+      field: name of the field.
+      before: the value up to this step.
+      after: the value from this step on.
+    """
+
+    step: int = 0
+    field: str = ""
+    before: Any = None
+    after: Any = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "step", whole_number("step", self.step, 0, 2**63 - 1))
+
+
 @dataclass(frozen=True, repr=False)
 class RunConfig(Config):
     """The configuration of a run: data, seed, model and training.
@@ -54,13 +76,15 @@ class RunConfig(Config):
       data_dir: folder in which TensorFlow Datasets stores prepared data.
       manual_dir: folder of data files that you downloaded by hand.
       seed: seed of all random numbers.
-      start_from: run directory whose latest parameters are the initial parameters.
+      start_from: run directory whose latest parameters are the initial parameters, and whose model
+        is that of the new run.
       fsdp: shard parameters and optimizer state over the devices, for models too large for one
         device; needs an elementwise optimizer, such as rmsprop, adam or adamw.
       workers: number of processes that read images from disk; 0: threads of the training process.
       model: the architecture.
       train: the training.
       data_seen: the data sets that the run was trained on, the latest one last.
+      changes: the fields of the training that were changed by resuming, the latest one last.
     """
 
     data: str = "mnist-5k"
@@ -74,6 +98,7 @@ class RunConfig(Config):
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     data_seen: tuple[DataRecord, ...] = ()
+    changes: tuple[Change, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("data", "label_column", "data_dir", "manual_dir", "start_from"):
@@ -86,10 +111,12 @@ class RunConfig(Config):
         for name, kind in (("model", ModelConfig), ("train", TrainConfig)):
             if not isinstance(getattr(self, name), kind):
                 object.__setattr__(self, name, kind.from_dict(getattr(self, name)))
-        if not isinstance(self.data_seen, tuple | list):
-            raise InputError(f"data_seen is {shown(self.data_seen)}: expected a list of data sets")
-        seen = [x if isinstance(x, DataRecord) else DataRecord.from_dict(x) for x in self.data_seen]
-        object.__setattr__(self, "data_seen", tuple(seen))
+        for name, record in (("data_seen", DataRecord), ("changes", Change)):
+            given = getattr(self, name)
+            if not isinstance(given, tuple | list):
+                raise InputError(f"{name} is {shown(given)}: expected a list of records")
+            records = [x if isinstance(x, record) else record.from_dict(x) for x in given]
+            object.__setattr__(self, name, tuple(records))
         if self.fsdp and getattr(self.train.optimizer, "name", None) not in ELEMENTWISE:
             raise InputError(
                 f"optimizer is {self.train.specs()['optimizer']!r}, but fsdp needs an elementwise "
@@ -111,6 +138,7 @@ class RunConfig(Config):
           InputError: as for `Config.from_dict`.
         """
         if isinstance(fields, Mapping) and own:
+            expect_components(own)
             fields = dict(fields)
             for name, kind in (("model", ModelConfig), ("train", TrainConfig)):
                 mine = {n: own[n] for n in own if n in kind._registries}
@@ -126,7 +154,7 @@ class RunConfig(Config):
 
 
 # Fields that may change when a run is resumed.
-MAY_CHANGE = (
+MAY_CHANGE: tuple[str, ...] = (
     "data",
     "label_column",
     "data_dir",
@@ -136,6 +164,9 @@ MAY_CHANGE = (
     "fsdp",
     "workers",
 )
+# Fields that `jaxvae train --resume` may also change, in the run of a single model. Each change is
+# recorded, with the step.
+RECORDED = ("learning_rate", "schedule", "clip_norm", "skip_norm")
 
 
 def configured(flags: Mapping[str, Any], base: RunConfig | None = None) -> RunConfig:
@@ -167,32 +198,41 @@ def resumed(run_dir: Path, flags: Mapping[str, Any]) -> RunConfig:
       The configuration.
 
     Raises:
-      InputError: a field that is not in `MAY_CHANGE` differs from the recorded one.
+      InputError: a field that is in neither `MAY_CHANGE` nor `RECORDED` differs from the recorded
+        one.
     """
     recorded = read_config(run_dir, to_train=True, **own_components(flags))
-    return updated(recorded, flags, run_dir)
+    return updated(recorded, flags, run_dir, single=True)
 
 
-def updated(recorded: RunConfig, flags: Mapping[str, Any], run_dir: Path) -> RunConfig:
+def updated(
+    recorded: RunConfig, flags: Mapping[str, Any], run_dir: Path, *, single: bool = False
+) -> RunConfig:
     """Return a recorded configuration with the flags of a resumed run.
 
     Args:
       recorded: the recorded configuration.
       flags: fields that were given, by name.
       run_dir: the run directory, for messages.
+      single: whether the command line resumes a single model, which may also change `RECORDED`.
 
     Returns:
       The configuration.
 
     Raises:
-      InputError: a field that is not in `MAY_CHANGE` differs from the recorded one.
+      InputError: a field that may not change differs from the recorded one.
     """
+    may_change, remedy = MAY_CHANGE, "leave it out"
+    if single:
+        may_change, remedy = MAY_CHANGE + RECORDED, f"{remedy}, or start a new run without --resume"
     asked = _with_flags(recorded, flags)
     for name in flags:
         was, now = (_field(config, name) for config in (recorded, asked))
-        if was != now and name not in MAY_CHANGE:
+        if was != now and name not in may_change:
+            if single and name not in {item.name for item in fields(ModelConfig)}:
+                remedy += f" (with --start-from {as_argument(run_dir)} it starts from this model)"
             raise InputError(
-                f"{as_flag(name)} is {now}, but {run_dir} was started with {was}: leave it out"
+                f"{as_flag(name)} is {now}, but {run_dir} was started with {was}: {remedy}"
             )
     return asked
 
@@ -206,6 +246,13 @@ def own_components(flags: Mapping[str, Any]) -> dict[str, Any]:
     """Return the flags that are custom components, which are objects."""
     registries = {**ModelConfig._registries, **TrainConfig._registries}
     return {n: x for n, x in flags.items() if n in registries and not isinstance(x, str)}
+
+
+def expect_components(own: Collection[str]) -> None:
+    """Raise InputError unless these are names of fields that hold components."""
+    expect_known(
+        "a run has no component", own, {**ModelConfig._registries, **TrainConfig._registries}
+    )
 
 
 def components(config: RunConfig) -> dict[str, Any]:
@@ -282,7 +329,8 @@ def read_config_file(path: Path, flags: Collection[str] = ()) -> RunConfig:
         ) from None
     try:
         content = without_version(content, path)
-        content.pop("data_seen", None)  # belongs to the run that wrote the file
+        for name in ("data_seen", "changes"):  # belong to the run that wrote the file
+            content.pop(name, None)
         parts: dict[str, Any] = {}
         for name, kind in (("model", ModelConfig), ("train", TrainConfig)):
             table = content.pop(name, {})
@@ -312,11 +360,7 @@ def _with_flags(config: RunConfig, flags: Mapping[str, Any]) -> RunConfig:
     names: dict[type, set[str]] = {
         kind: {item.name for item in fields(kind)} - parts for kind in _KINDS
     }
-    if unknown := sorted(set(flags).difference(*names.values())):
-        raise InputError(
-            f"a run has no field {unknown[0]!r}: expected one of "
-            f"{', '.join(sorted(set().union(*names.values())))}"
-        )
+    expect_known("a run has no field", flags, set().union(*names.values()))
 
     def own(kind: type) -> dict[str, Any]:
         return {name: value for name, value in flags.items() if name in names[kind]}

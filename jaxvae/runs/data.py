@@ -15,12 +15,11 @@ from jaxvae.data import Dataset, Images, as_dataset, load_dataset
 from jaxvae.errors import InputError, OtherData
 from jaxvae.models.config import ModelConfig
 from jaxvae.models.likelihoods import binarize
-from jaxvae.runs.config import DataRecord, RunConfig
+from jaxvae.runs.config import IN_PYTHON, DataRecord, RunConfig
 from jaxvae.validation import expect_support, is_image, scale_images
 
 T = TypeVar("T")
 SPLITS = ("all", "train", "test")
-IN_PYTHON = "python"  # the name of data that were passed as arrays
 _HASHED_WHOLE = 2**30  # bytes of images in memory, which take about a second
 _HASHED_IMAGES = 256  # of images on disk, and of larger arrays
 
@@ -170,8 +169,9 @@ def warn_of_other_data(run_dir: Path, config: RunConfig, data: Dataset) -> None:
       data: the data set.
     """
     if config.data_seen and (found := difference(describe(data), config.data_seen[-1])):
+        subject = "this" if config.data == IN_PYTHON else config.data
         warnings.warn(
-            f"{config.data} is not the data set that {run_dir} was trained on: {found}",
+            f"{subject} is not the data set that {run_dir} was trained on: {found}",
             OtherData,
             stacklevel=2,
         )

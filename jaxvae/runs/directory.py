@@ -16,8 +16,10 @@ run repeats everything after the last complete checkpoint.
 """
 
 import shlex
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +34,15 @@ from jaxvae.models.protocols import Learned
 from jaxvae.models.vae import Params
 from jaxvae.objectives import PriorFit
 from jaxvae.runs.checkpoints import load, metadata, newest_intact, steps_of
-from jaxvae.runs.config import MAY_CHANGE, DataRecord, RunConfig, components
+from jaxvae.runs.config import (
+    MAY_CHANGE,
+    RECORDED,
+    Change,
+    DataRecord,
+    RunConfig,
+    components,
+    own_components,
+)
 from jaxvae.runs.data import describe, difference, expect_classes, model_inputs
 from jaxvae.runs.files import locked, read_metrics, version, write_json
 from jaxvae.storage import expect_utf8
@@ -66,7 +76,7 @@ def start(
     """
     config = with_data(run_dir, config, data, describe(data), resume=resume, new_data=new_data)
     if resume:
-        expect_same_config(run_dir, config)
+        config = replace(config, changes=expect_same_config(run_dir, config, RECORDED))
     else:
         expect_no_run(run_dir)
         check_first_step(config, data)
@@ -108,15 +118,22 @@ def make_directory(run_dir: Path) -> None:
         raise InputError(f"{run_dir} cannot be written: {error.strerror}") from None
 
 
-def expect_same_config(run_dir: Path, config: RunConfig) -> None:
+def expect_same_config(
+    run_dir: Path, config: RunConfig, recorded: Collection[str] = ()
+) -> tuple[Change, ...]:
     """Check that the newest checkpoint was trained with this configuration.
 
     Args:
       run_dir: the run directory.
       config: the configuration of the run.
+      recorded: fields of the training that may differ, besides those in `MAY_CHANGE`.
+
+    Returns:
+      The changes of the run: those before this checkpoint, and the fields in `recorded` that
+      differ.
 
     Raises:
-      InputError: it was not, or all checkpoints are lost or damaged.
+      InputError: another field differs, or all checkpoints are lost or damaged.
     """
     step = newest_intact(run_dir)
     if step is None:
@@ -126,18 +143,23 @@ def expect_same_config(run_dir: Path, config: RunConfig) -> None:
                 f"{run_dir} holds no checkpoint, but its metrics.jsonl lists finished epochs: "
                 "restore the checkpoints from a copy, or start again in another directory"
             )
-        return
+        return ()
     saved = metadata(run_dir, step)
     own = components(config)
-    for part, name in ((config.model, "model"), (config.train, "train")):
+    changes = [change for change in config.changes if change.step < step]
+    for part, kind in ((config.model, "model"), (config.train, "train")):
         mine = {n: x for n, x in own.items() if n in part._registries}
-        now, theirs = part.to_dict(), type(part).from_dict(saved[name], **mine).to_dict()
+        now, theirs = part.to_dict(), type(part).from_dict(saved[kind], **mine).to_dict()
         for name, value in now.items():
-            if value != theirs[name] and name not in MAY_CHANGE:
+            if value == theirs[name] or name in MAY_CHANGE:
+                continue
+            if name not in recorded:
                 raise InputError(
                     f"{run_dir / 'config.json'} has {name} {value}, but the checkpoint of step "
                     f"{step} was trained with {theirs[name]}: correct config.json"
                 )
+            changes.append(Change(step, name, theirs[name], value))
+    return tuple(changes)
 
 
 def with_data(
@@ -307,6 +329,27 @@ def _encoded_prior(key: jax.Array, params: Params, config: RunConfig, data: Data
         x = binarize(pixels_key, x)
     known = None if labels is None else jnp.asarray(labels[rows])
     return config.model.prior.init_from(prior_key, params, x, known)
+
+
+def with_model_to_start_from(base: RunConfig, flags: Mapping[str, Any]) -> RunConfig:
+    """Return the configuration of a new run with the model of the run that it starts from.
+
+    Args:
+      base: the configuration; a model that is not the default one is kept.
+      flags: fields that were given, by name, which override the configuration.
+
+    Returns:
+      The configuration; `base` if it starts from no run.
+
+    Raises:
+      InputError: that run cannot be read, or has custom components that are not in `flags`.
+    """
+    start_from = flags.get("start_from", base.start_from)
+    step = None if start_from is None else newest_intact(start_from)
+    if step is None or base.model != ModelConfig():
+        return base
+    own = {n: x for n, x in own_components(flags).items() if n in ModelConfig._registries}
+    return replace(base, model=ModelConfig.from_dict(metadata(start_from, step)["model"], **own))
 
 
 def first_params(config: RunConfig) -> Params | None:

@@ -141,11 +141,12 @@ class DivergenceCheck:
         folder = self._folder(model)
         saved = steps_of(folder) if folder else []
         where = f" in {folder}" if folder else ""
-        last = "no checkpoint was saved"
+        last, again = "no checkpoint was saved", "train again"
         if saved:
             last = f"the last good checkpoint is step {saved[-1]}"
+            again = again if self.models else "resume"
         return (
-            f"{last}{where}; train again with a lower --learning-rate, with --clip-norm 1, or "
+            f"{last}{where}; {again} with a lower --learning-rate or with --clip-norm 1, or train "
             "without these images"
         )
 

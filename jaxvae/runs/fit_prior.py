@@ -20,8 +20,8 @@ from jaxvae.objectives import PriorFit
 from jaxvae.runs import directory, loop
 from jaxvae.runs.callbacks import Callback, expect_callbacks
 from jaxvae.runs.checkpoints import load
-from jaxvae.runs.config import RunConfig, configured, read_config, run_keys
-from jaxvae.runs.data import IN_PYTHON, load_run_data, model_inputs, prepared
+from jaxvae.runs.config import IN_PYTHON, RunConfig, configured, read_config, run_keys
+from jaxvae.runs.data import load_run_data, model_inputs, prepared
 from jaxvae.runs.files import read_metrics, resume_command
 from jaxvae.runs.progress import Progress
 from jaxvae.training.config import TrainConfig
@@ -114,7 +114,12 @@ def fit_prior(
         trainable=("prior",),
     )
     config = replace(
-        trained, model=model, train=train, start_from=str(run_dir.resolve()), data_seen=()
+        trained,
+        model=model,
+        train=train,
+        start_from=str(run_dir.resolve()),
+        data_seen=(),
+        changes=(),
     )
     config, dataset = _load_data(config, data)
     params = load(run_dir, **own)

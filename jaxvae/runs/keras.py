@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 
 from jaxvae.interchange.keras import load_keras_layers
-from jaxvae.runs.checkpoints import save
+from jaxvae.runs.checkpoints import open_checkpoints, write
 from jaxvae.runs.config import configured
 from jaxvae.runs.directory import expect_no_run, make_directory, write_config
 from jaxvae.training.state import state_of
@@ -35,6 +35,7 @@ def import_keras(
     params, layers = load_keras_layers(path, decoder)
     config = replace(configured({"data": data}), model=params.config)
     make_directory(run_dir)
-    save(run_dir, state_of(params, jax.random.key(config.seed), config.train))
+    with open_checkpoints(run_dir) as checkpoints:
+        write(checkpoints, state_of(params, jax.random.key(config.seed), config.train), {})
     write_config(run_dir, config)  # last, as it makes the directory a run
     return layers

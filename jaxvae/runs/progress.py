@@ -25,6 +25,12 @@ from rich.progress import Progress as Bar
 from jaxvae.models.vae import Params
 from jaxvae.runs.callbacks import Callback, Training
 
+# Under the line of a first epoch whose training ELBO is far below that of the test images.
+_FIRST_EPOCH = (
+    "  (train is the mean over all steps of the epoch, and the first steps were far below it; test "
+    "is after the last step)"
+)
+
 
 def _can_move(console: Console) -> bool:
     """Return whether a bar can be redrawn: on a terminal, or in Jupyter with ipywidgets."""
@@ -188,6 +194,8 @@ class Progress(Callback):
             f"{self._noun}s/s"
         )
         self._console.print(line, highlight=False, soft_wrap=True)
+        if epoch == 1 and record["train"]["elbo"] < test["elbo"] - abs(test["elbo"]):
+            self._console.print(_FIRST_EPOCH, highlight=False, soft_wrap=True)
 
     def end(self, params: Params | None) -> None:
         """Remove the bar."""

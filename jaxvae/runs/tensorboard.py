@@ -31,8 +31,7 @@ def require_tensorboard() -> None:
     """
     if importlib.util.find_spec("tensorboardX") is None:
         raise InputError(
-            "--tensorboard needs tensorboardX, which is not installed: "
-            'pip install "jaxvae[tensorboard]"'
+            "--tensorboard needs tensorboardX, which is not installed: pip install tensorboardX"
         )
 
 

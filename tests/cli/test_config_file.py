@@ -188,7 +188,9 @@ WRONG = {
     "neither": ("<model/>", "is not valid TOML: "),
     "bytes": (b"data = '\xff'", "is not valid TOML: "),
     "a key twice": ("seed = 1\nseed = 2", "is not valid TOML: "),
-    "an unknown field": ("speed = 3", "a run has no field 'speed': expected one of accumulate, "),
+    "an unknown field": (
+        "speed = 3", "a run has no field 'speed' (do you mean 'seed'?): expected accumulate, "
+    ),
     "an unknown field of the model": (
         "[model]\nspeed = 3", "ModelConfig has no field 'speed': expected compute_dtype, "
     ),

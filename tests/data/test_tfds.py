@@ -1,17 +1,21 @@
 """jaxvae.data.tfds: any image data set of TensorFlow Datasets, by name, without TensorFlow."""
 
 import gzip
+import hashlib
 import importlib.util
 import io
 import json
 import os
+import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +27,6 @@ from jaxvae.data.tfds import load
 from jaxvae.errors import InputError
 
 MNIST = Path(__file__).parents[2].parent / "shared/data/mnist"
-HAS_TENSORFLOW = importlib.util.find_spec("tensorflow") is not None
 
 
 def write_data_set(
@@ -72,6 +75,15 @@ def tiny(tmp_path):
 def numbers(images):
     """The example numbers that images were written from, in ascending order."""
     return sorted(images[:, 0, 0, 0].tolist())
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*args):
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setattr(urllib.request, "getproxies", dict)
 
 
 def complaint(*args, **kwargs):
@@ -252,37 +264,29 @@ class TestADataSetNotYetPrepared:
         monkeypatch.setattr(urllib.request, "getproxies", dict)
 
     def test_says_how_to_install_tensorflow(self, tmp_path, no_tensorflow, capfd):
-        said = complaint("mnist", data_dir=tmp_path)
-        assert f"mnist is not prepared in {tmp_path}" in said
-        assert 'pip install "jaxvae[tfds]"' in said
-        assert "--data" not in said
+        said = complaint("cifar10", data_dir=tmp_path)
+        assert f"cifar10 is not prepared in {tmp_path}" in said
+        assert said.endswith("pip install tensorflow")
         assert capfd.readouterr() == ("", "")
 
-    def test_says_that_idx_files_need_no_tensorflow(self, tmp_path, no_tensorflow):
-        (tmp_path / "train-images-idx3-ubyte.gz").touch()
-        assert f"--data {tmp_path}" in complaint("mnist", data_dir=tmp_path, manual_dir=tmp_path)
-
     def test_must_have_its_files_in_a_folder(self, tmp_path):
-        said = complaint("mnist", data_dir=tmp_path, manual_dir=tmp_path / "none")
+        said = complaint("cifar10", data_dir=tmp_path, manual_dir=tmp_path / "none")
         assert "expected a folder of manually downloaded files" in said
 
     def test_is_not_what_another_program_left_half_made(self, tmp_path):
-        (tmp_path / "mnist/3.0.1").mkdir(parents=True)
-        assert "is not a prepared data set" in complaint("mnist", data_dir=tmp_path)
+        (tmp_path / "cifar10/3.0.2").mkdir(parents=True)
+        assert "is not a prepared data set" in complaint("cifar10", data_dir=tmp_path)
 
     def test_says_what_to_fetch_when_no_server_answers(
-        self, tmp_path, monkeypatch, pretended_tensorflow, capfd
+        self, tmp_path, no_network, pretended_tensorflow, capfd
     ):
-        def refuse(*args):
-            raise OSError("no network")
-
-        (tmp_path / "train-images-idx3-ubyte.gz").touch()
-        monkeypatch.setattr(socket, "create_connection", refuse)
-        said = complaint("mnist", data_dir=tmp_path, manual_dir=tmp_path)
-        assert "cannot be downloaded, no answer from" in said
-        assert "download t10k-images-idx3-ubyte.gz" in said
-        assert "train-images-idx3-ubyte.gz" not in said
-        assert capfd.readouterr() == ("", "")
+        said = complaint("cifar10", data_dir=tmp_path)
+        assert "cannot be downloaded, as no server answers" in said
+        assert "download cifar-10-binary.tar.gz from https://www.cs.toronto.edu/~kriz/ on" in said
+        (tmp_path / "cifar-10-binary.tar.gz").touch()
+        said = complaint("cifar10", data_dir=tmp_path, manual_dir=tmp_path)
+        assert "cannot prepare cifar10" in said  # the file is there, though damaged
+        assert capfd.readouterr() == ("", "preparing cifar10 (once) ...\n")
 
     def test_says_in_one_line_why_preparing_it_failed(
         self, tmp_path, monkeypatch, pretended_tensorflow, capfd
@@ -290,8 +294,8 @@ class TestADataSetNotYetPrepared:
         failing = executable(tmp_path, "echo noise; echo more >&2; echo OSError: disk full; exit 3")
         monkeypatch.setattr(sys, "executable", failing)
         monkeypatch.setattr(tfds_source, "_any_host_answers", lambda urls: True)
-        assert "OSError: disk full" in complaint("mnist", data_dir=tmp_path)
-        assert capfd.readouterr() == ("", "preparing mnist (once) ...\n")
+        assert "OSError: disk full" in complaint("cifar10", data_dir=tmp_path)
+        assert capfd.readouterr() == ("", "preparing cifar10 (once) ...\n")
 
     def test_stops_being_prepared_on_an_interrupt(self, tmp_path):
         child = executable(tmp_path, f"touch {tmp_path}/started; exec sleep 600")
@@ -301,7 +305,7 @@ class TestADataSetNotYetPrepared:
             "signal.signal(signal.SIGINT, signal.default_int_handler);"
             "importlib.util.find_spec = lambda name: object();"
             f"sys.executable = {child!r}; tfds._any_host_answers = lambda urls: True;"
-            f"tfds.load('mnist', data_dir={str(tmp_path)!r})"
+            f"tfds.load('cifar10', data_dir={str(tmp_path)!r})"
         )
         parent = subprocess.Popen(
             [sys.executable, "-c", code],
@@ -337,31 +341,95 @@ class TestTheLookForAServer:
         assert time.monotonic() - start < 1
 
 
-@pytest.mark.skipif(not HAS_TENSORFLOW, reason="preparing a data set needs TensorFlow")
-class TestPreparingMnistFromFilesFetchedByHand:
+def write_mnist_like(folder, *, zipped=True):
+    """The four files of MNIST, with images of the numbers 0 to 19, and 100 to 104 for the test."""
+    folder.mkdir()
+    for part, digits in (("train", range(20)), ("t10k", range(100, 105))):
+        images = np.repeat(np.uint8(digits), 20).tobytes()
+        files = {
+            "images-idx3": struct.pack(">4B3I", 0, 0, 8, 3, len(digits), 4, 5) + images,
+            "labels-idx1": struct.pack(">4BI", 0, 0, 8, 1, len(digits))
+            + bytes(digit % 10 for digit in digits),
+        }
+        for kind, content in files.items():
+            path = folder / f"{part}-{kind}-ubyte{'.gz' if zipped else ''}"
+            path.write_bytes(gzip.compress(content) if zipped else content)
+    return folder
+
+
+class TestMnist:
+    @pytest.mark.parametrize("name", ["mnist", "mnist:3.0.1", "fashion_mnist", "kmnist"])
+    @pytest.mark.parametrize("zipped", [True, False])
+    def test_is_read_from_its_four_files_in_the_order_of_tfds(self, tmp_path, name, zipped):
+        files = write_mnist_like(tmp_path / "files", zipped=zipped)
+        # Keys are the indices in the files, as those of MNIST are.
+        write_data_set(tmp_path, {"train": range(20), "test": range(5)})
+        prepared = load("tiny", data_dir=tmp_path)
+        read = load(name, data_dir=tmp_path, manual_dir=files)
+        np.testing.assert_array_equal(read.train_images, prepared.train_images)
+        np.testing.assert_array_equal(read.train_labels, prepared.train_labels)
+        np.testing.assert_array_equal(read.test_images, prepared.test_images + 100)
+        np.testing.assert_array_equal(read.test_labels, prepared.test_labels)
+        assert numbers(read.train_images) != read.train_images[:, 0, 0, 0].tolist()  # shuffled
+
     @pytest.mark.skipif(not MNIST.is_dir(), reason="the MNIST files are not there")
-    def test_gives_exactly_their_images_and_labels(self, tmp_path, capfd):
+    def test_gives_exactly_the_images_and_labels_of_its_files(self, tmp_path, capfd):
         dataset = load("mnist", data_dir=tmp_path, manual_dir=MNIST)
-        for part, images, labels in [("train", *dataset[:2]), ("t10k", *dataset[2:])]:
+        for part, images, labels in [("train", *dataset[:2]), ("t10k", *dataset[2:4])]:
             pixels = gzip.decompress((MNIST / f"{part}-images-idx3-ubyte.gz").read_bytes())[16:]
             digits = gzip.decompress((MNIST / f"{part}-labels-idx1-ubyte.gz").read_bytes())[8:]
             expected = [(pixels[784 * i : 784 * (i + 1)], d) for i, d in enumerate(digits)]
             given = [(image.tobytes(), label) for image, label in zip(images, labels, strict=True)]
-            assert sorted(given) == sorted(expected)  # TFDS shuffles
+            assert sorted(given) == sorted(expected)
         assert "tensorflow" not in sys.modules
-        assert capfd.readouterr() == ("", "preparing mnist (once) ...\n")
+        assert capfd.readouterr() == ("", "")
 
-    def test_refuses_files_that_are_not_the_real_ones(self, tmp_path):
-        for part in (
-            "train-images-idx3",
-            "train-labels-idx1",
-            "t10k-images-idx3",
-            "t10k-labels-idx1",
-        ):
-            (tmp_path / f"{part}-ubyte.gz").write_bytes(gzip.compress(b"other"))
-        said = complaint("mnist", data_dir=tmp_path / "prepared", manual_dir=tmp_path)
-        assert "has wrong checksum" in said
-        assert not (tmp_path / "prepared/mnist/3.0.1").exists()
+    def test_says_where_its_files_are_when_no_server_answers(self, tmp_path, no_network, capfd):
+        assert complaint("mnist", data_dir=tmp_path) == (
+            f"mnist is not in {tmp_path} and cannot be downloaded, as no server answers: connect "
+            "to the network, or download t10k-images-idx3-ubyte.gz, t10k-labels-idx1-ubyte.gz, "
+            "train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz from "
+            "https://storage.googleapis.com/cvdf-datasets/mnist/ on another machine and give "
+            "their folder as manual_dir (--manual-dir)"
+        )
+        assert capfd.readouterr() == ("", "")
+
+    def test_says_which_file_is_missing_or_damaged(self, tmp_path):
+        where = "(the files of mnist are at https://storage.googleapis.com/cvdf-datasets/mnist/)"
+        said = complaint("mnist", data_dir=tmp_path, manual_dir=tmp_path)
+        assert said.startswith(f"{tmp_path} has no train images: expected a file train-images-idx3")
+        assert said.endswith(where)
+        files = write_mnist_like(tmp_path / "files")
+        (files / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(b"other"))
+        said = complaint("mnist", data_dir=tmp_path, manual_dir=files)
+        assert said.startswith(f"{files}/t10k-labels-idx1-ubyte.gz cannot be read: not an IDX file")
+        assert said.endswith(where)
+
+    def test_is_downloaded_once_and_its_files_are_checked(self, tmp_path, monkeypatch, capfd):
+        files = write_mnist_like(tmp_path / "server")
+        infos = {
+            path.as_uri(): SimpleNamespace(
+                size=path.stat().st_size, checksum=hashlib.sha256(path.read_bytes()).hexdigest()
+            )
+            for path in files.iterdir()
+        }
+        builder = SimpleNamespace(
+            name="mnist", data_dir_root=tmp_path, url_infos=infos, is_prepared=lambda: False
+        )
+        monkeypatch.setattr(tfds_source, "_builder", lambda name, data_dir: builder)
+        monkeypatch.setattr(tfds_source, "_any_host_answers", lambda urls: True)
+        labels = files / "train-labels-idx1-ubyte.gz"
+        right = labels.read_bytes()
+        labels.write_bytes(right + b"more")
+        said = complaint("mnist")
+        assert f"{labels.as_uri()} cannot be downloaded" in said
+        assert "it has changed: expected the SHA-256" in said
+        labels.write_bytes(right)
+        assert numbers(load("mnist").train_images) == list(range(20))
+        assert capfd.readouterr().err.count(f"downloading {labels.as_uri()} (once)") == 2
+        shutil.rmtree(files)
+        assert numbers(load("mnist").test_images) == list(range(100, 105))
+        assert capfd.readouterr() == ("", "")
 
 
 def executable(folder, script):

@@ -313,7 +313,7 @@ def test_a_missing_package_is_named_with_how_to_install_it(
         "importlib.util.find_spec", lambda name: None if name == package else find_spec(name)
     )
     monkeypatch.setattr("jax.__version_info__", (0, 11, 2))
-    with refused(f'{package} is not installed: pip install "jaxvae[export]"'):
+    with refused(f"{package} is not installed: pip install {package}"):
         export(small, tmp_path / "x", [name])
     assert not (tmp_path / "x").exists()
 

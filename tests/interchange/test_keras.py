@@ -412,5 +412,5 @@ def test_a_damaged_file_gives_one_line_or_the_model(file, notebook, tmp_path):
 
 def test_without_h5py_it_is_said_how_to_install_it(notebook, monkeypatch):
     monkeypatch.setitem(sys.modules, "h5py", None)
-    with refused('h5py is not installed: pip install "jaxvae[keras]"'):
+    with refused("h5py is not installed: pip install h5py"):
         load_keras(notebook[2] / "flat.h5")

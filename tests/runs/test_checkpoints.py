@@ -17,6 +17,8 @@ import jaxvae
 from jaxvae.errors import Damaged, TrainingFailed
 from jaxvae.runs import checkpoints
 from jaxvae.runs.checkpoints import metadata, newest_intact, open_checkpoints, steps_of, write
+from jaxvae.runs.config import read_config
+from jaxvae.runs.data import load_run_data
 from jaxvae.training.step import optimizer
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -54,6 +56,17 @@ def test_a_directory_is_enough_to_use_a_model(tmp_path, state, images):
     np.testing.assert_array_equal(
         jaxvae.reconstruct(params, images), jaxvae.reconstruct(state.params, images)
     )
+
+
+def test_a_directory_is_a_run_whose_data_are_to_be_named(tmp_path, state, images):
+    jaxvae.save(tmp_path, state)
+    config = read_config(tmp_path)
+    assert (config.model, config.train) == (state.params.config, state.config)
+    with refused("the data of this run were passed as arrays in Python: name a data set with --da"):
+        load_run_data(config)
+    (tmp_path / "config.json").write_text("mine")
+    jaxvae.save(tmp_path, replace(state, step=state.step + 1))
+    assert (tmp_path / "config.json").read_text() == "mine"
 
 
 def test_training_goes_on_as_if_nothing_had_happened(tmp_path, state, images):

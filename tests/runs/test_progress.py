@@ -42,6 +42,17 @@ def test_without_a_terminal_there_is_one_plain_line_for_each_epoch():
     assert shown() == LINE + "500 images/s\n"
 
 
+def test_a_first_training_elbo_far_below_the_test_elbo_is_explained_once():
+    """At the notebook's learning rate it is: -18,367 beside -190."""
+    record = {**RECORD, "train": {"elbo": -18_367.0}}
+    line, explained = shown(record=record).splitlines()
+    assert line.startswith("epoch 1/2  ELBO -18367.00 train, -190.00 test (")
+    assert explained.startswith(
+        "  (train is the mean over all steps of the epoch, and the first st"
+    )
+    assert shown(record={**record, "epoch": 2}).count("\n") == 1
+
+
 def test_the_spread_of_many_models_is_told_beside_their_mean():
     record = {**RECORD, "test_sd": {"elbo": 1.25}}
     assert "ELBO -205.00 train, -190.00 ± 1.25 test (" in shown(record=record)

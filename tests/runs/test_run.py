@@ -22,7 +22,7 @@ from jaxvae import figures
 from jaxvae.data import Dataset
 from jaxvae.errors import Damaged, OtherData, Preempted, TrainingFailed
 from jaxvae.figures.animation import keep_frame
-from jaxvae.runs import directory, drawing, evaluation, files, loop
+from jaxvae.runs import directory, drawing, evaluation, files, inference, loop, sweep
 from jaxvae.runs.checkpoints import open_checkpoints, write
 from jaxvae.runs.config import RunConfig, configured, read_config, resumed, run_keys
 from jaxvae.runs.data import describe, load_run_data, model_inputs
@@ -99,6 +99,7 @@ def test_config_json_holds_what_the_run_was_told(finished, npz):
                 "step": 0,
             }
         ],
+        "changes": [],
     }
 
 
@@ -141,16 +142,21 @@ def trained_mlp(tmp_path, npz):
 
 def test_settings_that_a_run_does_not_have_are_refused(finished):
     for flags, name in (
-        ({"lr": 3}, "'lr'"),
-        ({"train": jaxvae.TrainConfig()}, "'train'"),
+        ({"lr": 3}, "'lr' (do you mean 'learning_rate'?)"),
+        ({"train": jaxvae.TrainConfig()}, "'train' (do you mean 'trainable'?)"),
         ({"model": {}}, "'model'"),
     ):
-        for read in (configured, lambda flags: resumed(finished[0], flags)):
+        for read in (configured, sweep.configured, lambda flags: resumed(finished[0], flags)):
             with refused(
-                f"a run has no field {name}: expected one of accumulate, batch_size, beta, ",
-                "warmup",
+                f"a run has no field {name}: expected accumulate, batch_size, beta, ", "warmup"
             ):
                 read(flags)
+
+
+def test_components_that_a_run_does_not_have_are_refused(finished):
+    for read in (jaxvae.load, jaxvae.restore, read_config, inference.open_run):
+        with refused("a run has no component 'pior' (do you mean 'prior'?): expected likelihood"):
+            read(finished[0], pior="mixture")
 
 
 def test_metrics_jsonl_holds_a_line_for_every_epoch(finished):
@@ -336,6 +342,22 @@ def test_a_run_that_has_started_needs_the_other_no_longer(finished, tmp_path, np
         resumed(tmp_path / "run", {"start_from": str(finished[0])})
 
 
+def test_a_start_from_a_run_takes_its_model(conditional, tmp_path):
+    run_dir = str(conditional[0])
+    model = jaxvae.load(run_dir).config
+    flags = {"start_from": run_dir, "epochs": 1}
+    config = configured(flags, directory.with_model_to_start_from(RunConfig(), flags))
+    assert config.model == model
+    assert config.train == jaxvae.TrainConfig(epochs=1)
+    # Except for what was given, which is refused if it differs.
+    flags["latent_dim"] = 3
+    config = configured(flags, directory.with_model_to_start_from(RunConfig(), flags))
+    assert config.model == replace(model, latent_dim=3)
+    given = RunConfig(start_from=run_dir, model=jaxvae.ModelConfig(network="residual"))
+    assert directory.with_model_to_start_from(given, {}) == given
+    assert directory.with_model_to_start_from(RunConfig(), {"epochs": 1}) == RunConfig()
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
@@ -386,6 +408,41 @@ def test_a_run_from_before_there_were_choices_goes_on(finished, tmp_path):
     assert again.model == jaxvae.ModelConfig((8, 8, 1))
     with refused("--objective is iwae, but", "started with elbo: leave it out"):
         resumed(run_dir, {"objective": "iwae"})
+
+
+def test_a_resumed_run_may_change_its_learning_rate_which_is_recorded(finished, tmp_path):
+    run_dir = shutil.copytree(finished[0], tmp_path / "run")
+    data = load_run_data(read_config(run_dir))
+    flags = {"learning_rate": 1e-4, "schedule": "cosine", "clip_norm": 50.0, "epochs": 3}
+    # Killed before its first step, then resumed without flags.
+    directory.start(run_dir, resumed(run_dir, flags), data, resume=True)
+    after = trained(run_dir, {}, resume=True)
+    state = jaxvae.restore(finished[0])
+    given = {name: value for name, value in flags.items() if name != "data"}
+    state = replace(state, config=replace(state.config, **given))
+    by_hand, _ = jaxvae.train_epoch(state, data.train_images)
+    for a, b in zip(*map(jax.tree.leaves, (after.params, by_hand.params)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    changes = [
+        {"step": 16, "field": "learning_rate", "before": 1e-3, "after": 1e-4},
+        {"step": 16, "field": "schedule", "before": "constant", "after": "cosine"},
+        {"step": 16, "field": "clip_norm", "before": 0.0, "after": 50.0},
+    ]
+    assert json.loads((run_dir / "config.json").read_text())["changes"] == changes
+    trained(run_dir, {"clip_norm": 0.0, "epochs": 4}, resume=True)
+    trained(run_dir, {"epochs": 5}, resume=True)
+    last = {"step": 24, "field": "clip_norm", "before": 50.0, "after": 0.0}
+    assert read_config(run_dir).to_dict()["changes"] == [*changes, last]
+
+
+def test_what_a_resumed_run_may_not_change_is_refused_with_what_to_do(finished):
+    run_dir = finished[0]
+    says = f"but {run_dir} was started with 64: leave it out, or start a new run without --resume ("
+    with refused("--batch-size is 32, ", says, f"(with --start-from {run_dir} it starts from this"):
+        resumed(run_dir, {"batch_size": 32})
+    with pytest.raises(jaxvae.InputError) as error:
+        resumed(run_dir, {"network": "conv"})
+    assert str(error.value).endswith("leave it out, or start a new run without --resume")
 
 
 def test_a_data_set_of_one_class_is_measured_without_its_probes(tmp_path):
@@ -826,7 +883,7 @@ def contents(folder):
     ("part", "name", "value", "says"),
     [
         ("model", "likelihood", "gaussian", "has likelihood gaussian, but the checkpoint of step"),
-        ("train", "learning_rate", 0.5, "step 16 was trained with 0.001: correct config.json"),
+        ("train", "beta", 0.5, "step 16 was trained with 1.0: correct config.json"),
     ],
 )
 def test_a_config_that_contradicts_the_checkpoint_is_refused(

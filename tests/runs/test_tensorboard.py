@@ -138,7 +138,7 @@ def test_images_of_any_shape_and_without_labels_are_projected(tmp_path):
 
 def test_without_tensorboardx_there_is_one_line_and_no_directory(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with refused("--tensorboard needs tensorboardX", 'pip install "jaxvae[tensorboard]"'):
+    with refused("--tensorboard needs tensorboardX", "pip install tensorboardX"):
         tensorboard.require_tensorboard()
 
 

@@ -196,6 +196,11 @@ def test_the_fields_of_version_0_1_are_taken(fields, config):
             "schedule is 'warmup_cosine_decay_schedule:warmup_steps=ten', which optax refuses: ",
         ),
         ({"momentum": 0.9}, "TrainConfig has no field 'momentum': expected accumulate, batch_"),
+        (
+            {"learningrate": 0.9},
+            r"TrainConfig has no field 'learningrate' \(do you mean 'learning_rate'\?\): expected",
+        ),
+        ({"lr": 0.9}, r"no field 'lr' \(do you mean 'learning_rate'\?\): expected"),
     ],
 )
 def test_a_wrong_field_is_named_with_what_was_expected(fields, says):
