@@ -19,7 +19,7 @@ from jaxvae.components import is_dotted_path
 from jaxvae.data.dataset import Dataset
 from jaxvae.interchange.export import export
 from jaxvae.models.config import ModelConfig
-from jaxvae.runs.config import configured
+from jaxvae.runs.sweep import configured
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
