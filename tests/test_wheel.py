@@ -1,4 +1,4 @@
-"""The wheel: what is in it, and that it runs outside the clone."""
+"""Source distribution and wheel: what is in them, and that the wheel runs outside the clone."""
 
 import os
 import shutil
@@ -26,14 +26,35 @@ def pip(*arguments):
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """The wheel, built from a copy: a build folder left in the clone could add old modules."""
-    source, built = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("built")
-    for name in ("LICENSE", "README.md", "pyproject.toml"):
-        shutil.copy(ROOT / name, source)
-    for name in ("jaxvae", "tests"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    pip("wheel", str(source), "--no-build-isolation", "--wheel-dir", str(built))
+def source(tmp_path_factory):
+    """A copy of the clone without hidden files and without what was made in it."""
+    folder = tmp_path_factory.mktemp("source")
+    hidden = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "logs")
+
+    def ignored(where, names):
+        made = {"build", "dist", "runs"} if Path(where) == ROOT else set()
+        return hidden(where, names) | made
+
+    shutil.copytree(ROOT, folder, ignore=ignored, dirs_exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory, source):
+    """The folder of the source distribution, unpacked."""
+    built = tmp_path_factory.mktemp("sdist")
+    build = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
+    output_of(sys.executable, "-c", build, str(built), cwd=source)
+    (path,) = built.iterdir()
+    shutil.unpack_archive(path, built, filter="data")
+    return built / f"jaxvae-{jaxvae.__version__}"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory, sdist):
+    """The wheel, built from the source distribution."""
+    built = tmp_path_factory.mktemp("built")
+    pip("wheel", str(sdist), "--no-build-isolation", "--wheel-dir", str(built))
     (path,) = built.iterdir()
     return path
 
@@ -44,6 +65,18 @@ def installed(tmp_path_factory, wheel):
     folder = tmp_path_factory.mktemp("installed")
     pip("install", str(wheel), "--target", str(folder))
     return folder, os.environ | {"PYTHONPATH": str(folder)}
+
+
+def files_of(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_source_distribution_holds_documentation_experiments_and_tests(source, sdist):
+    made = {path for path in files_of(sdist) if ".egg-info" in path}
+    made |= {"PKG-INFO", "setup.cfg"}
+    expected = {path for path in files_of(source) if ".egg-info" not in path}
+    assert {"docs/models.md", "experiments/speed/run.py", "tests/conftest.py"} < expected
+    assert files_of(sdist) - made == expected
 
 
 def test_it_holds_every_file_of_the_package_and_no_tests(wheel):
