@@ -23,6 +23,7 @@ extensions = [
 root_doc = "README"
 include_patterns = [
     "README.md",
+    "README.ko.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
     "docs/*.md",
@@ -56,6 +57,7 @@ CONTENTS = """
 
 docs/install
 docs/tutorial
+README.ko
 docs/tutorial.ko
 ```
 ```{toctree}

@@ -72,6 +72,13 @@ def test_every_command_is_one(page):
             configured({name: value for name, value in flags.items() if not is_dotted_path(value)})
 
 
+@pytest.mark.parametrize("language", ["", "python"])
+def test_the_korean_readme_has_the_same_examples(language):
+    found = blocks("README.ko.md", language)
+    assert found
+    assert set(found) <= set(blocks("README.md", language))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder with what the pages suppose, of few images, in which their examples run."""
