@@ -211,12 +211,7 @@ def _train(options: argparse.Namespace) -> None:
         models = sweep.resumed(run_dir, flags)
     else:
         models = {"": resumed(run_dir, _of_one_model(flags, run_dir))}
-    try:
-        data = load_run_data(next(iter(models.values())), options.data)
-    except InputError as error:
-        if not options.resume or options.data:
-            raise
-        raise InputError(f"{error}; if the data have moved, pass their path with --data") from None
+    data = load_run_data(next(iter(models.values())), options.data)
     if len(models) > 1 and processes.several():
         raise InputError(
             f"a sweep of {len(models)} models needs a single process: expected one model, or one "
@@ -392,22 +387,6 @@ def _of_one_model(flags: dict[str, Any], run_dir: Path) -> dict[str, Any]:
     return single
 
 
-_METRICS = {
-    "elbo": "ELBO",
-    "log_likelihood": "log-likelihood E[log p(x|z)]",
-    "kl": "KL(q(z|x) || p(z))",
-    "mutual_information": "  mutual information I(n; z)",
-    "marginal_kl": "  KL(q(z) || p(z))",
-    "log_p_x": "log p(x), {num_samples} samples",
-    "bits_per_dimension": "bits per dimension, of log p(x)",
-    "active_units": "active units",
-    "code_perplexity": "codes in use (perplexity)",
-    "reconstruction_error": "mean squared error of a {value}",
-    "logistic_regression": "accuracy of logistic regression",
-    "nearest_neighbors": "accuracy of 5 nearest neighbors",
-}
-
-
 def _evaluate(options: argparse.Namespace) -> None:
     from jaxvae.runs import evaluation
     from jaxvae.runs.config import as_flag, read_config
@@ -431,12 +410,9 @@ def _evaluate(options: argparse.Namespace) -> None:
         options.run, options.num_samples, which, options.data, **_own(options)
     )
     noun = read_config(options.run, **_own(options)).model.noun
-    value = "pixel" if noun == "image" else "feature"
     print(f"{options.run}, step {found['step']}: {found['images']:,} test {noun}s, nats per {noun}")
-    for name, says in _METRICS.items():
-        if name in found:
-            digits = 0 if name == "active_units" else 4 if "error" in name else 3
-            print(f"  {says.format(**found, value=value):34}{found[name]:10.{digits}f}")
+    for _, says, value in evaluation.described(found, noun):
+        print(f"  {says:34}{value:>10}")
     for group, kl in enumerate(found.get("kl_per_group", ()), start=1):
         print(f"  {f'KL of group {group}, from the top':34}{kl:10.3f}")
     _write_evaluation(options.run, found, "evaluation.json")
@@ -673,12 +649,11 @@ def _figures(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from jaxvae.interchange.export import export
+    from jaxvae.runs.hub import export_run
     from jaxvae.storage import make_folder
 
-    params = _params(options)
     out = options.out or make_folder(options.run, "export")
-    for path in export(params, out, options.to):
+    for path in export_run(options.run, out, options.to, _which(options), **_own(options)):
         print(path)
 
 

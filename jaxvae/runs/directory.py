@@ -31,7 +31,7 @@ from jaxvae.models.likelihoods import binarize
 from jaxvae.models.protocols import Learned
 from jaxvae.models.vae import Params
 from jaxvae.objectives import PriorFit
-from jaxvae.runs.checkpoints import load, metadata, newest_intact, steps_of
+from jaxvae.runs.checkpoints import is_shared, load, metadata, newest_intact, steps_of
 from jaxvae.runs.config import MAY_CHANGE, DataRecord, RunConfig, components
 from jaxvae.runs.data import describe, difference, expect_classes, model_inputs
 from jaxvae.runs.files import locked, read_metrics, version, write_json
@@ -118,6 +118,11 @@ def expect_same_config(run_dir: Path, config: RunConfig) -> None:
     Raises:
       InputError: it was not, or all checkpoints are lost or damaged.
     """
+    if is_shared(run_dir):
+        raise InputError(
+            f"{run_dir} holds a model, but no state of a training: start a new run from it with "
+            f"--start-from {shlex.quote(str(run_dir))}"
+        )
     step = newest_intact(run_dir)
     if step is None:
         # A kill between the first line and the first checkpoint is harmless.
