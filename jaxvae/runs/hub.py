@@ -34,6 +34,7 @@ FORMATS = (*export.FORMATS, "hub")
 _CONFIG = "config.json"
 _FIGURES = ("manifold_20", "samples", "training")  # none shows examples of the data
 _SHOWN = 2  # figures in a model card
+_SECONDS = 10  # that a hub has to answer
 _HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", re.ASCII)
 
 
@@ -117,11 +118,11 @@ def _local(name: str | Path) -> Path:
         )
     from huggingface_hub import HfApi, constants, errors, snapshot_download
 
-    repository, revision = parts.groups()
+    repository, revision = parts[1], parts[2] or "main"
     needed = [export.WEIGHTS, _CONFIG]
     try:
-        try:  # once, as `snapshot_download` may try for 20 seconds
-            HfApi().model_info(repository, revision=revision)
+        try:  # once and not for long: `snapshot_download` has no limit of its own
+            HfApi().model_info(repository, revision=revision, timeout=_SECONDS)
             answers = True
         except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, ValueError):
             raise

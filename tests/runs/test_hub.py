@@ -4,7 +4,9 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -340,7 +342,7 @@ class Hub(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         files = {one.name: one.read_bytes() for one in self.folder.iterdir()}
         api, page = "/api/models/ann/vae", f"/ann/vae/resolve/{self.sha}/"
-        if path in (f"{api}/revision/main", f"{api}/revision/v1"):
+        if path in {f"{api}/revision/{name}" for name in ("main", "v1", self.sha)}:
             siblings = [{"rfilename": name} for name in files]
             self.reply_json({"id": "ann/vae", "sha": self.sha, "siblings": siblings})
         elif path == f"{api}/tree/{self.sha}":
@@ -410,11 +412,20 @@ def test_what_a_hub_does_not_have_is_told_in_a_line(hub, shared):
         from_pretrained("ann/none")
     with at_once(), refused("it has no revision v2"):
         from_pretrained("ann/vae@v2")
-    with at_once(), refused("no folder ann/--vae", "cannot start or end with '-'"):
+    with at_once(), refused("no folder ann/--vae", "Repo id must use alphanumeric"):
         from_pretrained("ann/--vae")
     (shared / "model.safetensors").unlink()
     with at_once(), refused("it has no model.safetensors"):
         from_pretrained("ann/vae")
+
+
+def test_a_hub_that_accepts_and_is_silent_is_given_up(monkeypatch, hub):
+    monkeypatch.setattr("jaxvae.runs.hub._SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setattr(sys.modules["huggingface_hub"].constants, "ENDPOINT", address)
+        with at_once(), refused("no folder ann/vae", "the hub does not answer"):
+            from_pretrained("ann/vae")
 
 
 def test_without_the_hub_what_was_downloaded_is_read(hub, shared, monkeypatch):
@@ -433,3 +444,11 @@ def test_a_name_that_is_neither_a_folder_nor_of_a_hub_is_refused(tmp_path, monke
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with refused("there is no folder ann/vae", 'pip install "jaxvae[hub]"'):
         from_pretrained("ann/vae")
+
+
+def test_the_documentations_example_loads_a_folder(shared, tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "sharing.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], found)
+    assert found["images"].shape == (16, 8, 8, 1)
