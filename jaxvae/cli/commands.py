@@ -22,6 +22,7 @@ from jaxvae.errors import (
     Diverged,
     InputError,
     NotDrawn,
+    NotTracked,
     OtherData,
     Preempted,
     TrainingFailed,
@@ -30,7 +31,14 @@ from jaxvae.runs.files import as_argument, resume_command
 from jaxvae.storage import write_atomic
 from jaxvae.validation import is_image
 
-_PRINTED = (Converted, Damaged, Diverged, NotDrawn, OtherData)  # warnings printed as one line
+_PRINTED = (
+    Converted,
+    Damaged,
+    Diverged,
+    NotDrawn,
+    NotTracked,
+    OtherData,
+)  # warnings printed as one line
 _BYTES_PER_SAMPLED = 24  # memory per pixel: the image and its copies until it is a PNG
 _CACHE_BYTES = 2**30  # limit of the compilation cache
 
@@ -181,7 +189,7 @@ def _drop_oldest(folder: Path, limit: int) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     from jaxvae.devices import processes
-    from jaxvae.runs import sweep, tensorboard
+    from jaxvae.runs import sweep, tensorboard, tracking
     from jaxvae.runs.callbacks import expect_callbacks
     from jaxvae.runs.config import RunConfig, read_config_file, resumed
     from jaxvae.runs.data import load_run_data
@@ -226,6 +234,12 @@ def _train(options: argparse.Namespace) -> None:
         callbacks.append(Profiler())
     if options.tensorboard:
         callbacks.append(tensorboard.TensorBoard())
+    if options.mlflow is not None:
+        # MLflow's own default is to wait for minutes.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        callbacks.append(tracking.MLflow(options.mlflow or None))
+    if options.wandb is not None:
+        callbacks.append(tracking.WandB(options.wandb or None))
     own = [imported("callback", path) for path in options.callbacks or ()]
     callbacks += expect_callbacks(own)
     start = {"resume": options.resume, "new_data": options.new_data}
@@ -330,35 +344,26 @@ def _train_one(
     config = directory.start(run_dir, config, data, **start)
     if processes.is_first():
         _print_start(config.data, data, f"run directory {run_dir}")
-    state = loop.train(run_dir, config, data, callbacks=[*callbacks, AnimationFrames()])
-    if not processes.is_first():
-        return []
-    return drawing.draw(run_dir, config, data, state.eval_params)
+    figures = drawing.Figures()
+    loop.train(run_dir, config, data, callbacks=[*callbacks, AnimationFrames(), figures])
+    return figures.paths
 
 
 def _train_many(
     run_dir: Path, models: Any, data: Any, start: Any, callbacks: list[Any]
 ) -> list[Path]:
     from jaxvae.runs import drawing, sweep
-    from jaxvae.runs.checkpoints import load
-    from jaxvae.runs.config import components
 
     models = sweep.start(run_dir, models, data, **start)
     name = next(iter(models.values())).data
     _print_start(
         name, data, f"{len(models)} models; run directories {run_dir}/{next(iter(models))}, ..."
     )
-    sweep.train(run_dir, models, data, callbacks=callbacks)
+    figures = drawing.Figures()
+    sweep.train(run_dir, models, data, callbacks=[*callbacks, figures])
     for line in sweep.results(run_dir, models):
         print(line, file=sys.stderr)
-    lost = sweep.diverged(run_dir, models)
-    paths = []
-    for name, config in models.items():
-        if name not in lost:
-            folder = run_dir / name
-            params = load(folder, **components(config))
-            paths += drawing.draw(folder, config, data, params)
-    return paths
+    return figures.paths
 
 
 def _print_start(name: str, data: Any, where: str) -> None:

@@ -39,6 +39,12 @@ _RUN: dict[str, dict[str, Any]] = {
                    "help": "with --resume: continue with another data set, which is recorded"},
     "--tensorboard": {"action": "store_true",
                       "help": "write TensorBoard files to RUN_DIR/tensorboard"},
+    "--mlflow": {"nargs": "?", "const": "", "metavar": "URI",
+                 "help": "track the run with MLflow, by default at MLFLOW_TRACKING_URI or in "
+                 "mlflow.db"},
+    "--wandb": {"nargs": "?", "const": "", "metavar": "PROJECT",
+                "help": "track the run with Weights & Biases, by default in WANDB_PROJECT or "
+                "the project jaxvae"},
     "--profile": {"action": "store_true",
                   "help": "write a profiler trace of some steps to RUN_DIR/profile"},
     "--callback": {"action": "append", "metavar": "PATH", "dest": "callbacks",
