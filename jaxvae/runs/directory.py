@@ -7,6 +7,8 @@
     figures/         written by `jaxvae train` and `jaxvae figures`
     evaluation.json  the last result of `jaxvae evaluate`
     tensorboard/     with --tensorboard
+    mlflow.json      with --mlflow: the identifier of the tracked run
+    wandb.json       with --wandb: the same; wandb/ has its files
     profile/         with --profile
     .lock            locked while a training runs
     diverged.json    written if the loss became NaN or infinite

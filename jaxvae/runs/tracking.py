@@ -23,6 +23,7 @@ from jaxvae.runs.config import RunConfig
 from jaxvae.runs.divergence import DIVERGED
 from jaxvae.runs.files import read_json, write_json
 
+_SECONDS = 30  # that a server has to answer, at the start
 _SPLITS = ("train", "test", "train_sd", "test_sd")
 _IDENTIFIER = re.compile(r"[\w-]{1,128}", re.ASCII)
 
@@ -33,10 +34,12 @@ class _Tracker(Callback):
     Attributes:
       title: name of the tracker in messages.
       package: the package, which is also the name of the extra and of the file in run directories.
+      remedy: what to do if it does not start.
     """
 
     title: str
     package: str
+    remedy: str
 
     def __init__(self) -> None:
         if importlib.util.find_spec(self.package) is None:
@@ -58,7 +61,9 @@ class _Tracker(Callback):
         except InputError:
             raise
         except Exception as error:  # of any kind: of the network, of a database
-            raise InputError(f"{self.title} cannot be used: {_one_line(error)}") from None
+            raise InputError(
+                f"{self.title} cannot be used: {_one_line(error)}; {self.remedy}"
+            ) from None
         for name, run in self._runs.items():
             if self._run_dir is not None:
                 identifier = {"run": self._identifier_of(run)}
@@ -91,9 +96,9 @@ class _Tracker(Callback):
             while self._pending:
                 record = self._pending[0]
                 for name, run in self._runs.items():
-                    line = record.get("models", {}).get(name) if name else record
+                    line = record.get("models", {}).get(name) if name else {}
                     if line is not None and record["step"] > self._last[name]:
-                        self._log(run, record["step"], _metrics({**record, **line}))
+                        self._log(run, record["step"], _metrics(record, line or record))
                         self._last[name] = record["step"]
                 self._pending.pop(0)
         except Exception as error:
@@ -138,6 +143,7 @@ class MLflow(_Tracker):
     """
 
     title, package = "MLflow", "mlflow"
+    remedy = "expected a tracking URI, such as sqlite:///mlflow.db or http://HOST:PORT"
 
     def __init__(self, uri: str | None = None, experiment: str | None = None) -> None:
         """Check that MLflow is installed.
@@ -211,6 +217,7 @@ class WandB(_Tracker):
     """Track a run with Weights & Biases. The models of a sweep are runs of one group."""
 
     title, package = "Weights & Biases", "wandb"
+    remedy = "to track without a server, set WANDB_MODE=offline"
 
     def __init__(self, project: str | None = None) -> None:
         """Check that wandb is installed.
@@ -239,7 +246,7 @@ class WandB(_Tracker):
                 config=_flat(config),
                 dir=self._run_dir,
                 reinit="create_new",
-                settings=wandb.Settings(console="off"),
+                settings=wandb.Settings(console="off", init_timeout=_SECONDS),
             )
             self._runs[name], self._last[name] = run, -1
             if run.resumed:
@@ -272,11 +279,11 @@ def _flat(config: RunConfig) -> dict[str, Any]:
     return {**fields.pop("model"), **fields.pop("train"), **fields}
 
 
-def _metrics(record: Mapping[str, Any]) -> dict[str, float]:
-    """Return the metrics of an epoch by their names, such as test/elbo."""
+def _metrics(record: Mapping[str, Any], line: Mapping[str, Any]) -> dict[str, float]:
+    """Return the metrics of an epoch, or of a model in it, by their names, such as test/elbo."""
     metrics = {name: record[name] for name in ("epoch", "seconds") if name in record}
     for split in _SPLITS:
-        metrics |= {f"{split}/{name}": value for name, value in record.get(split, {}).items()}
+        metrics |= {f"{split}/{name}": value for name, value in line.get(split, {}).items()}
     return metrics
 
 
