@@ -60,8 +60,8 @@ def measure(
       own: custom components of the model, by field.
 
     Returns:
-      `step`, `images` and `num_samples`; `elbo`, `log_likelihood`, `kl` and `log_p_x`, means in
-      nats per image; `bits_per_dimension` of log_p_x, if the likelihood is over grey levels; the
+      `step`, `data` (the name), `images` and `num_samples`; `elbo`, `log_likelihood`, `kl` and
+      `log_p_x`, means in nats per image; `bits_per_dimension` of log_p_x, if the likelihood is over grey levels; the
       metrics of `jaxvae.evaluation.evaluate.examine`; `seconds` and `devices`.
 
     Raises:
@@ -98,6 +98,7 @@ def measure(
         terms["bits_per_dimension"] = bits_per_dimension(terms["log_p_x"], shape)
     return {
         "step": step,
+        "data": config.data if data_name is None else data_name,
         "images": len(data.test_images),
         "num_samples": num_samples,
         **{name: float(value) for name, value in terms.items()},

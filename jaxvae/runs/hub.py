@@ -161,39 +161,40 @@ def _to_share(run_dir: Path, params: Params, step: int, own: Mapping[str, Any]) 
     recorded = read_json(run_dir / _CONFIG, lambda content: content)
     data = f"./{Path(config.data).name}" if Path(config.data).is_absolute() else config.data
     hidden = dict.fromkeys(("data_dir", "manual_dir", "start_from"))
-    recorded = {"jaxvae": version(), **recorded, "data": data, **hidden}
+    shared = {"jaxvae": version(), **recorded, "data": data, **hidden}
     figures = {f"{name}.png": run_dir / "figures" / f"{name}.png" for name in _FIGURES}
     figures = {name: path for name, path in figures.items() if path.exists()}
     figures = dict(list(figures.items())[:_SHOWN])
     refuse_links(run_dir / "figures", *figures.values())
-    config = replace(config, data=data)
     train = {**config.train.to_dict(), **recorded.get("train", {})}
-    name, metrics = _plain(run_dir.resolve().name), _metrics(run_dir, step)
-    card = _card(name, config, train, params, step, metrics, [*figures])
+    metrics = _metrics(run_dir, step, config.data)
+    config = replace(config, data=data)
+    card = _card(_plain(run_dir.resolve().name), config, train, params, step, metrics, [*figures])
     return {
         **export.to_safetensors(params, step),
-        _CONFIG: (json.dumps(recorded, indent=2) + "\n").encode(),
+        _CONFIG: (json.dumps(shared, indent=2) + "\n").encode(),
         "README.md": card.encode(),
         **{name: read_bytes(path) for name, path in figures.items()},
     }
 
 
-def _metrics(run_dir: Path, step: int) -> dict[str, float]:
+def _metrics(run_dir: Path, step: int, data: str) -> dict[str, float]:
     """Return the metrics of the parameters of a step: those of its evaluation, or of its epoch."""
     path = run_dir / "evaluation.json"
     if path.exists():
-        found = read_json(path, _numbers)
-        if found["step"] == step:
+        found, of = read_json(path, _evaluation)
+        if found["step"] == step and of in (None, data):
             return found
     epochs = [line["test"] for line in read_metrics(run_dir) if line["step"] == step]
     return epochs[-1] if epochs else {}
 
 
-def _numbers(content: Mapping[str, Any]) -> dict[str, float]:
+def _evaluation(content: Mapping[str, Any]) -> tuple[dict[str, float], Any]:
+    """Return the metrics of an evaluation, and its data set, which earlier versions left out."""
     found = {name: value for name, value in content.items() if is_number(value)}
     if missing := {"step", "num_samples"} - found.keys():
         raise ValueError(f"expected a number {min(missing)}")
-    return found
+    return found, content.get("data")
 
 
 def _card(

@@ -132,7 +132,7 @@ def test_the_configuration_has_no_path_of_the_machine(tmp_path, npz):
     assert "the objective `secret.Objective`" in card_of(tmp_path / "shared")[1]
 
 
-def test_the_card_has_the_numbers_of_these_parameters_only(run, tmp_path):
+def test_the_card_has_the_numbers_of_these_parameters_only(run, tmp_path, npz):
     epochs = [
         {"epoch": i + 1, "step": step, "train": test, "test": test}
         for i, (step, test) in enumerate(
@@ -155,12 +155,13 @@ def test_the_card_has_the_numbers_of_these_parameters_only(run, tmp_path):
         append_metrics(run, line)
     assert shown()[0] == {"elbo": -1.5, "log_likelihood": -1.0, "kl": 0.5}
     evaluation = {"num_samples": 9, "elbo": -1.25, "log_p_x": -1.1234, "kl_per_group": [1.0]}
-    write_json(run / "evaluation.json", evaluation | {"step": STEP})
+    write_json(run / "evaluation.json", evaluation | {"step": STEP, "data": str(npz)})
     numbers, text = shown()
     assert numbers == {"elbo": -1.25, "log_p_x": -1.123}
     assert "| ELBO | -1.250 |\n| log p(x), 9 samples | -1.123 |" in text
-    write_json(run / "evaluation.json", evaluation | {"step": STEP + 1})
-    assert shown()[0]["elbo"] == -1.5
+    for other in ({"step": STEP + 1}, {"step": STEP, "data": "other.npz"}):
+        write_json(run / "evaluation.json", evaluation | other)
+        assert shown()[0]["elbo"] == -1.5
     for damaged in ("[", '{"elbo": 1}', "3"):
         (run / "evaluation.json").write_text(damaged)
         with refused("evaluation.json is damaged"):
