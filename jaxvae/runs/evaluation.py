@@ -61,8 +61,8 @@ def measure(
 
     Returns:
       `step`, `data` (the name), `images` and `num_samples`; `elbo`, `log_likelihood`, `kl` and
-      `log_p_x`, means in nats per image; `bits_per_dimension` of log_p_x, if the likelihood is over grey levels; the
-      metrics of `jaxvae.evaluation.evaluate.examine`; `seconds` and `devices`.
+      `log_p_x`, means in nats per image; `bits_per_dimension` of log_p_x, if the likelihood is over
+      grey levels; the metrics of `jaxvae.evaluation.evaluate.examine`; `seconds` and `devices`.
 
     Raises:
       InputError: the run, its data or its checkpoints cannot be read.
