@@ -72,6 +72,7 @@ docs/tables
 docs/gallery
 docs/monitoring
 docs/export
+docs/sharing
 docs/compression
 docs/scale
 docs/speed

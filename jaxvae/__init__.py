@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # the names of `_MODULES` once more, with their types
     from jaxvae.runs.checkpoints import save as save
     from jaxvae.runs.fit import FitResult as FitResult
     from jaxvae.runs.fit import fit as fit
+    from jaxvae.runs.hub import from_pretrained as from_pretrained
     from jaxvae.training.config import TrainConfig as TrainConfig
     from jaxvae.training.state import TrainState as TrainState
     from jaxvae.training.state import create_train_state as create_train_state
@@ -65,6 +66,7 @@ _MODULES = {
     "save": "runs.checkpoints",
     "restore": "runs.checkpoints",
     "load": "runs.checkpoints",
+    "from_pretrained": "runs.hub",
     "load_data": "data",
     "fit": "runs.fit",
     "FitResult": "runs.fit",

@@ -54,6 +54,10 @@ class Diverged(UserWarning):
     """One of several models trained together diverged; training of the others continues."""
 
 
+class NotTracked(UserWarning):
+    """A tracking server did not take metrics or files; the training continues."""
+
+
 class NotDrawn(UserWarning):
     """A figure could not be drawn; the others were drawn."""
 

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -161,4 +162,6 @@ def test_the_examples_in_python_run(page, folder, readme, run_dir):
     if page == "docs/export.md":
         params = jaxvae.init(jax.random.key(0), ModelConfig())
         export(params, "runs/mine/export", ["stablehlo", "onnx", "safetensors"])
+    if page == "docs/sharing.md":  # a local folder comes before the hub
+        shutil.copytree("shared", "OWNER/NAME")
     run_python(page)

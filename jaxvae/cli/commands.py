@@ -22,6 +22,7 @@ from jaxvae.errors import (
     Diverged,
     InputError,
     NotDrawn,
+    NotTracked,
     OtherData,
     Preempted,
     TrainingFailed,
@@ -30,7 +31,14 @@ from jaxvae.runs.files import as_argument, resume_command
 from jaxvae.storage import write_atomic
 from jaxvae.validation import is_image
 
-_PRINTED = (Converted, Damaged, Diverged, NotDrawn, OtherData)  # warnings printed as one line
+_PRINTED = (
+    Converted,
+    Damaged,
+    Diverged,
+    NotDrawn,
+    NotTracked,
+    OtherData,
+)  # warnings printed as one line
 _BYTES_PER_SAMPLED = 24  # memory per pixel: the image and its copies until it is a PNG
 _CACHE_BYTES = 2**30  # limit of the compilation cache
 
@@ -181,7 +189,7 @@ def _drop_oldest(folder: Path, limit: int) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     from jaxvae.devices import processes
-    from jaxvae.runs import sweep, tensorboard
+    from jaxvae.runs import sweep, tensorboard, tracking
     from jaxvae.runs.callbacks import expect_callbacks
     from jaxvae.runs.config import RunConfig, read_config_file, resumed
     from jaxvae.runs.data import load_run_data
@@ -212,12 +220,7 @@ def _train(options: argparse.Namespace) -> None:
         models = sweep.resumed(run_dir, flags)
     else:
         models = {"": resumed(run_dir, _of_one_model(flags, run_dir))}
-    try:
-        data = load_run_data(next(iter(models.values())), options.data)
-    except InputError as error:
-        if not options.resume or options.data:
-            raise
-        raise InputError(f"{error}; if the data have moved, pass their path with --data") from None
+    data = load_run_data(next(iter(models.values())), options.data)
     if len(models) > 1 and processes.several():
         raise InputError(
             f"a sweep of {len(models)} models needs a single process: expected one model, or one "
@@ -232,6 +235,12 @@ def _train(options: argparse.Namespace) -> None:
         callbacks.append(Profiler())
     if options.tensorboard:
         callbacks.append(tensorboard.TensorBoard())
+    if options.mlflow is not None:
+        # MLflow's own default is to wait for minutes.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        callbacks.append(tracking.MLflow(options.mlflow or None))
+    if options.wandb is not None:
+        callbacks.append(tracking.WandB(options.wandb or None))
     own = [imported("callback", path) for path in options.callbacks or ()]
     callbacks += expect_callbacks(own)
     start = {"resume": options.resume, "new_data": options.new_data}
@@ -332,43 +341,30 @@ def _train_one(
     from jaxvae.devices import processes
     from jaxvae.runs import directory, drawing, loop
     from jaxvae.runs.callbacks import AnimationFrames
-    from jaxvae.runs.progress import working
 
     config = directory.start(run_dir, config, data, **start)
     if processes.is_first():
         _print_start(config.data, data, f"run directory {run_dir}")
-    state = loop.train(run_dir, config, data, callbacks=[*callbacks, AnimationFrames()])
-    if not processes.is_first():
-        return []
-    with working("drawing"):
-        return drawing.draw(run_dir, config, data, state.eval_params)
+    figures = drawing.Figures()
+    loop.train(run_dir, config, data, callbacks=[*callbacks, AnimationFrames(), figures])
+    return figures.paths
 
 
 def _train_many(
     run_dir: Path, models: Any, data: Any, start: Any, callbacks: list[Any]
 ) -> list[Path]:
     from jaxvae.runs import drawing, sweep
-    from jaxvae.runs.checkpoints import load
-    from jaxvae.runs.config import components
-    from jaxvae.runs.progress import working
 
     models = sweep.start(run_dir, models, data, **start)
     name = next(iter(models.values())).data
     _print_start(
         name, data, f"{len(models)} models; run directories {run_dir}/{next(iter(models))}, ..."
     )
-    sweep.train(run_dir, models, data, callbacks=callbacks)
+    figures = drawing.Figures()
+    sweep.train(run_dir, models, data, callbacks=[*callbacks, figures])
     for line in sweep.results(run_dir, models):
         print(line, file=sys.stderr)
-    lost = sweep.diverged(run_dir, models)
-    paths = []
-    for name, config in models.items():
-        if name not in lost:
-            folder = run_dir / name
-            params = load(folder, **components(config))
-            with working(f"drawing {folder}"):
-                paths += drawing.draw(folder, config, data, params)
-    return paths
+    return figures.paths
 
 
 def _print_start(name: str, data: Any, where: str) -> None:
@@ -397,22 +393,6 @@ def _of_one_model(flags: dict[str, Any], run_dir: Path) -> dict[str, Any]:
     return single
 
 
-_METRICS = {
-    "elbo": "ELBO",
-    "log_likelihood": "log-likelihood E[log p(x|z)]",
-    "kl": "KL(q(z|x) || p(z))",
-    "mutual_information": "  mutual information I(n; z)",
-    "marginal_kl": "  KL(q(z) || p(z))",
-    "log_p_x": "log p(x), {num_samples} samples",
-    "bits_per_dimension": "bits per dimension, of log p(x)",
-    "active_units": "active units",
-    "code_perplexity": "codes in use (perplexity)",
-    "reconstruction_error": "mean squared error of a {value}",
-    "logistic_regression": "accuracy of logistic regression",
-    "nearest_neighbors": "accuracy of 5 nearest neighbors",
-}
-
-
 def _evaluate(options: argparse.Namespace) -> None:
     from jaxvae.runs import evaluation
     from jaxvae.runs.config import as_flag, read_config
@@ -438,12 +418,9 @@ def _evaluate(options: argparse.Namespace) -> None:
             options.run, options.num_samples, which, options.data, **_own(options)
         )
     noun = read_config(options.run, **_own(options)).model.noun
-    value = "pixel" if noun == "image" else "feature"
     print(f"{options.run}, step {found['step']}: {found['images']:,} test {noun}s, nats per {noun}")
-    for name, says in _METRICS.items():
-        if name in found:
-            digits = 0 if name == "active_units" else 4 if "error" in name else 3
-            print(f"  {says.format(**found, value=value):34}{found[name]:10.{digits}f}")
+    for _, says, value in evaluation.described(found, noun):
+        print(f"  {says:34}{value:>10}")
     for group, kl in enumerate(found.get("kl_per_group", ()), start=1):
         print(f"  {f'KL of group {group}, from the top':34}{kl:10.3f}")
     _write_evaluation(options.run, found, "evaluation.json")
@@ -689,14 +666,13 @@ def _figures(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from jaxvae.interchange.export import export
+    from jaxvae.runs.hub import export_run
     from jaxvae.runs.progress import working
     from jaxvae.storage import make_folder
 
-    params = _params(options)
     out = options.out or make_folder(options.run, "export")
     with working("exporting"):
-        paths = export(params, out, options.to)
+        paths = export_run(options.run, out, options.to, _which(options), **_own(options))
     for path in paths:
         print(path)
 

@@ -39,6 +39,12 @@ _RUN: dict[str, dict[str, Any]] = {
                    "help": "with --resume: continue with another data set, which is recorded"},
     "--tensorboard": {"action": "store_true",
                       "help": "write TensorBoard files to RUN_DIR/tensorboard"},
+    "--mlflow": {"nargs": "?", "const": "", "metavar": "URI",
+                 "help": "track the run with MLflow, by default at MLFLOW_TRACKING_URI or in "
+                 "mlflow.db"},
+    "--wandb": {"nargs": "?", "const": "", "metavar": "PROJECT",
+                "help": "track the run with Weights & Biases, by default in WANDB_PROJECT or "
+                "the project jaxvae"},
     "--profile": {"action": "store_true",
                   "help": "write a profiler trace of some steps to RUN_DIR/profile"},
     "--callback": {"action": "append", "metavar": "PATH", "dest": "callbacks",
@@ -53,6 +59,7 @@ _PROCESSES: dict[str, dict[str, Any]] = {
     "--num-processes": {"type": int, "metavar": "N", "help": "number of processes"},
     "--process-id": {"type": int, "metavar": "I", "help": "number of this process, from 0"},
 }
+_RUN_DIR = "the run directory, or a folder of `jaxvae export --to hub`"
 _COMPONENT = """A component NAME may also be the dotted path of your own, such as
 mypackage.priors.Laplace."""
 _CUSTOM = "If the run was trained with custom components: the same dotted paths."
@@ -125,6 +132,7 @@ _EXAMPLES = {
     "export": """
   jaxvae export runs/photos --to onnx
   jaxvae export runs/photos --to stablehlo safetensors --out model/
+  jaxvae export runs/photos --to hub --out shared/
 """,
     "explore": """
   jaxvae explore runs/photos
@@ -311,7 +319,8 @@ def make_parser(
                          help="default png; the animation is always a GIF")  # fmt: skip
     export = command("export", "export the model of a run to other formats")
     export.add_argument("--to", nargs="+", required=True, metavar="FORMAT",
-                        help="stablehlo, onnx, safetensors")  # fmt: skip
+                        help="stablehlo, onnx, safetensors, or hub: a folder with parameters, "
+                        "configuration and model card, to share the model")  # fmt: skip
     export.add_argument("--out", type=Path, metavar="DIR", help="default RUN_DIR/export")
     explore = command("explore", "write an interactive latent-space explorer (an HTML page)")
     explore.add_argument("--out", type=Path, metavar="FILE.html",
@@ -329,7 +338,7 @@ def make_parser(
                          help="which part of the data; default all, in the order of the data: if "
                               "they have a test split, it comes last")  # fmt: skip
     for one in (evaluate, sample, figures, explore, export, decompress, *of_a_data_set):
-        one.add_argument("run", type=Path, metavar="RUN_DIR", help="the run directory")
+        one.add_argument("run", type=Path, metavar="RUN_DIR", help=_RUN_DIR)
         one.add_argument("--best", action="store_true",
                          help="use the epoch of the best test ELBO, not the latest")  # fmt: skip
         own = one.add_argument_group("custom components", _CUSTOM)
@@ -339,7 +348,7 @@ def make_parser(
 
     fit_prior = command("fit-prior", "fit a new prior to the latents of a trained model")
     fit_prior.description = _FIT_PRIOR
-    fit_prior.add_argument("run", type=Path, metavar="RUN_DIR", help="the run directory")
+    fit_prior.add_argument("run", type=Path, metavar="RUN_DIR", help=_RUN_DIR)
     learned = ", ".join(name for name in PRIORS if name != "standard_normal")
     fit_prior.add_argument("--prior", required=True, metavar="NAME[:KEY=VALUE,...]",
                            help=f"the new prior: {learned}, or a dotted path")  # fmt: skip
@@ -371,7 +380,7 @@ def make_parser(
 
     summary = command("summary", "print the layers of a model and their parameter counts")
     summary.add_argument("run", type=Path, nargs="?", metavar="RUN_DIR",
-                         help="the run directory; default: the default model")  # fmt: skip
+                         help=f"{_RUN_DIR}; default: the default model")  # fmt: skip
     command("benchmark", "compare the speed of the training step with plain Flax")
     completion = command("completion", "print a shell script that completes commands and flags")
     completion.add_argument("shell", choices=SHELLS)
@@ -391,7 +400,7 @@ def completion_script(parser: argparse.ArgumentParser, shell: str) -> str:
     import shtab
 
     choices = {name: tuple(r) for name, r in config_fields().items() if r is not None}
-    choices |= _CHOICES | {"to": ("stablehlo", "onnx", "safetensors")}
+    choices |= _CHOICES | {"to": ("stablehlo", "onnx", "safetensors", "hub")}
     paths = {"DIR": shtab.DIRECTORY, "RUN_DIR": shtab.DIRECTORY, "FILE.png": shtab.FILE}
     paths |= {
         "FOLDER|FILE": shtab.FILE,

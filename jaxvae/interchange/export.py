@@ -34,10 +34,12 @@ from jaxvae.models.config import ModelConfig
 from jaxvae.models.flows import FlowPosterior
 from jaxvae.models.vae import Params, decode, encode, init, prior
 from jaxvae.storage import open_regular, write_atomic
+from jaxvae.validation import whole_number
 
 FORMATS = ("stablehlo", "onnx", "safetensors")
 PLATFORMS = ("cpu", "cuda", "tpu")
 
+WEIGHTS = "model.safetensors"
 _CONFIG = "jaxvae.ModelConfig"  # key of the model's configuration in a safetensors file
 
 
@@ -60,11 +62,43 @@ def export(params: Params, folder: str | Path, formats: Sequence[str] = FORMATS)
       InputError: the format is unknown; its package is missing or cannot convert this model; the
         folder cannot be written.
     """
+    return write_files(folder, converted(params, formats))
+
+
+def converted(params: Params, formats: Sequence[str]) -> dict[str, bytes]:
+    """Convert a model to one or several formats.
+
+    Args:
+      params: the model.
+      formats: any of FORMATS.
+
+    Returns:
+      The contents of the files that `export` writes, by name.
+
+    Raises:
+      InputError: as for `export`.
+    """
     contents: dict[str, bytes] = {}
     for name in formats:
         if name not in FORMATS:
             raise InputError(f"the format is {name!r}: expected {', '.join(FORMATS)}")
         contents |= _WRITERS[name](params)
+    return contents
+
+
+def write_files(folder: str | Path, contents: Mapping[str, bytes]) -> list[Path]:
+    """Write files to a folder, each atomically.
+
+    Args:
+      folder: created if it does not exist.
+      contents: the contents by file name.
+
+    Returns:
+      The paths of the files.
+
+    Raises:
+      InputError: the folder cannot be written.
+    """
     paths = [Path(folder) / name for name in contents]
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -90,6 +124,16 @@ def load_safetensors(path: str | Path, network: Any = None, **own: Any) -> Param
       InputError: the file does not exist or is damaged, or its parameters do not match its
         configuration.
     """
+    return load_safetensors_with_step(path, network, **own)[0]
+
+
+def load_safetensors_with_step(
+    path: str | Path, network: Any = None, **own: Any
+) -> tuple[Params, int]:
+    """Return the model as `load_safetensors` does, and the number of steps it was trained for.
+
+    A file without that number gives 0.
+    """
     _require("safetensors")
     from safetensors import SafetensorError, safe_open
 
@@ -109,7 +153,9 @@ def load_safetensors(path: str | Path, network: Any = None, **own: Any) -> Param
         )
     try:
         own |= {} if network is None else {"network": network}
-        config = ModelConfig.from_dict(json.loads(about[_CONFIG]), **own)
+        fields = json.loads(about[_CONFIG])
+        step = whole_number("step", fields.pop("step", 0), 0) if isinstance(fields, dict) else 0
+        config = ModelConfig.from_dict(fields, **own)
     except ComponentNeeded as error:
         raise ComponentNeeded(f"{path}: {error}") from None
     except (RecursionError, TypeError, ValueError) as error:
@@ -125,7 +171,7 @@ def load_safetensors(path: str | Path, network: Any = None, **own: Any) -> Param
             "as its configuration says"
         )
     leaves = [jnp.asarray(arrays[name]) for name in _named(like)]
-    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+    return jax.tree.unflatten(jax.tree.structure(like), leaves), step
 
 
 class _Function(NamedTuple):
@@ -265,19 +311,32 @@ def _difference(function: _Function, content: bytes, config: ModelConfig) -> str
     return ""
 
 
-def _safetensors(params: Params) -> dict[str, bytes]:
+def to_safetensors(params: Params, step: int | None = None) -> dict[str, bytes]:
+    """Return the content of model.safetensors, by its name.
+
+    Args:
+      params: the model.
+      step: the number of steps it was trained for, if known.
+
+    Returns:
+      The content.
+
+    Raises:
+      InputError: safetensors is not installed.
+    """
     _require("safetensors")
     from safetensors.numpy import save
 
     arrays = {name: np.asarray(x, order="C") for name, x in _named(params).items()}
-    about = {_CONFIG: json.dumps(params.config.to_dict())}
-    return {"model.safetensors": save(arrays, about)}
+    # Under one key: safetensors writes several in any order, and the file would change.
+    about = params.config.to_dict() | ({} if step is None else {"step": step})
+    return {WEIGHTS: save(arrays, {_CONFIG: json.dumps(about)})}
 
 
 _WRITERS: dict[str, Callable[[Params], dict[str, bytes]]] = {
     "stablehlo": _stablehlo,
     "onnx": _onnx,
-    "safetensors": _safetensors,
+    "safetensors": to_safetensors,
 }
 
 

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ class Training:
       history: the lines of metrics.jsonl of the finished epochs; lost lines are missing.
       params: the parameters at the start; in a sweep, those of all models, stacked.
       run_dir: the run directory, or None.
+      configs: the configuration of each model of a sweep, by its name, which is also that of its
+        subfolder; of a single model, which has the name "".
     """
 
     config: RunConfig
@@ -39,6 +41,7 @@ class Training:
     history: Sequence[dict[str, Any]]
     params: Params
     run_dir: Path | None
+    configs: Mapping[str, RunConfig] = field(default_factory=dict)
 
 
 class Callback:

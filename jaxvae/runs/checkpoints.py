@@ -28,9 +28,10 @@ from jaxvae.components import is_dotted_path
 from jaxvae.devices.processes import all_agree, is_first
 from jaxvae.devices.sharding import placement
 from jaxvae.errors import Damaged, InputError, TrainingFailed
+from jaxvae.interchange.export import WEIGHTS, load_safetensors_with_step
 from jaxvae.models.config import ModelConfig
 from jaxvae.models.vae import Params
-from jaxvae.runs.config import IN_PYTHON, RunConfig, expect_components
+from jaxvae.runs.config import IN_PYTHON, RunConfig, expect_components, read_config
 from jaxvae.runs.files import (
     NewerVersion,
     cannot_write,
@@ -135,7 +136,7 @@ def load(run_dir: str | Path, which: Which = "latest", network: Any = None, **ow
     """Return the parameters of a run: their moving average, if the run keeps one.
 
     Args:
-      run_dir: the run directory.
+      run_dir: the run directory, or a folder of `jaxvae export --to hub`.
       which: "latest", or "best" by test ELBO.
       network: custom modules (encoder, decoder) of the model.
       own: other custom components of the model, by field; those of the training are not needed.
@@ -153,8 +154,32 @@ def load_with_step(
     run_dir: str | Path, which: Which = "latest", network: Any = None, **own: Any
 ) -> tuple[Params, int]:
     """Return the parameters as `load` does, and the number of steps they were trained for."""
+    if is_shared(run_dir):
+        return _load_shared(Path(run_dir), which, network, own)
     state = _restore(run_dir, which, network, own, None, False, to_train=False)
     return state.eval_params, int(state.step)
+
+
+def is_shared(folder: str | Path) -> bool:
+    """Return whether a folder is one of `jaxvae export --to hub`, and not a run directory."""
+    return (Path(folder) / WEIGHTS).exists() and not steps_of(folder)
+
+
+def _load_shared(
+    folder: Path, which: Which, network: Any, own: Mapping[str, Any]
+) -> tuple[Params, int]:
+    if which != "latest":
+        raise InputError(f"{folder} holds the parameters of one epoch only: leave out --best")
+    own = dict(own) if network is None else {**own, "network": network}
+    params, step = load_safetensors_with_step(folder / WEIGHTS, **own)
+    recorded = read_config(folder, **own).model.to_dict()
+    for name, value in params.config.to_dict().items():
+        if value != recorded[name]:
+            raise InputError(
+                f"{folder / 'config.json'} has {name} {recorded[name]}, but {WEIGHTS} has {value}: "
+                "expected the two files of one export"
+            )
+    return params, step
 
 
 def _restore(

@@ -60,13 +60,18 @@ def load_run_data(config: RunConfig, typed: str | None = None, *, missing: bool 
         raise InputError(
             "the data of this run were passed as arrays in Python: name a data set with --data"
         )
-    data = load_dataset(
-        name,
-        data_dir=config.data_dir,
-        manual_dir=config.manual_dir,
-        label_column=config.label_column,
-        missing=missing,
-    )
+    try:
+        data = load_dataset(
+            name,
+            data_dir=config.data_dir,
+            manual_dir=config.manual_dir,
+            label_column=config.label_column,
+            missing=missing,
+        )
+    except InputError as error:
+        if typed is not None:
+            raise
+        raise InputError(f"{error}; if the data have moved, pass their path with --data") from None
     return prepared(data, config, name, missing=missing)
 
 

@@ -7,6 +7,8 @@
     figures/         written by `jaxvae train` and `jaxvae figures`
     evaluation.json  the last result of `jaxvae evaluate`
     tensorboard/     with --tensorboard
+    mlflow.json      with --mlflow: the identifier of the tracked run
+    wandb.json       with --wandb: the same; wandb/ has its files
     profile/         with --profile
     .lock            locked while a training runs
     diverged.json    written if the loss became NaN or infinite
@@ -33,7 +35,7 @@ from jaxvae.models.likelihoods import binarize
 from jaxvae.models.protocols import Learned
 from jaxvae.models.vae import Params
 from jaxvae.objectives import PriorFit
-from jaxvae.runs.checkpoints import load, metadata, newest_intact, steps_of
+from jaxvae.runs.checkpoints import is_shared, load, metadata, newest_intact, steps_of
 from jaxvae.runs.config import (
     MAY_CHANGE,
     RECORDED,
@@ -135,6 +137,11 @@ def expect_same_config(
     Raises:
       InputError: another field differs, or all checkpoints are lost or damaged.
     """
+    if is_shared(run_dir):
+        raise InputError(
+            f"{run_dir} holds a model, but no state of a training: start a new run from it with "
+            f"--start-from {shlex.quote(str(run_dir))}"
+        )
     step = newest_intact(run_dir)
     if step is None:
         # A kill between the first line and the first checkpoint is harmless.

@@ -6,8 +6,12 @@ from typing import Any
 from jaxvae.data import Dataset
 from jaxvae.errors import InputError
 from jaxvae.models.vae import Params
-from jaxvae.runs.config import RunConfig, run_keys
+from jaxvae.runs.callbacks import Callback, Training
+from jaxvae.runs.checkpoints import load
+from jaxvae.runs.config import RunConfig, components, run_keys
+from jaxvae.runs.divergence import DIVERGED
 from jaxvae.runs.files import read_metrics
+from jaxvae.runs.progress import working
 from jaxvae.storage import make_folder
 
 
@@ -48,3 +52,33 @@ def draw(
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error.strerror or error}") from None
     return paths
+
+
+class Figures(Callback):
+    """Draw the figures of a run, or of each model of a sweep, at the end of the training.
+
+    Attributes:
+      paths: the paths of the figures.
+    """
+
+    def __init__(self) -> None:
+        self.paths: list[Path] = []
+
+    def start(self, training: Training) -> None:
+        """Keep configuration and data."""
+        if training.run_dir is None:
+            raise InputError("figures are drawn in the run directory: expected a run_dir")
+        self._run_dir, self._data, self._configs = training.run_dir, training.data, training.configs
+
+    def end(self, params: Params | None) -> None:
+        """Draw the figures, unless an error or a signal ended the training."""
+        if params is None:
+            return
+        for name, config in self._configs.items():
+            folder = self._run_dir / name
+            if name and (folder / DIVERGED).is_file():
+                continue
+            # In a sweep, params are those of all models.
+            own = load(folder, **components(config)) if name else params
+            with working(f"drawing {folder}" if name else "drawing"):
+                self.paths += draw(folder, config, self._data, own)

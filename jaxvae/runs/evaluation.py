@@ -27,6 +27,21 @@ from jaxvae.runs.data import (
 )
 from jaxvae.runs.files import write_json
 
+_METRICS = {
+    "elbo": "ELBO",
+    "log_likelihood": "log-likelihood E[log p(x|z)]",
+    "kl": "KL(q(z|x) || p(z))",
+    "mutual_information": "  mutual information I(n; z)",
+    "marginal_kl": "  KL(q(z) || p(z))",
+    "log_p_x": "log p(x), {num_samples} samples",
+    "bits_per_dimension": "bits per dimension, of log p(x)",
+    "active_units": "active units",
+    "code_perplexity": "codes in use (perplexity)",
+    "reconstruction_error": "mean squared error of a {value}",
+    "logistic_regression": "accuracy of logistic regression",
+    "nearest_neighbors": "accuracy of 5 nearest neighbors",
+}
+
 
 def measure(
     run_dir: Path,
@@ -45,9 +60,9 @@ def measure(
       own: custom components of the model, by field.
 
     Returns:
-      `step`, `images` and `num_samples`; `elbo`, `log_likelihood`, `kl` and `log_p_x`, means in
-      nats per image; `bits_per_dimension` of log_p_x, if the likelihood is over grey levels; the
-      metrics of `jaxvae.evaluation.evaluate.examine`; `seconds` and `devices`.
+      `step`, `data` (the name), `images` and `num_samples`; `elbo`, `log_likelihood`, `kl` and
+      `log_p_x`, means in nats per image; `bits_per_dimension` of log_p_x, if the likelihood is over
+      grey levels; the metrics of `jaxvae.evaluation.evaluate.examine`; `seconds` and `devices`.
 
     Raises:
       InputError: the run, its data or its checkpoints cannot be read.
@@ -83,6 +98,7 @@ def measure(
         terms["bits_per_dimension"] = bits_per_dimension(terms["log_p_x"], shape)
     return {
         "step": step,
+        "data": config.data if data_name is None else data_name,
         "images": len(data.test_images),
         "num_samples": num_samples,
         **{name: float(value) for name, value in terms.items()},
@@ -90,6 +106,25 @@ def measure(
         "seconds": round(time.perf_counter() - began, 1),
         "devices": f"{devices.size} x {devices.devices.flat[0].device_kind}",
     }
+
+
+def described(metrics: Mapping[str, Any], noun: str) -> list[tuple[str, str, str]]:
+    """Describe the result of `measure`, for display.
+
+    Args:
+      metrics: the result, or a part of it, such as the test metrics of an epoch.
+      noun: what an example is called, `ModelConfig.noun`.
+
+    Returns:
+      Name, description and value of each metric.
+    """
+    value = "pixel" if noun == "image" else "feature"
+    rows = []
+    for name, says in _METRICS.items():
+        if name in metrics:
+            digits = 0 if name == "active_units" else 4 if "error" in name else 3
+            rows.append((name, says.format(**metrics, value=value), f"{metrics[name]:.{digits}f}"))
+    return rows
 
 
 def measure_bounds(

@@ -48,6 +48,7 @@ class Trained(Protocol):
       state: the initial state; in a sweep, those of all models, stacked.
       begun: sums of the metrics and seconds of an epoch that was interrupted.
       models: number of models.
+      configs: the configuration of each model of a sweep by its name, or of the model "".
       epoch_of: the dispatches of an epoch.
       divergence: check for NaN and infinity.
     """
@@ -58,6 +59,7 @@ class Trained(Protocol):
     state: TrainState
     begun: tuple[Sums, float]
     models: int
+    configs: Mapping[str, RunConfig]
     epoch_of: Epoch
     divergence: DivergenceCheck
 
@@ -108,6 +110,7 @@ def run_epochs(trained: Trained, callbacks: Iterable[Callback] = ()) -> TrainSta
         history,
         trained.params(state),
         trained.run_dir,
+        trained.configs,
     )
     own = [EarlyStopping(config.patience)] if config.patience else []
     active = [*callbacks, *own] if is_first() else []
@@ -222,6 +225,7 @@ class _OneModel:
     ) -> None:
         train_key, test_key = run_keys(config)
         self.run_dir, self.config, self.data = run_dir, config, data
+        self.configs: Mapping[str, RunConfig] = {"": config}
         self.mesh = devices_for(config.train.batch_size)
         images, labels = model_inputs(data.train_images, data.train_labels, config.model)
         steps = len(images) // config.train.batch_size

@@ -253,6 +253,7 @@ class _ManyModels:
         self.run_dir: Path | None = run_dir
         self._run_dir = run_dir
         self.data, self.models = data, len(models)
+        self.configs: Mapping[str, RunConfig] = models
         self._folders = [run_dir / name for name in models]
         self._configs = list(models.values())
         self.config = self._configs[0]

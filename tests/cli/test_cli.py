@@ -195,7 +195,7 @@ def test_evaluate_prints_one_table_of_what_it_writes_down(run_dir, capsys):
     for row, name in names.items():
         digits = len(table[row].partition(".")[2])
         assert float(table[row]) == round(written[name], digits)
-    about = {"step", "images", "num_samples", "seconds", "devices"}
+    about = {"step", "data", "images", "num_samples", "seconds", "devices"}
     assert set(written) == set(names.values()) | about
 
 
