@@ -16,6 +16,8 @@ from jaxvae.evaluation.evaluate import evaluate
 from jaxvae.models import likelihoods
 from jaxvae.objectives import OBJECTIVES
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 KEY = jax.random.key(0)
 SHAPE = (4, 3, 1)
 IMAGES = np.zeros((5, *SHAPE), np.float32)

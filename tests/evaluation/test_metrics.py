@@ -23,6 +23,8 @@ from jaxvae.evaluation.metrics import (
 from jaxvae.models.distributions import Gaussian
 from jaxvae.models.flows import FlowPosterior
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 
 def posteriors(n, latent, log_var, seed=0, spread=1.0):
     """Gaussians, a sample of each, and the standard normal's density there."""

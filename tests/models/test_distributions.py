@@ -12,6 +12,8 @@ from scipy import special, stats
 
 from jaxvae.models.distributions import Gaussian, GaussianMixture, UnitGaussian
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 KEY = jax.random.key(0)
 
 

@@ -27,6 +27,8 @@ from jaxvae.models.likelihoods import (
 )
 from jaxvae.validation import is_of_pixels
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 GAUSSIANS = [(0.0, 0.0), (1.5, 0.0), (0.0, 2.0), (-3.0, -4.0), (0.3, 1.2), (6.0, -8.0), (0.1, 0.2)]
 
 # At 1/2 and beside it, on both sides of where the series ends, and far out.

@@ -11,6 +11,8 @@ import jaxvae
 from jaxvae.models.config import LIKELIHOODS, NETWORKS, PRIORS
 from jaxvae.models.summary import summary
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 SMALL = jaxvae.ModelConfig((9, 7, 3), 2, network="mlp")
 
 
