@@ -39,7 +39,7 @@ class Preempted(Exception):
 
 
 class Converted(UserWarning):
-    """Images of a data set were scaled to 8 bits, composited on white or rotated."""
+    """Pictures of a data set were converted: scaled to 8 bits, resized, rotated, ..."""
 
 
 class Damaged(UserWarning):

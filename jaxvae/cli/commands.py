@@ -371,8 +371,7 @@ def _print_start(name: str, data: Any, where: str) -> None:
     counts = f"{len(data.train_images):,} training and {len(data.test_images):,} test"
     images = is_image(data.train_images.shape[1:])
     noun = "images" if images else "examples"
-    # For images the documentation says it.
-    split = " (every tenth, as there is no test split)" if data.every_tenth and not images else ""
+    split = " (every tenth, as there is no test split)" if data.every_tenth else ""
     print(f"{name}: {counts} {noun}{split}; {where}", file=sys.stderr)
 
 

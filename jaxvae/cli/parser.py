@@ -22,6 +22,7 @@ _METAVARS = {
     "label_column": "NAME",
     "data_dir": "DIR",
     "manual_dir": "DIR",
+    "resize": "HxW",
     "start_from": "RUN_DIR",
     "trainable": "PART",
 }

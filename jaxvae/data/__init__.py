@@ -17,6 +17,7 @@ from jaxvae.data.dataset import (
     expect_no_label_column,
     split_every_tenth,
 )
+from jaxvae.data.pictures import Resize
 from jaxvae.data.records import Records
 from jaxvae.data.sources import is_source, read_source
 from jaxvae.errors import Converted, InputError
@@ -34,6 +35,8 @@ def load_data(
     data_dir: str | Path | None = None,
     manual_dir: str | Path | None = None,
     label_column: str | None = None,
+    resize: str | tuple[int, int] | None = None,
+    crop: bool = False,
     labels: Literal[False] = False,
 ) -> _Unlabelled: ...
 @overload
@@ -43,6 +46,8 @@ def load_data(
     data_dir: str | Path | None = None,
     manual_dir: str | Path | None = None,
     label_column: str | None = None,
+    resize: str | tuple[int, int] | None = None,
+    crop: bool = False,
     labels: Literal[True],
 ) -> _Labelled: ...
 @overload
@@ -52,6 +57,8 @@ def load_data(
     data_dir: str | Path | None = None,
     manual_dir: str | Path | None = None,
     label_column: str | None = None,
+    resize: str | tuple[int, int] | None = None,
+    crop: bool = False,
     labels: bool,
 ) -> _Unlabelled | _Labelled: ...
 def load_data(
@@ -60,13 +67,16 @@ def load_data(
     data_dir: str | Path | None = None,
     manual_dir: str | Path | None = None,
     label_column: str | None = None,
+    resize: str | tuple[int, int] | None = None,
+    crop: bool = False,
     labels: bool = False,
 ) -> _Unlabelled | _Labelled:
     """Load training and test images, uint8 [N, height, width, channels], or other examples.
 
     Floats in [0, 1] of an .npz or .npy file stay floats, as float32. A warning of the category
     `jaxvae.errors.Converted` reports pictures that were scaled to 8 bits, composed on white
-    because they are transparent, or rotated according to their EXIF orientation.
+    because they are transparent, rotated according to their EXIF orientation, resized, or are grey
+    among pictures in colour.
 
     Tables, AnnData files and arrays of two axes, or of more than four, hold other examples than
     images: float32 [N, ...], with the values of the file. A source without a split of its own
@@ -81,6 +91,9 @@ def load_data(
       manual_dir: folder of manually downloaded files, which are read instead of downloading them:
         for "mnist", "tfds:fashion_mnist" and "tfds:kmnist" the four IDX files, gzipped or not.
       label_column: name of the column of classes of a table, or of `obs` of an AnnData file.
+      resize: (height, width) to which the pictures of a folder are scaled, also as "64x64".
+      crop: with `resize`: keep the proportions of pictures, and cut off what is left over at the
+        sides, instead of stretching them.
       labels: whether to return the labels too.
 
     Returns:
@@ -90,7 +103,14 @@ def load_data(
     Raises:
       InputError: the data set cannot be found or read, or does not hold images.
     """
-    data = load_dataset(name, data_dir=data_dir, manual_dir=manual_dir, label_column=label_column)
+    data = load_dataset(
+        name,
+        data_dir=data_dir,
+        manual_dir=manual_dir,
+        label_column=label_column,
+        resize=resize,
+        crop=crop,
+    )
     if labels:
         return (data.train_images, data.train_labels), (data.test_images, data.test_labels)
     return data.train_images, data.test_images
@@ -102,6 +122,8 @@ def load_dataset(
     data_dir: str | Path | None = None,
     manual_dir: str | Path | None = None,
     label_column: str | None = None,
+    resize: str | tuple[int, int] | None = None,
+    crop: bool = False,
     missing: bool = False,
 ) -> Dataset:
     """Load a data set as `load_data` does, as a Dataset of images and labels.
@@ -111,6 +133,8 @@ def load_dataset(
       data_dir: as in `load_data`.
       manual_dir: as in `load_data`.
       label_column: as in `load_data`.
+      resize: as in `load_data`.
+      crop: as in `load_data`.
       missing: whether entries may be missing: NaN, an empty cell of a .csv file, or null. They are
         NaN in the result.
 
@@ -122,15 +146,33 @@ def load_dataset(
     """
     if not isinstance(name, str):
         raise InputError(f"the data are {name!r}: expected a name, or a path as a string")
+    size = Resize.parse(resize, crop)
     if name in ("mnist-5k", "mnist") or name.startswith("tfds:"):
         expect_no_label_column(label_column, name)
+        data = _load_named(name, data_dir, manual_dir)
+    else:
+        data = _load_path(name, label_column, size, missing=missing)
+    shape = data.train_images.shape[1:]
+    if size is not None and shape[:2] != (size.height, size.width):
+        raise InputError(
+            f"resize is {size.height}x{size.width}, but {name} is not a folder of pictures and has "
+            f"examples of shape {shape}: leave it out"
+        )
+    return data
+
+
+def _load_named(name: str, data_dir: str | Path | None, manual_dir: str | Path | None) -> Dataset:
     if name == "mnist-5k":
         return _mnist_5k()
-    if name == "mnist" or name.startswith("tfds:"):
-        from jaxvae.data import tfds
+    from jaxvae.data import tfds
 
-        data = tfds.load(name.removeprefix("tfds:"), data_dir=data_dir, manual_dir=manual_dir)
-        return _checked(data, name)
+    data = tfds.load(name.removeprefix("tfds:"), data_dir=data_dir, manual_dir=manual_dir)
+    return _checked(data, name)
+
+
+def _load_path(
+    name: str, label_column: str | None, resize: Resize | None, *, missing: bool
+) -> Dataset:
     from jaxvae.data import files
 
     changes: set[str] = set()
@@ -138,7 +180,9 @@ def load_dataset(
         with warnings.catch_warnings():
             # Pillow and NumPy warn about unusual files, which they then read or refuse.
             warnings.simplefilter("ignore")
-            data = files.load_path(Path(name), changes, label_column, missing=missing)
+            data = files.load_path(
+                Path(name), changes, label_column, missing=missing, resize=resize
+            )
             data = _checked(data, name, missing=missing)
     except OSError as error:
         raise InputError(f"{name} cannot be read: {error.strerror}") from None
@@ -146,7 +190,7 @@ def load_dataset(
         raise InputError(f"{name} does not fit into memory: expected fewer examples") from None
     if changes:
         text = f"{name} has pictures that were {'; and some that were '.join(sorted(changes))}"
-        warnings.warn(text, Converted, stacklevel=2)
+        warnings.warn(text, Converted, stacklevel=3)
     return data
 
 

@@ -6,7 +6,6 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,7 +21,7 @@ from jaxvae.data.dataset import (
     expect_no_label_column,
     split_every_tenth,
 )
-from jaxvae.data.pictures import FORMATS, read_picture
+from jaxvae.data.pictures import COLOURED, FORMATS, Resize, read_picture
 from jaxvae.errors import InputError
 from jaxvae.storage import write_atomic
 
@@ -36,7 +35,12 @@ _ENDS = frozenset[str]().union(*FORMATS.values())
 
 
 def load_path(
-    path: Path, changes: set[str], label_column: str | None = None, *, missing: bool = False
+    path: Path,
+    changes: set[str],
+    label_column: str | None = None,
+    *,
+    missing: bool = False,
+    resize: Resize | None = None,
 ) -> Dataset:
     """Load the images, or other examples, of a file or folder.
 
@@ -48,10 +52,11 @@ def load_path(
     - a folder of ArrayRecord files, train*.array_record* and test*.array_record*, whose records
       are PNG, JPEG or .npy files, with the labels in train_labels.npy and test_labels.npy: the
       training images are read from disk when they are needed;
-    - a folder of pictures of one size. Subfolders `train/` and `test/` (else `val/`), in any case,
-      are the splits. Subfolders of these are the classes, numbered in the order of their names
-      over both splits. Names that begin with a dot are skipped. `read_picture` converts the
-      pictures to uint8.
+    - a folder of pictures, which `read_picture` converts to uint8: of one size, or of any sizes
+      with `resize`; grey ones among pictures in colour get three equal channels. Subfolders
+      `train/` and `test/` (else `val/`), in any case, are the splits. Subfolders of these are the
+      classes, numbered in the order of their names over both splits. Names that begin with a dot
+      are skipped.
 
     Every tenth example becomes a test example where the source has no split of its own.
 
@@ -63,6 +68,7 @@ def load_path(
       changes: set to which conversions of pictures are added, as in `read_picture`.
       label_column: the column of classes of a table or AnnData file.
       missing: whether numbers of a table or AnnData file may be missing, which makes them NaN.
+      resize: resizes the pictures of a folder; not used for other formats.
 
     Returns:
       The images, and the labels where there are any.
@@ -87,7 +93,7 @@ def load_path(
         return load_h5ad(path, label_column, missing=missing)
     expect_no_label_column(label_column, path)
     if path.is_dir():
-        return _load_folder(path, changes)
+        return _load_folder(path, changes, resize)
     if not path.is_file():
         raise InputError(f"{path} is neither a file nor a folder: expected one of them")
     if path.suffix in (".npz", ".npy"):
@@ -204,10 +210,10 @@ def _idx_files(folder: Path) -> list[Path]:
     return [file for file in files if file.suffix.lower() not in _ENDS]
 
 
-def _load_folder(folder: Path, changes: set[str]) -> Dataset:
+def _load_folder(folder: Path, changes: set[str], resize: Resize | None) -> Dataset:
     if _files(folder, "*.array_record*"):
         return _load_records(folder, changes)
-    return load_idx(folder) if _idx_files(folder) else _load_pictures(folder, changes)
+    return load_idx(folder) if _idx_files(folder) else _load_pictures(folder, changes, resize)
 
 
 def _load_records(folder: Path, changes: set[str]) -> Dataset:
@@ -242,13 +248,17 @@ def _read_idx(path: Path) -> np.ndarray:
         return read_idx(file)  # type: ignore[arg-type]
 
 
-def _load_pictures(folder: Path, changes: set[str]) -> Dataset:
+def _load_pictures(folder: Path, changes: set[str], resize: Resize | None) -> Dataset:
     train, test = _split(folder, _TRAIN), _split(folder, _HELD_OUT)
     if train is None or test is None:
-        images, classes = _read_pictures(folder, changes)
+        images, classes = _read_pictures(folder, changes, resize)
         return split_every_tenth(images, _numbered(classes, sorted({*classes})))
-    train_images, train_classes = _read_pictures(train, changes)
-    test_images, test_classes = _read_pictures(test, changes)
+    train_images, train_classes = _read_pictures(train, changes, resize)
+    test_images, test_classes = _read_pictures(test, changes, resize)
+    if train_images.shape[3] < test_images.shape[3]:
+        train_images = _in_colour(train_images, changes)
+    elif train_images.shape[3] > test_images.shape[3]:
+        test_images = _in_colour(test_images, changes)
     names = sorted({*train_classes, *test_classes})  # one numbering for both
     return Dataset(
         train_images,
@@ -272,7 +282,9 @@ def _split(folder: Path, names: tuple[str, ...]) -> Path | None:
     return None
 
 
-def _read_pictures(folder: Path, changes: set[str]) -> tuple[np.ndarray, list[Path]]:
+def _read_pictures(
+    folder: Path, changes: set[str], resize: Resize | None
+) -> tuple[np.ndarray, list[Path]]:
     """Read the pictures under a folder, in the order of their paths, and the class of each.
 
     The class of a picture is its subfolder; without subfolders there are no classes.
@@ -280,21 +292,39 @@ def _read_pictures(folder: Path, changes: set[str]) -> tuple[np.ndarray, list[Pa
     files = [file for file in _files(folder, "**/*") if file.suffix.lower() in _ENDS]
     if not files:
         raise InputError(f"{folder} holds no images: expected IDX files, or PNG or JPEG pictures")
-    decode = partial(read_picture, changes=changes)
+
+    def decode(file: BinaryIO) -> np.ndarray:
+        image = read_picture(file, changes)
+        return image if resize is None else resize(image, changes)
+
     first = _read(files[0], decode)
     with reading(folder):
         expect_memory(len(files) * first.nbytes)
         images = np.empty((len(files), *first.shape), np.uint8)
     for i, file in enumerate(files):
         image = _read(file, decode)
-        if image.shape != first.shape:
+        height, width, channels = image.shape
+        if image.shape[:2] != first.shape[:2]:
             raise InputError(
-                f"{file} has shape {image.shape}, {files[0]} {first.shape}: "
-                "expected pictures of one size; resize them first"
+                f"{file} is {height}x{width}, {files[0]} {first.shape[0]}x{first.shape[1]}: "
+                f"expected pictures of one size; resize all of them with --resize {height}x{width}"
+                f" (in Python resize=({height}, {width})), to keep their proportions with --crop"
             )
+        if channels > images.shape[3]:
+            images = _in_colour(images, changes)
+        elif channels < images.shape[3]:
+            changes.add(COLOURED)
         images[i] = image
     classes = [file.parent.relative_to(folder) for file in files]
     return images, classes if set(classes) != {Path()} else []
+
+
+def _in_colour(images: np.ndarray, changes: set[str]) -> np.ndarray:
+    """Repeat the channel of grey images: [N, H, W, 1] to [N, H, W, 3]."""
+    changes.add(COLOURED)
+    with reading("grey images among images in colour"):
+        expect_memory(3 * images.nbytes)
+    return np.repeat(images, 3, axis=3)
 
 
 def _numbered(classes: list[Path], names: list[Path]) -> np.ndarray | None:

@@ -1,10 +1,14 @@
 """Pictures from untrusted files: PNG, JPEG, ..."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, BinaryIO
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 import numpy as np
+
+from jaxvae.errors import InputError, shown
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -25,6 +29,7 @@ SCALED_INTEGERS = "scaled from 16 bits to 8"
 SCALED_FLOATS = "scaled from floats to 8 bits"
 COMPOSED = "composed on white, as they are transparent"
 ROTATED = "rotated, as their EXIF orientation says"
+COLOURED = "grey among colour, and got three equal channels"
 
 _MOST_PIXELS = 2**24
 _MOST_SCANS = 100  # in a progressive JPEG; each takes as long to decode as the whole picture
@@ -92,6 +97,9 @@ def read_picture(file: BinaryIO, changes: set[str] | None = None) -> np.ndarray:
         8: Image.Transpose.ROTATE_90,
     }
     with open_picture(file) as picture:
+        # Pillow itself scales colour, while it loads the picture.
+        if any(";16" in str(tile[-1]) for tile in getattr(picture, "tile", ())):
+            changes.add(SCALED_INTEGERS)
         tags = {tag: getattr(picture, "tag_v2", {}).get(tag) for tag in (_BITS, _PHOTOMETRIC)}
         if _orientation(picture) in turns:
             changes.add(ROTATED)
@@ -105,6 +113,69 @@ def read_picture(file: BinaryIO, changes: set[str] | None = None) -> np.ndarray:
         else:
             image = np.asarray(upright.convert("L" if upright.mode in ("1", "L") else "RGB"))
     return image if image.ndim == 3 else image[..., None]
+
+
+@dataclass(frozen=True)
+class Resize:
+    """Scale a picture to a size, with the Lanczos filter of Pillow.
+
+    Attributes:
+      height: height after scaling.
+      width: width after scaling.
+      crop: whether to keep the proportions: what is left over is cut off at both sides, or at top
+        and bottom. Otherwise the whole picture is stretched.
+    """
+
+    height: int
+    width: int
+    crop: bool
+
+    @classmethod
+    def parse(cls, resize: str | tuple[int, int] | None, crop: bool) -> Self | None:
+        """Return the operation, or None if `resize` is None.
+
+        Args:
+          resize: (height, width), or a text such as "64x48".
+          crop: as in the attributes.
+
+        Returns:
+          The operation.
+
+        Raises:
+          InputError: wrong numbers, or `crop` without `resize`.
+        """
+        if resize is None:
+            if crop:
+                raise InputError("crop needs the size: expected resize too, such as 64x64")
+            return None
+        text = "x".join(map(str, resize)) if isinstance(resize, tuple | list) else str(resize)
+        found = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text, re.ASCII)
+        if found is None:
+            raise InputError(f"resize is {shown(resize)}: expected HEIGHTxWIDTH, such as 64x64")
+        return cls(int(found[1]), int(found[2]), crop)
+
+    def __call__(self, image: np.ndarray, changes: set[str]) -> np.ndarray:
+        """Return the resized picture, and add what was done to `changes`.
+
+        Args:
+          image: uint8 [height, width, 1 or 3].
+          changes: set to which the conversion is added.
+
+        Returns:
+          The picture, uint8 [self.height, self.width, 1 or 3].
+        """
+        from PIL import Image, ImageOps
+
+        height, width, _ = image.shape
+        if (height, width) == (self.height, self.width):
+            return image
+        same = height * self.width == width * self.height
+        how = "resized" if same else "cropped and resized" if self.crop else "stretched"
+        changes.add(f"{how} to {self.height}x{self.width}")
+        picture = Image.fromarray(image.squeeze(axis=2) if image.shape[2] == 1 else image)
+        size, method = (self.width, self.height), Image.Resampling.LANCZOS
+        fit = ImageOps.fit if self.crop else Image.Image.resize
+        return np.asarray(fit(picture, size, method)).reshape(self.height, self.width, -1)
 
 
 def _orientation(picture: "Image.Image") -> int:

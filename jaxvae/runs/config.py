@@ -10,6 +10,7 @@ from typing import Any, Self
 import jax
 
 from jaxvae.components import Config, expect_known, is_dotted_path
+from jaxvae.data.pictures import Resize
 from jaxvae.errors import InputError, either, shown
 from jaxvae.models.config import ModelConfig
 from jaxvae.runs.files import NewerVersion, as_argument, read_json, without_version
@@ -75,6 +76,9 @@ class RunConfig(Config):
       label_column: column of classes of a table, or of `obs` of an .h5ad file.
       data_dir: folder in which TensorFlow Datasets stores prepared data.
       manual_dir: folder of data files that you downloaded by hand.
+      resize: size to which the pictures of a folder are scaled, such as 64x64.
+      crop: with resize: keep the proportions of pictures, and cut off what is left over at the
+        sides, instead of stretching them.
       seed: seed of all random numbers.
       start_from: run directory whose latest parameters are the initial parameters, and whose model
         is that of the new run.
@@ -91,6 +95,8 @@ class RunConfig(Config):
     label_column: str | None = None
     data_dir: str | None = None
     manual_dir: str | None = None
+    resize: str | None = None
+    crop: bool = False
     seed: int = 0
     start_from: str | None = None
     fsdp: bool = False
@@ -101,11 +107,13 @@ class RunConfig(Config):
     changes: tuple[Change, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("data", "label_column", "data_dir", "manual_dir", "start_from"):
+        for name in ("data", "label_column", "data_dir", "manual_dir", "resize", "start_from"):
             value = getattr(self, name)
             if not isinstance(value, str) and (value is not None or name == "data"):
                 raise InputError(f"{name} is {shown(value)}: expected a string")
         expect_bool("fsdp", self.fsdp)
+        expect_bool("crop", self.crop)
+        Resize.parse(self.resize, self.crop)
         object.__setattr__(self, "seed", whole_number("seed", self.seed, 0, 2**32 - 1))
         object.__setattr__(self, "workers", whole_number("workers", self.workers, 0))
         for name, kind in (("model", ModelConfig), ("train", TrainConfig)):

@@ -66,6 +66,8 @@ def load_run_data(config: RunConfig, typed: str | None = None, *, missing: bool 
             data_dir=config.data_dir,
             manual_dir=config.manual_dir,
             label_column=config.label_column,
+            resize=config.resize,
+            crop=config.crop,
             missing=missing,
         )
     except InputError as error:

@@ -152,6 +152,23 @@ def test_a_run_of_many_choices_is_evaluated_sampled_and_drawn(conditional, tmp_p
     assert "prior, mixture" in told
 
 
+def test_pictures_of_any_size_are_resized_as_the_output_says(tmp_path, capsys):
+    for i in range(20):
+        pixels = np.random.default_rng(i).integers(0, 256, (8 + i, 12, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{i:02}.png")
+    run = tmp_path / "run"
+    train = ["train", "--data", str(tmp_path), "--network", "mlp:width=4", "--batch-size", "6"]
+    assert main([*train, "--run-dir", str(run)]) == 2
+    assert "with --resize 9x12" in capsys.readouterr().err
+    train += ["--resize", "8x6", "--crop", "--epochs", "1", "--run-dir", str(run)]
+    assert main(train) == 0
+    said = capsys.readouterr().err
+    assert f"{tmp_path} has pictures that were cropped and resized to 8x6" in said
+    assert "18 training and 2 test images (every tenth, as there is no test split); run dir" in said
+    assert main(["evaluate", str(run), "--num-samples", "2"]) == 0
+    assert read_config(run).model.image_shape == (8, 6, 3)
+
+
 def test_a_run_starts_from_another(run_dir, npz, tmp_path):
     train = ["train", "--data", str(npz), "--epochs", "1"]  # with the model of that run
     path = tmp_path / "next"

@@ -4,6 +4,7 @@ import gzip
 import io
 import re
 import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -321,6 +322,89 @@ def test_a_warning_says_in_one_line_what_was_done_to_pictures(tmp_path):
     assert len(warned) == 1
 
 
+def test_pictures_of_several_sizes_are_stretched_or_cropped_around_their_middle(tmp_path):
+    stripes = np.repeat(np.uint8([0, 100, 255]), [2, 4, 2])  # of a picture of 4 by 8
+    Image.fromarray(np.tile(stripes, (4, 1))).save(tmp_path / "a.png")
+    halves = np.repeat(np.uint8([0, 255]), 8)  # of a picture of 16 by 16
+    Image.fromarray(np.tile(halves[:, None], (1, 16))).save(tmp_path / "b.png")
+    with pytest.warns(
+        jaxvae.errors.Converted,
+        match="pictures that were cropped and resized to 4x4; and some that were resized to 4x4$",
+    ):
+        (halves,), (stripes,) = load_data(str(tmp_path), resize=(4, 4), crop=True)
+    assert stripes.shape == (4, 4, 1)
+    assert (stripes == 100).all()  # the middle, of which no pixel is scaled
+    assert np.ptp(halves, axis=1).max() == 0
+    assert list(halves[[0, 3], 0, 0]) == [0, 255]
+    assert halves.mean() == pytest.approx(127.5, abs=1)
+    with pytest.warns(
+        jaxvae.errors.Converted, match="resized to 4x4; and some that were stretched"
+    ):
+        _, (stripes,) = load_data(str(tmp_path), resize="4x4")
+    assert np.ptp(stripes, axis=0).max() == 0  # the whole picture, at half the width
+    np.testing.assert_allclose(stripes[0, :, 0], [0, 100, 100, 255], atol=25)
+
+
+@pytest.mark.parametrize("grey", ["0", "7"])
+def test_grey_pictures_among_colour_get_three_equal_channels(tmp_path, grey):
+    save_pictures(tmp_path / "all")
+    Image.fromarray(PIXELS[0]).save(tmp_path / "all" / f"{grey}.png")
+    with pytest.warns(jaxvae.errors.Converted, match="grey among colour, and got three equal chan"):
+        train, test = load_data(str(tmp_path / "all"))
+    images = np.concatenate([test, train])
+    assert images.shape == (10, 6, 5, 3)
+    for i, image in enumerate(images):
+        with Image.open(tmp_path / "all" / f"{i}.png") as picture:
+            np.testing.assert_array_equal(image, picture.convert("RGB"))
+
+
+def test_a_grey_split_beside_one_in_colour_gets_three_equal_channels(tmp_path):
+    save_pictures(tmp_path / "train")
+    save_pictures(tmp_path / "test", mode="L")
+    with pytest.warns(jaxvae.errors.Converted, match="grey among colour"):
+        train, test = load_data(str(tmp_path))
+    assert train.shape == test.shape == (10, 6, 5, 3)
+    assert np.ptp(test, axis=3).max() == 0
+
+
+def test_colour_of_16_bits_is_said_to_be_scaled(tmp_path):
+    rows = np.random.default_rng(0).integers(0, 2**16, (2, 3, 3), np.uint16).astype(">u2")
+    chunks = (b"IHDR", struct.pack(">2I5B", 3, 2, 16, 2, 0, 0, 0)), (
+        b"IDAT", zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    ), (b"IEND", b"")  # fmt: skip
+    png = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(content))
+        + name
+        + content
+        + struct.pack(">I", zlib.crc32(name + content))
+        for name, content in chunks
+    )
+    changes = set()
+    image = read_picture(io.BytesIO(png), changes)
+    np.testing.assert_allclose(image, rows / 257, atol=1)
+    assert changes == {"scaled from 16 bits to 8"}
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"crop": True}, "crop needs the size: expected resize too, such as 64x64"),
+        ({"resize": "64"}, "resize is '64': expected HEIGHTxWIDTH, such as 64x64"),
+        ({"resize": (0, 5)}, "resize is (0, 5): expected HEIGHTxWIDTH"),
+        ({"resize": 64}, "resize is 64: expected HEIGHTxWIDTH"),
+        (
+            {"resize": (5, 6)},
+            "a.npy is not a folder of pictures and has examples of shape (6, 5, 1)",
+        ),
+    ],
+)
+def test_a_size_that_cannot_be_is_refused(tmp_path, options, says):
+    np.save(tmp_path / "a.npy", PIXELS)
+    with refused(says):
+        load_data(str(tmp_path / "a.npy"), **options)
+    assert len(load_data(str(tmp_path / "a.npy"), resize=(6, 5))[0]) == 18  # as they are
+
+
 def write(path, content):
     path.write_bytes(content)
     return path
@@ -399,7 +483,10 @@ WRONG = {
         lambda d: save(d / "x.npz", x_train=PIXELS, x_test=PIXELS[:, :5]),
         "train images of shape \\(6, 5, 1\\) and test images of shape \\(5, 5, 1\\)",
     ),
-    "two sizes": (pictures_of_two_sizes, "expected pictures of one size; resize them first"),
+    "two sizes": (
+        pictures_of_two_sizes,
+        r"b/0.png is 7x7, .*a/0.png 6x5: expected pictures of one size; .* with --resize 7x7",
+    ),
     "not a picture": (lambda d: write(d / "a.png", b"hello").parent, "a.png cannot be read"),
 }
 

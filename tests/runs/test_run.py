@@ -84,6 +84,8 @@ def test_config_json_holds_what_the_run_was_told(finished, npz):
         "label_column": None,
         "data_dir": None,
         "manual_dir": None,
+        "resize": None,
+        "crop": False,
         "seed": 3,
         "start_from": None,
         "fsdp": False,
