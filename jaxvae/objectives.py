@@ -78,7 +78,7 @@ class Objective(Protocol):
           params: the model.
           key: a PRNG key, or [batch] keys, one for each image.
           images: float32 in [0, 1], or uint8.
-          labels: classes of the images, if the model is conditional.
+          labels: classes or covariates of the images, if the model is conditional.
           beta: weight of the KL term.
           axis_name: axis of the `pmap` over which the batch is split.
 
@@ -104,7 +104,7 @@ def draw(
       params: the model.
       key: a PRNG key, or [batch] keys, one for each image.
       images: float32 in [0, 1], or uint8.
-      labels: classes of the images, if the model is conditional.
+      labels: classes or covariates of the images, if the model is conditional.
       num_samples: samples per image.
       path: differentiate log q(z|x) only through z, not through the parameters of the posterior.
       relaxed: sample the relaxation of the posterior, if it has one.
@@ -144,7 +144,7 @@ def draw_at(
       posterior: q(z|x) of the images.
       keys: PRNG keys.
       images: float32 in [0, 1], or uint8.
-      labels: classes of the images, if the model is conditional.
+      labels: classes or covariates of the images, if the model is conditional.
 
     Returns:
       The samples and their log-densities.
@@ -217,7 +217,7 @@ def elbo(params: Params, key: AnyKey, images: Images, labels: Labels = None) -> 
       params: the model.
       key: a PRNG key, or [batch] keys, one for each image.
       images: float32 in [0, 1], or uint8.
-      labels: classes of the images, if the model is conditional.
+      labels: classes or covariates of the images, if the model is conditional.
 
     Returns:
       The bound and its terms, each [batch], in nats per image.
@@ -434,9 +434,9 @@ class DoublyReparameterized:
     The expectation is that of the gradient of "iwae", and the variance is lower. For other beta
     than 1, the same derivation gives (1 - beta) v_i + beta v_i^2 in the place of v_i^2.
 
-    Derivatives by the images and by beta are doubly reparameterized too, and have the expectation
-    of those of "iwae". The derivatives of the ELBO's terms are those of plain averages. Second
-    derivatives are wrong: use "iwae" for them.
+    Derivatives by the images, the covariates and beta are doubly reparameterized too, and have the
+    expectation of those of "iwae". The derivatives of the ELBO's terms are those of plain averages.
+    Second derivatives are wrong: use "iwae" for them.
 
     Attributes:
       num_samples: k.
@@ -501,18 +501,18 @@ def _doubly(
 @_doubly.defjvp
 def _doubly_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
     params, z, beta, posterior, images, labels = primals
-    of_params, of_z, of_beta, _, of_images, _ = tangents
+    of_params, of_z, of_beta, _, of_images, of_labels = tangents
 
-    def log_weights(params: Params, z: Array, beta: Any, images: Array) -> Any:
+    def log_weights(params: Params, z: Array, beta: Any, images: Array, labels: Labels) -> Any:
         return _log_weights(params, z, beta, posterior, images, labels)
 
     # All samples at once, as each v_i depends on all of them. The networks are evaluated only here:
     # `derivative` is linear, and its second call is eliminated if the result is not used.
-    (log_w, parts), derivative = jax.linearize(log_weights, params, z, beta, images)
+    (log_w, parts), derivative = jax.linearize(log_weights, params, z, beta, images, labels)
     v = jax.nn.softmax(log_w, axis=0)
     scaled = ((1 - beta) + beta * v)[..., None] * of_z
-    of_log_w, _ = derivative(of_params, scaled, of_beta, of_images)
-    _, of_parts = derivative(of_params, of_z, of_beta, of_images)
+    of_log_w, _ = derivative(of_params, scaled, of_beta, of_images, of_labels)
+    _, of_parts = derivative(of_params, of_z, of_beta, of_images, of_labels)
     return (_log_mean_exp(log_w), parts), (jnp.sum(v * of_log_w, axis=0), of_parts)
 
 

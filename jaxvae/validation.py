@@ -2,7 +2,7 @@
 
 Shapes and types are always checked. Values are checked where they are known, which they are not
 inside `jit`: float images must be between 0 and 1, other examples in the support of the likelihood,
-and labels must be classes of the model.
+and labels must be classes of the model, or finite covariates.
 """
 
 import functools
@@ -75,7 +75,7 @@ def jit(
                     allowed = missing or _takes_missing(model, kwargs.get("objective"))
                     _expect_values(model, x, wait, allowed)
                 else:
-                    _expect_classes(model, x, wait)
+                    _expect_labels(model, x, wait)
             try:
                 return jitted(*args, **kwargs)
             except InputError:
@@ -242,17 +242,23 @@ def _config_of(model: Any) -> Any:
     return config if hasattr(config, "image_shape") else None
 
 
-def _expect_classes(model: Any, labels: Any, wait: bool) -> None:
-    """Raise InputError if labels are known to be outside the classes of the model.
+def _expect_labels(model: Any, labels: Any, wait: bool) -> None:
+    """Raise InputError if labels are known to be no classes, or no covariates, of the model.
 
     Args:
       model: `Params` or a training state; anything else is not checked.
-      labels: classes.
+      labels: classes or covariates.
       wait: as in `jit`.
 
     Raises:
-      InputError: labels below 0, or not below the number of classes.
+      InputError: classes below 0, or not below the number of classes; covariates that are NaN or
+        infinite.
     """
+    if getattr(_config_of(model), "num_covariates", 0):
+        found = _extremes(labels, jnp.floating, wait)
+        if found is not None and not all(map(math.isfinite, found)):
+            raise InputError("labels have NaN or infinity: expected finite covariates")
+        return
     classes = getattr(_config_of(model), "num_classes", 0)
     found = _extremes(labels, jnp.integer, wait) if classes else None
     if found is not None and not (found[0] >= 0 and found[1] < classes):

@@ -6,17 +6,25 @@ from typing import Any
 import numpy as np
 
 from jaxvae.data.arrays import expect_memory, reading
+from jaxvae.data.covariates import Covariates, column_names, expect_columns, with_covariates
 from jaxvae.data.dataset import Dataset, number_classes, split_every_tenth
 from jaxvae.errors import InputError
 
 
-def load_h5ad(path: Path, label_column: str | None, *, missing: bool = False) -> Dataset:
+def load_h5ad(
+    path: Path,
+    label_column: str | None,
+    covariates: Covariates = None,
+    *,
+    missing: bool = False,
+) -> Dataset:
     """Load the matrix X of an AnnData file, dense or sparse (CSR or CSC).
 
     Args:
       path: the file.
       label_column: name of the column of `obs` with the classes: a categorical, text or whole
         numbers.
+      covariates: columns of `obs`, as for `with_covariates`.
       missing: whether X may hold NaN, as the mark of missing entries.
 
     Returns:
@@ -35,9 +43,11 @@ def load_h5ad(path: Path, label_column: str | None, *, missing: bool = False) ->
         ) from None
     with reading(path), h5py.File(path, "r") as file:
         examples = _matrix(_own(file, "X"))
-        labels = None
+        labels, columns = None, dict[str, np.ndarray]()
         if label_column is not None:
             labels = _labels(_own(file, "obs"), label_column, path)
+        if names := column_names(covariates):
+            columns = _columns(_own(file, "obs"), names, path)
     bad = np.argwhere(~np.isfinite(examples) & ~(missing & np.isnan(examples)))
     if len(bad):
         row, column = bad[0]
@@ -45,7 +55,7 @@ def load_h5ad(path: Path, label_column: str | None, *, missing: bool = False) ->
             f"{path}, row {row + 1}, column {column + 1} of X is NaN or infinite: expected a "
             "finite number"
         )
-    return split_every_tenth(examples, labels)
+    return with_covariates(split_every_tenth(examples, labels), columns, covariates, path)
 
 
 def _own(group: Any, name: str) -> Any:
@@ -88,12 +98,7 @@ def _matrix(x: Any) -> np.ndarray:
 
 def _labels(obs: Any, name: str, path: Path) -> np.ndarray:
     """Read a column of `obs` as class numbers."""
-    columns = sorted(getattr(obs, "keys", tuple)())
-    if name not in columns:
-        raise InputError(
-            f"{path} has no column {name!r} in obs, the label_column: expected one of "
-            f"{', '.join(columns[:10])}{', ...' if len(columns) > 10 else ''}"
-        )
+    expect_columns([name], _names(obs), path, "the label_column", " in obs")
     column = _own(obs, name)
     if not hasattr(column, "keys"):
         text = column.dtype.kind == "O"
@@ -105,3 +110,23 @@ def _labels(obs: Any, name: str, path: Path) -> np.ndarray:
             "every row"
         )
     return codes.astype(np.int64)
+
+
+def _columns(obs: Any, names: tuple[str, ...], path: Path) -> dict[str, np.ndarray]:
+    """Read columns of `obs` as numbers or objects; missing categories are None."""
+    expect_columns(names, _names(obs), path, "one of the covariate_columns", " in obs")
+    found = {}
+    for name in names:
+        column = _own(obs, name)
+        if not hasattr(column, "keys"):
+            found[name] = column.asstr()[:] if column.dtype.kind == "O" else column[:]
+            continue
+        categories = _own(column, "categories")
+        text = categories.asstr()[:] if categories.dtype.kind == "O" else categories[:].astype(str)
+        named = np.array([*text, None], object)
+        found[name] = named[np.where((codes := _own(column, "codes")[:]) < 0, -1, codes)]
+    return found
+
+
+def _names(obs: Any) -> list[str]:
+    return sorted(getattr(obs, "keys", tuple)())

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, ArrayLike, Float, Integer, Key, Num, UInt32
+from jaxtyping import Array, ArrayLike, Float, Key, Num, UInt32
 
 from jaxvae.data import Dataset
 from jaxvae.devices.convolution import in_blocks
@@ -24,6 +24,7 @@ from jaxvae.models.codebooks import codebook_of, is_discrete
 from jaxvae.models.discrete import perplexity
 from jaxvae.models.distributions import Gaussian
 from jaxvae.models.vae import (
+    Labels,
     Params,
     encode_observed,
     expected_images,
@@ -42,7 +43,7 @@ def evaluate(
     params: Params,
     key: Key[Array, "..."] | UInt32[ArrayLike, "..."],
     images: Num[ArrayLike, " n *shape"],
-    labels: Integer[ArrayLike, " n"] | None = None,
+    labels: Labels = None,
     *,
     axis_name: str | None = None,
 ) -> dict[str, Float[Array, ""]]:
@@ -52,7 +53,7 @@ def evaluate(
       params: the model.
       key: PRNG key.
       images: float32 in [0, 1], or uint8.
-      labels: classes of the images, if the model is conditional.
+      labels: classes or covariates of the images, if the model is conditional.
       axis_name: axis of the `pmap` or `shard_map` over which the images are split. Each device is
         given all images and takes its own part, n / devices of them.
 
@@ -78,7 +79,7 @@ def mean_log_likelihood(
     params: Params,
     key: Key[Array, "..."] | UInt32[ArrayLike, "..."],
     images: Num[ArrayLike, " n *shape"],
-    labels: Integer[ArrayLike, " n"] | None = None,
+    labels: Labels = None,
     *,
     num_samples: int,
     axis_name: str | None = None,
@@ -89,7 +90,7 @@ def mean_log_likelihood(
       params: the model.
       key: PRNG key.
       images: float32 in [0, 1], or uint8.
-      labels: classes of the images, if the model is conditional.
+      labels: classes or covariates of the images, if the model is conditional.
       num_samples: importance samples per image.
       axis_name: as in `evaluate`.
 
@@ -113,7 +114,7 @@ def kl_per_group(
     params: Params,
     key: Key[Array, "..."] | UInt32[ArrayLike, "..."],
     images: Num[ArrayLike, " n *shape"],
-    labels: Integer[ArrayLike, " n"] | None = None,
+    labels: Labels = None,
 ) -> Float[Array, " groups"]:
     """Compute the mean KL of every group of a hierarchy, given samples of the groups above.
 
@@ -121,7 +122,7 @@ def kl_per_group(
       params: a model with the network "ladder".
       key: PRNG key.
       images: float32 in [0, 1], or uint8.
-      labels: classes of the images, if the model is conditional.
+      labels: classes or covariates of the images, if the model is conditional.
 
     Returns:
       E[KL(q(z_g | z_<g, x) || p(z_g | z_<g))] of each group, from the top down, in nats per image.
@@ -155,10 +156,7 @@ def examine(params: Params, key: Key[Array, ""], data: Dataset) -> dict[str, Any
       of `jaxvae.evaluation.metrics.latent_probe`.
     """
     images = jnp.asarray(data.test_images)
-    labels, train_labels = (
-        jnp.asarray(labels, jnp.int32) if params.config.num_classes else None
-        for labels in (data.test_labels, data.train_labels)
-    )
+    labels, train_labels = (data.conditions(params.config, split) for split in ("test", "train"))
     posterior = encode_observed(params, images, labels)
     found: dict[str, Any] = {}
     if isinstance(posterior, Gaussian):

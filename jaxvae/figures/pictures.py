@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from jaxvae.data import Dataset
-from jaxvae.figures.grid import coordinate_prior, coordinates, latent_grid, means, plane
+from jaxvae.figures.grid import coordinate_prior, coordinates, in_turn, latent_grid, means, plane
 from jaxvae.figures.style import image_grid
 from jaxvae.models.distributions import UnitGaussian
 from jaxvae.models.protocols import Posterior
@@ -92,18 +92,20 @@ def unusual(params: Params, most: np.ndarray, least: np.ndarray) -> Figure:
     return figure
 
 
-def samples(params: Params, key: jax.Array, rows: int = 10) -> Figure:
+def samples(params: Params, key: jax.Array, data: Dataset, rows: int = 10) -> Figure:
     """Draw the decoder's means of samples from the prior.
 
     Args:
       params: the model.
       key: PRNG key of the samples.
+      data: with covariates, the samples have those of its first test images.
       rows: number of rows, and of columns.
 
     Returns:
       The figure.
     """
-    images = sample(params, key, rows * rows)
+    labels = in_turn(params, data.conditions(params.config, "test"), rows * rows)
+    images = sample(params, key, rows * rows, labels)
     title = f"{rows * rows} samples from the prior (decoder means)"
     return image_grid(images, rows, title)[0]
 
@@ -283,7 +285,7 @@ def interpolations(params: Params, data: Dataset, pairs: int = 4, columns: int =
     t = jnp.linspace(0, 1, columns - 2)
     rows, names = [], []
     for i in range(0, ends.size, 2):
-        row_labels = None if labels is None else jnp.full(len(t), labels[i])
+        row_labels = None if labels is None else jnp.repeat(labels[i : i + 1], len(t), axis=0)
         for name, way in ways.items():
             between = means(params, way(center[i], center[i + 1], t), row_labels)
             rows.append(jnp.concatenate([images[i : i + 1], between, images[i + 1 : i + 2]]))
@@ -328,7 +330,7 @@ def activity(posterior: Posterior) -> tuple[jax.Array, np.ndarray]:
 
 
 def labels_of(params: Params, data: Dataset, chosen: np.ndarray) -> jax.Array | None:
-    """Return the labels of some test images, as a conditional model takes them.
+    """Return the classes or covariates of some test images, as a conditional model takes them.
 
     Args:
       params: the model.
@@ -336,11 +338,10 @@ def labels_of(params: Params, data: Dataset, chosen: np.ndarray) -> jax.Array | 
       chosen: indices of the test images, [N].
 
     Returns:
-      The labels, int32 [N]; None if the model is unconditional or there are no labels.
+      The labels; None if the model is unconditional or there are no labels.
     """
-    if not params.config.num_classes or data.test_labels is None:
-        return None
-    return jnp.asarray(data.test_labels[chosen], jnp.int32)
+    labels = data.conditions(params.config, "test")
+    return None if labels is None else jnp.asarray(labels[chosen])
 
 
 def _coordinate(x: float) -> str:

@@ -99,7 +99,7 @@ def heads(x: Float[Array, "batch features"], latent_dim: int, dtype: Dtype | Non
 
 
 def with_labels(x: Num[Array, "batch features"], labels: Labels) -> Num[Array, "batch inputs"]:
-    """Append one-hot classes to features, if there are classes."""
+    """Append one-hot classes or covariates to features, if there are any."""
     return x if labels is None else jnp.concatenate([x, labels.astype(x.dtype)], axis=1)
 
 
@@ -459,7 +459,7 @@ def _latents_a_place(latent_dim: int, grid: tuple[int, int, int]) -> int:
 def with_planes(
     x: Num[Array, "batch rows columns channels"], labels: Labels
 ) -> Num[Array, "batch rows columns inputs"]:
-    """Append one-hot classes to the channels at every position, if there are classes."""
+    """Append one-hot classes or covariates to the channels at every position, if there are any."""
     if labels is None:
         return x
     planes = jnp.broadcast_to(labels[:, None, None], (*x.shape[:3], labels.shape[1]))

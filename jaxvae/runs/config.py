@@ -10,6 +10,7 @@ from typing import Any, Self
 import jax
 
 from jaxvae.components import Config, is_dotted_path
+from jaxvae.data.covariates import Covariate, column_names
 from jaxvae.errors import InputError, either, shown
 from jaxvae.models.config import ModelConfig
 from jaxvae.runs.files import NewerVersion, read_json, without_version
@@ -51,6 +52,9 @@ class RunConfig(Config):
         .csv, .tsv, .parquet or .h5ad file, or the dotted path of a function that returns a
         `jaxvae.data.Dataset`.
       label_column: column of classes of a table, or of `obs` of an .h5ad file.
+      covariate_columns: columns of a table or of `obs`, or arrays of an .npz file, on which the
+        model is conditional: names, separated by commas. Numbers are standardised, and text is
+        one-hot; NAME:categorical makes numbers one-hot too.
       data_dir: folder in which TensorFlow Datasets stores prepared data.
       manual_dir: folder of data files that you downloaded by hand.
       seed: seed of all random numbers.
@@ -60,11 +64,13 @@ class RunConfig(Config):
       workers: number of processes that read images from disk; 0: threads of the training process.
       model: the architecture.
       train: the training.
+      covariates: how the covariate columns become numbers, from the training examples.
       data_seen: the data sets that the run was trained on, the latest one last.
     """
 
     data: str = "mnist-5k"
     label_column: str | None = None
+    covariate_columns: str | None = None
     data_dir: str | None = None
     manual_dir: str | None = None
     seed: int = 0
@@ -73,10 +79,12 @@ class RunConfig(Config):
     workers: int = 0
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    covariates: tuple[Covariate, ...] = ()
     data_seen: tuple[DataRecord, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("data", "label_column", "data_dir", "manual_dir", "start_from"):
+        texts = "data", "label_column", "covariate_columns", "data_dir", "manual_dir", "start_from"
+        for name in texts:
             value = getattr(self, name)
             if not isinstance(value, str) and (value is not None or name == "data"):
                 raise InputError(f"{name} is {shown(value)}: expected a string")
@@ -86,10 +94,14 @@ class RunConfig(Config):
         for name, kind in (("model", ModelConfig), ("train", TrainConfig)):
             if not isinstance(getattr(self, name), kind):
                 object.__setattr__(self, name, kind.from_dict(getattr(self, name)))
-        if not isinstance(self.data_seen, tuple | list):
-            raise InputError(f"data_seen is {shown(self.data_seen)}: expected a list of data sets")
-        seen = [x if isinstance(x, DataRecord) else DataRecord.from_dict(x) for x in self.data_seen]
-        object.__setattr__(self, "data_seen", tuple(seen))
+        column_names(self.covariate_columns)
+        records: tuple[tuple[str, Any], ...] = ("data_seen", DataRecord), ("covariates", Covariate)
+        for name, kind in records:
+            value = getattr(self, name)
+            if not isinstance(value, tuple | list):
+                raise InputError(f"{name} is {shown(value)}: expected a list")
+            parts = tuple(x if isinstance(x, kind) else kind.from_dict(x) for x in value)
+            object.__setattr__(self, name, parts)
         if self.fsdp and getattr(self.train.optimizer, "name", None) not in ELEMENTWISE:
             raise InputError(
                 f"optimizer is {self.train.specs()['optimizer']!r}, but fsdp needs an elementwise "
@@ -282,13 +294,15 @@ def read_config_file(path: Path, flags: Collection[str] = ()) -> RunConfig:
         ) from None
     try:
         content = without_version(content, path)
-        content.pop("data_seen", None)  # belongs to the run that wrote the file
+        for name in ("data_seen", "covariates"):  # belong to the run that wrote the file
+            content.pop(name, None)
         parts: dict[str, Any] = {}
         for name, kind in (("model", ModelConfig), ("train", TrainConfig)):
             table = content.pop(name, {})
             if not isinstance(table, dict):
                 raise InputError(f"{name} is {shown(table)}: expected a table of named fields")
             parts[name] = kind._updated(table)
+        parts["model"].pop("num_covariates", None)  # taken from the data, as image_shape
         top = RunConfig._updated(content)
         for name, table in parts.items():
             if twice := sorted(set(top) & set(table)):

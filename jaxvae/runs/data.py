@@ -4,7 +4,6 @@ import hashlib
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,6 @@ from jaxvae.models.likelihoods import binarize
 from jaxvae.runs.config import DataRecord, RunConfig
 from jaxvae.validation import expect_support, is_image, scale_images
 
-T = TypeVar("T")
 SPLITS = ("all", "train", "test")
 IN_PYTHON = "python"  # the name of data that were passed as arrays
 _HASHED_WHOLE = 2**30  # bytes of images in memory, which take about a second
@@ -66,6 +64,7 @@ def load_run_data(config: RunConfig, typed: str | None = None, *, missing: bool 
         data_dir=config.data_dir,
         manual_dir=config.manual_dir,
         label_column=config.label_column,
+        covariate_columns=config.covariates or config.covariate_columns,
         missing=missing,
     )
     return prepared(data, config, name, missing=missing)
@@ -118,7 +117,7 @@ def prepared(
 
 
 def describe(data: Dataset) -> DataRecord:
-    """Return the numbers of images of a data set, and a digest of its images and labels.
+    """Return the numbers of images of a data set, and a digest of its arrays.
 
     The digest is the SHA-256 of shape, dtype and content of every array. Of images on disk, and of
     more than 1 GiB in memory, only 256 evenly spaced images are hashed.
@@ -130,7 +129,8 @@ def describe(data: Dataset) -> DataRecord:
       The record.
     """
     digest = hashlib.sha256()
-    for x in data[:4]:
+    covariates = [x for x in (data.train_covariates, data.test_covariates) if x is not None]
+    for x in (*data[:4], *covariates):
         if x is None:
             digest.update(b"none")
             continue
@@ -226,8 +226,10 @@ class _Joined:
         return images
 
 
-def examples_of(data: Dataset, config: RunConfig, split: str) -> tuple[Images, np.ndarray | None]:
-    """Return the images of a split and their labels, in the order of the data.
+def examples_of(
+    data: Dataset, config: RunConfig, split: str
+) -> tuple[Images, np.ndarray | None, np.ndarray | None]:
+    """Return the images of a split, their labels and conditions, in the order of the data.
 
     Data without a split of their own are in the order of their source. Of others, the training
     images come before the test images. With dynamic binarization the training images are binarized
@@ -239,15 +241,16 @@ def examples_of(data: Dataset, config: RunConfig, split: str) -> tuple[Images, n
       split: one of `SPLITS`.
 
     Returns:
-      The images, which are read when they are indexed, and their labels, if all have one.
+      The images, which are read when they are indexed; their labels, if all have one; and their
+      `Dataset.conditions`.
     """
     train_images, test_images = data.train_images, data.test_images
     if config.train.binarization == "dynamic" and split != "test":
         train_images = binarized(binarization_keys()[0], train_images[:])
     if split == "test":
-        return test_images, data.test_labels
+        return test_images, data.test_labels, data.conditions(config.model, "test")
     if split == "train":
-        return train_images, data.train_labels
+        return train_images, data.train_labels, data.conditions(config.model, "train")
     if train_images.dtype != test_images.dtype:  # uint8 and float32
         train_images, test_images = (
             np.asarray(scale_images(x[:])) for x in (train_images, test_images)
@@ -257,14 +260,19 @@ def examples_of(data: Dataset, config: RunConfig, split: str) -> tuple[Images, n
     if data.every_tenth:
         held_out = places % 10 == 0
         places = np.where(held_out, n - len(test_images) + places // 10, np.cumsum(~held_out) - 1)
-    labels = None
-    if data.train_labels is not None and data.test_labels is not None:
-        labels = np.concatenate([data.train_labels, data.test_labels])[places]
-    return _Joined((train_images, test_images), places), labels
+
+    def joined(train: np.ndarray | None, test: np.ndarray | None) -> np.ndarray | None:
+        return None if train is None or test is None else np.concatenate([train, test])[places]
+
+    return (
+        _Joined((train_images, test_images), places),
+        joined(data.train_labels, data.test_labels),
+        joined(*(data.conditions(config.model, split) for split in ("train", "test"))),
+    )
 
 
-def expect_classes(name: str, data: Dataset, model: ModelConfig) -> None:
-    """Raise InputError unless the labels of a data set are classes of a conditional model.
+def expect_conditions(name: str, data: Dataset, model: ModelConfig) -> None:
+    """Raise InputError unless a data set has the classes or covariates of a conditional model.
 
     Args:
       name: name of the data in error messages.
@@ -272,8 +280,16 @@ def expect_classes(name: str, data: Dataset, model: ModelConfig) -> None:
       model: the model; if it is unconditional, nothing is checked.
 
     Raises:
-      InputError: labels are missing, or out of range.
+      InputError: labels are missing or out of range; covariates are missing or of another number.
     """
+    found = 0 if data.train_covariates is None else data.train_covariates.shape[1]
+    if model.num_covariates not in (0, found):
+        has = f"{found} covariates" if found else "no covariates"
+        raise InputError(
+            f"{name} has {has}: expected {model.num_covariates}, as num_covariates is "
+            f"{model.num_covariates}; name their columns with --covariate-columns, or pass them as "
+            "labels in Python"
+        )
     for split in ("train", "test") if model.num_classes else ():
         labels = getattr(data, f"{split}_labels")
         if labels is None or not 0 <= labels.min() <= labels.max() < model.num_classes:
@@ -284,10 +300,3 @@ def expect_classes(name: str, data: Dataset, model: ModelConfig) -> None:
                 f"{name} has {has}: expected classes from 0 to {model.num_classes - 1}, "
                 f"as num_classes is {model.num_classes}"
             )
-
-
-def model_inputs(
-    images: T, labels: np.ndarray | None, model: ModelConfig
-) -> tuple[T, np.ndarray | None]:
-    """Return images, and their labels as int32 if the model is conditional, else None."""
-    return images, labels.astype(np.int32) if model.num_classes and labels is not None else None

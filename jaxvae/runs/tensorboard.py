@@ -10,11 +10,10 @@ import numpy as np
 
 from jaxvae.errors import InputError
 from jaxvae.figures.animation import is_kept
-from jaxvae.figures.grid import has_plane, pixels, plane, tile
+from jaxvae.figures.grid import has_plane, in_turn, pixels, plane, tile
 from jaxvae.models.vae import Params, encode_observed, reconstruct_observed, sample
 from jaxvae.runs.callbacks import Callback, Training
 from jaxvae.runs.config import run_keys
-from jaxvae.runs.data import model_inputs
 from jaxvae.storage import make_folder, refuse_links
 from jaxvae.validation import is_image, scale_images
 
@@ -51,7 +50,7 @@ class TensorBoard(Callback):
             )
         config, data = training.config, training.data
         self._folder, self._config = training.run_dir / "tensorboard", config
-        self._images, self._labels = model_inputs(data.test_images, data.test_labels, config.model)
+        self._images, self._labels = data.test_images, data.conditions(config.model, "test")
         self._classes = data.test_labels
         self._writer: Any = None
         if not training.step:
@@ -135,7 +134,8 @@ class TensorBoard(Callback):
             means, _, down = plane(params, 15)
             return pictures | {"manifold": _rgb(tile(means, len(down)))}
         _, key = run_keys(self._config)
-        drawn = sample(params, key, _PICTURED**2)
+        count = _PICTURED**2
+        drawn = sample(params, key, count, in_turn(params, self._labels, count))
         return pictures | {"samples": _rgb(tile(drawn, _PICTURED))}
 
 
