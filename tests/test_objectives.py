@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import refused
+from conftest import moved, refused
 from jax.flatten_util import ravel_pytree
 from scipy import integrate, special, stats
 
@@ -348,6 +348,22 @@ def test_dreg_is_iwae_for_the_decoder_and_varies_less_for_the_encoder(pca):
     np.testing.assert_allclose(dreg["decoder"], iwae["decoder"], atol=1e-12)
     np.testing.assert_allclose(dreg["prior"], iwae["prior"], atol=1e-12)
     assert np.all(dreg["encoder"].var(0) < 0.5 * iwae["encoder"].var(0))
+
+
+def test_dreg_is_iwae_for_covariates_of_the_decoder(images):
+    config = replace(CONFIG, num_covariates=2, conditions="decoder")
+    params = moved(init(KEY, config), 0.1)
+
+    @partial(jax.jit, static_argnames="objective")
+    def gradient(objective, c):
+        return jax.grad(lambda c: jnp.sum(objective(params, KEY, images[:3], c, num_samples=4)[0]))(
+            c
+        )
+
+    c = jnp.float32([[1, 2], [0, 1], [-1, 0.5]])
+    ours, expected = (gradient(f, c) for f in (doubly_reparameterized, importance_weighted))
+    assert np.abs(expected).max() > 0.01
+    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_the_signal_to_noise_ratio_grows_with_k_for_dreg_and_falls_for_iwae(pca):

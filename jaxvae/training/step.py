@@ -201,7 +201,7 @@ def train_steps(
     batches: Int[Array, "steps batch"],
     first: Int[Array, ""] | int,
     last: Int[Array, ""] | int,
-    labels: Labels = None,
+    labels: Num[Array, " n *covariates"] | None = None,
     *,
     axis_name: str | None = None,
     objective: LossFunction | None = None,
