@@ -41,7 +41,8 @@ def small_batches():
 
 def opened(x=X, labels=None, **model):
     params = moved(jaxvae.init(KEY, jaxvae.ModelConfig(**MODEL | model)), 0.3)
-    return Opened(params, KEY, x, labels, labels, None, None)
+    conditions = labels if params.config.num_classes else None
+    return Opened(params, KEY, x, labels, conditions, None, None)
 
 
 def test_encoding_in_batches_is_encode():
