@@ -241,8 +241,14 @@ class MlpEncoder(nn.Module):
         """Return mean, log_var and features."""
         x = images.reshape(images.shape[0], -1)
         x = with_labels(jnp.log1p(x) if self.log1p else x, labels)
-        how = {"norm": self.norm, "activation": self.activation, "dtype": self.dtype}
-        x = hidden_layers(x, self.width, self.layers, **how)
+        x = hidden_layers(
+            x,
+            self.width,
+            self.layers,
+            norm=self.norm,
+            activation=self.activation,
+            dtype=self.dtype,
+        )
         return heads(x, self.latent_dim, self.dtype)
 
 
@@ -269,8 +275,14 @@ class MlpDecoder(nn.Module):
     def __call__(self, z: Num[Array, "batch latent"], labels: Labels = None) -> Outputs:
         """Return the outputs for the likelihood."""
         x = with_labels(z, labels)
-        how = {"norm": self.norm, "activation": self.activation, "dtype": self.dtype}
-        x = hidden_layers(x, self.width, self.layers, **how)
+        x = hidden_layers(
+            x,
+            self.width,
+            self.layers,
+            norm=self.norm,
+            activation=self.activation,
+            dtype=self.dtype,
+        )
         x = dense(math.prod(self.image_shape), dtype=self.dtype, name="pixels")(x)
         return x.reshape(-1, *self.image_shape)
 
