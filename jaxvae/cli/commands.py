@@ -403,6 +403,7 @@ _METRICS = {
     "active_units": "active units",
     "code_perplexity": "codes in use (perplexity)",
     "reconstruction_error": "mean squared error of a {value}",
+    "classifier_accuracy": "accuracy of q(y|x)",
     "logistic_regression": "accuracy of logistic regression",
     "nearest_neighbors": "accuracy of 5 nearest neighbors",
 }

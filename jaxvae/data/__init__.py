@@ -104,6 +104,7 @@ def load_dataset(
     label_column: str | None = None,
     covariate_columns: Covariates = None,
     missing: bool = False,
+    unlabelled: bool = False,
 ) -> Dataset:
     """Load a data set as `load_data` does, as a Dataset of images and labels.
 
@@ -116,6 +117,7 @@ def load_dataset(
         a run, as for `jaxvae.data.covariates.with_covariates`.
       missing: whether entries may be missing: NaN, an empty cell of a .csv file, or null. They are
         NaN in the result.
+      unlabelled: whether classes of a table or AnnData file may be missing: their labels are -1.
 
     Returns:
       The data set.
@@ -142,7 +144,12 @@ def load_dataset(
             # Pillow and NumPy warn about unusual files, which they then read or refuse.
             warnings.simplefilter("ignore")
             data = files.load_path(
-                Path(name), changes, label_column, covariate_columns, missing=missing
+                Path(name),
+                changes,
+                label_column,
+                covariate_columns,
+                missing=missing,
+                unlabelled=unlabelled,
             )
             data = _checked(data, name, missing=missing)
     except OSError as error:

@@ -17,6 +17,7 @@ def load_h5ad(
     covariates: Covariates = None,
     *,
     missing: bool = False,
+    unlabelled: bool = False,
 ) -> Dataset:
     """Load the matrix X of an AnnData file, dense or sparse (CSR or CSC).
 
@@ -26,6 +27,7 @@ def load_h5ad(
         numbers.
       covariates: columns of `obs`, as for `with_covariates`.
       missing: whether X may hold NaN, as the mark of missing entries.
+      unlabelled: whether categories may be missing, whose label is -1.
 
     Returns:
       The rows of X as examples, float32 [N, columns], and the labels. Every tenth row is a test
@@ -45,7 +47,7 @@ def load_h5ad(
         examples = _matrix(_own(file, "X"))
         labels, columns = None, dict[str, np.ndarray]()
         if label_column is not None:
-            labels = _labels(_own(file, "obs"), label_column, path)
+            labels = _labels(_own(file, "obs"), label_column, path, unlabelled=unlabelled)
         if names := column_names(covariates):
             columns = _columns(_own(file, "obs"), names, path)
     bad = np.argwhere(~np.isfinite(examples) & ~(missing & np.isnan(examples)))
@@ -96,7 +98,7 @@ def _matrix(x: Any) -> np.ndarray:
     return matrix.astype(np.float32).toarray()
 
 
-def _labels(obs: Any, name: str, path: Path) -> np.ndarray:
+def _labels(obs: Any, name: str, path: Path, *, unlabelled: bool) -> np.ndarray:
     """Read a column of `obs` as class numbers."""
     expect_columns([name], _names(obs), path, "the label_column", " in obs")
     column = _own(obs, name)
@@ -104,7 +106,7 @@ def _labels(obs: Any, name: str, path: Path) -> np.ndarray:
         text = column.dtype.kind == "O"
         return number_classes(column.asstr()[:] if text else column[:], f"{path}, column {name!r}")
     codes = _own(column, "codes")[:]
-    if (missing := np.flatnonzero(codes < 0)).size:
+    if (missing := np.flatnonzero(codes < 0)).size and not unlabelled:
         raise InputError(
             f"{path}, row {missing[0] + 1}, column {name!r} of obs is missing: expected a class in "
             "every row"

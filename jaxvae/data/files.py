@@ -43,6 +43,7 @@ def load_path(
     covariates: Covariates = None,
     *,
     missing: bool = False,
+    unlabelled: bool = False,
 ) -> Dataset:
     """Load the images, or other examples, of a file or folder.
 
@@ -72,6 +73,7 @@ def load_path(
       covariates: columns of a table or AnnData file, or arrays of an .npz file, as for
         `covariates.with_covariates`.
       missing: whether numbers of a table or AnnData file may be missing, which makes them NaN.
+      unlabelled: whether its classes may be missing, which makes the labels -1.
 
     Returns:
       The images, and the labels where there are any.
@@ -90,11 +92,11 @@ def load_path(
     if path.is_file() and path.suffix in (".csv", ".tsv", ".parquet"):
         from jaxvae.data.tables import load_table
 
-        return load_table(path, label_column, covariates, missing=missing)
+        return load_table(path, label_column, covariates, missing=missing, unlabelled=unlabelled)
     if path.is_file() and path.suffix == ".h5ad":
         from jaxvae.data.anndata import load_h5ad
 
-        return load_h5ad(path, label_column, covariates, missing=missing)
+        return load_h5ad(path, label_column, covariates, missing=missing, unlabelled=unlabelled)
     expect_no_columns(path, label_column=label_column)
     if path.is_file() and path.suffix == ".npz":
         return _load_numpy(path, covariates)

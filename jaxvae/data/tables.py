@@ -26,6 +26,7 @@ def load_table(
     covariates: Covariates = None,
     *,
     missing: bool = False,
+    unlabelled: bool = False,
 ) -> Dataset:
     """Load a table of numbers: a .csv, .tsv or .parquet file.
 
@@ -39,6 +40,7 @@ def load_table(
       covariates: columns of covariates, as for `with_covariates`, which are not a part of the
         examples either.
       missing: whether numbers may be missing: an empty cell, NaN or null, which becomes NaN.
+      unlabelled: whether the column of classes may have empty cells, whose label is -1.
 
     Returns:
       The examples, float32 [N, columns], and the labels. Every tenth row is a test example.
@@ -58,7 +60,8 @@ def load_table(
     expect_columns(of_labels, names, path, "the label_column")
     expect_columns(column_names(covariates), names, path, "one of the covariate_columns")
     if label_column is not None:
-        labels = _labels(table[label_column], f"{path}, column {label_column!r}")
+        name = f"{path}, column {label_column!r}"
+        labels = _labels(table[label_column], name, unlabelled=unlabelled)
     columns = {name: _values(table[name]) for name in column_names(covariates)}
     names = [name for name in names if name not in (*of_labels, *columns)]
     if not names:
@@ -187,9 +190,17 @@ def _is_number(cell: Any) -> bool:
     return True
 
 
-def _labels(column: pa.ChunkedArray, name: str) -> np.ndarray:
+def _labels(column: pa.ChunkedArray, name: str, *, unlabelled: bool) -> np.ndarray:
     cells = column.to_pylist()
-    empty = next((i for i, cell in enumerate(cells) if cell is None or cell == ""), None)
-    if empty is not None:
-        raise InputError(f"{name}, row {empty + 1} is empty: expected a class in every row")
-    return number_classes(np.asarray(cells), name)
+    empty = np.array([cell is None or cell == "" or cell != cell for cell in cells])
+    if empty.any() and not unlabelled:
+        raise InputError(
+            f"{name}, row {np.argmax(empty) + 1} is empty: expected a class in every row"
+        )
+    labels = np.full(len(cells), -1, np.int64)
+    if not empty.all():
+        classes = np.asarray([cell for cell, no in zip(cells, empty, strict=True) if not no])
+        if empty.any() and classes.dtype.kind == "f" and (classes == classes.round()).all():
+            classes = classes.astype(np.int64)  # whole numbers beside empty cells are floats
+        labels[~empty] = number_classes(classes, name)
+    return labels

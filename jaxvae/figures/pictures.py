@@ -17,6 +17,7 @@ from jaxvae.models.vae import (
     Params,
     decode,
     encode_observed,
+    known_classes,
     prior,
     reconstruct_observed,
     sample,
@@ -341,7 +342,10 @@ def labels_of(params: Params, data: Dataset, chosen: np.ndarray) -> jax.Array | 
       The labels; None if the model is unconditional or there are no labels.
     """
     labels = data.conditions(params.config, "test")
-    return None if labels is None else jnp.asarray(labels[chosen])
+    if labels is None:
+        return None
+    known: jax.Array = known_classes(params, data.test_images[chosen], jnp.asarray(labels[chosen]))
+    return known
 
 
 def _coordinate(x: float) -> str:

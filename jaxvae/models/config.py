@@ -30,7 +30,7 @@ from jaxvae.models.posteriors import DiagonalGaussian
 from jaxvae.models.priors import Mixture, StandardNormal, Vamp
 from jaxvae.models.quantization import FiniteScalarQuantization, VectorQuantization
 from jaxvae.models.tables import Categorical, MixedColumns, StudentT
-from jaxvae.validation import at_least_float32, expect_one_of, is_image, whole_number
+from jaxvae.validation import at_least_float32, expect_bool, expect_one_of, is_image, whole_number
 
 CONDITIONS = ("both", "encoder", "decoder")
 DTYPES = ("float32", "bfloat16")
@@ -114,6 +114,8 @@ class ModelConfig(Config):
       num_covariates: number of covariates, numbers on which the model is conditional in place of a
         class; a category is one-hot columns.
       conditions: the networks that take class or covariates: "both", "encoder" or "decoder".
+      classifier: whether a class-conditional model also has a classifier q(y|x), for the objective
+        "m2": another encoder of the network, whose means are the logits.
       compute_dtype: "float32", or "bfloat16" for mixed precision: layers compute in bfloat16;
         parameters, gradients and the terms of the ELBO stay float32.
     """
@@ -127,6 +129,7 @@ class ModelConfig(Config):
     num_classes: int = 0
     num_covariates: int = 0
     conditions: str = "both"
+    classifier: bool = False
     compute_dtype: str = "float32"
 
     _registries: ClassVar[Mapping[str, Registry[Any]]] = {
@@ -186,6 +189,25 @@ class ModelConfig(Config):
         for part in (self.network, self.posterior, self.prior):
             if hasattr(part, "validate"):
                 part.validate(self)
+        expect_bool("classifier", self.classifier)
+        if self.classifier:
+            self._expect_classifier()
+
+    def _expect_classifier(self) -> None:
+        if self.num_classes < 2:
+            raise InputError(
+                f"classifier is true, but num_classes is {self.num_classes}: expected at least 2"
+            )
+        if not isinstance(self.network, MLP | Conv | Residual):
+            raise InputError(
+                f"classifier is true, but the network is {NETWORKS.spec(self.network)!r}, whose "
+                "encoder is no classifier: expected 'mlp', 'conv' or 'residual'"
+            )
+        if hasattr(self.posterior, "codebook"):
+            raise InputError(
+                "classifier is true, but the latents are codes: expected the posterior 'gaussian' "
+                "or 'iaf'"
+            )
 
     def with_image_shape(self, image_shape: tuple[int, ...]) -> Self:
         """Return the configuration for images of another shape, on which a ladder's latents depend.

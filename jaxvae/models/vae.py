@@ -41,7 +41,8 @@ class Params:
     """The parameters of a VAE: a pytree that carries its architecture as static metadata.
 
     Attributes:
-      encoder: the encoder's "params" collection.
+      encoder: the encoder's "params" collection; that of the classifier q(y|x), if the model has
+        one, is in it under "classifier".
       decoder: the decoder's "params" collection.
       config: the architecture (static).
       likelihood: parameters of the likelihood, such as a learned scale; may be empty.
@@ -87,6 +88,14 @@ class VAE:
         dtype = jnp.bfloat16 if config.compute_dtype == "bfloat16" else None
         return config.network.modules(config.latent_dim, config.outputs_shape, dtype)
 
+    def classifier(self) -> nn.Module:
+        """Return the Flax module of q(y|x), whose first result is the logits."""
+        config = self.config
+        module: nn.Module = config.network.modules(config.num_classes, config.outputs_shape, None)[
+            0
+        ]
+        return module
+
     def init(self, key: Key[Array, ""]) -> dict[str, Any]:
         """Return the initial parameters: the fields of `Params` except `config`."""
         config = self.config
@@ -105,6 +114,10 @@ class VAE:
         _expect_shapes("encoder", encoded, (latents.shape,) * 2)
         outputs, decoder_params = _init("decoder", decoder, decoder_key, latents, *of_decoder)
         _expect_shapes("decoder", (outputs,), ((1, *config.outputs_shape),))
+        if config.classifier:
+            classifier_key = jax.random.fold_in(key, 3)
+            _, learned = _init("classifier", self.classifier(), classifier_key, images)
+            encoder_params = {**encoder_params, "classifier": learned}
         return {
             "encoder": encoder_params,
             "decoder": decoder_params,
@@ -146,6 +159,18 @@ class VAE:
         return self.config.likelihood.from_outputs(
             *jax.tree.map(at_least_float32, (outputs, params.likelihood))
         )
+
+    def log_classes(
+        self, params: Params, images: Float[Array, " batch *shape"]
+    ) -> Float[Array, "batch classes"]:
+        """Return log q(y|x) of images in [0, 1], in nats."""
+        weights = params.encoder["classifier"]
+        logits, *_ = in_blocks(
+            lambda block: tuple(self.classifier().apply({"params": weights}, *block)),
+            (images,),
+            block_size(images.shape[0], weights),
+        )
+        return jax.nn.log_softmax(at_least_float32(logits))
 
     def encoded(
         self,
@@ -222,6 +247,45 @@ def encode_observed(params: Params, images: Images, labels: Labels = None) -> Po
     if not is_complete(images):
         x = jnp.where(jnp.isnan(x), 0, x)
     return params.model.posterior(params, x, labels)
+
+
+@jit()
+def classify(params: Params, images: Images) -> Float[Array, "batch classes"]:
+    """Compute the probabilities q(y|x) of the classes.
+
+    Args:
+      params: a model with a classifier, `ModelConfig(num_classes=..., classifier=True)`.
+      images: float32 in [0, 1], or uint8.
+
+    Returns:
+      The probabilities, which sum to 1.
+
+    Raises:
+      InputError: a model without a classifier; images of another shape than the model's.
+
+    References:
+      Kingma, Rezende, Mohamed and Welling (2014), Semi-supervised Learning with Deep Generative
+      Models, equation 4.
+    """
+    return jnp.exp(log_classes(params, images))
+
+
+def log_classes(params: Params, images: Images) -> Float[Array, "batch classes"]:
+    """Compute log q(y|x), in nats: see `classify`."""
+    if not params.config.classifier:
+        raise InputError(
+            "the model has no classifier: expected ModelConfig(num_classes=..., classifier=True)"
+        )
+    images = as_floats(support_of(params), expected_images(params, images))
+    return params.model.log_classes(params, images)  # type: ignore[attr-defined]
+
+
+def known_classes(params: Params, images: Images, labels: Labels) -> Any:
+    """Return labels with the most probable class under q(y|x) in the place of -1, no label."""
+    if labels is None or not params.config.classifier:
+        return labels
+    found = jnp.argmax(log_classes(params, images), axis=-1)
+    return jnp.where(jnp.asarray(labels) < 0, found, labels)
 
 
 @jit()

@@ -55,6 +55,8 @@ class RunConfig(Config):
       covariate_columns: columns of a table or of `obs`, or arrays of an .npz file, on which the
         model is conditional: names, separated by commas. Numbers are standardised, and text is
         one-hot; NAME:categorical makes numbers one-hot too.
+      labelled: number of training labels that are kept, equally many of each class, drawn by the
+        seed; the others are hidden, for the objective m2. 0: all.
       data_dir: folder in which TensorFlow Datasets stores prepared data.
       manual_dir: folder of data files that you downloaded by hand.
       seed: seed of all random numbers.
@@ -71,6 +73,7 @@ class RunConfig(Config):
     data: str = "mnist-5k"
     label_column: str | None = None
     covariate_columns: str | None = None
+    labelled: int = 0
     data_dir: str | None = None
     manual_dir: str | None = None
     seed: int = 0
@@ -90,7 +93,8 @@ class RunConfig(Config):
                 raise InputError(f"{name} is {shown(value)}: expected a string")
         expect_bool("fsdp", self.fsdp)
         object.__setattr__(self, "seed", whole_number("seed", self.seed, 0, 2**32 - 1))
-        object.__setattr__(self, "workers", whole_number("workers", self.workers, 0))
+        for name in ("workers", "labelled"):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), 0))
         for name, kind in (("model", ModelConfig), ("train", TrainConfig)):
             if not isinstance(getattr(self, name), kind):
                 object.__setattr__(self, name, kind.from_dict(getattr(self, name)))

@@ -66,8 +66,46 @@ def load_run_data(config: RunConfig, typed: str | None = None, *, missing: bool 
         label_column=config.label_column,
         covariate_columns=config.covariates or config.covariate_columns,
         missing=missing,
+        unlabelled=config.model.classifier,
     )
     return prepared(data, config, name, missing=missing)
+
+
+def train_conditions(data: Dataset, config: RunConfig) -> np.ndarray | None:
+    """Return the labels or covariates with which a run is trained.
+
+    With `labelled` only so many labels are kept, of each class equally many, drawn by the seed; the
+    others are -1.
+
+    Args:
+      data: the data set.
+      config: the configuration of the run.
+
+    Returns:
+      `Dataset.conditions` of the training examples.
+
+    Raises:
+      InputError: fewer labels of a class than are to be kept, or a number of labels that is no
+        multiple of the number of classes.
+    """
+    labels, classes = data.conditions(config.model, "train"), config.model.num_classes
+    if not config.labelled or labels is None:
+        return labels
+    each, rest = divmod(config.labelled, classes)
+    if rest:
+        raise InputError(
+            f"labelled is {config.labelled}: expected a multiple of num_classes, {classes}"
+        )
+    rng, kept = np.random.default_rng(config.seed), np.full_like(labels, -1)
+    for k in range(classes):
+        of_class = np.flatnonzero(labels == k)
+        if len(of_class) < each:
+            raise InputError(
+                f"labelled is {config.labelled}, {each} of each class, but class {k} has "
+                f"{len(of_class)} training labels: expected at most {classes * len(of_class)}"
+            )
+        kept[rng.permutation(of_class)[:each]] = k
+    return kept
 
 
 def takes_missing(config: RunConfig) -> bool:
@@ -290,9 +328,10 @@ def expect_conditions(name: str, data: Dataset, model: ModelConfig) -> None:
             f"{model.num_covariates}; name their columns with --covariate-columns, or pass them as "
             "labels in Python"
         )
+    least = -1 if model.classifier else 0  # -1: no label
     for split in ("train", "test") if model.num_classes else ():
         labels = getattr(data, f"{split}_labels")
-        if labels is None or not 0 <= labels.min() <= labels.max() < model.num_classes:
+        if labels is None or not least <= labels.min() <= labels.max() < model.num_classes:
             has = f"no {split} labels"
             if labels is not None:
                 has = f"{split} labels from {labels.min()} to {labels.max()}"

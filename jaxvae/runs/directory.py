@@ -33,7 +33,7 @@ from jaxvae.models.vae import Params
 from jaxvae.objectives import PriorFit
 from jaxvae.runs.checkpoints import load, metadata, newest_intact, steps_of
 from jaxvae.runs.config import MAY_CHANGE, DataRecord, RunConfig, components
-from jaxvae.runs.data import describe, difference, expect_conditions
+from jaxvae.runs.data import describe, difference, expect_conditions, train_conditions
 from jaxvae.runs.files import locked, read_metrics, version, write_json
 from jaxvae.storage import expect_utf8
 from jaxvae.training.state import TrainState, create_train_state, state_of
@@ -209,7 +209,16 @@ def _with_shape(config: RunConfig, data: Dataset) -> RunConfig:
             f"conditions is {model.conditions!r}, but the model has no classes and no covariates: "
             "expected num_classes or covariate columns, or leave it out"
         )
-    return replace(config, model=model, covariates=data.covariates)
+    labels = data.train_labels if model.classifier else None
+    hidden = config.labelled > 0 or (labels is not None and labels.min() < 0)
+    if hidden and not getattr(config.train.objective, "unlabelled", False):
+        raise InputError(
+            "some training labels are hidden or missing: expected the objective 'm2', which takes "
+            "images without a label, and classifier true"
+        )
+    config = replace(config, model=model, covariates=data.covariates)
+    train_conditions(data, config)
+    return config
 
 
 def _expect_a_batch(config: RunConfig, data: Dataset) -> None:

@@ -16,7 +16,7 @@ from jaxvae.evaluation.log_likelihood import log_likelihood
 from jaxvae.evaluation.metrics import reconstruction_error
 from jaxvae.models.codebooks import codebook_of, is_discrete
 from jaxvae.models.distributions import Gaussian
-from jaxvae.models.vae import Params, encode_observed, reconstruct_observed
+from jaxvae.models.vae import Params, encode_observed, known_classes, reconstruct_observed
 from jaxvae.objectives import elbo, example_keys
 from jaxvae.runs.checkpoints import Which, load
 from jaxvae.runs.config import read_config, run_keys
@@ -257,8 +257,12 @@ def _in_batches(
     n = len(images)
     size = max(1, min(n, most, _BATCH))
     mesh, rows = devices_for(size), jax.P(AXIS)
+
+    def of_batch(params: Params, keys: Any, images: Any, labels: Any, *, axis_name: Any) -> Named:
+        return f(params, keys, images, known_classes(params, images, labels))
+
     compute = data_parallel(
-        lambda *batch, axis_name: f(*batch),
+        of_batch,
         mesh,
         in_specs=(jax.P(), rows, rows, rows),
         out_specs=rows,

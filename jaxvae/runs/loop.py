@@ -20,6 +20,7 @@ from jaxvae.objectives import example_keys
 from jaxvae.runs.callbacks import Callback, EarlyStopping, Training
 from jaxvae.runs.checkpoints import metadata, newest_intact, open_checkpoints, restore, write
 from jaxvae.runs.config import RunConfig, components, run_keys
+from jaxvae.runs.data import train_conditions
 from jaxvae.runs.directory import first_state
 from jaxvae.runs.divergence import DivergenceCheck
 from jaxvae.runs.files import (
@@ -222,7 +223,7 @@ class _OneModel:
         train_key, test_key = run_keys(config)
         self.run_dir, self.config, self.data = run_dir, config, data
         self.mesh = devices_for(config.train.batch_size)
-        images, labels = data.train_images, data.conditions(config.model, "train")
+        images, labels = data.train_images, train_conditions(data, config)
         steps = len(images) // config.train.batch_size
         self.measure = evaluator(config, data, test_key)
         self.divergence = DivergenceCheck(run_dir, len(images), steps)

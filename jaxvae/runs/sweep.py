@@ -176,6 +176,11 @@ def start(
             f"{next(iter(models.values())).data} is read from disk image by image, but a sweep "
             "needs the images in memory: train one model at a time"
         )
+    if any(config.labelled for config in models.values()):
+        raise InputError(
+            "labelled draws the labels by the seed, but the models of a sweep share them: train "
+            "one model at a time"
+        )
     record = describe(data)
     lost = diverged(run_dir, models) if resume else []
     fitted = {

@@ -24,6 +24,7 @@ def test_the_defaults_are_the_notebooks_model():
         num_classes=0,
         num_covariates=0,
         conditions="both",
+        classifier=False,
         compute_dtype="float32",
     )
     assert ModelConfig().to_dict() == {
@@ -36,6 +37,7 @@ def test_the_defaults_are_the_notebooks_model():
         "num_classes": 0,
         "num_covariates": 0,
         "conditions": "both",
+        "classifier": False,
         "compute_dtype": "float32",
     }
 
@@ -208,6 +210,21 @@ def test_a_network_that_is_no_pair_of_modules_is_refused(network):
             {"conditions": "prior"},
             "conditions is 'prior': expected 'both', 'encoder' or 'decoder'",
         ),
+        ({"classifier": True}, "classifier is true, but num_classes is 0: expected at least 2"),
+        (
+            {"classifier": True, "num_classes": 3, "network": "spatial", "latent_dim": 49},
+            "network is 'spatial', whose encoder is no classifier: expected 'mlp', 'conv' or",
+        ),
+        (
+            {
+                "classifier": True,
+                "num_classes": 3,
+                "posterior": "vq",
+                "prior": "uniform_codes",
+                "latent_dim": 8,
+            },
+            "the latents are codes: expected the posterior 'gaussian' or 'iaf'",
+        ),
         (
             {"prior": "vamp", "num_covariates": 2},
             "whose pseudo-inputs have no covariates: expected 'standard_normal' or 'mixture'",
@@ -218,7 +235,7 @@ def test_a_network_that_is_no_pair_of_modules_is_refused(network):
         ),
         (
             {"depth": 3},
-            "ModelConfig has no field 'depth': expected compute_dtype, conditions, image_shape",
+            "ModelConfig has no field 'depth': expected classifier, compute_dtype, conditions",
         ),
     ],
 )

@@ -771,3 +771,19 @@ def test_covariates_of_another_shape_or_kind_are_refused(images):
     with refused("labels: expected"):
         jaxvae.encode(params, images, np.full((5, 2), "x"))
     assert_equal(jaxvae.encode(params, images, c), jaxvae.encode(params, images, c.astype(int)))
+
+
+@pytest.mark.parametrize("network", ["mlp:width=4", "residual:width=2"])
+def test_a_classifier_changes_no_other_parameter_and_takes_images_alone(network):
+    model = ModelConfig((4, 4, 1), 2, network, num_classes=3)
+    params = jaxvae.init(KEY, replace(model, classifier=True))
+    learned = params.encoder["classifier"]
+    encoder = {name: x for name, x in params.encoder.items() if name != "classifier"}
+    without = jaxvae.init(KEY, model)
+    assert_equal((encoder, params.decoder), (without.encoder, without.decoder))
+    x = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 1), np.uint8)
+    module, _ = model.network.modules(3, model.outputs_shape, None)
+    logits = module.apply({"params": learned}, jnp.float32(x) / 255)[0]
+    close(jaxvae.classify(params, x), jax.nn.softmax(logits))
+    with refused("the model has no classifier: expected ModelConfig(num_classes=..., classifier="):
+        jaxvae.classify(without, x)
