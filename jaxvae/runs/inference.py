@@ -16,7 +16,7 @@ from jaxvae.evaluation.log_likelihood import log_likelihood
 from jaxvae.evaluation.metrics import reconstruction_error
 from jaxvae.models.codebooks import codebook_of, is_discrete
 from jaxvae.models.distributions import Gaussian
-from jaxvae.models.vae import Params, encode_observed, known_classes, reconstruct_observed
+from jaxvae.models.vae import Params, classify, encode_observed, known_classes, reconstruct_observed
 from jaxvae.objectives import elbo, example_keys
 from jaxvae.runs.checkpoints import Which, load
 from jaxvae.runs.config import read_config, run_keys
@@ -108,7 +108,8 @@ def encode_all(opened: Opened, progress: Counter | None = None) -> Arrays:
     Returns:
       `mean` and `log_var`, [N, latent], of a Gaussian posterior or of the groups of a hierarchy;
       or `codes`, [N, n], of a discrete model; or `center`, [N, latent], of any other posterior,
-      such as a flow. `labels`, [N], if there are any.
+      such as a flow. `probabilities`, [N, classes], of a model with a classifier. `labels`, [N], if
+      there are any.
 
     Raises:
       InputError: examples of another shape than the model's.
@@ -118,9 +119,12 @@ def encode_all(opened: Opened, progress: Counter | None = None) -> Arrays:
         posterior = encode_observed(params, images, labels)
         if is_discrete(params.config):
             return Named(codes=codebook_of(params).codes(posterior.center))
+        probabilities = {}
+        if params.config.classifier:
+            probabilities["probabilities"] = classify(params, images)
         if isinstance(posterior, Gaussian) or hasattr(params.model, "groups"):
-            return Named(mean=posterior.mean, log_var=posterior.log_var)
-        return Named(center=posterior.center)
+            return Named(mean=posterior.mean, log_var=posterior.log_var, **probabilities)
+        return Named(center=posterior.center, **probabilities)
 
     return _in_batches(encoded, opened, progress) | _labels(opened)
 

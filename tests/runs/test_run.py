@@ -971,6 +971,8 @@ def test_missing_labels_in_the_data_are_filled_in_by_the_classifier(tmp_path, np
     found = encode_all(open_run(tmp_path / "run", split="test"))
     mean = jaxvae.encode(params, data.test_images, y).mean
     np.testing.assert_allclose(found["mean"], mean, rtol=1e-4, atol=1e-5)
+    q = jaxvae.classify(params, data.test_images)
+    np.testing.assert_allclose(found["probabilities"], q, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(labels_of(params, data, np.arange(8)), y[:8])
 
 
