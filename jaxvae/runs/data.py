@@ -4,6 +4,7 @@ import hashlib
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,12 @@ import numpy as np
 
 from jaxvae.components import imported, is_dotted_path
 from jaxvae.data import Dataset, Images, as_dataset, load_dataset
+from jaxvae.data.covariates import Covariate, Covariates
 from jaxvae.errors import InputError, OtherData
 from jaxvae.models.config import ModelConfig
 from jaxvae.models.likelihoods import binarize
 from jaxvae.runs.config import DataRecord, RunConfig
+from jaxvae.runs.files import read_json
 from jaxvae.validation import expect_support, is_image, scale_images
 
 SPLITS = ("all", "train", "test")
@@ -64,11 +67,24 @@ def load_run_data(config: RunConfig, typed: str | None = None, *, missing: bool 
         data_dir=config.data_dir,
         manual_dir=config.manual_dir,
         label_column=config.label_column,
-        covariate_columns=config.covariates or config.covariate_columns,
+        covariate_columns=_covariates(config),
         missing=missing,
         unlabelled=config.model.classifier,
     )
     return prepared(data, config, name, missing=missing)
+
+
+def _covariates(config: RunConfig) -> Covariates:
+    """Return the covariates of a run, or of the run that it starts from, or the columns' names."""
+    if config.covariates or config.start_from is None or not config.covariate_columns:
+        return config.covariates or config.covariate_columns
+
+    def parse(content: dict[str, Any]) -> Covariates:
+        same = content.get("covariate_columns") == config.covariate_columns
+        found = content.get("covariates", ()) if same else ()
+        return tuple(map(Covariate.from_dict, found)) or config.covariate_columns
+
+    return read_json(Path(config.start_from) / "config.json", parse)
 
 
 def train_conditions(data: Dataset, config: RunConfig) -> np.ndarray | None:

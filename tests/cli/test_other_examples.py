@@ -154,6 +154,16 @@ def test_a_run_with_covariates_resumes_and_encodes_other_data_as_its_own(
     assert "row 2, column 'kind' holds 'c': expected 'a' or 'b'" in capsys.readouterr().err
 
 
+def test_a_run_that_starts_from_another_has_its_covariates(with_covariates, table, tmp_path):
+    lines = table.read_text().splitlines()
+    (tmp_path / "part.csv").write_text("\n".join([lines[0], *lines[100:250]]) + "\n")
+    train = ["train", "--data", str(tmp_path / "part.csv"), *COVARIATES, *VECTORS, "--epochs", "1"]
+    train += ["--conditions", "decoder", "--run-dir", str(tmp_path / "run")]
+    assert main([*train, "--start-from", str(with_covariates)]) == 0
+    ours, theirs = (read_config(path).covariates for path in (tmp_path / "run", with_covariates))
+    assert ours == theirs
+
+
 def test_samples_have_covariates_of_training_examples_or_those_given(
     with_covariates, table, tmp_path, capsys
 ):
