@@ -111,13 +111,13 @@ class ModelConfig(Config):
       prior: the prior p(z).
       posterior: the approximate posterior q(z|x).
       num_classes: number of classes of a class-conditional model; 0: unconditional.
+      compute_dtype: "float32", or "bfloat16" for mixed precision: layers compute in bfloat16;
+        parameters, gradients and the terms of the ELBO stay float32.
       num_covariates: number of covariates, numbers on which the model is conditional in place of a
         class; a category is one-hot columns.
       conditions: the networks that take class or covariates: "both", "encoder" or "decoder".
       classifier: whether a class-conditional model also has a classifier q(y|x), for the objective
         "m2": another encoder of the network, whose means are the logits.
-      compute_dtype: "float32", or "bfloat16" for mixed precision: layers compute in bfloat16;
-        parameters, gradients and the terms of the ELBO stay float32.
     """
 
     image_shape: tuple[int, ...] = (28, 28, 1)
@@ -127,10 +127,10 @@ class ModelConfig(Config):
     prior: Any = "standard_normal"
     posterior: Any = "gaussian"
     num_classes: int = 0
+    compute_dtype: str = "float32"
     num_covariates: int = 0
     conditions: str = "both"
     classifier: bool = False
-    compute_dtype: str = "float32"
 
     _registries: ClassVar[Mapping[str, Registry[Any]]] = {
         "network": NETWORKS,

@@ -190,11 +190,11 @@ WRONG = {
     "a key twice": ("seed = 1\nseed = 2", "is not valid TOML: "),
     "an unknown field": ("speed = 3", "a run has no field 'speed': expected one of accumulate, "),
     "an unknown field of the model": (
-        "[model]\nspeed = 3", "ModelConfig has no field 'speed': expected compute_dtype, "
+        "[model]\nspeed = 3", "ModelConfig has no field 'speed': expected classifier, compute"
     ),
     "an unknown table": ("[data_set]\nname = 3", "a run has no field 'data_set'"),
     "a field of another table": (
-        "[model]\nepochs = 3", "ModelConfig has no field 'epochs': expected compute_dtype, "
+        "[model]\nepochs = 3", "ModelConfig has no field 'epochs': expected classifier, compute"
     ),
     "contradictory": (
         "epochs = 2\n[train]\nepochs = 3",

@@ -409,5 +409,5 @@ def test_covariates_are_labels_of_two_axes(tmp_path):
         jaxvae.fit(
             (x[:30], x[30:]), model, jaxvae.TrainConfig(10, 2), run_dir=tmp_path, progress=False
         )
-    with refused("the data has 2 covariates: expected 3, as num_covariates is 3"):
+    with refused("has 2 covariates: expected 3, as num_covariates is 3"):
         jaxvae.fit(pair, replace(model, num_covariates=3), jaxvae.TrainConfig(10), progress=False)
