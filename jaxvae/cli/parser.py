@@ -98,6 +98,8 @@ _EXAMPLES = {
                --schedule warmup_cosine_decay_schedule:warmup_steps=500
   jaxvae train --prior mixture:components=100 --posterior iaf:steps=4
   jaxvae train --prior mypackage.priors.Laplace:scale=2
+  jaxvae train --data cells.h5ad --covariate-columns batch,age --likelihood negative_binomial \\
+               --network mlp:log1p=true
   jaxvae train --config runs/photos/config.json --seed 1 --run-dir runs/photos-1
   jaxvae train --beta 0.5 1 4 --seeds 3 --run-dir runs/betas
 """,
