@@ -69,6 +69,8 @@ docs/choosing
 docs/models
 docs/use
 docs/tables
+docs/counts
+docs/outliers
 docs/gallery
 docs/monitoring
 docs/export

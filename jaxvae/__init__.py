@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # the names of `_MODULES` once more, with their types
     from jaxvae.models.likelihoods import Bernoulli as Bernoulli
     from jaxvae.models.protocols import Elbo as Elbo
     from jaxvae.models.vae import Params as Params
+    from jaxvae.models.vae import classify as classify
     from jaxvae.models.vae import decode as decode
     from jaxvae.models.vae import encode as encode
     from jaxvae.models.vae import init as init
@@ -51,6 +52,7 @@ _MODULES = {
     "Bernoulli": "models.likelihoods",
     "sample": "models.vae",
     "reconstruct": "models.vae",
+    "classify": "models.vae",
     "Elbo": "models.protocols",
     "elbo": "objectives",
     "log_likelihood": "evaluation.log_likelihood",

@@ -24,7 +24,16 @@ from jaxvae.errors import InputError, shown
 from jaxvae.models.codebooks import is_discrete
 from jaxvae.models.distributions import Gaussian
 from jaxvae.models.protocols import Draw, Elbo, Posterior
-from jaxvae.models.vae import Images, Labels, Params, decode, encode, encode_observed, prior
+from jaxvae.models.vae import (
+    Images,
+    Labels,
+    Params,
+    decode,
+    encode,
+    encode_observed,
+    log_classes,
+    prior,
+)
 from jaxvae.validation import (
     AnyKey,
     as_array,
@@ -55,6 +64,8 @@ class Objective(Protocol):
       across_batch: whether the loss of an image depends on the other images of the batch. The
         batch is then not split into blocks, and over several devices `axis_name` is passed.
 
+    An objective for images without a label, -1, has `unlabelled = True`.
+
     An objective for images with missing entries, NaN, has `missing = True`: without it the training
     step refuses NaN.
     """
@@ -78,7 +89,7 @@ class Objective(Protocol):
           params: the model.
           key: a PRNG key, or [batch] keys, one for each image.
           images: float32 in [0, 1], or uint8.
-          labels: classes of the images, if the model is conditional.
+          labels: classes or covariates of the images, if the model is conditional.
           beta: weight of the KL term.
           axis_name: axis of the `pmap` over which the batch is split.
 
@@ -104,7 +115,7 @@ def draw(
       params: the model.
       key: a PRNG key, or [batch] keys, one for each image.
       images: float32 in [0, 1], or uint8.
-      labels: classes of the images, if the model is conditional.
+      labels: classes or covariates of the images, if the model is conditional.
       num_samples: samples per image.
       path: differentiate log q(z|x) only through z, not through the parameters of the posterior.
       relaxed: sample the relaxation of the posterior, if it has one.
@@ -144,7 +155,7 @@ def draw_at(
       posterior: q(z|x) of the images.
       keys: PRNG keys.
       images: float32 in [0, 1], or uint8.
-      labels: classes of the images, if the model is conditional.
+      labels: classes or covariates of the images, if the model is conditional.
 
     Returns:
       The samples and their log-densities.
@@ -217,7 +228,7 @@ def elbo(params: Params, key: AnyKey, images: Images, labels: Labels = None) -> 
       params: the model.
       key: a PRNG key, or [batch] keys, one for each image.
       images: float32 in [0, 1], or uint8.
-      labels: classes of the images, if the model is conditional.
+      labels: classes or covariates of the images, if the model is conditional.
 
     Returns:
       The bound and its terms, each [batch], in nats per image.
@@ -434,9 +445,9 @@ class DoublyReparameterized:
     The expectation is that of the gradient of "iwae", and the variance is lower. For other beta
     than 1, the same derivation gives (1 - beta) v_i + beta v_i^2 in the place of v_i^2.
 
-    Derivatives by the images and by beta are doubly reparameterized too, and have the expectation
-    of those of "iwae". The derivatives of the ELBO's terms are those of plain averages. Second
-    derivatives are wrong: use "iwae" for them.
+    Derivatives by the images, the covariates and beta are doubly reparameterized too, and have the
+    expectation of those of "iwae". The derivatives of the ELBO's terms are those of plain averages.
+    Second derivatives are wrong: use "iwae" for them.
 
     Attributes:
       num_samples: k.
@@ -501,18 +512,18 @@ def _doubly(
 @_doubly.defjvp
 def _doubly_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
     params, z, beta, posterior, images, labels = primals
-    of_params, of_z, of_beta, _, of_images, _ = tangents
+    of_params, of_z, of_beta, _, of_images, of_labels = tangents
 
-    def log_weights(params: Params, z: Array, beta: Any, images: Array) -> Any:
+    def log_weights(params: Params, z: Array, beta: Any, images: Array, labels: Labels) -> Any:
         return _log_weights(params, z, beta, posterior, images, labels)
 
     # All samples at once, as each v_i depends on all of them. The networks are evaluated only here:
     # `derivative` is linear, and its second call is eliminated if the result is not used.
-    (log_w, parts), derivative = jax.linearize(log_weights, params, z, beta, images)
+    (log_w, parts), derivative = jax.linearize(log_weights, params, z, beta, images, labels)
     v = jax.nn.softmax(log_w, axis=0)
     scaled = ((1 - beta) + beta * v)[..., None] * of_z
-    of_log_w, _ = derivative(of_params, scaled, of_beta, of_images)
-    _, of_parts = derivative(of_params, of_z, of_beta, of_images)
+    of_log_w, _ = derivative(of_params, scaled, of_beta, of_images, of_labels)
+    _, of_parts = derivative(of_params, of_z, of_beta, of_images, of_labels)
     return (_log_mean_exp(log_w), parts), (jnp.sum(v * of_log_w, axis=0), of_parts)
 
 
@@ -691,6 +702,80 @@ class MaximumMeanDiscrepancy:
 
 
 @dataclass(frozen=True)
+class SemiSupervised:
+    """The negative bound of the model M2, of which most images have no label.
+
+    With uniform p(y) and the bound of a class
+
+        B(x, y) = E_q(z|x,y)[log p(x|y,z)] - beta KL(q(z|x,y) || p(z)) + log p(y)
+
+    the loss of an image is
+
+        with a label y    -B(x, y) - alpha log q(y|x)
+        with label -1     -sum_y q(y|x) B(x, y) - H(q(y|x))
+
+    The sum over the classes is exact, and all of them have the same noise. The terms of the ELBO
+    are those of log p(x, y) or log p(x), with log p(y) or KL(q(y|x) || p(y)) in the KL.
+
+    Attributes:
+      alpha: weight of the classification loss of an image with a label. Kingma et al. take
+        0.1 N / M, for M labels of N images: 50 for 100 of 50,000.
+      num_samples: number of posterior samples for each class, over which the loss is averaged.
+
+    References:
+      Kingma, Rezende, Mohamed and Welling (2014), Semi-supervised Learning with Deep Generative
+      Models, equations 6 to 9.
+    """
+
+    alpha: float = 50.0
+    num_samples: int = 1
+    across_batch = False
+    unlabelled = True
+
+    def __post_init__(self) -> None:
+        _check_samples(self)
+        _check_number(self, "alpha")
+
+    def __call__(
+        self,
+        params: Params,
+        key: AnyKey,
+        images: Images,
+        labels: Labels = None,
+        *,
+        beta: Scalar = 1.0,
+        axis_name: str | None = None,
+    ) -> tuple[Loss, Elbo]:
+        """Compute the loss and the ELBO's terms, as in `Objective`; labels None: all are -1.
+
+        Raises:
+          InputError: a model without a classifier.
+        """
+        images = as_array("images", images)
+        log_q, classes, batch = log_classes(params, images), params.config.num_classes, len(images)
+        keys, every = example_keys(key, batch), jnp.arange(classes)
+        drawn = draw(
+            params,
+            jnp.tile(keys, classes),
+            jnp.tile(images, (classes, *[1] * (images.ndim - 1))),
+            jnp.repeat(every, batch),
+            self.num_samples,
+        )
+        log_likelihood, kl = (x.reshape(classes, batch).T for x in drawn.elbo()[1:])
+        y = jnp.full(batch, -1) if labels is None else jnp.asarray(native(labels))
+        known, of_label = y >= 0, y[:, None] == every
+        # What the bounds are averaged over: the label, or q(y|x).
+        weights = jnp.where(known[:, None], of_label, jnp.exp(log_q))
+        entropy = jnp.where(known, 0, -jnp.sum(jnp.exp(log_q) * log_q, axis=1))
+        of_class = math.log(classes) - entropy
+        log_likelihood, kl = (jnp.sum(weights * x, axis=1) for x in (log_likelihood, kl))
+        log_q_y = jnp.sum(jnp.where(of_label, log_q, 0), axis=1)
+        loss = -(log_likelihood - beta * kl - of_class) - self.alpha * log_q_y
+        kl = kl + of_class
+        return loss, Elbo(log_likelihood - kl, log_likelihood, kl)
+
+
+@dataclass(frozen=True)
 class PriorFit:
     """The cross-entropy of the aggregate posterior and the prior, which fits the prior alone.
 
@@ -750,6 +835,7 @@ OBJECTIVES: Registry[Any] = Registry(
         "dreg": DoublyReparameterized,
         "beta_tc": BetaTC,
         "mmd": MaximumMeanDiscrepancy,
+        "m2": SemiSupervised,
         "prior": PriorFit,
     },
 )

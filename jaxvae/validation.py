@@ -2,7 +2,7 @@
 
 Shapes and types are always checked. Values are checked where they are known, which they are not
 inside `jit`: float images must be between 0 and 1, other examples in the support of the likelihood,
-and labels must be classes of the model.
+and labels must be classes of the model, or finite covariates.
 """
 
 import functools
@@ -36,7 +36,7 @@ _RANGES = {"count": (0, math.inf), **dict.fromkeys(("binary", "levels", "unit", 
 
 
 def jit(
-    *, wait: bool = True, missing: bool = False, **options: Any
+    *, wait: bool = True, missing: bool = False, unlabelled: bool = False, **options: Any
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Make a decorator like `jax.jit` which raises InputError for wrong arguments.
 
@@ -48,6 +48,8 @@ def jit(
       wait: whether to check values on an accelerator, which waits for their computation.
       missing: whether NaN in the images is allowed, as the mark of missing entries; with False it
         is if the objective of a training step has the attribute `missing`.
+      unlabelled: whether -1 is allowed as the class of an image without a label; with False it is
+        if the objective of a training step has the attribute `unlabelled`.
       **options: options of `jax.jit`.
 
     Returns:
@@ -71,11 +73,13 @@ def jit(
                 if x is None:
                     continue
                 model = args[0] if args else kwargs.get(first)
+                objective = kwargs.get("objective")
                 if name == "images":
-                    allowed = missing or _takes_missing(model, kwargs.get("objective"))
+                    allowed = missing or _takes(model, objective, "missing")
                     _expect_values(model, x, wait, allowed)
                 else:
-                    _expect_classes(model, x, wait)
+                    allowed = unlabelled or _takes(model, objective, "unlabelled")
+                    _expect_labels(model, x, wait, allowed)
             try:
                 return jitted(*args, **kwargs)
             except InputError:
@@ -229,11 +233,11 @@ def _expect_values(model: Any, images: Any, wait: bool, missing: bool) -> None:
         expect_support(support, images, wait=wait, missing=missing)
 
 
-def _takes_missing(model: Any, objective: Any) -> bool:
-    """Whether the objective of a training step takes examples with missing entries."""
+def _takes(model: Any, objective: Any, what: str) -> bool:
+    """Whether the objective of a training step takes "missing" entries, or "unlabelled" images."""
     if objective is None:
         objective = getattr(getattr(model, "config", None), "objective", None)
-    return getattr(objective, "missing", False)
+    return getattr(objective, what, False)
 
 
 def _config_of(model: Any) -> Any:
@@ -242,20 +246,28 @@ def _config_of(model: Any) -> Any:
     return config if hasattr(config, "image_shape") else None
 
 
-def _expect_classes(model: Any, labels: Any, wait: bool) -> None:
-    """Raise InputError if labels are known to be outside the classes of the model.
+def _expect_labels(model: Any, labels: Any, wait: bool, unlabelled: bool) -> None:
+    """Raise InputError if labels are known to be no classes, or no covariates, of the model.
 
     Args:
       model: `Params` or a training state; anything else is not checked.
-      labels: classes.
+      labels: classes or covariates.
       wait: as in `jit`.
+      unlabelled: whether -1 is allowed if the model has a classifier.
 
     Raises:
-      InputError: labels below 0, or not below the number of classes.
+      InputError: classes below 0, or not below the number of classes; covariates that are NaN or
+        infinite.
     """
+    if getattr(_config_of(model), "num_covariates", 0):
+        found = _extremes(labels, jnp.floating, wait)
+        if found is not None and not all(map(math.isfinite, found)):
+            raise InputError("labels have NaN or infinity: expected finite covariates")
+        return
     classes = getattr(_config_of(model), "num_classes", 0)
+    least = -1 if unlabelled and getattr(_config_of(model), "classifier", False) else 0
     found = _extremes(labels, jnp.integer, wait) if classes else None
-    if found is not None and not (found[0] >= 0 and found[1] < classes):
+    if found is not None and not (found[0] >= least and found[1] < classes):
         raise InputError(
             f"labels are from {found[0]} to {found[1]}: expected classes from 0 to "
             f"{classes - 1}, as num_classes is {classes}"

@@ -299,12 +299,13 @@ def test_a_network_has_one_jacobian_in_forward_and_in_reverse_mode(name):
         np.testing.assert_allclose(forward, reverse, rtol=1e-4, atol=1e-5 * largest)
 
 
+CLASSIFIER = {"m2": {"num_classes": 2, "classifier": True}}
 PAIRS = [(name, "mixture") for name in OBJECTIVES] + [("elbo", name) for name in PRIORS]
 
 
 @pytest.mark.parametrize(("name", "of_prior"), sorted(set(PAIRS)))
 def test_an_objective_gives_a_loss_and_terms_and_a_gradient(name, of_prior):
-    params = params_of(**with_partner("prior", of_prior))
+    params = params_of(**with_partner("prior", of_prior) | CLASSIFIER.get(name, {}))
     objective = OBJECTIVES.parse(name)
 
     def loss(params, key):
@@ -373,6 +374,7 @@ def test_a_component_survives_config_and_checkpoint_and_trains(kind, name, tmp_p
 def test_an_objective_survives_config_and_trains(name):
     config = jaxvae.TrainConfig(batch_size=8, objective=name)
     assert jaxvae.TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-    model = jaxvae.ModelConfig(SHAPE, 2, network="mlp:width=8")
-    _, metrics = jaxvae.train_epoch(jaxvae.create_train_state(KEY, model, config), IMAGES)
+    model = jaxvae.ModelConfig(SHAPE, 2, network="mlp:width=8", **CLASSIFIER.get(name, {}))
+    labels = np.arange(len(IMAGES)) % 3 - 1 if model.classifier else None
+    _, metrics = jaxvae.train_epoch(jaxvae.create_train_state(KEY, model, config), IMAGES, labels)
     assert all(jnp.isfinite(x) for x in metrics.values())

@@ -28,6 +28,7 @@ COMMON = {"eps": 0.01, "draws": 100, "num_samples": 1000}
 OURS = "mlp:width=128,layers=1,norm=true,log1p=true"
 MODELS = {
     "jaxvae": {"network": OURS},
+    "jaxvae, activation=relu": {"network": OURS + ",activation=relu"},
     "jaxvae, relu": {"network": "relu"},
     "scvi-tools": {"norm": "batch", "dropout_rate": 0.1},
     "scvi-tools, no dropout": {"norm": "batch", "dropout_rate": 0.0},

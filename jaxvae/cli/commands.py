@@ -497,8 +497,10 @@ def _sample(options: argparse.Namespace) -> None:
     seed = config.seed if options.seed is None else options.seed
     first, *others = options.temperature
     temperature = tuple(options.temperature) if others else first
+    key, params = jax.random.key(seed), _params(options)
+    labels = _sampled_covariates(options, params, seed)
     with working("sampling"):
-        images = sample(_params(options), jax.random.key(seed), options.n, temperature=temperature)
+        images = sample(params, key, options.n, labels, temperature=temperature)
         images.block_until_ready()
     if is_image(shape):
         save_images(images, options.out)
@@ -508,6 +510,28 @@ def _sample(options: argparse.Namespace) -> None:
         npz = options.out.suffix.lower() == ".npz"
         write_table(options.out, {"images": examples} if npz else columns)
     print(options.out)
+
+
+def _sampled_covariates(options: argparse.Namespace, params: Any, seed: int) -> Any:
+    """Return the covariates of samples, float32 [n, covariates]; None of a model without.
+
+    They are those of random training examples, except for the columns that were given.
+    """
+    import numpy as np
+
+    from jaxvae.data.covariates import rows_with
+
+    given = dict(part.partition("=")[::2] for part in (options.covariates or "").split(",") if part)
+    if not params.config.num_covariates:
+        if given:
+            raise InputError(
+                "--covariates was given, but the model has no covariates: leave it out"
+            )
+        return None
+    _, data = _config_and_data(options)
+    known = data.conditions(params.config, "train")
+    rows = known[np.random.default_rng(seed).integers(len(known), size=options.n)]
+    return rows_with(rows, data.covariates, given) if given else rows
 
 
 def _endings(shape: tuple[int, ...]) -> tuple[str, ...]:

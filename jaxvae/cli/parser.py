@@ -9,24 +9,33 @@ from typing import Any, NoReturn
 
 from jaxvae.components import Config, Registry, field_docs
 from jaxvae.errors import InputError
-from jaxvae.models.config import DTYPES, PRIORS, ModelConfig
+from jaxvae.models.config import CONDITIONS, DTYPES, PRIORS, ModelConfig
 from jaxvae.runs.config import RunConfig, as_flag
 from jaxvae.runs.data import SPLITS
 from jaxvae.training.config import BINARIZATIONS, PARTS, TrainConfig
 
 _GROUPS: dict[str, type[Config]] = {"run": RunConfig, "model": ModelConfig, "training": TrainConfig}
 # Taken from the data, or shown as groups of their own fields.
-_NO_FLAG = ("image_shape", "model", "train", "data_seen", "changes")
+_NO_FLAG = (
+    "image_shape", "num_covariates", "model", "train", "covariates", "data_seen", "changes",
+)  # fmt: skip
 _METAVARS = {
     "data": "NAME|FOLDER|FILE",
     "label_column": "NAME",
+    "covariate_columns": "NAME,NAME",
+    "conditions": "NAME",
     "data_dir": "DIR",
     "manual_dir": "DIR",
     "resize": "HxW",
     "start_from": "RUN_DIR",
     "trainable": "PART",
 }
-_CHOICES = {"compute_dtype": DTYPES, "binarization": BINARIZATIONS, "trainable": PARTS}
+_CHOICES = {
+    "compute_dtype": DTYPES,
+    "conditions": CONDITIONS,
+    "binarization": BINARIZATIONS,
+    "trainable": PARTS,
+}
 _LISTED = 8  # names of components in the help of a flag
 SEVERAL = ("learning_rate", "beta")  # several values start a sweep
 
@@ -99,6 +108,8 @@ _EXAMPLES = {
                --schedule warmup_cosine_decay_schedule:warmup_steps=500
   jaxvae train --prior mixture:components=100 --posterior iaf:steps=4
   jaxvae train --prior mypackage.priors.Laplace:scale=2
+  jaxvae train --data cells.h5ad --covariate-columns batch,age --likelihood negative_binomial \\
+               --network mlp:log1p=true
   jaxvae train --config runs/photos/config.json --seed 1 --run-dir runs/photos-1
   jaxvae train --beta 0.5 1 4 --seeds 3 --run-dir runs/betas
 """,
@@ -109,6 +120,7 @@ _EXAMPLES = {
 """,
     "sample": """
   jaxvae sample runs/photos --n 64 --out samples.png
+  jaxvae sample runs/cells --n 1000 --covariates batch=b2,age=40 --out samples.csv
 """,
     "encode": """
   jaxvae encode runs/photos --out latents.npz
@@ -291,6 +303,9 @@ def make_parser(
     sample.add_argument("--temperature", type=float, nargs="+", default=[1.0], metavar="X",
                         help="factor of the prior's standard deviations; of a ladder also one for "
                              "each group, from the top down")  # fmt: skip
+    sample.add_argument("--covariates", metavar="NAME=VALUE,...",
+                        help="values of covariate columns; the others are those of random training "
+                             "examples")  # fmt: skip
     encode = command("encode", "encode a data set by the model of a run")
     encode.description = _ENCODE
     encode.add_argument("--out", type=Path, required=True, metavar="FILE",
@@ -368,7 +383,7 @@ def make_parser(
             own.add_argument(as_flag(name), metavar="PATH[:KEY=VALUE,...]")
 
     data = _flags(RunConfig)["--data"]
-    for one in (evaluate, figures, explore, fit_prior, *of_a_data_set):
+    for one in (evaluate, sample, figures, explore, fit_prior, *of_a_data_set):
         one.add_argument("--data", **data | {"help": "default: the data of the run"})
 
     keras = command("import", "import the notebook's model from Keras as a run")

@@ -72,10 +72,11 @@ def latents_of(params: Params) -> Latents:
             f"the model is of examples of shape {config.image_shape}: expected a model of images, "
             "(height, width, channels)"
         )
-    if config.num_classes:
+    if config.condition_dim:
+        field = "num_covariates" if config.num_covariates else "num_classes"
         raise InputError(
-            f"the model is conditional (num_classes={config.num_classes}), and compression does "
-            "not store classes: expected an unconditional model"
+            f"the model is conditional ({field}={config.condition_dim}), and compression does not "
+            "store classes or covariates: expected an unconditional model"
         )
     if isinstance(model, LadderVAE):
         return GroupsOfNoise(params)

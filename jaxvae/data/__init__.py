@@ -8,13 +8,14 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
+from jaxvae.data.covariates import Covariates
 from jaxvae.data.dataset import (
     Dataset,
     Images,
     as_examples,
     as_labels,
     expect_labels,
-    expect_no_label_column,
+    expect_no_columns,
     split_every_tenth,
 )
 from jaxvae.data.pictures import Resize
@@ -122,9 +123,11 @@ def load_dataset(
     data_dir: str | Path | None = None,
     manual_dir: str | Path | None = None,
     label_column: str | None = None,
+    covariate_columns: Covariates = None,
     resize: str | tuple[int, int] | None = None,
     crop: bool = False,
     missing: bool = False,
+    unlabelled: bool = False,
 ) -> Dataset:
     """Load a data set as `load_data` does, as a Dataset of images and labels.
 
@@ -133,10 +136,13 @@ def load_dataset(
       data_dir: as in `load_data`.
       manual_dir: as in `load_data`.
       label_column: as in `load_data`.
+      covariate_columns: names of columns of covariates, separated by commas, or the covariates of
+        a run, as for `jaxvae.data.covariates.with_covariates`.
       resize: as in `load_data`.
       crop: as in `load_data`.
       missing: whether entries may be missing: NaN, an empty cell of a .csv file, or null. They are
         NaN in the result.
+      unlabelled: whether classes of a table or AnnData file may be missing: their labels are -1.
 
     Returns:
       The data set.
@@ -148,10 +154,12 @@ def load_dataset(
         raise InputError(f"the data are {name!r}: expected a name, or a path as a string")
     size = Resize.parse(resize, crop)
     if name in ("mnist-5k", "mnist") or name.startswith("tfds:"):
-        expect_no_label_column(label_column, name)
+        expect_no_columns(name, label_column=label_column, covariate_columns=covariate_columns)
         data = _load_named(name, data_dir, manual_dir)
     else:
-        data = _load_path(name, label_column, size, missing=missing)
+        data = _load_path(
+            name, label_column, covariate_columns, size, missing=missing, unlabelled=unlabelled
+        )
     shape = data.train_images.shape[1:]
     if size is not None and shape[:2] != (size.height, size.width):
         raise InputError(
@@ -171,7 +179,13 @@ def _load_named(name: str, data_dir: str | Path | None, manual_dir: str | Path |
 
 
 def _load_path(
-    name: str, label_column: str | None, resize: Resize | None, *, missing: bool
+    name: str,
+    label_column: str | None,
+    covariate_columns: Covariates,
+    resize: Resize | None,
+    *,
+    missing: bool,
+    unlabelled: bool,
 ) -> Dataset:
     from jaxvae.data import files
 
@@ -181,7 +195,13 @@ def _load_path(
             # Pillow and NumPy warn about unusual files, which they then read or refuse.
             warnings.simplefilter("ignore")
             data = files.load_path(
-                Path(name), changes, label_column, missing=missing, resize=resize
+                Path(name),
+                changes,
+                label_column,
+                covariate_columns,
+                missing=missing,
+                unlabelled=unlabelled,
+                resize=resize,
             )
             data = _checked(data, name, missing=missing)
     except OSError as error:
@@ -198,11 +218,12 @@ def as_dataset(data: Any, name: str = "the data", *, missing: bool = False) -> D
     """Convert arrays to a Dataset, and check it.
 
     Args:
-      data: a Dataset; a pair of training and test images, or of (images, labels) each; or images
-        [N, H, W] or [N, H, W, C], of which every tenth becomes a test image. Other examples are
-        arrays [N, features], or [N, ...] of more than four axes. Instead of an array of images or
-        examples, any source with `__len__` and `__getitem__`, such as a data set of Hugging Face,
-        PyTorch or Grain: its items are read into memory as by `sources.read_source`.
+      data: a Dataset; a pair of training and test images, or of (images, labels) each, where labels
+        are classes [N] or covariates [N, covariates]; or images [N, H, W] or [N, H, W, C], of which
+        every tenth becomes a test image. Other examples are arrays [N, features], or [N, ...] of
+        more than four axes. Instead of an array of images or examples, any source with `__len__`
+        and `__getitem__`, such as a data set of Hugging Face, PyTorch or Grain: its items are read
+        into memory as by `sources.read_source`.
       name: name of the data in error messages.
       missing: whether NaN is allowed, as the mark of missing entries.
 
@@ -226,6 +247,7 @@ def as_dataset(data: Any, name: str = "the data", *, missing: bool = False) -> D
         except (TypeError, ValueError) as error:
             raise InputError(f"{name} cannot be read as an array: {error}") from None
         data = Dataset(*pairs[0], *pairs[1]) if len(pairs) == 2 else split_every_tenth(*pairs[0])
+        data = _with_own_covariates(data)
     return _checked(data, name, missing=missing)
 
 
@@ -234,10 +256,29 @@ def _images_and_labels(part: Any, name: str) -> tuple[np.ndarray, np.ndarray | N
     if is_source(part):
         return read_source(part, name)
     labels = None
-    if isinstance(part, tuple) and len(part) == 2 and (part[1] is None or np.ndim(part[1]) == 1):
+    if isinstance(part, tuple) and len(part) == 2 and _are_labels(*part):
         part, labels = part
-        labels = None if labels is None else as_labels(np.asarray(labels), name)
+        if labels is not None:
+            labels = np.asarray(labels)
+            labels = as_labels(labels, name) if labels.ndim == 1 else labels
     return as_examples(np.asarray(part), name), labels
+
+
+def _are_labels(images: Any, labels: Any) -> bool:
+    """Whether the second part of a pair is classes [N], or covariates [N, covariates]."""
+    if labels is None or np.ndim(labels) == 1:
+        return True
+    return np.ndim(labels) == 2 and np.ndim(images) > 1 and len(labels) == len(images)
+
+
+def _with_own_covariates(data: Dataset) -> Dataset:
+    """Move labels of two axes to the covariates."""
+    parts = data.train_labels, data.test_labels
+    if not any(np.ndim(part) == 2 for part in parts if part is not None):
+        return data
+    return data._replace(
+        train_labels=None, test_labels=None, train_covariates=parts[0], test_covariates=parts[1]
+    )
 
 
 def _mnist_5k() -> Dataset:
@@ -283,12 +324,32 @@ def _checked(data: Dataset, name: str, *, missing: bool = False) -> Dataset:
                 "expected uint8, or floats between 0 and 1"
             )
         splits |= {f"{split}_images": images, f"{split}_labels": labels}
+    splits |= _checked_covariates(data, name)
     if splits["train_images"].shape[1:] != splits["test_images"].shape[1:]:
         raise InputError(
             f"{name} has train images of shape {splits['train_images'].shape[1:]} and test images "
             f"of shape {splits['test_images'].shape[1:]}: expected one shape"
         )
     return data._replace(**splits)
+
+
+def _checked_covariates(data: Dataset, name: str) -> dict[str, np.ndarray]:
+    """Check covariates, and convert them to float32."""
+    parts = {"train": data.train_covariates, "test": data.test_covariates}
+    if parts["train"] is None and parts["test"] is None:
+        return {}
+    width = parts["train"].shape[1:] if parts["train"] is not None else ()
+    found = {}
+    for split, x in parts.items():
+        n = len(getattr(data, f"{split}_images"))
+        if x is None or x.shape != (n, *width) or x.ndim != 2:
+            has = "missing" if x is None else f"of shape {x.shape}"
+            raise InputError(
+                f"{name}: the {split} covariates are {has}: expected shape ({n}, covariates), "
+                "with the same number of covariates for all examples"
+            )
+        found[f"{split}_covariates"] = _as_float32(x, f"{name}: {split} covariate", missing=False)
+    return found
 
 
 def _as_float32(examples: np.ndarray, name: str, *, missing: bool) -> np.ndarray:

@@ -6,18 +6,28 @@ from typing import Any
 import numpy as np
 
 from jaxvae.data.arrays import expect_memory, reading
+from jaxvae.data.covariates import Covariates, column_names, expect_columns, with_covariates
 from jaxvae.data.dataset import Dataset, number_classes, split_every_tenth
 from jaxvae.errors import InputError
 
 
-def load_h5ad(path: Path, label_column: str | None, *, missing: bool = False) -> Dataset:
+def load_h5ad(
+    path: Path,
+    label_column: str | None,
+    covariates: Covariates = None,
+    *,
+    missing: bool = False,
+    unlabelled: bool = False,
+) -> Dataset:
     """Load the matrix X of an AnnData file, dense or sparse (CSR or CSC).
 
     Args:
       path: the file.
       label_column: name of the column of `obs` with the classes: a categorical, text or whole
         numbers.
+      covariates: columns of `obs`, as for `with_covariates`.
       missing: whether X may hold NaN, as the mark of missing entries.
+      unlabelled: whether categories may be missing, whose label is -1.
 
     Returns:
       The rows of X as examples, float32 [N, columns], and the labels. Every tenth row is a test
@@ -35,9 +45,11 @@ def load_h5ad(path: Path, label_column: str | None, *, missing: bool = False) ->
         ) from None
     with reading(path), h5py.File(path, "r") as file:
         examples = _matrix(_own(file, "X"))
-        labels = None
+        labels, columns = None, dict[str, np.ndarray]()
         if label_column is not None:
-            labels = _labels(_own(file, "obs"), label_column, path)
+            labels = _labels(_own(file, "obs"), label_column, path, unlabelled=unlabelled)
+        if names := column_names(covariates):
+            columns = _columns(_own(file, "obs"), names, path)
     bad = np.argwhere(~np.isfinite(examples) & ~(missing & np.isnan(examples)))
     if len(bad):
         row, column = bad[0]
@@ -45,7 +57,7 @@ def load_h5ad(path: Path, label_column: str | None, *, missing: bool = False) ->
             f"{path}, row {row + 1}, column {column + 1} of X is NaN or infinite: expected a "
             "finite number"
         )
-    return split_every_tenth(examples, labels)
+    return with_covariates(split_every_tenth(examples, labels), columns, covariates, path)
 
 
 def _own(group: Any, name: str) -> Any:
@@ -86,22 +98,37 @@ def _matrix(x: Any) -> np.ndarray:
     return matrix.astype(np.float32).toarray()
 
 
-def _labels(obs: Any, name: str, path: Path) -> np.ndarray:
+def _labels(obs: Any, name: str, path: Path, *, unlabelled: bool) -> np.ndarray:
     """Read a column of `obs` as class numbers."""
-    columns = sorted(getattr(obs, "keys", tuple)())
-    if name not in columns:
-        raise InputError(
-            f"{path} has no column {name!r} in obs, the label_column: expected one of "
-            f"{', '.join(columns[:10])}{', ...' if len(columns) > 10 else ''}"
-        )
+    expect_columns([name], _names(obs), path, "the label_column", " in obs")
     column = _own(obs, name)
     if not hasattr(column, "keys"):
         text = column.dtype.kind == "O"
         return number_classes(column.asstr()[:] if text else column[:], f"{path}, column {name!r}")
     codes = _own(column, "codes")[:]
-    if (missing := np.flatnonzero(codes < 0)).size:
+    if (missing := np.flatnonzero(codes < 0)).size and not unlabelled:
         raise InputError(
             f"{path}, row {missing[0] + 1}, column {name!r} of obs is missing: expected a class in "
             "every row"
         )
     return codes.astype(np.int64)
+
+
+def _columns(obs: Any, names: tuple[str, ...], path: Path) -> dict[str, np.ndarray]:
+    """Read columns of `obs` as numbers or objects; missing categories are None."""
+    expect_columns(names, _names(obs), path, "one of the covariate_columns", " in obs")
+    found = {}
+    for name in names:
+        column = _own(obs, name)
+        if not hasattr(column, "keys"):
+            found[name] = column.asstr()[:] if column.dtype.kind == "O" else column[:]
+            continue
+        categories = _own(column, "categories")
+        text = categories.asstr()[:] if categories.dtype.kind == "O" else categories[:].astype(str)
+        named = np.array([*text, None], object)
+        found[name] = named[np.where((codes := _own(column, "codes")[:]) < 0, -1, codes)]
+    return found
+
+
+def _names(obs: Any) -> list[str]:
+    return sorted(getattr(obs, "keys", tuple)())

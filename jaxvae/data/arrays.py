@@ -66,11 +66,12 @@ def read_idx(file: BinaryIO) -> np.ndarray:
     return _rest(file, struct.unpack(f">{magic[3]}I", sides), np.dtype(np.uint8))
 
 
-def read_npy(file: BinaryIO) -> np.ndarray:
+def read_npy(file: BinaryIO, kinds: str = "biuf") -> np.ndarray:
     """Read an .npy file of numbers or booleans.
 
     Args:
       file: open at its start.
+      kinds: the kinds of types that are allowed, as of `numpy.dtype.kind`.
 
     Returns:
       The array, of the file's shape and type.
@@ -89,17 +90,20 @@ def read_npy(file: BinaryIO) -> np.ndarray:
     one = np.lib.format.read_magic(header) == (1, 0)
     read = np.lib.format.read_array_header_1_0 if one else np.lib.format.read_array_header_2_0
     shape, by_columns, dtype = read(header)
-    if dtype.kind not in "biuf":
+    if dtype.kind not in kinds:
         raise ValueError(f"not an array of numbers, but of {dtype}")
     return _rest(file, shape, dtype, "F" if by_columns else "C")
 
 
-def read_npz(file: BinaryIO, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+def read_npz(
+    file: BinaryIO, names: tuple[str, ...], texts: tuple[str, ...] = ()
+) -> dict[str, np.ndarray]:
     """Read the named arrays of an .npz file, and ignore its other members.
 
     Args:
       file: open at its start.
-      names: names of the arrays.
+      names: names of arrays of numbers.
+      texts: names of arrays that may also be of text.
 
     Returns:
       The arrays that the file holds, by name.
@@ -112,7 +116,7 @@ def read_npz(file: BinaryIO, names: tuple[str, ...]) -> dict[str, np.ndarray]:
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
         held = [member.filename.removesuffix(".npy") for member in members]
-        for name in set(names) & set(held):
+        for name in {*names, *texts} & set(held):
             if held.count(name) > 1:
                 raise ValueError(f"it holds {name} more than once")
             member = members[held.index(name)]
@@ -120,7 +124,8 @@ def read_npz(file: BinaryIO, names: tuple[str, ...]) -> dict[str, np.ndarray]:
             if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise ValueError(f"{name} is compressed by another method than NumPy's")
             with reading(f"its {name}"), archive.open(member) as array:
-                arrays[name] = read_npy(array)  # type: ignore[arg-type]
+                kinds = "biufU" if name in texts else "biuf"
+                arrays[name] = read_npy(array, kinds)  # type: ignore[arg-type]
     if not arrays:
         raise ValueError(
             f"it holds {', '.join(held[:10]) or 'nothing'}: expected arrays named "

@@ -1,10 +1,13 @@
 """The Dataset type, and the checks that every source of examples shares."""
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from jaxvae.errors import InputError
+
+if TYPE_CHECKING:
+    from jaxvae.data.covariates import Covariate
 
 
 @runtime_checkable
@@ -39,6 +42,10 @@ class Dataset(NamedTuple):
       test_labels: as `train_labels`.
       every_tenth: whether the test images are every tenth of all, as the source has no split.
       columns: names of the features, if the data are a table.
+      train_covariates: covariates of the training examples, float32 [N, covariates], on which a
+        model is conditional; or None.
+      test_covariates: as `train_covariates`.
+      covariates: how columns of the source became the covariates.
     """
 
     train_images: Images
@@ -47,6 +54,26 @@ class Dataset(NamedTuple):
     test_labels: np.ndarray | None
     every_tenth: bool = False
     columns: tuple[str, ...] | None = None
+    train_covariates: np.ndarray | None = None
+    test_covariates: np.ndarray | None = None
+    covariates: "tuple[Covariate, ...]" = ()
+
+    def conditions(self, model: Any, split: str) -> np.ndarray | None:
+        """Return what a model takes as the labels of a split's examples.
+
+        Args:
+          model: the model's configuration.
+          split: "train" or "test".
+
+        Returns:
+          The covariates, float32 [N, covariates]; the classes, int32 [N]; or None, of an
+          unconditional model or without labels.
+        """
+        if model.num_covariates:
+            covariates: np.ndarray | None = getattr(self, f"{split}_covariates")
+            return covariates
+        labels = getattr(self, f"{split}_labels") if model.num_classes else None
+        return None if labels is None else labels.astype(np.int32)
 
 
 def split_every_tenth(images: np.ndarray, labels: np.ndarray | None) -> Dataset:
@@ -192,10 +219,12 @@ def number_classes(classes: np.ndarray, name: object) -> np.ndarray:
     return as_labels(classes.astype(np.int64) if classes.dtype.kind == "b" else classes, name)
 
 
-def expect_no_label_column(label_column: str | None, name: object) -> None:
-    """Raise InputError if a column of classes is named for data without columns."""
-    if label_column is not None:
-        raise InputError(
-            f"label_column is {label_column!r}, but {name} is not a .csv, .tsv, .parquet or .h5ad "
-            "file: leave it out"
-        )
+def expect_no_columns(name: object, **columns: object) -> None:
+    """Raise InputError if columns of classes or covariates are named for data without columns."""
+    for field, given in columns.items():
+        if given:
+            what = repr(given) if isinstance(given, str) else ", ".join(c.name for c in given)  # type: ignore[attr-defined]
+            raise InputError(
+                f"{field} is {what}, but {name} is not a .csv, .tsv, .parquet or .h5ad file: leave "
+                "it out"
+            )

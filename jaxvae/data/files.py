@@ -5,20 +5,21 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from jaxvae.data.arrays import expect_memory, read_idx, read_npy, read_npz, reading
+from jaxvae.data.covariates import Covariates, column_names, with_covariates
 from jaxvae.data.dataset import (
     Dataset,
     as_examples,
     as_images,
     as_labels,
     expect_labels,
-    expect_no_label_column,
+    expect_no_columns,
     split_every_tenth,
 )
 from jaxvae.data.pictures import COLOURED, FORMATS, Resize, read_picture
@@ -38,13 +39,16 @@ def load_path(
     path: Path,
     changes: set[str],
     label_column: str | None = None,
+    covariates: Covariates = None,
     *,
     missing: bool = False,
+    unlabelled: bool = False,
     resize: Resize | None = None,
 ) -> Dataset:
     """Load the images, or other examples, of a file or folder.
 
-    - an .npz file: `x_train`, `x_test` (and `y_train`, `y_test`), or `images` (and `labels`);
+    - an .npz file: `x_train`, `x_test` (and `y_train`, `y_test`), or `images` (and `labels`), and
+      for each covariate NAME: `NAME_train`, `NAME_test`, or `NAME`;
     - an .npy file: images or other examples; one IDX file: images;
     - a .csv, .tsv or .parquet file: an example in each row (`tables.load_table`);
     - an .h5ad file: the rows of X (`anndata.load_h5ad`);
@@ -67,7 +71,10 @@ def load_path(
       path: the file or folder.
       changes: set to which conversions of pictures are added, as in `read_picture`.
       label_column: the column of classes of a table or AnnData file.
+      covariates: columns of a table or AnnData file, or arrays of an .npz file, as for
+        `covariates.with_covariates`.
       missing: whether numbers of a table or AnnData file may be missing, which makes them NaN.
+      unlabelled: whether its classes may be missing, which makes the labels -1.
       resize: resizes the pictures of a folder; not used for other formats.
 
     Returns:
@@ -75,7 +82,8 @@ def load_path(
 
     Raises:
       InputError: the path does not exist or has another format; a picture has more than 2^24
-        pixels; an array is larger than this machine's memory; `label_column` for another format.
+        pixels; an array is larger than this machine's memory; `label_column` or `covariates` for
+        another format.
     """
     if not path.exists():
         raise InputError(
@@ -86,17 +94,20 @@ def load_path(
     if path.is_file() and path.suffix in (".csv", ".tsv", ".parquet"):
         from jaxvae.data.tables import load_table
 
-        return load_table(path, label_column, missing=missing)
+        return load_table(path, label_column, covariates, missing=missing, unlabelled=unlabelled)
     if path.is_file() and path.suffix == ".h5ad":
         from jaxvae.data.anndata import load_h5ad
 
-        return load_h5ad(path, label_column, missing=missing)
-    expect_no_label_column(label_column, path)
+        return load_h5ad(path, label_column, covariates, missing=missing, unlabelled=unlabelled)
+    expect_no_columns(path, label_column=label_column)
+    if path.is_file() and path.suffix == ".npz":
+        return _load_numpy(path, covariates)
+    expect_no_columns(path, covariate_columns=covariates)
     if path.is_dir():
         return _load_folder(path, changes, resize)
     if not path.is_file():
         raise InputError(f"{path} is neither a file nor a folder: expected one of them")
-    if path.suffix in (".npz", ".npy"):
+    if path.suffix == ".npy":
         return _load_numpy(path)
     return split_every_tenth(as_images(_read_idx(path), path), None)
 
@@ -150,25 +161,43 @@ def _write_pictures(folder: Path, images: np.ndarray) -> None:
         raise
 
 
-def _load_numpy(path: Path) -> Dataset:
+def _load_numpy(path: Path, covariates: Covariates = None) -> Dataset:
+    wanted = column_names(covariates)
+    texts = [f"{name}{split}" for name in wanted for split in ("_train", "_test", "")]
     with reading(path), path.open("rb") as file:
         if file.read(2) != b"PK":  # the first bytes of a zip file
             file.seek(0)
             arrays = {"images": read_npy(file)}
         else:
-            arrays = read_npz(file, (*_KERAS, "images", "labels"))
+            arrays = read_npz(file, (*_KERAS, "images", "labels"), tuple(texts))
+        given = {name: np.array(arrays.pop(name).tolist()) for name in texts if name in arrays}
     labels = {name: as_labels(arrays[name], path) for name in arrays if name[0] in "ly"}
+
+    def with_given(data: Dataset, splits: Mapping[str, int]) -> Dataset:
+        columns = {}
+        for name in wanted:
+            for split, n in splits.items():
+                shape = getattr(given.get(name + split), "shape", None)
+                if shape != (n,):
+                    raise InputError(
+                        f"{path} has {f'shape {shape} of' if shape else 'no'} {name + split}: "
+                        f"expected an array of shape ({n},), a covariate of each example"
+                    )
+            columns[name] = np.concatenate([given[name + split] for split in splits])
+        return with_covariates(data, columns, covariates, path)
+
     if {"x_train", "x_test"} <= set(arrays):
-        return Dataset(
+        data = Dataset(
             as_examples(arrays["x_train"], path),
             labels.get("y_train"),
             as_examples(arrays["x_test"], path),
             labels.get("y_test"),
         )
+        return with_given(data, {"_train": len(data.train_images), "_test": len(data.test_images)})
     if "images" in arrays:
         images = as_examples(arrays["images"], path)
         expect_labels(images, labels.get("labels"), f"{path} has")
-        return split_every_tenth(images, labels.get("labels"))
+        return with_given(split_every_tenth(images, labels.get("labels")), {"": len(images)})
     raise InputError(
         f"{path} holds {', '.join(sorted(arrays))}: expected arrays named "
         "x_train and x_test, or images"

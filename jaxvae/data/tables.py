@@ -11,6 +11,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from jaxvae.data.arrays import expect_memory, reading
+from jaxvae.data.covariates import Covariates, column_names, expect_columns, with_covariates
 from jaxvae.data.dataset import Dataset, number_classes, split_every_tenth
 from jaxvae.errors import InputError
 from jaxvae.storage import write_atomic
@@ -19,7 +20,14 @@ _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _MOST_HEADER = 2**24  # characters
 
 
-def load_table(path: Path, label_column: str | None, *, missing: bool = False) -> Dataset:
+def load_table(
+    path: Path,
+    label_column: str | None,
+    covariates: Covariates = None,
+    *,
+    missing: bool = False,
+    unlabelled: bool = False,
+) -> Dataset:
     """Load a table of numbers: a .csv, .tsv or .parquet file.
 
     The first line of a text file is its header, unless all of its cells are numbers or empty; the
@@ -29,7 +37,10 @@ def load_table(path: Path, label_column: str | None, *, missing: bool = False) -
       path: the file.
       label_column: name of the column of classes, whole numbers or text, which is not a part of
         the examples. Text is numbered in alphabetical order.
+      covariates: columns of covariates, as for `with_covariates`, which are not a part of the
+        examples either.
       missing: whether numbers may be missing: an empty cell, NaN or null, which becomes NaN.
+      unlabelled: whether the column of classes may have empty cells, whose label is -1.
 
     Returns:
       The examples, float32 [N, columns], and the labels. Every tenth row is a test example.
@@ -45,15 +56,14 @@ def load_table(path: Path, label_column: str | None, *, missing: bool = False) -
         raise InputError(f"{path} has two columns named {twice!r}: expected different names")
     if not table.num_rows:
         raise InputError(f"{path} has no rows: expected an example in each row")
-    labels = None
+    labels, of_labels = None, [] if label_column is None else [label_column]
+    expect_columns(of_labels, names, path, "the label_column")
+    expect_columns(column_names(covariates), names, path, "one of the covariate_columns")
     if label_column is not None:
-        if label_column not in names:
-            raise InputError(
-                f"{path} has no column {label_column!r}, the label_column: expected one of "
-                f"{', '.join(names[:10])}{', ...' if len(names) > 10 else ''}"
-            )
-        labels = _labels(table[label_column], f"{path}, column {label_column!r}")
-        names.remove(label_column)
+        name = f"{path}, column {label_column!r}"
+        labels = _labels(table[label_column], name, unlabelled=unlabelled)
+    columns = {name: _values(table[name]) for name in column_names(covariates)}
+    names = [name for name in names if name not in (*of_labels, *columns)]
     if not names:
         raise InputError(f"{path} has no column of numbers: expected at least one")
     with reading(path):
@@ -61,7 +71,8 @@ def load_table(path: Path, label_column: str | None, *, missing: bool = False) -
         examples = np.empty((table.num_rows, len(names)), np.float32)
     for i, name in enumerate(names):
         examples[:, i] = _numbers(table[name], name, path, missing=missing)
-    return split_every_tenth(examples, labels)._replace(columns=tuple(names))
+    data = split_every_tenth(examples, labels)._replace(columns=tuple(names))
+    return with_covariates(data, columns, covariates, path)
 
 
 def write_table(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -150,7 +161,10 @@ def _numbers(column: pa.ChunkedArray, name: str, path: Path, *, missing: bool) -
     else:
         cells = column.to_pylist()
         bad = np.array([i for i, cell in enumerate(cells) if not _is_number(cell)] or [0])
-        remedy = "; if it is a column of classes, give its name as label_column (--label-column)"
+        remedy = (
+            "; if it is a column of classes, give its name as label_column (--label-column); of a "
+            "covariate, as covariate_columns (--covariate-columns)"
+        )
     if not bad.size:
         return numbers
     cell = column[int(bad[0])].as_py()
@@ -158,6 +172,14 @@ def _numbers(column: pa.ChunkedArray, name: str, path: Path, *, missing: bool) -
     raise InputError(
         f"{path}, row {bad[0] + 1}, column {name!r} {holds}: expected a finite number{remedy}"
     )
+
+
+def _values(column: pa.ChunkedArray) -> np.ndarray:
+    """Convert a column to numbers, in which NaN is missing, or to objects."""
+    kind = column.type
+    if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+        return column.to_numpy().astype(np.float64)
+    return np.array(column.to_pylist(), object)
 
 
 def _is_number(cell: Any) -> bool:
@@ -168,9 +190,17 @@ def _is_number(cell: Any) -> bool:
     return True
 
 
-def _labels(column: pa.ChunkedArray, name: str) -> np.ndarray:
+def _labels(column: pa.ChunkedArray, name: str, *, unlabelled: bool) -> np.ndarray:
     cells = column.to_pylist()
-    empty = next((i for i, cell in enumerate(cells) if cell is None or cell == ""), None)
-    if empty is not None:
-        raise InputError(f"{name}, row {empty + 1} is empty: expected a class in every row")
-    return number_classes(np.asarray(cells), name)
+    empty = np.array([cell is None or cell == "" or cell != cell for cell in cells])
+    if empty.any() and not unlabelled:
+        raise InputError(
+            f"{name}, row {np.argmax(empty) + 1} is empty: expected a class in every row"
+        )
+    labels = np.full(len(cells), -1, np.int64)
+    if not empty.all():
+        classes = np.asarray([cell for cell, no in zip(cells, empty, strict=True) if not no])
+        if empty.any() and classes.dtype.kind == "f" and (classes == classes.round()).all():
+            classes = classes.astype(np.int64)  # whole numbers beside empty cells are floats
+        labels[~empty] = number_classes(classes, name)
+    return labels

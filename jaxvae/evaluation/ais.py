@@ -21,14 +21,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, ArrayLike, Float, Int, Integer, Key, Num
+from jaxtyping import Array, ArrayLike, Float, Int, Key, Num
 
 from jaxvae.devices.convolution import block_size, in_blocks
 from jaxvae.errors import InputError
 from jaxvae.models.codebooks import is_discrete
 from jaxvae.models.distributions import UnitGaussian
 from jaxvae.models.protocols import Likelihood, Prior
-from jaxvae.models.vae import Params, expected_images, expected_labels, prior
+from jaxvae.models.vae import Labels, Params, expected_images, expected_labels, prior
 from jaxvae.objectives import example_keys, numbered_keys
 from jaxvae.validation import AnyKey, jit, scale_images, whole_number
 
@@ -60,7 +60,7 @@ def ais(
     key: AnyKey,
     images: Num[ArrayLike, "batch height width channels"],
     num_steps: int = 1000,
-    labels: Integer[ArrayLike, " batch"] | None = None,
+    labels: Labels = None,
     *,
     num_chains: int = 16,
     num_leapfrog: int = 10,
@@ -83,7 +83,7 @@ def ais(
       images: float32 in [0, 1], or uint8.
       num_steps: T, the number of steps from the prior to the posterior. With 1 the estimate is
         importance sampling with the prior as the proposal.
-      labels: classes of the images, if the model is conditional.
+      labels: classes or covariates of the images, if the model is conditional.
       num_chains: K, the number of chains for each image.
       num_leapfrog: leapfrog steps of a transition.
 
@@ -112,7 +112,7 @@ def bidirectional_ais(
     key: AnyKey,
     n: int,
     num_steps: int = 1000,
-    labels: Integer[ArrayLike, " n"] | None = None,
+    labels: Labels = None,
     *,
     num_chains: int = 16,
     num_leapfrog: int = 10,
@@ -130,7 +130,8 @@ def bidirectional_ais(
       key: a PRNG key, or [n] keys, one for each image.
       n: number of images.
       num_steps: as in `ais`.
-      labels: classes of the images, if the model is conditional; None: all classes in turn.
+      labels: classes or covariates of the images, if the model is conditional; None: all
+        classes in turn.
       num_chains: chains for each image and direction.
       num_leapfrog: as in `ais`.
 
@@ -155,7 +156,7 @@ def bidirectional_ais(
     z = _draws(p_z, z_keys)
 
     def generate(
-        key: Key[Array, ""], z: Float[Array, " latent"], label: Integer[Array, ""] | None
+        key: Key[Array, ""], z: Float[Array, " latent"], label: Num[Array, "*covariates"] | None
     ) -> Float[Array, "height width channels"]:
         return likelihood(z[None], None if label is None else label[None]).sample(key)[0]
 
@@ -216,7 +217,7 @@ class _Chains:
     prior: Prior
     likelihood: Callable[..., Likelihood]
     images: Float[Array, "batch height width channels"]
-    labels: Integer[Array, " batch"] | None
+    labels: Num[Array, " batch *covariates"] | None
     params: Params
     num_leapfrog: int
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, ArrayLike, Float, Integer, Key, Num, UInt32
+from jaxtyping import Array, ArrayLike, Float, Key, Num, UInt32
 
 from jaxvae.data import Dataset
 from jaxvae.devices.convolution import in_blocks
@@ -24,11 +24,14 @@ from jaxvae.models.codebooks import codebook_of, is_discrete
 from jaxvae.models.discrete import perplexity
 from jaxvae.models.distributions import Gaussian
 from jaxvae.models.vae import (
+    Labels,
     Params,
+    classify,
     decode,
     encode_observed,
     expected_images,
     expected_labels,
+    known_classes,
     prior,
     with_size_of,
 )
@@ -38,12 +41,12 @@ from jaxvae.validation import jit
 _BLOCK = 1000  # images at once, which bounds memory
 
 
-@jit(static_argnames="axis_name", missing=True)
+@jit(static_argnames="axis_name", missing=True, unlabelled=True)
 def evaluate(
     params: Params,
     key: Key[Array, "..."] | UInt32[ArrayLike, "..."],
     images: Num[ArrayLike, " n *shape"],
-    labels: Integer[ArrayLike, " n"] | None = None,
+    labels: Labels = None,
     *,
     axis_name: str | None = None,
 ) -> dict[str, Float[Array, ""]]:
@@ -53,7 +56,7 @@ def evaluate(
       params: the model.
       key: PRNG key.
       images: float32 in [0, 1], or uint8.
-      labels: classes of the images, if the model is conditional.
+      labels: classes or covariates of the images, if the model is conditional.
       axis_name: axis of the `pmap` or `shard_map` over which the images are split. Each device is
         given all images and takes its own part, n / devices of them.
 
@@ -64,7 +67,7 @@ def evaluate(
       InputError: images of another shape than the model's.
     """
     images = expected_images(params, images)
-    labels = expected_labels(params, labels, len(images))
+    labels = known_classes(params, images, expected_labels(params, labels, len(images)))
     examples = own_part((example_keys(key, len(images)), images, labels), axis_name)
     terms = in_blocks(lambda block: elbo(params, *block), examples, _BLOCK)
     means = {name: jnp.mean(values) for name, values in terms._asdict().items()}
@@ -74,12 +77,12 @@ def evaluate(
     return {"loss": -value, "elbo": value, **means}
 
 
-@jit(static_argnames=("num_samples", "axis_name"), missing=True)
+@jit(static_argnames=("num_samples", "axis_name"), missing=True, unlabelled=True)
 def mean_log_likelihood(
     params: Params,
     key: Key[Array, "..."] | UInt32[ArrayLike, "..."],
     images: Num[ArrayLike, " n *shape"],
-    labels: Integer[ArrayLike, " n"] | None = None,
+    labels: Labels = None,
     *,
     num_samples: int,
     axis_name: str | None = None,
@@ -90,7 +93,7 @@ def mean_log_likelihood(
       params: the model.
       key: PRNG key.
       images: float32 in [0, 1], or uint8.
-      labels: classes of the images, if the model is conditional.
+      labels: classes or covariates of the images, if the model is conditional.
       num_samples: importance samples per image.
       axis_name: as in `evaluate`.
 
@@ -98,7 +101,7 @@ def mean_log_likelihood(
       The mean, in nats per image.
     """
     images = expected_images(params, images)
-    labels = expected_labels(params, labels, len(images))
+    labels = known_classes(params, images, expected_labels(params, labels, len(images)))
     examples = own_part((example_keys(key, len(images)), images, labels), axis_name)
 
     def estimate(block: tuple[Array, Array, Array | None]) -> Float[Array, " block"]:
@@ -109,12 +112,12 @@ def mean_log_likelihood(
     return lax.pmean(mean, axis_name) if axis_name else mean
 
 
-@jit(missing=True)
+@jit(missing=True, unlabelled=True)
 def kl_per_group(
     params: Params,
     key: Key[Array, "..."] | UInt32[ArrayLike, "..."],
     images: Num[ArrayLike, " n *shape"],
-    labels: Integer[ArrayLike, " n"] | None = None,
+    labels: Labels = None,
 ) -> Float[Array, " groups"]:
     """Compute the mean KL of every group of a hierarchy, given samples of the groups above.
 
@@ -122,13 +125,13 @@ def kl_per_group(
       params: a model with the network "ladder".
       key: PRNG key.
       images: float32 in [0, 1], or uint8.
-      labels: classes of the images, if the model is conditional.
+      labels: classes or covariates of the images, if the model is conditional.
 
     Returns:
       E[KL(q(z_g | z_<g, x) || p(z_g | z_<g))] of each group, from the top down, in nats per image.
     """
     images = expected_images(params, images)
-    labels = expected_labels(params, labels, len(images))
+    labels = known_classes(params, images, expected_labels(params, labels, len(images)))
 
     def of_block(block: tuple[Array, Array, Array | None]) -> Float[Array, "block groups"]:
         kl = draw(params, *block).kl_per_group
@@ -152,14 +155,13 @@ def examine(params: Params, key: Key[Array, ""], data: Dataset) -> dict[str, Any
       `mutual_information` and `marginal_kl`, in nats per image, if the posterior is Gaussian;
       `active_units`, or of a hierarchy `kl_per_group`, in nats per image, or of discrete latents
       `code_perplexity`, the effective number of codes in use; `reconstruction_error`, the mean
-      square per pixel; and, if there are labels of at least two classes, the accuracies
+      square per pixel; `classifier_accuracy` of a model with a classifier, on the test images with
+      a label; and, if there are labels of at least two classes, the accuracies
       of `jaxvae.evaluation.metrics.latent_probe`.
     """
     images = jnp.asarray(data.test_images)
-    labels, train_labels = (
-        jnp.asarray(labels, jnp.int32) if params.config.num_classes else None
-        for labels in (data.test_labels, data.train_labels)
-    )
+    labels, train_labels = (data.conditions(params.config, split) for split in ("test", "train"))
+    labels = known_classes(params, images, labels)
     posterior = encode_observed(params, images, labels)
     found: dict[str, Any] = {}
     if isinstance(posterior, Gaussian):
@@ -177,18 +179,21 @@ def examine(params: Params, key: Key[Array, ""], data: Dataset) -> dict[str, Any
         found["active_units"] = int(jnp.sum(variance > ACTIVE))
     means = with_size_of(images, decode(params, posterior.center, labels)).mean
     found["reconstruction_error"] = float(jnp.nanmean(reconstruction_error(images, means)))
-    if (
-        data.train_labels is not None
-        and data.test_labels is not None
-        and np.ptp(data.train_labels) > 0
-    ):
-        train_images = jnp.asarray(data.train_images)
+    if data.train_labels is None or data.test_labels is None:
+        return found
+    known, test_known = data.train_labels >= 0, data.test_labels >= 0
+    if params.config.classifier and test_known.any():
+        right = jnp.argmax(classify(params, images), axis=1) == data.test_labels
+        found["classifier_accuracy"] = float(np.mean(right[test_known]))
+    if test_known.any() and known.any() and np.ptp(data.train_labels[known]) > 0:
+        train_images = jnp.asarray(data.train_images)[known]
+        train_labels = None if train_labels is None else train_labels[known]
         train_mean = encode_observed(params, train_images, train_labels).center
         probe = latent_probe(
             np.asarray(train_mean),
-            data.train_labels,
-            np.asarray(posterior.center),
-            data.test_labels,
+            data.train_labels[known],
+            np.asarray(posterior.center)[test_known],
+            data.test_labels[test_known],
         )
         found |= probe._asdict()
     return found

@@ -5,10 +5,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, ArrayLike, Float, Int, Integer, Key, Num
+from jaxtyping import Array, ArrayLike, Float, Int, Key, Num
 
 from jaxvae.models.protocols import Likelihood
 from jaxvae.models.vae import (
+    Labels,
     Params,
     decode,
     encode,
@@ -41,7 +42,7 @@ def impute(
     key: AnyKey,
     images: Num[ArrayLike, " batch *shape"],
     num_samples: int = 1000,
-    labels: Integer[ArrayLike, " batch"] | None = None,
+    labels: Labels = None,
     *,
     num_draws: int = 1,
 ) -> Imputation:
@@ -62,7 +63,7 @@ def impute(
       images: as in `jaxvae.encode`, with NaN in place of missing entries: floats, of images in
         [0, 1].
       num_samples: number K of importance samples.
-      labels: classes of the images, if the model is conditional.
+      labels: classes or covariates of the images, if the model is conditional.
       num_draws: number of draws.
 
     Returns:

@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, ArrayLike, Float, Int, Integer, Num
+from jaxtyping import Array, ArrayLike, Float, Int, Num
 
-from jaxvae.models.vae import Params, encode, expected_images, expected_labels
+from jaxvae.models.vae import Labels, Params, encode, expected_images, expected_labels
 from jaxvae.objectives import draw_at, example_keys, numbered_keys
 from jaxvae.validation import AnyKey, jit, whole_number
 
@@ -16,7 +16,7 @@ def log_likelihood(
     key: AnyKey,
     images: Num[ArrayLike, " batch *shape"],
     num_samples: int = 5000,
-    labels: Integer[ArrayLike, " batch"] | None = None,
+    labels: Labels = None,
 ) -> Float[Array, " batch"]:
     """Estimate log p(x) by importance sampling, with the posterior as the proposal.
 
@@ -30,7 +30,7 @@ def log_likelihood(
       key: a PRNG key, or [batch] keys, one for each image.
       images: float32 in [0, 1], or uint8.
       num_samples: K.
-      labels: classes of the images, if the model is conditional.
+      labels: classes or covariates of the images, if the model is conditional.
 
     Returns:
       log p(x) of each image, in nats.

@@ -68,12 +68,17 @@ def page(params: Params, data: Dataset, title: str) -> str:
 
     Raises:
       InputError: the decoder has an operation that `program` cannot translate, or the model is not
-        of images.
+        of images, or has covariates.
     """
     if not is_image(params.config.image_shape):
         raise InputError(
             "the explorer shows images, but the examples of this model have shape "
             f"{params.config.image_shape}: use `jaxvae figures` instead"
+        )
+    if params.config.num_covariates:
+        raise InputError(
+            "the explorer has no controls for the covariates of this model: use `jaxvae figures` "
+            "instead"
         )
     program = decoder_program(params)
     count = min(len(data.test_images), _IMAGES)

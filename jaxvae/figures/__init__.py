@@ -40,7 +40,8 @@ def draw_all(
 
     A figure that fails is skipped with a warning of the category `jaxvae.errors.NotDrawn`. Figures
     that need continuous latents are left out for a model with discrete ones, and grids of images
-    for a model of other examples.
+    for a model of other examples. Grids that have no test images to take covariates from are left
+    out for a model with covariates.
 
     Args:
       folder: created if it does not exist.
@@ -61,7 +62,7 @@ def draw_all(
         figures = {f"manifold_{n}": partial(manifold, params, n) for n in (15, 20)}
     figures |= {
         "reconstructions": partial(reconstructions, params, data),
-        "samples": partial(samples, params, key),
+        "samples": partial(samples, params, key, data),
         "traversals": partial(traversals, params, data),
         "interpolations": partial(interpolations, params, data),
         "latents": partial(latents, params, data),
@@ -76,9 +77,9 @@ def draw_all(
         figures = {name: figures[name] for name in drawn}
         if drawn:
             figures["traversals"] = partial(traversal_lines, params, data)
-    if hasattr(params.model, "groups"):
+    if hasattr(params.model, "groups") and not params.config.num_covariates:
         figures["levels"] = partial(levels, params, key)
-    if params.config.num_classes and image:
+    if params.config.num_classes and params.config.conditional("decoder") and image:
         figures["classes"] = partial(classes, params, key)
     if history:
         figures["training"] = partial(training, history, params.config.noun)

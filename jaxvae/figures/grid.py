@@ -3,6 +3,7 @@
 import math
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -150,12 +151,22 @@ def _means(params: Params, z: jax.Array, labels: jax.Array | None = None) -> jax
     return decode_coordinates(params, z, labels).mean
 
 
+def in_turn(params: Params, labels: Any, n: int) -> jax.Array | None:
+    """Return n labels for samples: the given covariates in turn, or None of any other model."""
+    if not params.config.num_covariates:
+        return None
+    return jnp.asarray(labels[np.arange(n) % len(labels)])
+
+
 def has_plane(params: Params) -> bool:
     """Return whether to draw the plane of the first two latents.
 
-    Codes and hierarchies have none that is of use, and examples other than images are not drawn.
+    Codes and hierarchies have none that is of use, examples other than images are not drawn, and a
+    model with covariates has a plane for each value of them.
     """
     config = params.config
+    if config.num_covariates:
+        return False
     continuous = not is_discrete(config) and not hasattr(params.model, "groups")
     return continuous and is_image(config.image_shape)
 

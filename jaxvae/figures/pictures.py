@@ -10,13 +10,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from jaxvae.data import Dataset
-from jaxvae.figures.grid import coordinate_prior, coordinates, latent_grid, means, plane
+from jaxvae.figures.grid import coordinate_prior, coordinates, in_turn, latent_grid, means, plane
 from jaxvae.figures.style import image_grid
 from jaxvae.models.distributions import UnitGaussian
 from jaxvae.models.protocols import Posterior, Prior
 from jaxvae.models.vae import (
     Params,
     encode_observed,
+    known_classes,
 )
 from jaxvae.validation import scale_images
 
@@ -89,20 +90,22 @@ def unusual(params: Params, most: np.ndarray, least: np.ndarray) -> Figure:
     return figure
 
 
-def samples(params: Params, key: jax.Array, rows: int = 10) -> Figure:
+def samples(params: Params, key: jax.Array, data: Dataset, rows: int = 10) -> Figure:
     """Draw the decoder's means of samples from the prior.
 
     Args:
       params: the model.
       key: PRNG key of the samples.
+      data: with covariates, the samples have those of its first test images.
       rows: number of rows, and of columns.
 
     Returns:
       The figure.
     """
-    labels = jnp.arange(rows * rows) % max(params.config.num_classes, 1)
-    z = draws_of(coordinate_prior(params), key, rows * rows)
-    images = means(params, z, labels if params.config.num_classes else None)
+    labels = in_turn(params, data.conditions(params.config, "test"), rows * rows)
+    if params.config.num_classes:
+        labels = jnp.arange(rows * rows) % params.config.num_classes
+    images = means(params, draws_of(coordinate_prior(params), key, rows * rows), labels)
     title = f"{rows * rows} samples from the prior (decoder means)"
     return image_grid(images, rows, title)[0]
 
@@ -282,7 +285,7 @@ def interpolations(params: Params, data: Dataset, pairs: int = 4, columns: int =
     t = jnp.linspace(0, 1, columns - 2)
     names = [*ways] * len(ends)
     z = [way(*center[i : i + 2], t) for i in range(0, ends.size, 2) for way in ways.values()]
-    of_rows = None if labels is None else jnp.repeat(labels[::2], len(ways) * len(t))
+    of_rows = None if labels is None else jnp.repeat(labels[::2], len(ways) * len(t), axis=0)
     between = means(params, jnp.concatenate(z), of_rows).reshape(
         len(names), len(t), *images[0].shape
     )
@@ -352,7 +355,7 @@ def activity(posterior: Posterior) -> tuple[jax.Array, np.ndarray]:
 
 
 def labels_of(params: Params, data: Dataset, chosen: np.ndarray) -> jax.Array | None:
-    """Return the labels of some test images, as a conditional model takes them.
+    """Return the classes or covariates of some test images, as a conditional model takes them.
 
     Args:
       params: the model.
@@ -360,11 +363,13 @@ def labels_of(params: Params, data: Dataset, chosen: np.ndarray) -> jax.Array | 
       chosen: indices of the test images, [N].
 
     Returns:
-      The labels, int32 [N]; None if the model is unconditional or there are no labels.
+      The labels; None if the model is unconditional or there are no labels.
     """
-    if not params.config.num_classes or data.test_labels is None:
+    labels = data.conditions(params.config, "test")
+    if labels is None:
         return None
-    return jnp.asarray(data.test_labels[chosen], jnp.int32)
+    known: jax.Array = known_classes(params, data.test_images[chosen], jnp.asarray(labels[chosen]))
+    return known
 
 
 def _coordinate(x: float) -> str:

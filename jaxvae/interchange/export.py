@@ -7,7 +7,8 @@
     sampler   keys [b, 2], 64 random bits for each image, uint32
               -> the decoder's mean at a sample from the prior, [b, height, width, channels]
 
-The batch size b is at least 1. Conditional models take labels [b], int32, as the last argument.
+The batch size b is at least 1. Conditional models take labels [b], int32,
+or covariates [b, c], float32, as the last argument.
 The parameters are constants of the functions.
 
 docs/export.md describes the contents of each file and how other programs read it.
@@ -188,7 +189,12 @@ def _functions(params: Params) -> dict[str, _Function]:
     images = {"images": shape(config.image_shape, jnp.float32)}
     latents = {"latents": shape((config.latent_dim,), jnp.float32)}
     keys = {"keys": shape((2,), jnp.uint32)}
-    labels = {"labels": shape((), jnp.int32)} if config.num_classes else {}
+    condition = shape((), jnp.int32)
+    if config.num_covariates:
+        condition = shape((config.num_covariates,), jnp.float32)
+    of_encoder, of_decoder = (
+        {"labels": condition} if config.conditional(part) else {} for part in ("encoder", "decoder")
+    )
 
     # Only the parameters that each function needs, as all of them are exported. The posterior of a
     # hierarchy shares the decoder's path.
@@ -212,14 +218,14 @@ def _functions(params: Params) -> dict[str, _Function]:
         z = jax.vmap(lambda key: prior(params).sample(key, 1)[0])(own)
         return decoder(z, *labels)
 
-    like = jax.eval_shape(encode, params, *_of_batch(1, _Function(encode, images | labels, ())))
+    like = jax.eval_shape(encode, params, *_of_batch(1, _Function(encode, images | of_encoder, ())))
     encoded = ("mean", "log_var", *(("center",) if isinstance(like, FlowPosterior) else ()))
     if is_discrete(config):
         encoded = "codes", "center"
     return {
-        "encoder": _Function(encoder, images | labels, encoded),
-        "decoder": _Function(decoder, latents | labels, ("mean",)),
-        "sampler": _Function(sampler, keys | labels, ("mean",)),
+        "encoder": _Function(encoder, images | of_encoder, encoded),
+        "decoder": _Function(decoder, latents | of_decoder, ("mean",)),
+        "sampler": _Function(sampler, keys | of_decoder, ("mean",)),
     }
 
 
@@ -299,6 +305,8 @@ def _difference(function: _Function, content: bytes, config: ModelConfig) -> str
         "latents": lambda shape: rng.normal(size=shape).astype(np.float32),
         "labels": lambda shape: np.arange(*shape, dtype=np.int32) % config.num_classes,
     }
+    if config.num_covariates:
+        draw["labels"] = draw["latents"]
     given = {name: draw[name]((3, *x.shape)) for name, x in function.inputs.items()}
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     theirs = session.run(None, given)

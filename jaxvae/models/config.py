@@ -5,6 +5,9 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Num
 
 from jaxvae.components import Config, Registry
 from jaxvae.errors import ComponentNeeded, InputError, either, shown
@@ -27,8 +30,9 @@ from jaxvae.models.posteriors import DiagonalGaussian
 from jaxvae.models.priors import Mixture, StandardNormal, Vamp
 from jaxvae.models.quantization import FiniteScalarQuantization, VectorQuantization
 from jaxvae.models.tables import Categorical, MixedColumns, StudentT
-from jaxvae.validation import is_image, whole_number
+from jaxvae.validation import at_least_float32, expect_bool, expect_one_of, is_image, whole_number
 
+CONDITIONS = ("both", "encoder", "decoder")
 DTYPES = ("float32", "bfloat16")
 
 NETWORKS: Registry[Any] = Registry(
@@ -109,6 +113,11 @@ class ModelConfig(Config):
       num_classes: number of classes of a class-conditional model; 0: unconditional.
       compute_dtype: "float32", or "bfloat16" for mixed precision: layers compute in bfloat16;
         parameters, gradients and the terms of the ELBO stay float32.
+      num_covariates: number of covariates, numbers on which the model is conditional in place of a
+        class; a category is one-hot columns.
+      conditions: the networks that take class or covariates: "both", "encoder" or "decoder".
+      classifier: whether a class-conditional model also has a classifier q(y|x), for the objective
+        "m2": another encoder of the network, whose means are the logits.
     """
 
     image_shape: tuple[int, ...] = (28, 28, 1)
@@ -119,6 +128,9 @@ class ModelConfig(Config):
     posterior: Any = "gaussian"
     num_classes: int = 0
     compute_dtype: str = "float32"
+    num_covariates: int = 0
+    conditions: str = "both"
+    classifier: bool = False
 
     _registries: ClassVar[Mapping[str, Registry[Any]]] = {
         "network": NETWORKS,
@@ -138,7 +150,14 @@ class ModelConfig(Config):
         set_field = object.__setattr__
         set_field(self, "image_shape", shape)
         set_field(self, "latent_dim", whole_number("latent_dim", self.latent_dim))
-        set_field(self, "num_classes", whole_number("num_classes", self.num_classes, least=0))
+        for name in ("num_classes", "num_covariates"):
+            set_field(self, name, whole_number(name, getattr(self, name), least=0))
+        if self.num_classes and self.num_covariates:
+            raise InputError(
+                f"num_classes is {self.num_classes} and num_covariates {self.num_covariates}: "
+                "expected one of them to be 0; a class can be one-hot columns of the covariates"
+            )
+        expect_one_of("conditions", self.conditions, CONDITIONS)
         if self.compute_dtype not in DTYPES:
             raise InputError(
                 f"compute_dtype is {shown(self.compute_dtype)}: expected {either(DTYPES)}"
@@ -170,6 +189,25 @@ class ModelConfig(Config):
         for part in (self.network, self.posterior, self.prior):
             if hasattr(part, "validate"):
                 part.validate(self)
+        expect_bool("classifier", self.classifier)
+        if self.classifier:
+            self._expect_classifier()
+
+    def _expect_classifier(self) -> None:
+        if self.num_classes < 2:
+            raise InputError(
+                f"classifier is true, but num_classes is {self.num_classes}: expected at least 2"
+            )
+        if not isinstance(self.network, MLP | Conv | Residual):
+            raise InputError(
+                f"classifier is true, but the network is {NETWORKS.spec(self.network)!r}, whose "
+                "encoder is no classifier: expected 'mlp', 'conv' or 'residual'"
+            )
+        if hasattr(self.posterior, "codebook"):
+            raise InputError(
+                "classifier is true, but the latents are codes: expected the posterior 'gaussian' "
+                "or 'iaf'"
+            )
 
     def with_image_shape(self, image_shape: tuple[int, ...]) -> Self:
         """Return the configuration for images of another shape, on which a ladder's latents depend.
@@ -197,6 +235,30 @@ class ModelConfig(Config):
         if hasattr(self.likelihood, "outputs_per_pixel"):
             return *places, self.likelihood.outputs_per_pixel(channels)
         return *places, channels * self.likelihood.outputs_per_channel
+
+    @property
+    def condition_dim(self) -> int:
+        """Width of what the networks take of a class or of covariates; 0: unconditional."""
+        return self.num_classes or self.num_covariates
+
+    def conditional(self, part: str) -> bool:
+        """Whether a network, "encoder" or "decoder", takes the class or the covariates."""
+        return self.condition_dim > 0 and self.conditions in ("both", part)
+
+    def condition(
+        self, part: str, labels: Num[Array, " batch *covariates"] | None
+    ) -> tuple[Float[Array, "batch condition"], ...]:
+        """Return the further arguments of a network: one-hot classes, or covariates, or none.
+
+        Args:
+          part: "encoder" or "decoder".
+          labels: classes [batch], or covariates [batch, covariates].
+        """
+        if labels is None or not self.conditional(part):
+            return ()
+        if self.num_covariates:
+            return (at_least_float32(labels),)
+        return (jax.nn.one_hot(labels, self.num_classes, dtype=jnp.float32),)
 
     @property
     def noun(self) -> str:

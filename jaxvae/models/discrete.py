@@ -7,7 +7,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, Integer, Num
 from jaxvae.errors import InputError
 from jaxvae.models.codebooks import codebook_of
 from jaxvae.models.protocols import Likelihood
-from jaxvae.models.vae import Params, decode, encode
+from jaxvae.models.vae import Labels, Params, decode, encode
 from jaxvae.validation import as_array, jit
 
 
@@ -15,14 +15,14 @@ from jaxvae.validation import as_array, jit
 def codes(
     params: Params,
     images: Num[ArrayLike, " batch *shape"],
-    labels: Integer[ArrayLike, " batch"] | None = None,
+    labels: Labels = None,
 ) -> Int[Array, "batch n"]:
     """Compute the codes of images, the most probable ones.
 
     Args:
       params: a model with a posterior over codes.
       images: float32 in [0, 1], or uint8.
-      labels: classes of the images, if the model is conditional.
+      labels: classes or covariates of the images, if the model is conditional.
 
     Returns:
       n codes of each image, from 0 to K - 1, in the order of the latents.
@@ -36,14 +36,14 @@ def codes(
 def decode_codes(
     params: Params,
     codes: Integer[ArrayLike, "batch n"],
-    labels: Integer[ArrayLike, " batch"] | None = None,
+    labels: Labels = None,
 ) -> Likelihood:
     """Decode codes.
 
     Args:
       params: a model with a posterior over codes.
       codes: as of `codes`.
-      labels: classes of the images, if the model is conditional.
+      labels: classes or covariates of the images, if the model is conditional.
 
     Returns:
       p(x|z), as `jaxvae.decode` does.

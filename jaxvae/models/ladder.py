@@ -373,7 +373,10 @@ class LadderVAE:
         encoder, decoder = self.modules()
         encoder_key, decoder_key = jax.random.split(key)
         images = jnp.zeros((1, *config.image_shape), jnp.float32)
-        labels = jnp.zeros((1, config.num_classes), jnp.float32) if config.num_classes else None
+        condition = jnp.zeros((1, config.condition_dim), jnp.float32)
+        of_encoder, of_decoder = (
+            condition if config.conditional(part) else None for part in ("encoder", "decoder")
+        )
 
         def all_of_encoder(module: BottomUp, images: Array, labels: Array | None) -> None:
             features = module(images, labels)
@@ -388,8 +391,10 @@ class LadderVAE:
             return module.outputs(h, labels)
 
         return {
-            "encoder": encoder.init(encoder_key, images, labels, method=all_of_encoder)["params"],
-            "decoder": decoder.init(decoder_key, labels, method=all_of_decoder)["params"],
+            "encoder": encoder.init(encoder_key, images, of_encoder, method=all_of_encoder)[
+                "params"
+            ],
+            "decoder": decoder.init(decoder_key, of_decoder, method=all_of_decoder)["params"],
             "likelihood": config.likelihood.init(config.image_shape[2]),
             "prior": {},
             "posterior": {},
@@ -402,7 +407,7 @@ class LadderVAE:
     def posterior(
         self, params: "Params", images: jax.Array, labels: jax.Array | None = None
     ) -> Posterior:
-        """Return q(z|x) of images, floats in [0, 1], and of their classes [batch]."""
+        """Return q(z|x) of images, floats in [0, 1], and of their labels."""
         features = self.encoded(params, images, labels)
         return LadderPosterior(features, params.encoder, params.decoder, self)
 
@@ -413,14 +418,14 @@ class LadderVAE:
         encoder, _ = self.modules()
         return in_blocks(
             lambda block: encoder.apply({"params": params.encoder}, *block),
-            (images, *self._one_hot(labels)),
+            (images, *self.config.condition("encoder", labels)),
             block_size(images.shape[0], params.encoder),
         )
 
     def likelihood(
         self, params: "Params", z: jax.Array, labels: jax.Array | None = None
     ) -> Likelihood:
-        """Return p(x|z) of latents [batch, latent], and of their classes [batch]."""
+        """Return p(x|z) of latents [batch, latent], and of their labels."""
         return self._decoded(params, labels, z=z)
 
     def likelihood_of_noise(
@@ -581,7 +586,7 @@ class LadderVAE:
         _, decoder = self.modules()
         outputs = in_blocks(
             lambda block: decoder.apply({"params": params.decoder}, *block, method="outputs"),
-            (features, *self._one_hot(labels)),
+            (features, *self.config.condition("decoder", labels)),
             block_size(features.shape[0], params.decoder),
         )
         return self.config.likelihood.from_outputs(
@@ -610,11 +615,6 @@ class LadderVAE:
             part.reshape(-1, group.rows, group.columns, group.latents)
             for part, group in zip(jnp.split(z, ends, axis=-1), self.groups, strict=True)
         ]
-
-    def _one_hot(self, labels: Array | None) -> tuple[Array, ...]:
-        if labels is None:
-            return ()
-        return (jax.nn.one_hot(labels, self.config.num_classes, dtype=jnp.float32),)
 
 
 def _flat(parts: Any) -> Array:

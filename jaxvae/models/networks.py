@@ -3,13 +3,14 @@
 An encoder maps images [batch, height, width, channels] to (mean, log_var), each [batch, latent];
 its third result, features, is the context of a flow posterior. A decoder maps latents
 [batch, latent] to the likelihood's raw outputs [batch, height, width, outputs]. In a conditional
-model both take one-hot classes, `labels`, as a second argument.
+model they take one-hot classes or covariates, `labels`, as a second argument.
 
 A module's `dtype` is that of its layers' inputs, kernels and products; None is that of its inputs.
 Parameters and outputs are float32 in any case.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -22,7 +23,7 @@ from jaxtyping import Array, Float, Num
 
 from jaxvae.devices.convolution import conv_general_dilated, conv_transpose
 from jaxvae.errors import InputError
-from jaxvae.validation import expect_bool, whole_number
+from jaxvae.validation import expect_bool, expect_one_of, whole_number
 
 if TYPE_CHECKING:
     from jaxvae.models.config import ModelConfig
@@ -35,6 +36,11 @@ Features = Float[Array, "batch rows columns features"]
 Encoded = tuple[Latents, Latents, Float[Array, "batch features"]]
 OutputsShape = tuple[int, int, int]  # (height, width, outputs)
 
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "tanh": nn.tanh,
+    "relu": nn.relu,
+    "softplus": nn.softplus,
+}
 # The default of Keras, which the notebook uses.
 _kernel_init = nn.initializers.glorot_uniform()
 
@@ -99,7 +105,7 @@ def heads(x: Float[Array, "batch features"], latent_dim: int, dtype: Dtype | Non
 
 
 def with_labels(x: Num[Array, "batch features"], labels: Labels) -> Num[Array, "batch inputs"]:
-    """Append one-hot classes to features, if there are classes."""
+    """Append one-hot classes or covariates to features, if there are any."""
     return x if labels is None else jnp.concatenate([x, labels.astype(x.dtype)], axis=1)
 
 
@@ -179,25 +185,34 @@ class Decoder(nn.Module):
 
 
 def hidden_layers(
-    x: Num[Array, "batch inputs"], width: int, layers: int, *, norm: bool, dtype: Dtype | None
+    x: Num[Array, "batch inputs"],
+    width: int,
+    layers: int,
+    *,
+    norm: bool,
+    activation: str,
+    dtype: Dtype | None,
 ) -> Float[Array, "batch features"]:
-    """Apply dense layers of tanh units, in the calling module.
+    """Apply hidden dense layers, in the calling module.
 
     Args:
       x: inputs.
       width: units of each layer.
       layers: number of layers.
-      norm: whether to normalise before each tanh (Ba, Kiros and Hinton 2016, Layer Normalization).
+      norm: whether to normalise before each activation (Ba, Kiros and Hinton 2016, Layer
+        Normalization).
+      activation: one of `ACTIVATIONS`.
       dtype: of the layers' inputs, kernels and products.
     """
     for i in range(1, layers + 1):
         x = dense(width, dtype=dtype, name=f"dense_{i}")(x)
-        x = nn.tanh(nn.LayerNorm(dtype=dtype, name=f"norm_{i}")(x) if norm else x)
+        x = nn.LayerNorm(dtype=dtype, name=f"norm_{i}")(x) if norm else x
+        x = ACTIVATIONS[activation](x)
     return x
 
 
 class MlpEncoder(nn.Module):
-    """An encoder with hidden layers of tanh units.
+    """An encoder with dense hidden layers.
 
     Attributes:
       latent_dim: number of latents.
@@ -206,6 +221,7 @@ class MlpEncoder(nn.Module):
       layers: number of hidden layers.
       norm: whether hidden layers are normalised.
       log1p: whether the inputs are log(1 + x).
+      activation: one of `ACTIVATIONS`.
 
     References:
       Burda, Grosse and Salakhutdinov (2016), Importance Weighted Autoencoders, appendix C: one
@@ -218,18 +234,26 @@ class MlpEncoder(nn.Module):
     layers: int = 2
     norm: bool = False
     log1p: bool = False
+    activation: str = "tanh"
 
     @nn.compact
     def __call__(self, images: Images, labels: Labels = None) -> Encoded:
         """Return mean, log_var and features."""
         x = images.reshape(images.shape[0], -1)
         x = with_labels(jnp.log1p(x) if self.log1p else x, labels)
-        x = hidden_layers(x, self.width, self.layers, norm=self.norm, dtype=self.dtype)
+        x = hidden_layers(
+            x,
+            self.width,
+            self.layers,
+            norm=self.norm,
+            activation=self.activation,
+            dtype=self.dtype,
+        )
         return heads(x, self.latent_dim, self.dtype)
 
 
 class MlpDecoder(nn.Module):
-    """The decoder for `MlpEncoder`: hidden layers of tanh units and a linear layer.
+    """The decoder for `MlpEncoder`: dense hidden layers and a linear layer.
 
     Attributes:
       image_shape: (height, width, outputs), or (..., outputs) of other examples.
@@ -237,6 +261,7 @@ class MlpDecoder(nn.Module):
       width: units of a hidden layer.
       layers: number of hidden layers.
       norm: whether hidden layers are normalised.
+      activation: one of `ACTIVATIONS`.
     """
 
     image_shape: tuple[int, ...]
@@ -244,12 +269,20 @@ class MlpDecoder(nn.Module):
     width: int = 200
     layers: int = 2
     norm: bool = False
+    activation: str = "tanh"
 
     @nn.compact
     def __call__(self, z: Num[Array, "batch latent"], labels: Labels = None) -> Outputs:
         """Return the outputs for the likelihood."""
         x = with_labels(z, labels)
-        x = hidden_layers(x, self.width, self.layers, norm=self.norm, dtype=self.dtype)
+        x = hidden_layers(
+            x,
+            self.width,
+            self.layers,
+            norm=self.norm,
+            activation=self.activation,
+            dtype=self.dtype,
+        )
         x = dense(math.prod(self.image_shape), dtype=self.dtype, name="pixels")(x)
         return x.reshape(-1, *self.image_shape)
 
@@ -459,7 +492,7 @@ def _latents_a_place(latent_dim: int, grid: tuple[int, int, int]) -> int:
 def with_planes(
     x: Num[Array, "batch rows columns channels"], labels: Labels
 ) -> Num[Array, "batch rows columns inputs"]:
-    """Append one-hot classes to the channels at every position, if there are classes."""
+    """Append one-hot classes or covariates to the channels at every position, if there are any."""
     if labels is None:
         return x
     planes = jnp.broadcast_to(labels[:, None, None], (*x.shape[:3], labels.shape[1]))
@@ -497,13 +530,14 @@ class Conv:
 
 @dataclass(frozen=True)
 class MLP:
-    """Hidden layers of tanh units in the encoder and in the decoder.
+    """Dense hidden layers in the encoder and in the decoder.
 
     Attributes:
       width: units of a hidden layer.
       layers: number of hidden layers, of the encoder and of the decoder.
       norm: whether hidden layers have layer normalization.
       log1p: whether the encoder sees log(1 + x): for counts, which differ by orders of magnitude.
+      activation: "tanh", "relu" or "softplus".
 
     References:
       Burda, Grosse and Salakhutdinov (2016), Importance Weighted Autoencoders, appendix C: one
@@ -515,12 +549,14 @@ class MLP:
     layers: int = 2
     norm: bool = False
     log1p: bool = False
+    activation: str = "tanh"
 
     def __post_init__(self) -> None:
         for name in ("width", "layers"):
             object.__setattr__(self, name, whole_number(name, getattr(self, name)))
         for name in ("norm", "log1p"):
             expect_bool(name, getattr(self, name))
+        expect_one_of("activation", self.activation, tuple(ACTIVATIONS))
 
     def validate(self, config: "ModelConfig") -> None:
         """Raise InputError for `log1p` with values that may be negative."""
@@ -536,8 +572,8 @@ class MLP:
         """Return encoder and decoder."""
         shared = self.width, self.layers, self.norm
         return (
-            MlpEncoder(latent_dim, dtype, *shared, self.log1p),
-            MlpDecoder(outputs_shape, dtype, *shared),
+            MlpEncoder(latent_dim, dtype, *shared, self.log1p, self.activation),
+            MlpDecoder(outputs_shape, dtype, *shared, self.activation),
         )
 
 

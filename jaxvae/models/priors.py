@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, Key, Num
+from jaxtyping import Array, Float, Key, Num
 
 from jaxvae.errors import InputError
 from jaxvae.models.distributions import GaussianMixture, UnitGaussian
@@ -74,7 +74,7 @@ class Mixture:
         key: Key[Array, ""],
         params: "Params",
         images: Num[Array, " n *shape"],
-        labels: Int[Array, " n"] | None,
+        labels: Num[Array, " n *covariates"] | None,
     ) -> Learned:
         """Return a fit to latents of the images by the EM algorithm.
 
@@ -133,14 +133,17 @@ class Vamp:
         object.__setattr__(self, "components", whole_number("components", self.components))
 
     def validate(self, config: "ModelConfig") -> None:
-        """Raise InputError for a conditional model, or one of counts or categories.
+        """Raise InputError for a conditional encoder, or a model of counts or categories.
 
-        Pseudo-inputs have no classes, and their numbers are neither whole nor one-hot.
+        Pseudo-inputs have no labels, and their numbers are neither whole nor one-hot.
         """
-        if config.num_classes:
+        if config.conditional("encoder"):
+            what, field = "classes", "num_classes"
+            if config.num_covariates:
+                what, field = "covariates", "num_covariates"
             raise InputError(
-                "prior is 'vamp', whose pseudo-inputs have no classes: expected "
-                "'standard_normal' or 'mixture' with num_classes"
+                f"prior is 'vamp', whose pseudo-inputs have no {what}: expected "
+                f"'standard_normal' or 'mixture' with {field}, or conditions 'decoder'"
             )
         if not is_of_pixels(getattr(config.likelihood, "support", "unit")):
             raise InputError(
@@ -168,7 +171,7 @@ class Vamp:
         key: Key[Array, ""],
         params: "Params",
         images: Num[Array, " n *shape"],
-        labels: Int[Array, " n"] | None,
+        labels: Num[Array, " n *covariates"] | None,
     ) -> Learned:
         """Return training images as pseudo-inputs."""
         x = scale_images(images)[jnp.arange(self.components) % len(images)]

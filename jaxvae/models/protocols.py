@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Int, Key, Num
+from jaxtyping import Array, ArrayLike, Float, Key, Num
 
 if TYPE_CHECKING:
     from jaxvae.models.config import ModelConfig
@@ -162,7 +162,7 @@ class PriorFamily(Protocol):
     It may have `validate(config)`, which raises InputError for a model that it does not support,
     and `init_from(key, params, images, labels)`, which returns the initial parameters of a prior
     that is fitted to a trained model, given training images and, if the model is conditional,
-    their classes. The family of a prior over codes has `over_codes = True`.
+    their labels. The family of a prior over codes has `over_codes = True`.
     """
 
     def init(self, key: Key[Array, ""], config: "ModelConfig") -> Learned:
@@ -239,6 +239,8 @@ class Model(Protocol):
     `draw(params, posterior, keys, images, labels)`, which returns the `Draw` of keys
     [samples, batch]: see `jaxvae.objectives.draw_at`.
 
+    Labels are classes, int [batch], or covariates, floats [batch, covariates].
+
     A hierarchy has `groups`, each with its number of latents, `size`. For the explorer it also has
     `noise_of(params, z)`, the noise of N(0, I) of which its prior makes latents, and, also for
     annealed importance sampling, `likelihood_of_noise(params, noise, labels)`.
@@ -254,9 +256,9 @@ class Model(Protocol):
         self,
         params: "Params",
         images: Float[Array, " batch *shape"],
-        labels: Int[Array, " batch"] | None,
+        labels: Num[Array, " batch *covariates"] | None,
     ) -> Posterior:
-        """Return q(z|x) of images in [0, 1] and, if the model is conditional, their classes.
+        """Return q(z|x) of images in [0, 1] and, if the model is conditional, their labels.
 
         Other examples than images are taken as they are. Missing entries are 0.
         """
@@ -265,9 +267,9 @@ class Model(Protocol):
         self,
         params: "Params",
         z: Float[Array, "batch latent"],
-        labels: Int[Array, " batch"] | None,
+        labels: Num[Array, " batch *covariates"] | None,
     ) -> Likelihood:
-        """Return p(x|z) of latents and, if the model is conditional, their classes."""
+        """Return p(x|z) of latents and, if the model is conditional, their labels."""
 
 
 @runtime_checkable
@@ -293,5 +295,6 @@ class Network(Protocol):
           The encoder maps images [batch, height, width, channels] to (mean, log_var), each
           [batch, latent], and may return features [batch, ...] as a third result. The decoder
           maps latents [batch, latent] to [batch, height, width, outputs]. In a conditional model
-          both take one-hot classes, [batch, classes], as a second argument.
+          both, or the one that `ModelConfig.conditions` names, take one-hot classes,
+          [batch, classes], or covariates, [batch, covariates], as a second argument.
         """

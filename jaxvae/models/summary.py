@@ -27,9 +27,14 @@ def summary(config: ModelConfig) -> str:
     model = params.model
     if isinstance(model, VAE):
         encoder, decoder = model.modules()
-        classes = [jnp.zeros((1, config.num_classes))] if config.num_classes else []
-        images = [jnp.zeros((1, *config.image_shape)), *classes]
-        latents = [jnp.zeros((1, config.latent_dim)), *classes]
+        condition = jnp.zeros((1, config.condition_dim))
+        images, latents = (
+            [jnp.zeros((1, *shape)), *([condition] if config.conditional(part) else [])]
+            for part, shape in (
+                ("encoder", config.image_shape),
+                ("decoder", (config.latent_dim,)),
+            )
+        )
         tables = {
             "encoder, q(z|x)": _rows(encoder, params.encoder, "images", images),
             "decoder, p(x|z)": _rows(decoder, params.decoder, "latents", latents),

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from jaxvae.models.config import ModelConfig
 
 Images = Num[ArrayLike, " batch *shape"]
-Labels = Integer[ArrayLike, " batch"] | None
+# Classes, or covariates.
+Labels = Integer[ArrayLike, " batch"] | Num[ArrayLike, "batch covariates"] | None
 
 
 @jax.tree_util.register_dataclass
@@ -40,7 +41,8 @@ class Params:
     """The parameters of a VAE: a pytree that carries its architecture as static metadata.
 
     Attributes:
-      encoder: the encoder's "params" collection.
+      encoder: the encoder's "params" collection; that of the classifier q(y|x), if the model has
+        one, is in it under "classifier".
       decoder: the decoder's "params" collection.
       config: the architecture (static).
       likelihood: parameters of the likelihood, such as a learned scale; may be empty.
@@ -86,22 +88,36 @@ class VAE:
         dtype = jnp.bfloat16 if config.compute_dtype == "bfloat16" else None
         return config.network.modules(config.latent_dim, config.outputs_shape, dtype)
 
+    def classifier(self) -> nn.Module:
+        """Return the Flax module of q(y|x), whose first result is the logits."""
+        config = self.config
+        module: nn.Module = config.network.modules(config.num_classes, config.outputs_shape, None)[
+            0
+        ]
+        return module
+
     def init(self, key: Key[Array, ""]) -> dict[str, Any]:
         """Return the initial parameters: the fields of `Params` except `config`."""
         config = self.config
         encoder_key, decoder_key = jax.random.split(key)
         prior_key, posterior_key = jax.random.split(jax.random.fold_in(key, 2))
         # float32, as a module's parameters may take the dtype of its inputs.
-        images, latents, one_hot = (
+        images, latents, condition = (
             jnp.zeros((1, *shape), jnp.float32)
-            for shape in (config.image_shape, (config.latent_dim,), (config.num_classes,))
+            for shape in (config.image_shape, (config.latent_dim,), (config.condition_dim,))
         )
-        classes = (one_hot,) if config.num_classes else ()
+        of_encoder, of_decoder = (
+            (condition,) if config.conditional(part) else () for part in ("encoder", "decoder")
+        )
         encoder, decoder = self.modules()
-        encoded, encoder_params = _init("encoder", encoder, encoder_key, images, *classes)
+        encoded, encoder_params = _init("encoder", encoder, encoder_key, images, *of_encoder)
         _expect_shapes("encoder", encoded, (latents.shape,) * 2)
-        outputs, decoder_params = _init("decoder", decoder, decoder_key, latents, *classes)
+        outputs, decoder_params = _init("decoder", decoder, decoder_key, latents, *of_decoder)
         _expect_shapes("decoder", (outputs,), ((1, *config.outputs_shape),))
+        if config.classifier:
+            classifier_key = jax.random.fold_in(key, 3)
+            _, learned = _init("classifier", self.classifier(), classifier_key, images)
+            encoder_params = {**encoder_params, "classifier": learned}
         return {
             "encoder": encoder_params,
             "decoder": decoder_params,
@@ -118,9 +134,9 @@ class VAE:
         self,
         params: Params,
         images: Float[Array, " batch *shape"],
-        labels: Integer[Array, " batch"] | None = None,
+        labels: Num[Array, " batch *covariates"] | None = None,
     ) -> Posterior:
-        """Return q(z|x) of images in [0, 1] and, if the model is conditional, their classes.
+        """Return q(z|x) of images in [0, 1] and, if the model is conditional, their labels.
 
         Other examples than images are taken as they are.
         """
@@ -130,13 +146,13 @@ class VAE:
         self,
         params: Params,
         z: Num[Array, "batch latent"],
-        labels: Integer[Array, " batch"] | None = None,
+        labels: Num[Array, " batch *covariates"] | None = None,
     ) -> Likelihood:
-        """Return p(x|z) of latents and, if the model is conditional, their classes."""
+        """Return p(x|z) of latents and, if the model is conditional, their labels."""
         _, decoder = self.modules()
         outputs = in_blocks(
             lambda block: decoder.apply({"params": params.decoder}, *block),
-            (z, *self._one_hot(labels)),
+            (z, *self.config.condition("decoder", labels)),
             block_size(z.shape[0], params.decoder),
         )
         # Networks may compute in bfloat16; distributions never do.
@@ -144,28 +160,32 @@ class VAE:
             *jax.tree.map(at_least_float32, (outputs, params.likelihood))
         )
 
+    def log_classes(
+        self, params: Params, images: Float[Array, " batch *shape"]
+    ) -> Float[Array, "batch classes"]:
+        """Return log q(y|x) of images in [0, 1], in nats."""
+        weights = params.encoder["classifier"]
+        logits, *_ = in_blocks(
+            lambda block: tuple(self.classifier().apply({"params": weights}, *block)),
+            (images,),
+            block_size(images.shape[0], weights),
+        )
+        return jax.nn.log_softmax(at_least_float32(logits))
+
     def encoded(
         self,
         params: Params,
         images: Float[Array, " batch *shape"],
-        labels: Integer[Array, " batch"] | None = None,
+        labels: Num[Array, " batch *covariates"] | None = None,
     ) -> tuple[Array, ...]:
         """Apply the encoder to images in [0, 1]: mean, log_var and, if it has them, features."""
         encoder, _ = self.modules()
         encoded = in_blocks(
             lambda block: tuple(encoder.apply({"params": params.encoder}, *block)),
-            (images, *self._one_hot(labels)),
+            (images, *self.config.condition("encoder", labels)),
             block_size(images.shape[0], params.encoder),
         )
         return jax.tree.map(at_least_float32, encoded)
-
-    def _one_hot(
-        self, labels: Integer[Array, " batch"] | None
-    ) -> tuple[Float[Array, "batch classes"], ...]:
-        """Return the further arguments of the networks: one-hot classes, if there are classes."""
-        if labels is None:
-            return ()
-        return (jax.nn.one_hot(labels, self.config.num_classes, dtype=jnp.float32),)
 
 
 def model_of(config: "ModelConfig") -> Model:
@@ -204,7 +224,7 @@ def encode(params: Params, images: Images, labels: Labels = None) -> Posterior:
     Args:
       params: the model.
       images: float32 in [0, 1], or uint8.
-      labels: classes of the images, if the model is conditional.
+      labels: classes or covariates of the images, if the model is conditional.
 
     Returns:
       The posterior, with `.mean` and `.log_var` of shape [batch, latent]: by default a `Gaussian`.
@@ -222,11 +242,50 @@ def encode(params: Params, images: Images, labels: Labels = None) -> Posterior:
 def encode_observed(params: Params, images: Images, labels: Labels = None) -> Posterior:
     """Compute q(z|x) as `encode`; the encoder sees zeros in place of missing entries, NaN."""
     images = expected_images(params, images)
-    labels = expected_labels(params, labels, images.shape[0])
+    labels = expected_labels(params, labels, images.shape[0], "encoder")
     x = as_floats(support_of(params), images)
     if not is_complete(images):
         x = jnp.where(jnp.isnan(x), 0, x)
     return params.model.posterior(params, x, labels)
+
+
+@jit()
+def classify(params: Params, images: Images) -> Float[Array, "batch classes"]:
+    """Compute the probabilities q(y|x) of the classes.
+
+    Args:
+      params: a model with a classifier, `ModelConfig(num_classes=..., classifier=True)`.
+      images: float32 in [0, 1], or uint8.
+
+    Returns:
+      The probabilities, which sum to 1.
+
+    Raises:
+      InputError: a model without a classifier; images of another shape than the model's.
+
+    References:
+      Kingma, Rezende, Mohamed and Welling (2014), Semi-supervised Learning with Deep Generative
+      Models, equation 4.
+    """
+    return jnp.exp(log_classes(params, images))
+
+
+def log_classes(params: Params, images: Images) -> Float[Array, "batch classes"]:
+    """Compute log q(y|x), in nats: see `classify`."""
+    if not params.config.classifier:
+        raise InputError(
+            "the model has no classifier: expected ModelConfig(num_classes=..., classifier=True)"
+        )
+    images = as_floats(support_of(params), expected_images(params, images))
+    return params.model.log_classes(params, images)  # type: ignore[attr-defined]
+
+
+def known_classes(params: Params, images: Images, labels: Labels) -> Any:
+    """Return labels with the most probable class under q(y|x) in the place of -1, no label."""
+    if labels is None or not params.config.classifier:
+        return labels
+    found = jnp.argmax(log_classes(params, images), axis=-1)
+    return jnp.where(jnp.asarray(labels) < 0, found, labels)
 
 
 @jit()
@@ -236,7 +295,7 @@ def decode(params: Params, z: Num[ArrayLike, "batch latent"], labels: Labels = N
     Args:
       params: the model.
       z: latents.
-      labels: classes of the images, if the model is conditional.
+      labels: classes or covariates of the images, if the model is conditional.
 
     Returns:
       The likelihood of pixels [batch, height, width, channels]: by default `Bernoulli`.
@@ -251,7 +310,8 @@ def decode(params: Params, z: Num[ArrayLike, "batch latent"], labels: Labels = N
             f"latents have shape {z.shape}: expected (batch, {params.config.latent_dim}), "
             "batch at least 1"
         )
-    return params.model.likelihood(params, z, expected_labels(params, labels, z.shape[0]))
+    labels = expected_labels(params, labels, z.shape[0], "decoder")
+    return params.model.likelihood(params, z, labels)
 
 
 def prior(params: Params) -> Prior:
@@ -271,7 +331,7 @@ def reconstruct(
     Args:
       params: the model.
       images: float32 in [0, 1], or uint8.
-      labels: classes of the images, if the model is conditional.
+      labels: classes or covariates of the images, if the model is conditional.
 
     Returns:
       Means of p(x|z), float32.
@@ -302,7 +362,7 @@ def sample(
     params: Params,
     key: AnyKey,
     n: int,
-    labels: Integer[ArrayLike, " n"] | None = None,
+    labels: Labels = None,
     *,
     temperature: float | tuple[float, ...] = 1.0,
 ) -> Float[Array, " n *shape"]:
@@ -312,7 +372,7 @@ def sample(
       params: the model.
       key: PRNG key.
       n: number of images.
-      labels: their classes, if the model is conditional; None: all classes in turn.
+      labels: their classes or covariates, if the decoder takes them; None: all classes in turn.
       temperature: factor of the standard deviations of the prior's Gaussians. A ladder also takes
         one number for each group, from the top down: with 0 a group is at its mean.
 
@@ -352,13 +412,16 @@ def expected_images(params: Params, images: Images) -> Num[Array, " batch *shape
     return images
 
 
-def expected_labels(params: Params, labels: Labels, batch: Any) -> Integer[Array, " batch"] | None:
+def expected_labels(
+    params: Params, labels: Labels, batch: Any, part: str | None = None
+) -> Num[Array, " batch *covariates"] | None:
     """Convert labels to an array, or raise InputError if the model does not take them.
 
     Args:
       params: the model.
-      labels: classes, or None.
+      labels: classes, or covariates, or None.
       batch: expected number of labels; symbolic while a model is exported.
+      part: "encoder" or "decoder", which needs no labels if it does not take them; None: both.
 
     Returns:
       The labels; None for an unconditional model.
@@ -367,24 +430,30 @@ def expected_labels(params: Params, labels: Labels, batch: Any) -> Integer[Array
       InputError: labels for an unconditional model, none for a conditional one, or labels of
         another shape or type.
     """
-    classes = params.config.num_classes
-    if labels is None and not classes:
+    config = params.config
+    classes, covariates = config.num_classes, config.num_covariates
+    needed = config.condition_dim > 0 if part is None else config.conditional(part)
+    if labels is None and not needed:
         return None
+    shape: tuple[Any, ...] = (batch,)
+    of = f"classes from 0 to {classes - 1}"
+    if covariates:
+        shape, of = (batch, covariates), "the covariates of each example"
     if labels is None:
+        field = "num_covariates" if covariates else "num_classes"
         raise InputError(
-            f"labels are missing: expected shape ({batch},), classes from 0 to {classes - 1} "
-            f"(num_classes={classes})"
+            f"labels are missing: expected shape {shape}, {of} ({field}={config.condition_dim})"
         )
-    if not classes:
+    if not config.condition_dim:
         raise InputError(
             "labels were given, but the model is unconditional (num_classes=0): leave them out"
         )
     labels = as_array("labels", labels)
-    if labels.shape != (batch,):
-        raise InputError(
-            f"labels have shape {labels.shape}: expected ({batch},), "
-            f"classes from 0 to {classes - 1}"
-        )
+    if labels.shape != shape:
+        raise InputError(f"labels have shape {labels.shape}: expected {shape}, {of}")
+    if covariates:
+        expect_real("labels", labels)
+        return labels if jnp.issubdtype(labels.dtype, jnp.floating) else labels.astype(jnp.float32)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise InputError(f"labels are of type {labels.dtype}: expected whole numbers")
     return labels

@@ -10,6 +10,7 @@ from typing import Any, Self
 import jax
 
 from jaxvae.components import Config, expect_known, is_dotted_path
+from jaxvae.data.covariates import Covariate, column_names
 from jaxvae.data.pictures import Resize
 from jaxvae.errors import InputError, either, shown
 from jaxvae.models.config import ModelConfig
@@ -74,6 +75,11 @@ class RunConfig(Config):
         .csv, .tsv, .parquet or .h5ad file, or the dotted path of a function that returns a
         `jaxvae.data.Dataset`.
       label_column: column of classes of a table, or of `obs` of an .h5ad file.
+      covariate_columns: columns of a table or of `obs`, or arrays of an .npz file, on which the
+        model is conditional: names, separated by commas. Numbers are standardised, and text is
+        one-hot; NAME:categorical makes numbers one-hot too.
+      labelled: number of training labels that are kept, equally many of each class, drawn by the
+        seed; the others are hidden, for the objective m2. 0: all.
       data_dir: folder in which TensorFlow Datasets stores prepared data.
       manual_dir: folder of data files that you downloaded by hand.
       resize: size to which the pictures of a folder are scaled, such as 64x64.
@@ -87,12 +93,15 @@ class RunConfig(Config):
       workers: number of processes that read images from disk; 0: threads of the training process.
       model: the architecture.
       train: the training.
+      covariates: how the covariate columns become numbers, from the training examples.
       data_seen: the data sets that the run was trained on, the latest one last.
       changes: the fields of the training that were changed by resuming, the latest one last.
     """
 
     data: str = "mnist-5k"
     label_column: str | None = None
+    covariate_columns: str | None = None
+    labelled: int = 0
     data_dir: str | None = None
     manual_dir: str | None = None
     resize: str | None = None
@@ -103,11 +112,15 @@ class RunConfig(Config):
     workers: int = 0
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    covariates: tuple[Covariate, ...] = ()
     data_seen: tuple[DataRecord, ...] = ()
     changes: tuple[Change, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("data", "label_column", "data_dir", "manual_dir", "resize", "start_from"):
+        for name in (
+            "data", "label_column", "covariate_columns", "data_dir", "manual_dir", "resize",
+            "start_from",
+        ):  # fmt: skip
             value = getattr(self, name)
             if not isinstance(value, str) and (value is not None or name == "data"):
                 raise InputError(f"{name} is {shown(value)}: expected a string")
@@ -115,16 +128,21 @@ class RunConfig(Config):
         expect_bool("crop", self.crop)
         Resize.parse(self.resize, self.crop)
         object.__setattr__(self, "seed", whole_number("seed", self.seed, 0, 2**32 - 1))
-        object.__setattr__(self, "workers", whole_number("workers", self.workers, 0))
+        for name in ("workers", "labelled"):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), 0))
         for name, kind in (("model", ModelConfig), ("train", TrainConfig)):
             if not isinstance(getattr(self, name), kind):
                 object.__setattr__(self, name, kind.from_dict(getattr(self, name)))
-        for name, record in (("data_seen", DataRecord), ("changes", Change)):
-            given = getattr(self, name)
-            if not isinstance(given, tuple | list):
-                raise InputError(f"{name} is {shown(given)}: expected a list of records")
-            records = [x if isinstance(x, record) else record.from_dict(x) for x in given]
-            object.__setattr__(self, name, tuple(records))
+        column_names(self.covariate_columns)
+        records: tuple[tuple[str, Any], ...] = (
+            ("data_seen", DataRecord), ("covariates", Covariate), ("changes", Change)
+        )  # fmt: skip
+        for name, kind in records:
+            value = getattr(self, name)
+            if not isinstance(value, tuple | list):
+                raise InputError(f"{name} is {shown(value)}: expected a list of records")
+            parts = tuple(x if isinstance(x, kind) else kind.from_dict(x) for x in value)
+            object.__setattr__(self, name, parts)
         if self.fsdp and getattr(self.train.optimizer, "name", None) not in ELEMENTWISE:
             raise InputError(
                 f"optimizer is {self.train.specs()['optimizer']!r}, but fsdp needs an elementwise "
@@ -337,7 +355,8 @@ def read_config_file(path: Path, flags: Collection[str] = ()) -> RunConfig:
         ) from None
     try:
         content = without_version(content, path)
-        for name in ("data_seen", "changes"):  # belong to the run that wrote the file
+        # These belong to the run that wrote the file.
+        for name in ("data_seen", "covariates", "changes"):
             content.pop(name, None)
         parts: dict[str, Any] = {}
         for name, kind in (("model", ModelConfig), ("train", TrainConfig)):
@@ -345,6 +364,7 @@ def read_config_file(path: Path, flags: Collection[str] = ()) -> RunConfig:
             if not isinstance(table, dict):
                 raise InputError(f"{name} is {shown(table)}: expected a table of named fields")
             parts[name] = kind._updated(table)
+        parts["model"].pop("num_covariates", None)  # taken from the data, as image_shape
         top = RunConfig._updated(content)
         for name, table in parts.items():
             if twice := sorted(set(top) & set(table)):

@@ -4,7 +4,7 @@ import hashlib
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +12,14 @@ import numpy as np
 
 from jaxvae.components import imported, is_dotted_path
 from jaxvae.data import Dataset, Images, as_dataset, load_dataset
+from jaxvae.data.covariates import Covariate, Covariates
 from jaxvae.errors import InputError, OtherData
 from jaxvae.models.config import ModelConfig
 from jaxvae.models.likelihoods import binarize
 from jaxvae.runs.config import IN_PYTHON, DataRecord, RunConfig
+from jaxvae.runs.files import read_json
 from jaxvae.validation import expect_support, is_image, scale_images
 
-T = TypeVar("T")
 SPLITS = ("all", "train", "test")
 _HASHED_WHOLE = 2**30  # bytes of images in memory, which take about a second
 _HASHED_IMAGES = 256  # of images on disk, and of larger arrays
@@ -66,15 +67,67 @@ def load_run_data(config: RunConfig, typed: str | None = None, *, missing: bool 
             data_dir=config.data_dir,
             manual_dir=config.manual_dir,
             label_column=config.label_column,
+            covariate_columns=_covariates(config),
             resize=config.resize,
             crop=config.crop,
             missing=missing,
+            unlabelled=config.model.classifier,
         )
     except InputError as error:
         if typed is not None:
             raise
         raise InputError(f"{error}; if the data have moved, pass their path with --data") from None
     return prepared(data, config, name, missing=missing)
+
+
+def _covariates(config: RunConfig) -> Covariates:
+    """Return the covariates of a run, or of the run that it starts from, or the columns' names."""
+    if config.covariates or config.start_from is None or not config.covariate_columns:
+        return config.covariates or config.covariate_columns
+
+    def parse(content: dict[str, Any]) -> Covariates:
+        same = content.get("covariate_columns") == config.covariate_columns
+        found = content.get("covariates", ()) if same else ()
+        return tuple(map(Covariate.from_dict, found)) or config.covariate_columns
+
+    return read_json(Path(config.start_from) / "config.json", parse)
+
+
+def train_conditions(data: Dataset, config: RunConfig) -> np.ndarray | None:
+    """Return the labels or covariates with which a run is trained.
+
+    With `labelled` only so many labels are kept, of each class equally many, drawn by the seed; the
+    others are -1.
+
+    Args:
+      data: the data set.
+      config: the configuration of the run.
+
+    Returns:
+      `Dataset.conditions` of the training examples.
+
+    Raises:
+      InputError: fewer labels of a class than are to be kept, or a number of labels that is no
+        multiple of the number of classes.
+    """
+    labels, classes = data.conditions(config.model, "train"), config.model.num_classes
+    if not config.labelled or labels is None:
+        return labels
+    each, rest = divmod(config.labelled, classes)
+    if rest:
+        raise InputError(
+            f"labelled is {config.labelled}: expected a multiple of num_classes, {classes}"
+        )
+    rng, kept = np.random.default_rng(config.seed), np.full_like(labels, -1)
+    for k in range(classes):
+        of_class = np.flatnonzero(labels == k)
+        if len(of_class) < each:
+            raise InputError(
+                f"labelled is {config.labelled}, {each} of each class, but class {k} has "
+                f"{len(of_class)} training labels: expected at most {classes * len(of_class)}"
+            )
+        kept[rng.permutation(of_class)[:each]] = k
+    return kept
 
 
 def takes_missing(config: RunConfig) -> bool:
@@ -124,7 +177,7 @@ def prepared(
 
 
 def describe(data: Dataset) -> DataRecord:
-    """Return the numbers of images of a data set, and a digest of its images and labels.
+    """Return the numbers of images of a data set, and a digest of its arrays.
 
     The digest is the SHA-256 of shape, dtype and content of every array. Of images on disk, and of
     more than 1 GiB in memory, only 256 evenly spaced images are hashed.
@@ -136,7 +189,8 @@ def describe(data: Dataset) -> DataRecord:
       The record.
     """
     digest = hashlib.sha256()
-    for x in data[:4]:
+    covariates = [x for x in (data.train_covariates, data.test_covariates) if x is not None]
+    for x in (*data[:4], *covariates):
         if x is None:
             digest.update(b"none")
             continue
@@ -233,8 +287,10 @@ class _Joined:
         return images
 
 
-def examples_of(data: Dataset, config: RunConfig, split: str) -> tuple[Images, np.ndarray | None]:
-    """Return the images of a split and their labels, in the order of the data.
+def examples_of(
+    data: Dataset, config: RunConfig, split: str
+) -> tuple[Images, np.ndarray | None, np.ndarray | None]:
+    """Return the images of a split, their labels and conditions, in the order of the data.
 
     Data without a split of their own are in the order of their source. Of others, the training
     images come before the test images. With dynamic binarization the training images are binarized
@@ -246,15 +302,16 @@ def examples_of(data: Dataset, config: RunConfig, split: str) -> tuple[Images, n
       split: one of `SPLITS`.
 
     Returns:
-      The images, which are read when they are indexed, and their labels, if all have one.
+      The images, which are read when they are indexed; their labels, if all have one; and their
+      `Dataset.conditions`.
     """
     train_images, test_images = data.train_images, data.test_images
     if config.train.binarization == "dynamic" and split != "test":
         train_images = binarized(binarization_keys()[0], train_images[:])
     if split == "test":
-        return test_images, data.test_labels
+        return test_images, data.test_labels, data.conditions(config.model, "test")
     if split == "train":
-        return train_images, data.train_labels
+        return train_images, data.train_labels, data.conditions(config.model, "train")
     if train_images.dtype != test_images.dtype:  # uint8 and float32
         train_images, test_images = (
             np.asarray(scale_images(x[:])) for x in (train_images, test_images)
@@ -264,14 +321,19 @@ def examples_of(data: Dataset, config: RunConfig, split: str) -> tuple[Images, n
     if data.every_tenth:
         held_out = places % 10 == 0
         places = np.where(held_out, n - len(test_images) + places // 10, np.cumsum(~held_out) - 1)
-    labels = None
-    if data.train_labels is not None and data.test_labels is not None:
-        labels = np.concatenate([data.train_labels, data.test_labels])[places]
-    return _Joined((train_images, test_images), places), labels
+
+    def joined(train: np.ndarray | None, test: np.ndarray | None) -> np.ndarray | None:
+        return None if train is None or test is None else np.concatenate([train, test])[places]
+
+    return (
+        _Joined((train_images, test_images), places),
+        joined(data.train_labels, data.test_labels),
+        joined(*(data.conditions(config.model, split) for split in ("train", "test"))),
+    )
 
 
-def expect_classes(name: str, data: Dataset, model: ModelConfig) -> None:
-    """Raise InputError unless the labels of a data set are classes of a conditional model.
+def expect_conditions(name: str, data: Dataset, model: ModelConfig) -> None:
+    """Raise InputError unless a data set has the classes or covariates of a conditional model.
 
     Args:
       name: name of the data in error messages.
@@ -279,11 +341,20 @@ def expect_classes(name: str, data: Dataset, model: ModelConfig) -> None:
       model: the model; if it is unconditional, nothing is checked.
 
     Raises:
-      InputError: labels are missing, or out of range.
+      InputError: labels are missing or out of range; covariates are missing or of another number.
     """
+    found = 0 if data.train_covariates is None else data.train_covariates.shape[1]
+    if model.num_covariates not in (0, found):
+        has = f"{found} covariates" if found else "no covariates"
+        raise InputError(
+            f"{name} has {has}: expected {model.num_covariates}, as num_covariates is "
+            f"{model.num_covariates}; name their columns with --covariate-columns, or pass them as "
+            "labels in Python"
+        )
+    least = -1 if model.classifier else 0  # -1: no label
     for split in ("train", "test") if model.num_classes else ():
         labels = getattr(data, f"{split}_labels")
-        if labels is None or not 0 <= labels.min() <= labels.max() < model.num_classes:
+        if labels is None or not least <= labels.min() <= labels.max() < model.num_classes:
             has = f"no {split} labels"
             if labels is not None:
                 has = f"{split} labels from {labels.min()} to {labels.max()}"
@@ -291,10 +362,3 @@ def expect_classes(name: str, data: Dataset, model: ModelConfig) -> None:
                 f"{name} has {has}: expected classes from 0 to {model.num_classes - 1}, "
                 f"as num_classes is {model.num_classes}"
             )
-
-
-def model_inputs(
-    images: T, labels: np.ndarray | None, model: ModelConfig
-) -> tuple[T, np.ndarray | None]:
-    """Return images, and their labels as int32 if the model is conditional, else None."""
-    return images, labels.astype(np.int32) if model.num_classes and labels is not None else None

@@ -45,7 +45,7 @@ from jaxvae.runs.config import (
     components,
     own_components,
 )
-from jaxvae.runs.data import describe, difference, expect_classes, model_inputs
+from jaxvae.runs.data import describe, difference, expect_conditions, train_conditions
 from jaxvae.runs.files import locked, read_metrics, version, write_json
 from jaxvae.storage import expect_utf8
 from jaxvae.training.state import TrainState, create_train_state, state_of
@@ -72,9 +72,9 @@ def start(
 
     Raises:
       InputError: the directory already holds a run and `resume` is false; the data are not those
-        of the run, are smaller than one batch, or lack valid labels for a conditional model; the
-        run to start from has another model; model and objective do not match; or the newest
-        checkpoint contradicts config.json.
+        of the run, are smaller than one batch, or lack the classes or covariates of a conditional
+        model; the run to start from has another model; model and objective do not match; or the
+        newest checkpoint contradicts config.json.
     """
     config = with_data(run_dir, config, data, describe(data), resume=resume, new_data=new_data)
     if resume:
@@ -195,6 +195,10 @@ def with_data(
       InputError: the data do not fit the run, as for `start`.
     """
     before = config.model.image_shape
+    if resume and data.train_covariates is not None and not config.model.num_covariates:
+        raise InputError(
+            f"{config.data} has covariates, but {run_dir} was started without: leave them out"
+        )
     config = _with_shape(config, data)
     if resume and config.model.image_shape != before:
         raise InputError(
@@ -217,7 +221,7 @@ def with_shape(config: RunConfig, data: Dataset) -> RunConfig:
       The configuration.
 
     Raises:
-      InputError: invalid labels for a conditional model, or fewer images than one batch.
+      InputError: no valid labels for a conditional model, or fewer images than one batch.
     """
     config = _with_shape(config, data)
     _expect_a_batch(config, data)
@@ -226,8 +230,24 @@ def with_shape(config: RunConfig, data: Dataset) -> RunConfig:
 
 def _with_shape(config: RunConfig, data: Dataset) -> RunConfig:
     model = config.model.with_image_shape(data.train_images.shape[1:])
-    expect_classes(config.data, data, model)
-    return replace(config, model=model)
+    if data.train_covariates is not None and not model.num_covariates:
+        model = replace(model, num_covariates=data.train_covariates.shape[1])
+    expect_conditions(config.data, data, model)
+    if model.conditions != "both" and not model.condition_dim:
+        raise InputError(
+            f"conditions is {model.conditions!r}, but the model has no classes and no covariates: "
+            "expected num_classes or covariate columns, or leave it out"
+        )
+    labels = data.train_labels if model.classifier else None
+    hidden = config.labelled > 0 or (labels is not None and labels.min() < 0)
+    if hidden and not getattr(config.train.objective, "unlabelled", False):
+        raise InputError(
+            "some training labels are hidden or missing: expected the objective 'm2', which takes "
+            "images without a label, and classifier true"
+        )
+    config = replace(config, model=model, covariates=data.covariates)
+    train_conditions(data, config)
+    return config
 
 
 def _expect_a_batch(config: RunConfig, data: Dataset) -> None:
@@ -282,7 +302,7 @@ def check_first_step(config: RunConfig, data: Dataset, models: int = 1) -> None:
       InputError: model, objective and data do not match, or the memory is too small.
     """
     first_params(config)
-    images, labels = model_inputs(data.train_images, data.train_labels, config.model)
+    images, labels = data.train_images, data.conditions(config.model, "train")
     batch = slice(config.train.batch_size)
 
     def step(images: jax.Array, labels: jax.Array | None) -> tuple[TrainState, Metrics]:
@@ -329,7 +349,7 @@ def first_state(key: jax.Array, config: RunConfig, data: Dataset | None = None) 
 def _encoded_prior(key: jax.Array, params: Params, config: RunConfig, data: Dataset) -> Learned:
     """Return the initial parameters of a prior, from a random part of the training images."""
     rows_key, pixels_key, prior_key = jax.random.split(jax.random.fold_in(key, 2), 3)
-    images, labels = model_inputs(data.train_images, data.train_labels, config.model)
+    images, labels = data.train_images, data.conditions(config.model, "train")
     rows = np.sort(jax.random.permutation(rows_key, len(images))[:_ENCODED])
     x = jnp.asarray(images[rows])
     if config.train.binarization == "dynamic":

@@ -22,7 +22,6 @@ from jaxvae.runs.data import (
     binarization_keys,
     binarized,
     load_run_data,
-    model_inputs,
     warn_of_other_data,
 )
 from jaxvae.runs.files import write_json
@@ -38,6 +37,7 @@ _METRICS = {
     "active_units": "active units",
     "code_perplexity": "codes in use (perplexity)",
     "reconstruction_error": "mean squared error of a {value}",
+    "classifier_accuracy": "accuracy of q(y|x)",
     "logistic_regression": "accuracy of logistic regression",
     "nearest_neighbors": "accuracy of 5 nearest neighbors",
 }
@@ -78,16 +78,18 @@ def measure(
     train_images = data.train_images
     if not isinstance(train_images, np.ndarray):
         train_images = train_images[rows]
-        if data.train_labels is not None:
-            data = data._replace(train_labels=data.train_labels[rows])
+        labels, covariates = (
+            None if x is None else x[rows] for x in (data.train_labels, data.train_covariates)
+        )
+        data = data._replace(train_labels=labels, train_covariates=covariates)
     if config.train.binarization == "dynamic":  # the model was trained on 0/1 pixels
         train_images = binarized(binarization_keys()[0], train_images)
     data = data._replace(train_images=train_images)
     params, step = load_with_step(run_dir, which, **own)
     _, key = run_keys(config)
     devices = devices_for(len(data.test_images))
-    images = model_inputs(data.test_images, data.test_labels, config.model)
-    test = jax.device_put((params, key, *images), replicated(devices))
+    labels = data.conditions(config.model, "test")
+    test = jax.device_put((params, key, data.test_images, labels), replicated(devices))
     terms = data_parallel(evaluate, devices)(*test)
     terms["log_p_x"] = data_parallel(
         partial(mean_log_likelihood, num_samples=num_samples), devices
@@ -164,13 +166,10 @@ def measure_bounds(
     warn_of_other_data(run_dir, config, data)
     params, step = load_with_step(run_dir, which, **own)
     num_images = min(num_images, len(data.test_images))
-    images, labels = model_inputs(
-        data.test_images[:num_images],
-        None if data.test_labels is None else data.test_labels[:num_images],
-        config.model,
-    )
+    images, labels = data.test_images[:num_images], data.conditions(config.model, "test")
+    labels = None if labels is None else labels[:num_images]
     classes = config.model.num_classes
-    simulated_labels = np.arange(num_images, dtype=np.int32) % classes if classes else None
+    simulated_labels = np.arange(num_images, dtype=np.int32) % classes if classes else labels
     _, key = run_keys(config)
     test_keys, simulated_keys = (example_keys(k, num_images) for k in jax.random.split(key))
     devices = devices_for(num_images)

@@ -53,12 +53,14 @@ def fit(
     Args:
       data: a name or path, as for `jaxvae.load_data`; a `jaxvae.data.Dataset`; a pair
         (train images, test images) or ((train images, train labels), (test images, test labels)),
-        as `jaxvae.load_data` returns them; or an array of images, of which every tenth is held
-        out as a test image. Images are uint8 or floats in [0, 1], of shape
+        as `jaxvae.load_data` returns them, where labels are classes [N], or covariates
+        [N, covariates] on which the model is conditional; or an array of images, of which every
+        tenth is held out as a test image. Images are uint8 or floats in [0, 1], of shape
         [N, height, width, channels] or [N, height, width]; other examples are numbers of shape
         [N, features], or [N, ...] of more than four axes. In place of an array, any source with
         `__len__` and `__getitem__`, such as a data set of Hugging Face, PyTorch or Grain.
-      model: the architecture, by default the notebook's; its `image_shape` is taken from the data.
+      model: the architecture, by default the notebook's; its `image_shape` and
+        `num_covariates` are taken from the data.
       train: the training configuration, by default that of `jaxvae train`.
       seed: seed of all random numbers.
       run_dir: directory for configuration, metrics and checkpoints; None: nothing is written.
@@ -95,7 +97,7 @@ def fit(
         if resume:
             own = components(config)
             flags = {**vars(model), **vars(train), "seed": seed}
-            del flags["image_shape"]
+            del flags["image_shape"], flags["num_covariates"]  # taken from the data
             recorded = read_config(folder, to_train=True, **own)
             config = replace(updated(recorded, flags, folder), data=config.data)
         config = directory.start(folder, config, dataset, resume=resume)

@@ -21,7 +21,7 @@ from jaxvae.runs import directory, loop
 from jaxvae.runs.callbacks import Callback, expect_callbacks
 from jaxvae.runs.checkpoints import load
 from jaxvae.runs.config import IN_PYTHON, RunConfig, configured, read_config, run_keys
-from jaxvae.runs.data import load_run_data, model_inputs, prepared
+from jaxvae.runs.data import load_run_data, prepared
 from jaxvae.runs.files import read_metrics, resume_command
 from jaxvae.runs.progress import Progress
 from jaxvae.training.config import TrainConfig
@@ -168,7 +168,7 @@ def _load_data(config: RunConfig, data: Any) -> tuple[RunConfig, Dataset]:
 def _log_likelihood(params: Params, config: RunConfig, data: Dataset) -> float:
     """Return the mean log-likelihood of training images, which a new prior does not change."""
     pixels_key, key = jax.random.split(run_keys(config)[0])
-    images, labels = model_inputs(data.train_images, data.train_labels, config.model)
+    images, labels = data.train_images, data.conditions(config.model, "train")
     rows = np.linspace(0, len(images) - 1, min(len(images), _IMAGES)).astype(int)
     x = jnp.asarray(images[rows])
     if config.train.binarization == "dynamic":

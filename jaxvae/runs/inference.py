@@ -16,15 +16,14 @@ from jaxvae.evaluation.log_likelihood import log_likelihood
 from jaxvae.evaluation.metrics import reconstruction_error
 from jaxvae.models.codebooks import codebook_of, is_discrete
 from jaxvae.models.distributions import Gaussian
-from jaxvae.models.vae import Params, encode_observed, reconstruct_observed
+from jaxvae.models.vae import Params, classify, encode_observed, known_classes, reconstruct_observed
 from jaxvae.objectives import elbo, example_keys
 from jaxvae.runs.checkpoints import Which, load
 from jaxvae.runs.config import read_config, run_keys
 from jaxvae.runs.data import (
     examples_of,
-    expect_classes,
+    expect_conditions,
     load_run_data,
-    model_inputs,
     warn_of_other_data,
 )
 from jaxvae.validation import expect_one_of, whole_number
@@ -47,6 +46,7 @@ class Opened(NamedTuple):
       key: PRNG key of evaluation.
       images: images or other examples, read when they are indexed.
       labels: their labels, int64 [N], or None.
+      conditions: what the model takes as labels: classes, covariates or None.
       columns: names of the features, if the data are a table.
       label_column: name of the column of classes, if one was given.
     """
@@ -55,6 +55,7 @@ class Opened(NamedTuple):
     key: jax.Array
     images: Images
     labels: np.ndarray | None
+    conditions: np.ndarray | None
     columns: tuple[str, ...] | None
     label_column: str | None
 
@@ -82,19 +83,19 @@ def open_run(
       Model and examples.
 
     Raises:
-      InputError: the run, its data or its checkpoints cannot be read; the labels are not classes
-        of a conditional model.
+      InputError: the run, its data or its checkpoints cannot be read; the data lack the classes or
+        covariates of a conditional model.
     """
     config = read_config(run_dir, **own)
     data = load_run_data(config, data_name, missing=missing)
     name = data_name or config.data
     if data_name is None:
         warn_of_other_data(run_dir, config, data)
-    expect_classes(name, data, config.model)
-    images, labels = examples_of(data, config, split)
+    expect_conditions(name, data, config.model)
+    examples = examples_of(data, config, split)
     params = load(run_dir, which, **own)
     key = run_keys(config)[1]
-    return Opened(params, key, images, labels, data.columns, config.label_column)
+    return Opened(params, key, *examples, data.columns, config.label_column)
 
 
 def encode_all(opened: Opened, progress: Counter | None = None) -> Arrays:
@@ -107,7 +108,8 @@ def encode_all(opened: Opened, progress: Counter | None = None) -> Arrays:
     Returns:
       `mean` and `log_var`, [N, latent], of a Gaussian posterior or of the groups of a hierarchy;
       or `codes`, [N, n], of a discrete model; or `center`, [N, latent], of any other posterior,
-      such as a flow. `labels`, [N], if there are any.
+      such as a flow. `probabilities`, [N, classes], of a model with a classifier. `labels`, [N], if
+      there are any.
 
     Raises:
       InputError: examples of another shape than the model's.
@@ -117,9 +119,12 @@ def encode_all(opened: Opened, progress: Counter | None = None) -> Arrays:
         posterior = encode_observed(params, images, labels)
         if is_discrete(params.config):
             return Named(codes=codebook_of(params).codes(posterior.center))
+        probabilities = {}
+        if params.config.classifier:
+            probabilities["probabilities"] = classify(params, images)
         if isinstance(posterior, Gaussian) or hasattr(params.model, "groups"):
-            return Named(mean=posterior.mean, log_var=posterior.log_var)
-        return Named(center=posterior.center)
+            return Named(mean=posterior.mean, log_var=posterior.log_var, **probabilities)
+        return Named(center=posterior.center, **probabilities)
 
     return _in_batches(encoded, opened, progress) | _labels(opened)
 
@@ -252,13 +257,16 @@ def _in_batches(
     example. The last batch is filled up with copies of the last example, so that one compiled
     function serves all.
     """
-    params, key, images, labels, *_ = opened
-    images, labels = model_inputs(images, labels, params.config)
+    params, key, images, _, labels, *_ = opened
     n = len(images)
     size = max(1, min(n, most, _BATCH))
     mesh, rows = devices_for(size), jax.P(AXIS)
+
+    def of_batch(params: Params, keys: Any, images: Any, labels: Any, *, axis_name: Any) -> Named:
+        return f(params, keys, images, known_classes(params, images, labels))
+
     compute = data_parallel(
-        lambda *batch, axis_name: f(*batch),
+        of_batch,
         mesh,
         in_specs=(jax.P(), rows, rows, rows),
         out_specs=rows,

@@ -20,7 +20,7 @@ from jaxvae.objectives import example_keys
 from jaxvae.runs.callbacks import Callback, EarlyStopping, Training
 from jaxvae.runs.checkpoints import metadata, newest_intact, open_checkpoints, restore, write
 from jaxvae.runs.config import RunConfig, components, run_keys
-from jaxvae.runs.data import model_inputs
+from jaxvae.runs.data import train_conditions
 from jaxvae.runs.directory import first_state
 from jaxvae.runs.divergence import DivergenceCheck
 from jaxvae.runs.files import (
@@ -227,7 +227,7 @@ class _OneModel:
         self.run_dir, self.config, self.data = run_dir, config, data
         self.configs: Mapping[str, RunConfig] = {"": config}
         self.mesh = devices_for(config.train.batch_size)
-        images, labels = model_inputs(data.train_images, data.train_labels, config.model)
+        images, labels = data.train_images, train_conditions(data, config)
         steps = len(images) // config.train.batch_size
         self.measure = evaluator(config, data, test_key)
         self.divergence = DivergenceCheck(run_dir, len(images), steps)
@@ -286,7 +286,7 @@ def evaluator(
     Returns:
       The function.
     """
-    images, labels = model_inputs(data.test_images, data.test_labels, config.model)
+    images, labels = data.test_images, data.conditions(config.model, "test")
     count, shared = len(images), len(images) - len(images) % jax.process_count()
     examples = (example_keys(key, count), images, labels)
     # Images left over after equal shares are evaluated by every process.

@@ -43,7 +43,7 @@ from jaxvae.runs.checkpoints import (
     write,
 )
 from jaxvae.runs.config import RunConfig, as_flag, own_components, run_keys, updated
-from jaxvae.runs.data import describe, model_inputs
+from jaxvae.runs.data import describe
 from jaxvae.runs.divergence import DIVERGED, DivergenceCheck
 from jaxvae.runs.files import (
     append_metrics,
@@ -176,6 +176,11 @@ def start(
             f"{next(iter(models.values())).data} is read from disk image by image, but a sweep "
             "needs the images in memory: train one model at a time"
         )
+    if any(config.labelled for config in models.values()):
+        raise InputError(
+            "labelled draws the labels by the seed, but the models of a sweep share them: train "
+            "one model at a time"
+        )
     record = describe(data)
     lost = diverged(run_dir, models) if resume else []
     fitted = {
@@ -265,8 +270,8 @@ class _ManyModels:
         model = self.config.model
         train, self._test_set = jax.device_put(
             (
-                model_inputs(data.train_images, data.train_labels, model),
-                model_inputs(data.test_images, data.test_labels, model),
+                (data.train_images, data.conditions(model, "train")),
+                (data.test_images, data.conditions(model, "test")),
             ),
             replicated(devices),
         )

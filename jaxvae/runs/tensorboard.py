@@ -10,11 +10,10 @@ import numpy as np
 
 from jaxvae.errors import InputError
 from jaxvae.figures.animation import is_kept
-from jaxvae.figures.grid import has_plane, pixels, plane, tile
-from jaxvae.models.vae import Params, encode_observed, reconstruct_observed, sample
+from jaxvae.figures.grid import has_plane, in_turn, pixels, plane, tile
+from jaxvae.models.vae import Params, encode_observed, known_classes, reconstruct_observed, sample
 from jaxvae.runs.callbacks import Callback, Training
 from jaxvae.runs.config import run_keys
-from jaxvae.runs.data import model_inputs
 from jaxvae.storage import make_folder, refuse_links
 from jaxvae.validation import is_image, scale_images
 
@@ -50,7 +49,7 @@ class TensorBoard(Callback):
             )
         config, data = training.config, training.data
         self._folder, self._config = training.run_dir / "tensorboard", config
-        self._images, self._labels = model_inputs(data.test_images, data.test_labels, config.model)
+        self._images, self._labels = data.test_images, data.conditions(config.model, "test")
         self._classes = data.test_labels
         self._writer: Any = None
         if not training.step:
@@ -85,8 +84,9 @@ class TensorBoard(Callback):
         side = max(self._images.shape[1:3]) if image else 1
         count = min(len(self._images), _PROJECTED, (_SPRITE // side) ** 2)
         rows = np.linspace(0, len(self._images) - 1, count).astype(int)
+        images = jnp.asarray(self._images[rows])
         labels = None if self._labels is None else jnp.asarray(self._labels[rows])
-        center = encode_observed(params, jnp.asarray(self._images[rows]), labels).center
+        center = encode_observed(params, images, known_classes(params, images, labels)).center
         # Remove those of an earlier end of the run: tensorboardX would append to them.
         (self._folder / "projector_config.pbtxt").unlink(missing_ok=True)
         shutil.rmtree(self._folder / "00000", ignore_errors=True)
@@ -126,6 +126,7 @@ class TensorBoard(Callback):
         rows = np.linspace(0, len(self._images) - 1, _PICTURED).astype(int)
         images = jnp.asarray(self._images[rows])
         labels = None if self._labels is None else jnp.asarray(self._labels[rows])
+        labels = known_classes(params, images, labels)
         pairs = jnp.concatenate(
             [scale_images(images), reconstruct_observed(params, images, labels)]
         )
@@ -134,7 +135,8 @@ class TensorBoard(Callback):
             means, _, down = plane(params, 15)
             return pictures | {"manifold": _rgb(tile(means, len(down)))}
         _, key = run_keys(self._config)
-        drawn = sample(params, key, _PICTURED**2)
+        count = _PICTURED**2
+        drawn = sample(params, key, count, in_turn(params, self._labels, count))
         return pictures | {"samples": _rgb(tile(drawn, _PICTURED))}
 
 

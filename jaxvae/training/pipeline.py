@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Int, Integer, Num
+from jaxtyping import Int, Num
 
 from jaxvae.data import Images
 from jaxvae.devices.sharding import AXIS, data_parallel, shard
@@ -30,7 +30,7 @@ Epoch = Callable[[TrainState, int], Iterator[tuple[int, Advance]]]
 
 def epoch_pipeline(
     images: Images,
-    labels: Integer[np.ndarray, " n"] | None,
+    labels: Num[np.ndarray, " n *covariates"] | None,
     config: TrainConfig,
     mesh: jax.sharding.Mesh,
     specs: Any,
@@ -42,7 +42,7 @@ def epoch_pipeline(
 
     Args:
       images: training images, [n, height, width, channels].
-      labels: classes of the images, if the model is conditional.
+      labels: classes or covariates of the images, if the model is conditional.
       config: training configuration; `epochs` and `batch_size` set the length of the run.
       mesh: the devices over which every batch is split.
       specs: sharding of the state, a PartitionSpec or a tree of them.
@@ -71,7 +71,7 @@ def epoch_pipeline(
 
 def _resident(
     images: Num[np.ndarray, " n *shape"],
-    labels: Integer[np.ndarray, " n"] | None,
+    labels: Num[np.ndarray, " n *covariates"] | None,
     mesh: jax.sharding.Mesh,
     specs: Any,
     objective: LossFunction | None,
@@ -103,7 +103,7 @@ def _resident(
 
 def _streamed(
     images: Images,
-    labels: Integer[np.ndarray, " n"] | None,
+    labels: Num[np.ndarray, " n *covariates"] | None,
     rows: jax.NamedSharding,
     take: Callable[..., tuple[TrainState, Metrics]],
     workers: int,

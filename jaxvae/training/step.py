@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jaxtyping import Array, ArrayLike, Float, Int, Integer, Num, Shaped
+from jaxtyping import Array, ArrayLike, Float, Int, Num, Shaped
 
 from jaxvae.devices.convolution import block_size
 from jaxvae.devices.sharding import mean_over, on_parts, own_part, sum_over
 from jaxvae.errors import InputError
 from jaxvae.models.likelihoods import binarize
-from jaxvae.models.vae import Params, expected_images, expected_labels, init
+from jaxvae.models.vae import Labels, Params, expected_images, expected_labels, init
 from jaxvae.objectives import Elbo, example_keys
 from jaxvae.training.optimizer import rate_at
 from jaxvae.training.state import TrainState, binarization_key, noise_key, optimizer, shuffle_key
@@ -30,7 +30,7 @@ LossFunction = Callable[..., tuple[Array, Elbo]]
 def train_step(
     state: TrainState,
     images: Num[ArrayLike, " batch *shape"],
-    labels: Integer[ArrayLike, " batch"] | None = None,
+    labels: Labels = None,
     *,
     axis_name: str | None = None,
     objective: LossFunction | None = None,
@@ -45,7 +45,7 @@ def train_step(
       state: training state. Inside `shard_map` its arrays may be parts, split by
         `jaxvae.devices.sharding.fsdp_specs`.
       images: float32 in [0, 1], or uint8.
-      labels: classes of the images, if the model is conditional.
+      labels: classes or covariates of the images, if the model is conditional.
       axis_name: axis of the `pmap` or `shard_map` over which the batch is split into equal parts,
         in order. Gradients and metrics are averaged over it.
       objective: overrides the configuration's objective. A function of params, keys [batch],
@@ -126,7 +126,7 @@ def _updated(
 def train_epoch(
     state: TrainState,
     images: Num[ArrayLike, " n *shape"],
-    labels: Integer[ArrayLike, " n"] | None = None,
+    labels: Labels = None,
     *,
     axis_name: str | None = None,
     objective: LossFunction | None = None,
@@ -143,7 +143,7 @@ def train_epoch(
     Args:
       state: training state at the start of the epoch; donated.
       images: float32 in [0, 1], or uint8.
-      labels: classes of the images, if the model is conditional.
+      labels: classes or covariates of the images, if the model is conditional.
       axis_name: axis of the `pmap` or `shard_map` over which every batch is split. Each device is
         given all images and takes its own part of each batch.
       objective: as in `train_step`.
@@ -201,7 +201,7 @@ def train_steps(
     batches: Int[Array, "steps batch"],
     first: Int[Array, ""] | int,
     last: Int[Array, ""] | int,
-    labels: Integer[Array, " n"] | None = None,
+    labels: Num[Array, " n *covariates"] | None = None,
     *,
     axis_name: str | None = None,
     objective: LossFunction | None = None,
@@ -217,7 +217,7 @@ def train_steps(
       first: index of the first batch. It is traced, like `last`, so that one compiled program
         serves every part of an epoch.
       last: index after the last batch.
-      labels: classes of all images, if the model is conditional.
+      labels: classes or covariates of all images, if the model is conditional.
       axis_name: as in `train_epoch`.
       objective: as in `train_epoch`.
       learning_rate: as in `train_epoch`.
@@ -247,7 +247,7 @@ def train_steps(
 def train_portion(
     state: TrainState,
     images: Num[Array, "batches batch *shape"],
-    labels: Integer[Array, "batches batch"] | None,
+    labels: Num[Array, "batches batch *covariates"] | None,
     count: Int[Array, ""] | int,
     *,
     steps: int,
@@ -259,7 +259,7 @@ def train_portion(
     Args:
       state: training state; donated, as in `train_epoch`.
       images: batches of images; each device is given its own part of every batch.
-      labels: classes of the images, if the model is conditional.
+      labels: classes or covariates of the images, if the model is conditional.
       count: number of batches to take; the others are padding.
       steps: number of steps of the whole run.
       axis_name: axis over which every batch is split.
@@ -291,7 +291,7 @@ def _step_of_a_run(
     batch: Int[Array, "*batch"],
     *,
     images: Num[Array, "..."],
-    labels: Integer[Array, "..."] | None,
+    labels: Any,
     steps: int,
     learning_rate: Num[Array, ""] | float | None = None,
     **options: Any,

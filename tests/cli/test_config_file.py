@@ -192,11 +192,11 @@ WRONG = {
         "speed = 3", "a run has no field 'speed' (do you mean 'seed'?): expected accumulate, "
     ),
     "an unknown field of the model": (
-        "[model]\nspeed = 3", "ModelConfig has no field 'speed': expected compute_dtype, "
+        "[model]\nspeed = 3", "ModelConfig has no field 'speed': expected classifier, compute"
     ),
     "an unknown table": ("[data_set]\nname = 3", "a run has no field 'data_set'"),
     "a field of another table": (
-        "[model]\nepochs = 3", "ModelConfig has no field 'epochs': expected compute_dtype, "
+        "[model]\nepochs = 3", "ModelConfig has no field 'epochs': expected classifier, compute"
     ),
     "contradictory": (
         "epochs = 2\n[train]\nepochs = 3",

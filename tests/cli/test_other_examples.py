@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from conftest import refused
@@ -108,6 +109,79 @@ def test_a_sweep_of_conditional_models_of_vectors(table, tmp_path):
     assert drawn == {"latents", "aggregate", "units", "traversals", "training"}
 
 
+COVARIATES = ["--covariate-columns", "kind,age"]
+
+
+@pytest.fixture(scope="module")
+def with_covariates(keep_no_programs, tmp_path_factory, table):
+    path = tmp_path_factory.mktemp("runs") / "covariates"
+    train = ["train", "--data", str(table), "--run-dir", str(path), *COVARIATES, *VECTORS]
+    assert main([*train, "--epochs", "1", "--conditions", "decoder"]) == 0
+    return path
+
+
+def test_a_run_with_covariates_resumes_and_encodes_other_data_as_its_own(
+    with_covariates, table, tmp_path, capsys
+):
+    config = read_config(with_covariates)
+    assert config.model.image_shape == (2,)
+    assert (config.model.num_covariates, config.model.conditions) == (3, "decoder")
+    assert [c.name for c in config.covariates] == ["kind", "age"]
+    assert main(["train", "--resume", "--run-dir", str(with_covariates), "--epochs", "2"]) == 0
+    whole = tmp_path / "whole"
+    train = ["train", "--data", str(table), "--run-dir", str(whole), *COVARIATES, *VECTORS]
+    assert main([*train, "--epochs", "2", "--conditions", "decoder"]) == 0
+    ours, theirs = (read_metrics(path)[-1]["test"] for path in (with_covariates, whole))
+    assert ours == theirs
+
+    (tmp_path / "two.csv").write_text("height,kind,weight,age\n1,a,2,3\n3,b,4,5\n")
+    two, out = str(tmp_path / "two.csv"), tmp_path / "out.csv"
+    assert main(["reconstruct", str(whole), "--data", two, "--out", str(out)]) == 0
+    of_age = config.covariates[1]
+    age = (np.array([3, 5]) - of_age.mean) / of_age.std
+    covariates = np.float32(np.column_stack([np.eye(2), age]))
+    params, x = jaxvae.load(whole), np.float32([[1, 2], [3, 4]])
+    expected = jaxvae.decode(params, jaxvae.encode(params, x).mean, covariates).mean
+    found = np.loadtxt(out, delimiter=",", skiprows=1)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    for command in ("evaluate", "score", "encode", "impute"):
+        words = [] if command == "evaluate" else ["--out", str(tmp_path / "any.npz")]
+        words += [] if command == "encode" else ["--num-samples", "5"]
+        assert main([command, str(whole), *words]) == 0
+    (tmp_path / "two.csv").write_text("height,kind,weight,age\n1,a,2,3\n3,c,4,5\n")
+    capsys.readouterr()
+    assert main(["encode", str(whole), "--data", two, "--out", str(out)]) == 2
+    assert "row 2, column 'kind' holds 'c': expected 'a' or 'b'" in capsys.readouterr().err
+
+
+def test_a_run_that_starts_from_another_has_its_covariates(with_covariates, table, tmp_path):
+    lines = table.read_text().splitlines()
+    (tmp_path / "part.csv").write_text("\n".join([lines[0], *lines[100:250]]) + "\n")
+    train = ["train", "--data", str(tmp_path / "part.csv"), *COVARIATES, *VECTORS, "--epochs", "1"]
+    train += ["--conditions", "decoder", "--run-dir", str(tmp_path / "run")]
+    assert main([*train, "--start-from", str(with_covariates)]) == 0
+    ours, theirs = (read_config(path).covariates for path in (tmp_path / "run", with_covariates))
+    assert ours == theirs
+
+
+def test_samples_have_covariates_of_training_examples_or_those_given(
+    with_covariates, table, tmp_path, capsys
+):
+    params, out = jaxvae.load(with_covariates), tmp_path / "a.csv"
+    data = load_dataset(str(table), covariate_columns="kind,age")
+    rows = data.train_covariates[np.random.default_rng(3).integers(270, size=6)]
+    of_b = rows.copy()
+    of_b[:, :2] = 0, 1
+    sample = ["sample", str(with_covariates), "--n", "6", "--seed", "3", "--out", str(out)]
+    for words, covariates in (([], rows), (["--covariates", "kind=b"], of_b)):
+        assert main([*sample, *words]) == 0
+        expected = jaxvae.sample(params, jax.random.key(3), 6, covariates)
+        np.testing.assert_allclose(np.loadtxt(out, delimiter=","), expected, rtol=1e-4, atol=1e-5)
+    capsys.readouterr()
+    assert main([*sample, "--covariates", "kind=c"]) == 2
+    assert "column 'kind' holds 'c': expected 'a' or 'b'" in capsys.readouterr().err
+
+
 WRONG = {
     "a network for images": (
         ["train", "--data", "TABLE", "--likelihood", "gaussian"],
@@ -135,6 +209,21 @@ WRONG = {
         ["explore", "RUN", "--out", "a.html"], "the explorer shows images", "(3,)"
     ),
     "other data": (["evaluate", "RUN", "--data", "TWO"], "has no column 'kind'"),
+    "conditions without covariates": (
+        ["train", "--data", "TABLE", *VECTORS, "--conditions", "encoder"],
+        "conditions is 'encoder', but the model has no classes and no covariates",
+    ),
+    "covariates and classes": (
+        ["train", "--data", "TABLE", *VECTORS, "--covariate-columns", "age", "--num-classes", "2"],
+        "num_classes is 2 and num_covariates 1: expected one of them to be 0",
+    ),
+    "covariates of a run without": (
+        ["sample", "RUN", "--n", "2", "--out", "a.csv", "--covariates", "age=3"],
+        "--covariates was given, but the model has no covariates",
+    ),
+    "covariates of images": (
+        ["train", "--covariate-columns", "age"], "covariate_columns is 'age', but mnist-5k is not",
+    ),
 }  # fmt: skip
 
 

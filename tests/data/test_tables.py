@@ -53,6 +53,20 @@ def test_parquet_holds_the_same(tmp_path):
         load_data(path)
 
 
+@pytest.mark.parametrize("kinds", [KINDS, [3, 0, 1, 2] * 5])
+def test_an_empty_class_is_no_label_where_that_is_allowed(tmp_path, kinds):
+    cells = ["" if i in (0, 7) else kind for i, kind in enumerate(kinds)]
+    rows = [(x, kind, y) for (x, y), kind in zip(ROWS, cells, strict=True)]
+    path = write(tmp_path / "a.csv", rows, "x,kind,y")
+    with refused("column 'kind', row 1 is empty: expected a class in every row"):
+        load_dataset(path, label_column="kind")
+    data = load_dataset(path, label_column="kind", unlabelled=True)
+    numbers = np.unique(kinds, return_inverse=True)[1]
+    numbers[[0, 7]] = -1
+    np.testing.assert_array_equal(data.test_labels, numbers[::10])
+    np.testing.assert_array_equal(data.train_labels, np.delete(numbers, [0, 10]))
+
+
 @pytest.mark.parametrize(
     ("classes", "labels"), [(KINDS, [1, 2]), (range(5, 25), [5, 15]), ([True] * 20, [1, 1])]
 )

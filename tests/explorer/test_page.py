@@ -419,3 +419,9 @@ def test_a_page_too_large_has_weights_in_half_the_bytes_and_fewer_images(browser
 def test_a_page_that_cannot_be_written_says_so(tmp_path):
     with refused("cannot be written: No such file or directory"):
         explorer.write(tmp_path / "nowhere" / "out.html", model(), dataset(), "run")
+
+
+def test_a_model_with_covariates_is_refused():
+    config = jaxvae.ModelConfig((4, 4, 1), 2, "mlp:width=4", num_covariates=2)
+    with refused("the explorer has no controls for the covariates", "use `jaxvae figures`"):
+        explorer.page(jaxvae.init(jax.random.key(0), config), dataset(), "title")

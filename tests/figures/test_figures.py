@@ -120,7 +120,7 @@ def test_the_most_unusual_images_are_above_the_least_unusual_ones():
 
 def test_samples_of_a_conditional_model_are_of_all_classes_in_turn():
     model, key = conditional(), jax.random.key(1)
-    picture = shown(figures.samples(model, key, rows=2))
+    picture = shown(figures.samples(model, key, of(CONSTANT), rows=2))
     images = jaxvae.sample(model, key, 4, jnp.arange(4))[..., 0] * 255
     np.testing.assert_allclose(picture[:8, 8:], images[1], atol=0.51)
     np.testing.assert_allclose(picture[8:, :8], images[2], atol=0.51)
@@ -539,3 +539,20 @@ def test_half_of_a_normal_in_the_plane_lies_within_its_known_circle():
         radius = np.sqrt(-2 * np.log(1 - mass))
         expected = np.exp(-(radius**2) / 2) / (2 * np.pi)
         assert charts.level_of(density, mass) == pytest.approx(expected, rel=2e-3)
+
+
+def test_figures_of_a_model_with_covariates_take_those_of_the_test_images(tmp_path):
+    config = jaxvae.ModelConfig((4, 4, 1), 2, "mlp:width=4", num_covariates=2)
+    model = jaxvae.init(jax.random.key(0), config)
+    x = np.random.default_rng(0).integers(0, 256, (20, 4, 4, 1), np.uint8)
+    c = np.random.default_rng(1).normal(size=(20, 2)).astype("f")
+    data = Dataset(x, None, x, None, train_covariates=c, test_covariates=c)
+    key = jax.random.key(1)
+    paths = figures.draw_all(tmp_path, model, data, [], key)
+    assert {path.stem for path in paths} == {
+        "reconstructions", "samples", "traversals", "interpolations", "latents", "aggregate",
+        "units",
+    }  # fmt: skip
+    picture = shown(figures.samples(model, key, data, rows=2))
+    images = jaxvae.sample(model, key, 4, c[:4])[..., 0] * 255
+    np.testing.assert_allclose(picture[4:, :4], images[2], atol=0.51)

@@ -22,6 +22,9 @@ def test_the_defaults_are_the_notebooks_model():
         prior="standard_normal",
         posterior="gaussian",
         num_classes=0,
+        num_covariates=0,
+        conditions="both",
+        classifier=False,
         compute_dtype="float32",
     )
     assert ModelConfig().to_dict() == {
@@ -32,6 +35,9 @@ def test_the_defaults_are_the_notebooks_model():
         "prior": "standard_normal",
         "posterior": "gaussian",
         "num_classes": 0,
+        "num_covariates": 0,
+        "conditions": "both",
+        "classifier": False,
         "compute_dtype": "float32",
     }
 
@@ -48,7 +54,8 @@ def test_the_defaults_are_the_notebooks_model():
             likelihood="discretized_logistic",
             prior="mixture:components=17",
             posterior="iaf:steps=4",
-            num_classes=10,
+            num_covariates=10,
+            conditions="decoder",
         ),
     ],
     ids=["the default model", "another"],
@@ -194,11 +201,42 @@ def test_a_network_that_is_no_pair_of_modules_is_refused(network):
         ({"posterior": "iaf", "flow_steps": 1.5}, "posterior 'iaf': steps is 1.5: expected a who"),
         ({"num_classes": -1}, "num_classes is -1: expected at least 0"),
         ({"num_classes": "ten"}, "num_classes is 'ten': expected a whole number"),
+        ({"num_covariates": -1}, "num_covariates is -1: expected at least 0"),
+        (
+            {"num_classes": 2, "num_covariates": 3},
+            "num_classes is 2 and num_covariates 3: expected one of them to be 0",
+        ),
+        (
+            {"conditions": "prior"},
+            "conditions is 'prior': expected 'both', 'encoder' or 'decoder'",
+        ),
+        ({"classifier": True}, "classifier is true, but num_classes is 0: expected at least 2"),
+        (
+            {"classifier": True, "num_classes": 3, "network": "spatial", "latent_dim": 49},
+            "network is 'spatial', whose encoder is no classifier: expected 'mlp', 'conv' or",
+        ),
+        (
+            {
+                "classifier": True,
+                "num_classes": 3,
+                "posterior": "vq",
+                "prior": "uniform_codes",
+                "latent_dim": 8,
+            },
+            "the latents are codes: expected the posterior 'gaussian' or 'iaf'",
+        ),
+        (
+            {"prior": "vamp", "num_covariates": 2},
+            "whose pseudo-inputs have no covariates: expected 'standard_normal' or 'mixture'",
+        ),
         (
             {"prior": "vamp", "num_classes": 10},
             "prior is 'vamp', whose pseudo-inputs have no classes: expected 'standard_normal' or",
         ),
-        ({"depth": 3}, "ModelConfig has no field 'depth': expected compute_dtype, image_shape"),
+        (
+            {"depth": 3},
+            "ModelConfig has no field 'depth': expected classifier, compute_dtype, conditions",
+        ),
     ],
 )
 def test_a_wrong_field_is_named_with_what_was_expected(fields, says):

@@ -279,8 +279,17 @@ def test_a_width_is_that_of_the_first_and_the_last_layer(network):
     assert params.decoder[last]["kernel"].shape[-2] == 5
 
 
-def test_an_mlp_has_layers_with_layer_norm_and_logarithms_of_counts():
-    config = ModelConfig((6,), 2, network="mlp:width=5,layers=3,norm=true,log1p=true",
+ACTIVATIONS = {
+    "": np.tanh,
+    ",activation=tanh": np.tanh,
+    ",activation=relu": lambda x: np.maximum(x, 0),
+    ",activation=softplus": lambda x: np.log1p(np.exp(x)),
+}
+
+
+@pytest.mark.parametrize("option", ACTIVATIONS)
+def test_an_mlp_has_layers_with_layer_norm_and_logarithms_of_counts(option):
+    config = ModelConfig((6,), 2, network="mlp:width=5,layers=3,norm=true,log1p=true" + option,
                          likelihood="poisson")  # fmt: skip
     params = bumped(init(jax.random.key(0), config))
     x = np.random.default_rng(0).poisson(20, (3, 6))
@@ -289,7 +298,7 @@ def test_an_mlp_has_layers_with_layer_norm_and_logarithms_of_counts():
         for i in (1, 2, 3):
             x = x @ np.float64(layers[f"dense_{i}"]["kernel"]) + layers[f"dense_{i}"]["bias"]
             x = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-6)
-            x = np.tanh(x * layers[f"norm_{i}"]["scale"] + layers[f"norm_{i}"]["bias"])
+            x = ACTIVATIONS[option](x * layers[f"norm_{i}"]["scale"] + layers[f"norm_{i}"]["bias"])
         return x
 
     def linear(x, layer):
@@ -305,6 +314,11 @@ def test_an_mlp_has_layers_with_layer_norm_and_logarithms_of_counts():
 def test_logarithms_are_refused_where_values_may_be_negative():
     with refused("log1p is true, but the likelihood is not of counts: expected 'poisson'"):
         ModelConfig(network="mlp:log1p=true", likelihood="student_t")
+
+
+def test_an_unknown_activation_is_refused():
+    with refused("activation is 'sine': expected 'tanh', 'relu' or 'softplus'"):
+        ModelConfig(network="mlp:activation=sine")
 
 
 def test_a_residual_block_begins_as_the_identity_and_can_leave_it():

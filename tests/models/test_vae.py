@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import OF_IMAGES, OwnDecoder, OwnEncoder, refused
+import scipy.stats
+from conftest import OF_IMAGES, OwnDecoder, OwnEncoder, moved, refused
 
 import jaxvae
 from jaxvae import ModelConfig, Params, TrainConfig
@@ -639,3 +640,150 @@ def test_every_model_is_trained_sampled_saved_and_loaded(
     assert np.max(samples) <= 1
     jaxvae.save(tmp_path, after)
     assert_equal(jaxvae.load(tmp_path), after.params)
+
+
+# ---- Covariates ----
+
+NETWORKS = {
+    "mlp": {"network": "mlp:width=4"},
+    "spatial": {"network": "spatial:width=4", "latent_dim": 4},
+    "ladder": {"network": "ladder:groups=2x1,width=2"},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "conditions"),
+    [
+        ("mlp", "both"),
+        ("mlp", "encoder"),
+        ("mlp", "decoder"),
+        ("spatial", "both"),
+        ("ladder", "decoder"),
+    ],
+)
+def test_one_hot_covariates_are_classes(name, conditions):
+    x = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 1), np.uint8)
+    fields = {"image_shape": (4, 4, 1), "conditions": conditions} | NETWORKS[name]
+    classes = moved(jaxvae.init(KEY, ModelConfig(**fields, num_classes=3)), 0.1)
+    covariates = replace(classes, config=ModelConfig(**fields, num_covariates=3))
+    made = jax.eval_shape(jaxvae.init, KEY, covariates.config)
+    assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, covariates)
+    one_hot = np.eye(3, dtype=np.float32)[LABELS]
+    assert_equal(jaxvae.elbo(covariates, KEY, x, one_hot), jaxvae.elbo(classes, KEY, x, LABELS))
+
+
+@pytest.mark.parametrize(
+    ("name", "conditions", "takes"),
+    [
+        ("mlp", "both", (True, True)),
+        ("mlp", "encoder", (True, False)),
+        ("mlp", "decoder", (False, True)),
+    ],
+)
+def test_only_the_networks_named_depend_on_the_covariates(name, conditions, takes):
+    x = np.random.default_rng(0).integers(0, 256, (3, 4, 4, 1), np.uint8)
+    fields = {"image_shape": (4, 4, 1), "num_covariates": 2, "conditions": conditions}
+    params = moved(jaxvae.init(KEY, ModelConfig(**fields | NETWORKS[name])), 0.1)
+    z, c = jnp.ones((3, params.config.latent_dim)), jnp.ones((3, 2))
+    encoder = jax.jacobian(lambda c: jaxvae.encode(params, x, c).mean)(c)
+    decoder = jax.jacobian(lambda c: jaxvae.decode(params, z, c).mean)(c)
+    assert (bool(jnp.any(encoder)), bool(jnp.any(decoder))) == takes
+    # The other one needs none.
+    for f, given, taken in zip((jaxvae.encode, jaxvae.decode), (x, z), takes, strict=True):
+        if taken:
+            with refused("labels are missing: expected shape (3, 2), the covariates of each"):
+                f(params, given)
+        else:
+            assert_equal(jax.tree.leaves(f(params, given)), jax.tree.leaves(f(params, given, c)))
+
+
+class LinearDecoder(nn.Module):
+    """x = W z + B c + b."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, z, c):
+        x = nn.Dense(self.features, name="z")(z)
+        return x + nn.Dense(self.features, use_bias=False, name="c")(c)
+
+
+class LinearEncoder(nn.Module):
+    """mean = V (x - B c - b), with a constant log_var."""
+
+    latent_dim: int
+
+    @nn.compact
+    def __call__(self, x, c):
+        x = x - nn.Dense(x.shape[1], name="c")(c)
+        log_var = self.param("log_var", nn.initializers.zeros, (self.latent_dim,))
+        return nn.Dense(self.latent_dim, use_bias=False, name="x")(x), jnp.tile(
+            log_var, (len(x), 1)
+        )
+
+
+def test_log_p_x_of_a_linear_gaussian_model_is_shifted_by_the_covariates():
+    """p(x|c) = N(B c + b, W W' + s^2 I). As q(z|x, c) is exact, one sample gives log p(x|c)."""
+    rng = np.random.default_rng(0)
+    weight, shift, bias = (rng.normal(size=shape) for shape in ((1, 3), (2, 3), 3))
+    log_scale = 0.3
+    variance = np.exp(2 * np.logaddexp(log_scale, -6))  # the smooth maximum of the likelihood
+    precision = 1 + weight @ weight.T / variance
+    config = ModelConfig(
+        (3,), 1, (LinearEncoder(1), LinearDecoder(3)), "gaussian", num_covariates=2
+    )
+    params = jaxvae.init(KEY, config)
+    params = replace(
+        params,
+        encoder={
+            "c": {"kernel": shift, "bias": bias},
+            "x": {"kernel": (weight / variance / precision).T},
+            "log_var": -np.log(precision[0]),
+        },
+        decoder={"z": {"kernel": weight, "bias": bias}, "c": {"kernel": shift}},
+        likelihood={name: np.full_like(x, log_scale) for name, x in params.likelihood.items()},
+    )
+    params = jax.tree.map(jnp.float32, params)
+    x, c = np.float32(rng.normal(size=(4, 3))), np.float32(rng.normal(size=(4, 2)))
+    covariance = weight.T @ weight + variance * np.eye(3)
+    expected = [
+        scipy.stats.multivariate_normal(ci @ shift + bias, covariance).logpdf(xi)
+        for xi, ci in zip(x, c, strict=True)
+    ]
+    close(jaxvae.log_likelihood(params, KEY, x, 1, c), expected)
+    # One unit of a covariate moves the mean by its row of B.
+    z = np.float32([[0.4]])
+    means = jaxvae.decode(params, np.repeat(z, 3, 0), np.float32([[0, 0], [1, 0], [0, 1]])).mean
+    close(means[1:] - means[:1], shift)
+
+
+def test_covariates_of_another_shape_or_kind_are_refused(images):
+    params = jaxvae.init(KEY, ModelConfig((6, 5, 2), 2, "mlp:width=4", num_covariates=2))
+    c = np.ones((5, 2), np.float32)
+    with refused("labels are missing: expected shape (4, 2), the covariates of each example"):
+        jaxvae.sample(params, KEY, 4)
+    for wrong in (LABELS, c[:4], c[:, :1]):
+        with refused(f"labels have shape {wrong.shape}: expected (5, 2), the covariates"):
+            jaxvae.encode(params, images, wrong)
+    for number in (np.nan, np.inf):
+        with refused("labels have NaN or infinity: expected finite covariates"):
+            jaxvae.encode(params, images, np.where(np.arange(5)[:, None] == 3, number, c))
+    with refused("labels: expected"):
+        jaxvae.encode(params, images, np.full((5, 2), "x"))
+    assert_equal(jaxvae.encode(params, images, c), jaxvae.encode(params, images, c.astype(int)))
+
+
+@pytest.mark.parametrize("network", ["mlp:width=4", "residual:width=2"])
+def test_a_classifier_changes_no_other_parameter_and_takes_images_alone(network):
+    model = ModelConfig((4, 4, 1), 2, network, num_classes=3)
+    params = jaxvae.init(KEY, replace(model, classifier=True))
+    learned = params.encoder["classifier"]
+    encoder = {name: x for name, x in params.encoder.items() if name != "classifier"}
+    without = jaxvae.init(KEY, model)
+    assert_equal((encoder, params.decoder), (without.encoder, without.decoder))
+    x = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 1), np.uint8)
+    module, _ = model.network.modules(3, model.outputs_shape, None)
+    logits = module.apply({"params": learned}, jnp.float32(x) / 255)[0]
+    close(jaxvae.classify(params, x), jax.nn.softmax(logits))
+    with refused("the model has no classifier: expected ModelConfig(num_classes=..., classifier="):
+        jaxvae.classify(without, x)

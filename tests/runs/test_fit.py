@@ -391,3 +391,22 @@ def test_fit_takes_missing_entries_if_the_objective_does():
         jaxvae.fit(x, model, train, progress=False)
     found = jaxvae.fit(x, model, replace(train, objective="miwae"), progress=False)
     assert np.isfinite(found.history[0]["test"]["elbo"])
+
+
+def test_covariates_are_labels_of_two_axes(tmp_path):
+    rng = np.random.default_rng(0)
+    x, c = rng.normal(size=(40, 3)), rng.normal(size=(40, 2))
+    model = jaxvae.ModelConfig(network="mlp:width=4", likelihood="gaussian", conditions="decoder")
+    pair = (x[:30], c[:30]), (x[30:], c[30:])
+    results = [
+        jaxvae.fit(pair, model, jaxvae.TrainConfig(10, epochs), run_dir=path, progress=False)
+        for path, epochs in ((tmp_path, 1), (tmp_path, 2), (None, 2))
+    ]
+    assert results[1].params.config.num_covariates == 2
+    assert results[1].history[-1]["test"] == results[2].history[-1]["test"]
+    with refused("has no covariates: expected 2, as num_covariates is 2"):
+        jaxvae.fit(
+            (x[:30], x[30:]), model, jaxvae.TrainConfig(10, 2), run_dir=tmp_path, progress=False
+        )
+    with refused("has 2 covariates: expected 3, as num_covariates is 3"):
+        jaxvae.fit(pair, replace(model, num_covariates=3), jaxvae.TrainConfig(10), progress=False)

@@ -11,7 +11,7 @@ from jaxvae.data.dataset import split_every_tenth
 from jaxvae.models.discrete import codes
 from jaxvae.runs import inference
 from jaxvae.runs.config import RunConfig
-from jaxvae.runs.data import binarized, examples_of, expect_classes
+from jaxvae.runs.data import binarized, examples_of, expect_conditions
 from jaxvae.runs.inference import (
     Opened,
     by_columns,
@@ -41,7 +41,8 @@ def small_batches():
 
 def opened(x=X, labels=None, **model):
     params = moved(jaxvae.init(KEY, jaxvae.ModelConfig(**MODEL | model)), 0.3)
-    return Opened(params, KEY, x, labels, None, None)
+    conditions = labels if params.config.num_classes else None
+    return Opened(params, KEY, x, labels, conditions, None, None)
 
 
 def test_encoding_in_batches_is_encode():
@@ -164,18 +165,18 @@ def test_examples_are_in_the_order_of_the_data():
     x, labels = np.arange(25.0)[:, None], np.arange(25)
     config = RunConfig()
     whole = split_every_tenth(x, labels)
-    images, found = examples_of(whole, config, "all")
+    images, found, _ = examples_of(whole, config, "all")
     np.testing.assert_array_equal(images[:], x)
     np.testing.assert_array_equal(images[np.array([3, 20, 7])], x[[3, 20, 7]])
     assert images.shape == (25, 1)
     np.testing.assert_array_equal(found, labels)
-    images, found = examples_of(whole, config, "test")
+    images, found, _ = examples_of(whole, config, "test")
     np.testing.assert_array_equal(found, [0, 10, 20])
-    images, found = examples_of(whole, config, "train")
+    images, found, _ = examples_of(whole, config, "train")
     assert len(images) == len(found) == 22
 
     apart = Dataset(x[:20], labels[:20], x[20:], None)
-    images, found = examples_of(apart, config, "all")
+    images, found, _ = examples_of(apart, config, "all")
     np.testing.assert_array_equal(images[:], x)
     assert found is None
 
@@ -183,14 +184,14 @@ def test_examples_are_in_the_order_of_the_data():
 def test_splits_of_different_types_are_scaled():
     x = np.full((2, 8, 8, 1), 51, np.uint8)
     data = Dataset(x, None, np.float32(x / 51), None)
-    images, _ = examples_of(data, RunConfig(), "all")
+    images, *_ = examples_of(data, RunConfig(), "all")
     np.testing.assert_allclose(images[:][:, 0, 0, 0], [0.2, 0.2, 1, 1])
 
 
 def test_training_images_are_binarized_as_the_test_images_are():
     x = np.full((20, 8, 8, 1), 100, np.uint8)
     config = RunConfig(train=jaxvae.TrainConfig(binarization="dynamic"))
-    images, _ = examples_of(Dataset(x, None, 0 * x, None), config, "all")
+    images, *_ = examples_of(Dataset(x, None, 0 * x, None), config, "all")
     assert set(np.unique(images[:20])) == {0, 255}
     assert np.mean(images[:20] == 255) == pytest.approx(100 / 255, abs=0.07)
     assert not images[20:].any()
@@ -208,8 +209,8 @@ def test_what_is_refused():
     data = Dataset(np.zeros((2, 8, 8, 1)), None, np.zeros((2, 8, 8, 1)), None)
     model = jaxvae.ModelConfig(num_classes=3)
     with refused("a.npz has no train labels: expected classes from 0 to 2"):
-        expect_classes("a.npz", data, model)
+        expect_conditions("a.npz", data, model)
     with refused("a.npz has train labels from 0 to 3: expected classes from 0 to 2"):
-        expect_classes("a.npz", data._replace(train_labels=np.array([0, 3])), model)
+        expect_conditions("a.npz", data._replace(train_labels=np.array([0, 3])), model)
     with refused("images have shape"):
         encode_all(opened(X[:, :2]))

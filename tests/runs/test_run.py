@@ -22,11 +22,13 @@ from jaxvae import figures
 from jaxvae.data import Dataset
 from jaxvae.errors import Damaged, OtherData, Preempted, TrainingFailed
 from jaxvae.figures.animation import keep_frame
+from jaxvae.figures.pictures import labels_of
 from jaxvae.runs import directory, drawing, evaluation, files, inference, loop, sweep
 from jaxvae.runs.checkpoints import open_checkpoints, write
 from jaxvae.runs.config import RunConfig, configured, read_config, resumed, run_keys
-from jaxvae.runs.data import describe, load_run_data, model_inputs
+from jaxvae.runs.data import describe, load_run_data, train_conditions
 from jaxvae.runs.files import read_metrics
+from jaxvae.runs.inference import encode_all, open_run
 from jaxvae.runs.tensorboard import TensorBoard
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -240,9 +242,7 @@ def test_classes_take_part_in_no_model_that_knows_of_none(npz):
     data = load_run_data(RunConfig(data=str(npz)))
     for classes, kind in ((0, type(None)), (3, np.ndarray)):
         model = jaxvae.ModelConfig(num_classes=classes)
-        images, labels = model_inputs(data.test_images, data.test_labels, model)
-        assert images is data.test_images
-        assert isinstance(labels, kind)
+        assert isinstance(data.conditions(model, "test"), kind)
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -976,3 +976,76 @@ def test_a_run_of_a_newer_version_is_left_alone(finished, tmp_path):
     (run_dir / "config.json").write_text(json.dumps(config | {"jaxvae": "9.0", "novelty": 1}))
     with refused("config.json was made by jaxvae 9.0, and this is"):
         resumed(run_dir, {})
+
+
+# ---- Few labels ----
+
+FEW = {"num_classes": 3, "classifier": True, "objective": "m2:alpha=10", "labelled": 12,
+       "network": "mlp:width=8", "batch_size": 64, "epochs": 1, "seed": 5}  # fmt: skip
+
+
+def test_a_few_labels_of_each_class_are_kept_and_the_others_hidden(npz):
+    config = configured(FEW | {"data": str(npz)})
+    data = load_run_data(config)
+    labels = train_conditions(data, config)
+    rows = np.flatnonzero(labels >= 0)
+    np.testing.assert_array_equal(np.bincount(labels[rows]), [4, 4, 4])
+    np.testing.assert_array_equal(labels[rows], data.train_labels[rows])
+    np.testing.assert_array_equal(train_conditions(data, config), labels)
+    assert np.any(train_conditions(data, replace(config, seed=6)) != labels)
+    np.testing.assert_array_equal(
+        train_conditions(data, replace(config, labelled=0)), data.train_labels
+    )
+
+
+def test_a_run_with_few_labels_learns_resumes_and_reports_its_accuracy(npz, tmp_path):
+    flags = FEW | {"data": str(npz), "learning_rate": 1e-2, "optimizer": "adam"}
+    run = tmp_path / "run"
+    trained(run, flags | {"epochs": 5})
+    trained(run, {"epochs": 6}, resume=True)
+    found = evaluation.measure(run, 5)
+    data, params = load_run_data(read_config(run)), jaxvae.load(run)
+    right = np.argmax(jaxvae.classify(params, data.test_images), 1) == data.test_labels
+    assert found["classifier_accuracy"] == pytest.approx(np.mean(right))
+    assert np.mean(right) > 0.9
+
+
+def test_missing_labels_in_the_data_are_filled_in_by_the_classifier(tmp_path, npz):
+    arrays = dict(np.load(npz))
+    for name in ("y_train", "y_test"):
+        arrays[name] = np.where(np.arange(len(arrays[name])) % 4, -1, arrays[name])
+    np.savez(tmp_path / "few.npz", **arrays)
+    flags = FEW | {"data": str(tmp_path / "few.npz"), "labelled": 0}
+    trained(tmp_path / "run", flags)
+    data, params = load_run_data(read_config(tmp_path / "run")), jaxvae.load(tmp_path / "run")
+    y = np.argmax(jaxvae.classify(params, data.test_images), 1)
+    y = np.where(data.test_labels < 0, y, data.test_labels)
+    key = run_keys(read_config(tmp_path / "run"))[1]
+    expected = jaxvae.elbo(params, key, data.test_images, y).value.mean()
+    assert evaluation.measure(tmp_path / "run", 2)["elbo"] == pytest.approx(
+        float(expected), rel=1e-4
+    )
+    found = encode_all(open_run(tmp_path / "run", split="test"))
+    mean = jaxvae.encode(params, data.test_images, y).mean
+    np.testing.assert_allclose(found["mean"], mean, rtol=1e-4, atol=1e-5)
+    q = jaxvae.classify(params, data.test_images)
+    np.testing.assert_allclose(found["probabilities"], q, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(labels_of(params, data, np.arange(8)), y[:8])
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            {"objective": "elbo"},
+            "some training labels are hidden or missing: expected the objective",
+        ),
+        ({"classifier": False}, "expected ModelConfig(num_classes=..., classifier=True)"),
+        ({"labelled": 10}, "labelled is 10: expected a multiple of num_classes, 3"),
+        ({"labelled": 3000}, "labelled is 3000, 1000 of each class, but class 0 has"),
+    ],
+)
+def test_few_labels_that_do_not_go_with_the_run_leave_no_directory(npz, tmp_path, change, says):
+    with refused(says):
+        trained(tmp_path / "run", FEW | {"data": str(npz)} | change)
+    assert not (tmp_path / "run").exists()

@@ -13,7 +13,7 @@ from conftest import refused
 from jax.flatten_util import ravel_pytree
 
 import jaxvae
-from jaxvae.devices.sharding import data_parallel, devices_for, own_part
+from jaxvae.devices.sharding import AXIS, data_parallel, devices_for, own_part
 from jaxvae.models.likelihoods import binarize
 from jaxvae.objectives import ELBO, Elbo, example_keys, parse_objective
 from jaxvae.training.state import optimizer
@@ -411,6 +411,26 @@ def test_the_gradient_is_the_whole_batchs_on_any_number_of_devices(images, objec
             moment = ravel_pytree(after.opt_state[0].mu)[0]
             np.testing.assert_allclose(metrics["loss"], value, rtol=1e-12)
             np.testing.assert_allclose(moment, 0.1 * expected, atol=1e-12 * jnp.abs(expected).max())
+
+
+def test_every_example_keeps_its_covariates_on_any_number_of_devices(images):
+    config = jaxvae.ModelConfig((8, 8, 1), 2, "mlp:width=4", num_covariates=2)
+    state = jaxvae.create_train_state(jax.random.key(0), config, jaxvae.TrainConfig(batch_size=8))
+    covariates = np.random.default_rng(0).normal(size=(8, 2)).astype(np.float32)
+
+    def step(state, images, labels, *, axis_name=None):
+        return jaxvae.train_step(state, images, labels, axis_name=axis_name)
+
+    after, metrics = step(state, images[:8], covariates)
+    rows, whole = jax.P(AXIS), jax.P()
+    mesh = devices_for(8, least=2)
+    split = data_parallel(step, mesh, in_specs=(whole, rows, rows), out_specs=whole)
+    others, of_devices = split(state, images[:8], covariates)
+    np.testing.assert_allclose(metrics["loss"], of_devices["loss"], rtol=1e-5)
+    for a, b in zip(*map(jax.tree.leaves, (after.params, others.params)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+    _, shuffled = step(state, images[:8], covariates[::-1])
+    assert abs(shuffled["loss"] - metrics["loss"]) > 1e-3
 
 
 def what_is_seen(params, keys, images):
