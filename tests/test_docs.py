@@ -30,6 +30,7 @@ PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").g
 SMALLER = {
     "residual:width=16": "mlp:width=4",
     "components=100": "components=3",
+    "mlp:width=500": "mlp:width=4",
     'posterior="iaf"': 'posterior="iaf:steps=1,hidden=4"',
     "warmup_steps=500": "warmup_steps=1",
     "ladder:groups=4x2+2x2": "ladder:groups=4x2+2x2,width=4,latents=1",

@@ -105,7 +105,8 @@ def test_every_choice_has_a_flag(conditional):
     assert recorded["schedule"] == "warmup_cosine_decay_schedule:warmup_steps=2"
     kinds = (RunConfig, jaxvae.ModelConfig, jaxvae.TrainConfig)
     of_a_run = {field.name for kind in kinds for field in fields(kind)}
-    of_a_run -= {"model", "train", "image_shape", "data_seen", "changes"}
+    of_a_run -= {"model", "train", "data_seen", "changes"}
+    of_a_run -= {"image_shape", "num_covariates", "covariates"}  # from the data
     assert set(config_fields()) == of_a_run
 
 
@@ -528,7 +529,7 @@ def test_bash_completes(tmp_path, capsys):
     script.write_text(capsys.readouterr().out)
     for line, expected in {
         "jaxvae ex": "export explore",
-        "jaxvae train --cl": "--clip-norm",
+        "jaxvae train --cli": "--clip-norm",
         "jaxvae train --objective d": "dreg",
         "jaxvae train --optimizer adamw": "adamw",
         "jaxvae train --compute-dtype b": "bfloat16",

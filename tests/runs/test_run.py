@@ -84,6 +84,8 @@ def test_config_json_holds_what_the_run_was_told(finished, npz):
         "jaxvae": jaxvae.__version__,
         "data": str(npz),
         "label_column": None,
+        "covariate_columns": None,
+        "labelled": 0,
         "data_dir": None,
         "manual_dir": None,
         "resize": None,
@@ -103,6 +105,7 @@ def test_config_json_holds_what_the_run_was_told(finished, npz):
                 "step": 0,
             }
         ],
+        "covariates": [],
         "changes": [],
     }
 
