@@ -107,7 +107,7 @@ def layer_seconds(layer: nn.Module, shape: tuple[int, ...]) -> tuple[float, floa
 def main() -> None:
     make_cores_devices()
     rate, bandwidth = rates()
-    rows, sums = [], [0.0] * 3
+    rows, sums = [], [0.0] * 4
     for name, layer, shape, uses, divisor in LAYERS:
         forward, total, weights = layer_seconds(layer, shape)
         outputs = layer.init_with_output(jax.random.key(0), jnp.zeros((1, *shape)))[0].size
@@ -115,12 +115,13 @@ def main() -> None:
         products = 2 if shape[-1] == 1 else 3
         # Forward: read x, write y. Gradients: read x and dy, write dx.
         floats = (2 if products == 2 else 3) * inputs + 2 * outputs
-        limit = products * uses * weights / divisor / rate + 4 * floats / bandwidth
+        multiply = products * uses * weights / divisor / rate
+        limit = multiply + 4 * floats / bandwidth
         rows.append(
             f"| {name} | {uses * weights / 1e6:.2f} | {forward * 1e6:.0f} | {total * 1e6:.0f} "
-            f"| {limit * 1e6:.0f} | {limit / total:.2f} |"
+            f"| {multiply * 1e6:.0f} | {limit * 1e6:.0f} | {limit / total:.2f} |"
         )
-        sums = [a + b for a, b in zip(sums, (forward, total, limit), strict=True)]
+        sums = [a + b for a, b in zip(sums, (forward, total, multiply, limit), strict=True)]
     step = step_seconds()
     text = "\n".join(
         [
@@ -129,13 +130,13 @@ def main() -> None:
             f"{bandwidth / 1e9:.1f} GB/s in a copy. Least of {ROUNDS} measurements.",
             "",
             "| layer | million multiply-adds | forward, µs/image | forward and gradients, µs/image "
-            "| limit, µs/image | limit / time |",
-            "| --- | ---: | ---: | ---: | ---: | ---: |",
+            "| multiplications, µs/image | limit, µs/image | limit / time |",
+            "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
             *rows,
             f"| sum of the layers | | {sums[0] * 1e6:.0f} | {sums[1] * 1e6:.0f} "
-            f"| {sums[2] * 1e6:.0f} | {sums[2] / sums[1]:.2f} |",
+            f"| {sums[2] * 1e6:.0f} | {sums[3] * 1e6:.0f} | {sums[3] / sums[1]:.2f} |",
             f"| whole training step, batch {IMAGES} | | | {step * 1e6:.0f} | "
-            f"| {sums[2] / step:.2f} |",
+            f"| | {sums[3] / step:.2f} |",
         ]
     )
     print(text)
