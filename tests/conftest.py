@@ -59,11 +59,6 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 
-def pytest_xdist_auto_num_workers(config):
-    """One more than there are cores: a fifth of the time a worker waits for other processes."""
-    return len(os.sched_getaffinity(0)) + 1
-
-
 def pytest_unconfigure(config):
     if not hasattr(config, "workerinput"):  # the last of all to end
         programs = Path(os.environ["JAXVAE_TESTS_PROGRAMS"])

@@ -186,22 +186,11 @@ def examine(params: Params, key: Key[Array, ""], data: Dataset) -> dict[str, Any
         right = jnp.argmax(classify(params, images), axis=1) == data.test_labels
         found["classifier_accuracy"] = float(np.mean(right[test_known]))
     if test_known.any() and known.any() and np.ptp(data.train_labels[known]) > 0:
-        train = np.flatnonzero(known)
-        # As many images at once as there are test images, for which the encoder is compiled.
-        size = max(len(images), _BLOCK // 10)
-        blocks = np.resize(train, (-(-len(train) // size), size))
-        train_means = [
-            np.asarray(
-                encode_observed(
-                    params,
-                    data.train_images[rows],
-                    None if train_labels is None else train_labels[rows],
-                ).center
-            )
-            for rows in blocks
-        ]
+        train_images = jnp.asarray(data.train_images)[known]
+        train_labels = None if train_labels is None else train_labels[known]
+        train_mean = encode_observed(params, train_images, train_labels).center
         probe = latent_probe(
-            np.concatenate(train_means)[: len(train)],
+            np.asarray(train_mean),
             data.train_labels[known],
             np.asarray(posterior.center)[test_known],
             data.test_labels[test_known],
