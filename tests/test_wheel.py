@@ -29,13 +29,13 @@ def pip(*arguments):
 def source(tmp_path_factory):
     """A copy of the clone without hidden files and without what was made in it."""
     folder = tmp_path_factory.mktemp("source")
-    hidden = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "logs")
-
-    def ignored(where, names):
-        made = {"build", "dist", "runs"} if Path(where) == ROOT else set()
-        return hidden(where, names) | made
-
-    shutil.copytree(ROOT, folder, ignore=ignored, dirs_exist_ok=True)
+    for name in ("CITATION.cff", "LICENSE", "MANIFEST.in", "Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, folder)
+    for path in (*ROOT.glob("*.md"), *ROOT.glob("*.txt")):
+        shutil.copy(path, folder)
+    made = shutil.ignore_patterns(".*", "__pycache__", "logs")
+    for name in ("docs", "experiments", "jaxvae", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=made)
     return folder
 
 
