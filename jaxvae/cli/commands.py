@@ -31,14 +31,8 @@ from jaxvae.runs.files import as_argument, resume_command
 from jaxvae.storage import write_atomic
 from jaxvae.validation import is_image
 
-_PRINTED = (
-    Converted,
-    Damaged,
-    Diverged,
-    NotDrawn,
-    NotTracked,
-    OtherData,
-)  # warnings printed as one line
+# Warnings printed as one line.
+_PRINTED = (Converted, Damaged, Diverged, NotDrawn, NotTracked, OtherData)
 _BYTES_PER_SAMPLED = 24  # memory per pixel: the image and its copies until it is a PNG
 _CACHE_BYTES = 2**30  # limit of the compilation cache
 
@@ -750,14 +744,13 @@ def _fit_prior(options: argparse.Namespace) -> None:
     from jaxvae.runs import drawing
     from jaxvae.runs.callbacks import AnimationFrames
     from jaxvae.runs.config import read_config
-    from jaxvae.runs.data import load_run_data
     from jaxvae.runs.fit_prior import fit_prior
-    from jaxvae.runs.progress import working
 
     prior, options.prior = options.prior, None  # not a component of the trained run
     own = _own(options)
     if is_dotted_path(prior):
         prior = imported("prior", prior)
+    figures = drawing.Figures()
     fitted = fit_prior(
         options.run,
         prior,
@@ -766,14 +759,11 @@ def _fit_prior(options: argparse.Namespace) -> None:
         learning_rate=options.learning_rate,
         batch_size=options.batch_size,
         data=options.data,
-        callbacks=[AnimationFrames()],
+        callbacks=[AnimationFrames(), figures],
         **own,
     )
     run_dir, params = fitted.run_dir, fitted.params
-    config = read_config(run_dir, **own, prior=params.config.prior)
-    with working("drawing"):
-        figures = drawing.draw(run_dir, config, load_run_data(config, options.data), params)
-    _print_next_steps(run_dir, "", figures, images=is_image(params.config.image_shape))
+    _print_next_steps(run_dir, "", figures.paths, images=is_image(params.config.image_shape))
     trained = read_config(options.run, **own)
     for when, model, test in (
         ("before", trained.model, fitted.before),

@@ -152,7 +152,9 @@ def _means(params: Params, z: jax.Array, labels: jax.Array | None = None) -> jax
 
 
 def in_turn(params: Params, labels: Any, n: int) -> jax.Array | None:
-    """Return n labels for samples: the given covariates in turn, or None of any other model."""
+    """Return n labels for samples: all classes or the given covariates in turn, or None."""
+    if params.config.num_classes:
+        return jnp.arange(n) % params.config.num_classes
     if not params.config.num_covariates:
         return None
     return jnp.asarray(labels[np.arange(n) % len(labels)])

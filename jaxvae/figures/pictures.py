@@ -103,8 +103,6 @@ def samples(params: Params, key: jax.Array, data: Dataset, rows: int = 10) -> Fi
       The figure.
     """
     labels = in_turn(params, data.conditions(params.config, "test"), rows * rows)
-    if params.config.num_classes:
-        labels = jnp.arange(rows * rows) % params.config.num_classes
     images = means(params, draws_of(coordinate_prior(params), key, rows * rows), labels)
     title = f"{rows * rows} samples from the prior (decoder means)"
     return image_grid(images, rows, title)[0]
