@@ -47,7 +47,7 @@ def export(params: Params, folder: str | Path, formats: Sequence[str] = FORMATS)
 
     stablehlo: encoder.stablehlo, decoder.stablehlo and sampler.stablehlo; onnx: encoder.onnx and
     decoder.onnx; safetensors: model.safetensors. Files of an earlier export are replaced after
-    all formats have been converted.
+    all formats have been converted. If a format cannot be written, the others are.
 
     Args:
       params: the model.
@@ -61,10 +61,10 @@ def export(params: Params, folder: str | Path, formats: Sequence[str] = FORMATS)
       InputError: the format is unknown; its package is missing or cannot convert this model; the
         folder cannot be written.
     """
-    return write_files(folder, converted(params, formats))
+    return write_files(folder, *converted(params, formats))
 
 
-def converted(params: Params, formats: Sequence[str]) -> dict[str, bytes]:
+def converted(params: Params, formats: Sequence[str]) -> tuple[dict[str, bytes], list[str]]:
     """Convert a model to one or several formats.
 
     Args:
@@ -72,32 +72,43 @@ def converted(params: Params, formats: Sequence[str]) -> dict[str, bytes]:
       formats: any of FORMATS.
 
     Returns:
-      The contents of the files that `export` writes, by name.
+      The contents of the files that `export` writes, by name; and for each format that cannot be
+      written, why not.
 
     Raises:
-      InputError: as for `export`.
+      InputError: the format is unknown.
     """
     contents: dict[str, bytes] = {}
+    problems = []
     for name in formats:
         if name not in FORMATS:
             raise InputError(f"the format is {name!r}: expected {', '.join(FORMATS)}")
-        contents |= _WRITERS[name](params)
-    return contents
+    for name in formats:
+        try:
+            contents |= _WRITERS[name](params)
+        except InputError as error:
+            problems.append(f"{name} cannot be written: {error}")
+    return contents, problems
 
 
-def write_files(folder: str | Path, contents: Mapping[str, bytes]) -> list[Path]:
+def write_files(
+    folder: str | Path, contents: Mapping[str, bytes], problems: Sequence[str] = ()
+) -> list[Path]:
     """Write files to a folder, each atomically.
 
     Args:
       folder: created if it does not exist.
       contents: the contents by file name.
+      problems: what could not be converted, and why.
 
     Returns:
       The paths of the files.
 
     Raises:
-      InputError: the folder cannot be written.
+      InputError: the folder cannot be written; or there are problems, after the files were written.
     """
+    if problems and not contents:
+        raise InputError("; ".join(problems))
     paths = [Path(folder) / name for name in contents]
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -105,6 +116,8 @@ def write_files(folder: str | Path, contents: Mapping[str, bytes]) -> list[Path]
             write_atomic(path, lambda file, content=content: file.write(content))  # type: ignore[misc]
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error.strerror}") from None
+    if problems:
+        raise InputError("; ".join([*problems, f"written to {folder}: {', '.join(contents)}"]))
     return paths
 
 

@@ -130,7 +130,9 @@ class Translation(ABC):
         known: dict[Any, Array] = {}
 
         def read(atom: Any) -> Array:
-            return self.constant(atom.val) if isinstance(atom, Literal) else known[atom]
+            if isinstance(atom, Literal):
+                return self.constant(np.asarray(atom.val, atom.aval.dtype))
+            return known[atom]
 
         known.update(zip(jaxpr.constvars, map(self.constant, consts), strict=True))
         known.update(zip(jaxpr.invars, given, strict=True))
@@ -170,10 +172,11 @@ class Translation(ABC):
 
     def unsupported(self, equation: Any, why: str = "") -> InputError:
         """Return the error that an equation cannot be translated."""
+        own = type(self).__module__.replace(".", "/")
         return InputError(
             f"the {self.part} has the operation {equation.primitive.name!r}{why}, which "
             f"{self.target} does not support: expected those listed in "
-            "jaxvae/interchange/jaxpr.py"
+            f"jaxvae/interchange/jaxpr.py and {own}.py"
         )
 
     def scan(self, equation: Any, given: list[Array]) -> list[Array]:

@@ -103,17 +103,20 @@ def _exp2(work: "_Translation", equation: Any, x: Array) -> Array:
     return work.map("pow", work.map("add", one, one), x)
 
 
+def _one_and_half(work: "_Translation", equation: Any, x: Array) -> tuple[Array, Array]:
+    one = _one(work, equation)
+    return one, work.map("div", x, work.map("add", one, one))
+
+
 def _expm1(work: "_Translation", equation: Any, x: Array) -> Array:
     """Compute e^x - 1 = tanh(x / 2) (e^x + 1), which does not cancel at small x."""
-    one = _one(work, equation)
-    half = work.map("div", x, work.map("add", one, one))
+    one, half = _one_and_half(work, equation, x)
     return work.map("mul", work.map("tanh", half), work.map("add", work.map("exp", x), one))
 
 
 def _log1p(work: "_Translation", equation: Any, x: Array) -> Array:
     """Compute log(1 + x) = arsinh(x / 2 (1 + 1 / (1 + x))), which does not cancel at small x."""
-    one = _one(work, equation)
-    half = work.map("div", x, work.map("add", one, one))
+    one, half = _one_and_half(work, equation, x)
     inverse = work.map("div", one, work.map("add", one, x))
     return work.map("asinh", work.map("mul", half, work.map("add", one, inverse)))
 
@@ -126,6 +129,16 @@ def _round(work: "_Translation", equation: Any, x: Array) -> Array:
     if equation.params["rounding_method"] != lax.RoundingMethod.TO_NEAREST_EVEN:
         raise work.unsupported(equation, " half away from zero")
     return work.emit("Round", [x], x.shape)
+
+
+def _is_finite(work: "_Translation", equation: Any, x: Array) -> Array:
+    """Compute x - x, which is 0, or NaN for others, and compare it with itself."""
+    zero = work.map("sub", x, x)
+    return work.map("eq", zero, zero)
+
+
+def _rem(work: "_Translation", equation: Any, x: Array, y: Array) -> Array:
+    return work.emit("Mod", [x, y], lax.broadcast_shapes(x.shape, y.shape), fmod=1)
 
 
 def _index_of(kind: str) -> Callable[..., Array]:
@@ -167,7 +180,7 @@ def _conv(work: "_Translation", equation: Any, x: Array, kernel: Array) -> Array
     kernel = work.transpose(kernel, numbers.rhs_spec)
     shape = [equation.outvars[0].aval.shape[axis] for axis in numbers.out_spec]
     sides = range(2, len(shape))
-    if max(spread) > 1 == max(strides) == how["feature_group_count"]:
+    if max(spread) > 1 and max(strides) == how["feature_group_count"] == 1:
         filters = work.transpose(work.reverse(kernel, sides), [1, 0, *sides])
         # Its padding crops. Where nothing is to be cropped, there are zeros.
         crops = [
@@ -218,6 +231,8 @@ class _Translation(Translation):
         "log1p": _log1p,
         "erfc": _erfc,
         "round": _round,
+        "is_finite": _is_finite,
+        "rem": _rem,
         "argmax": _index_of("ArgMax"),
         "argmin": _index_of("ArgMin"),
         "gather": _gather,
@@ -291,32 +306,19 @@ class _Translation(Translation):
             for axis, (a, b, step, n) in enumerate(zip(first, last, steps, x.shape, strict=True))
             if a != 0 or b != n or step != 1
         ]
-        shape = [-(-(b - a) // step) for a, b, step in zip(first, last, steps, strict=True)]
+        if not axes:
+            return x
         ends = [_END if last[axis] == x.shape[axis] else last[axis] for axis in axes]
-        return self.cut(
-            x, axes, [first[axis] for axis in axes], ends, [steps[axis] for axis in axes], shape
-        )
+        how = [first[axis] for axis in axes], ends, axes, [steps[axis] for axis in axes]
+        shape = [-(-(b - a) // step) for a, b, step in zip(first, last, steps, strict=True)]
+        return self.emit("Slice", [x, *map(self.shape, how)], shape)
 
     def reverse(self, x: Array, axes: Sequence[int]) -> Array:
         if x.number in self.constants:
             return self.constant(np.flip(self.constants[x.number], tuple(axes)))
-        n = len(axes)
-        return self.cut(x, axes, [_END] * n, [-_END] * n, [-1] * n, x.shape)
-
-    def cut(
-        self,
-        x: Array,
-        axes: Sequence[int],
-        starts: Sequence[Any],
-        ends: Sequence[Any],
-        steps: Sequence[int],
-        shape: Sequence[Any],
-    ) -> Array:
-        """Slice some of the axes."""
-        if not axes:
-            return x
-        how = [self.shape(values) for values in (starts, ends, axes, steps)]
-        return self.emit("Slice", [x, *how], shape)
+        back = [-1] * len(axes)
+        how = back, [-_END] * len(axes), axes, back
+        return self.emit("Slice", [x, *map(self.integers, how)], x.shape)
 
     def pad(self, x: Array, fill: Array, edges: Sequence[tuple[int, int, int]]) -> Array:
         edges = list(edges)
