@@ -130,9 +130,10 @@ class Translation(ABC):
         known: dict[Any, Array] = {}
 
         def read(atom: Any) -> Array:
-            if isinstance(atom, Literal):
-                return self.constant(np.asarray(atom.val, atom.aval.dtype))
-            return known[atom]
+            if not isinstance(atom, Literal):
+                return known[atom]
+            aval: Any = atom.aval
+            return self.constant(np.asarray(atom.val, aval.dtype))
 
         known.update(zip(jaxpr.constvars, map(self.constant, consts), strict=True))
         known.update(zip(jaxpr.invars, given, strict=True))
