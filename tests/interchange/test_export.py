@@ -19,6 +19,7 @@ import jaxvae
 from jaxvae.interchange import onnx
 from jaxvae.interchange.export import export, load_safetensors
 from jaxvae.interchange.onnx import to_onnx
+from jaxvae.models.codebooks import codebook_of
 from jaxvae.models.vae import prior
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -161,6 +162,32 @@ def test_onnx_computes_the_same_in_onnxruntime(model):
             names = [one.name for one in session.get_outputs()]
             assert names == ["mean", "log_var", "center"][: len(ours[name])]
             assert_close(ours[name], session.run(None, {takes: given[takes], **own}), params)
+
+
+@pytest.mark.parametrize(
+    ("fields", "outputs"),
+    [
+        ({"likelihood": "poisson:size=0"}, ["mean", "log_var"]),
+        ({"posterior": "vq:codes=4,dim=2", "prior": "uniform_codes"}, ["codes", "center"]),
+    ],
+)
+def test_counts_and_codes_are_exported_to_onnx(tmp_path, fields, outputs):
+    import onnxruntime
+
+    config = jaxvae.ModelConfig((4, 4, 1), 4, network="mlp:width=8", **fields)
+    params = random_params(config)
+    encoder, _ = export(params, tmp_path, ["onnx"])
+    images = np.random.default_rng(0).integers(0, 2, (5, 4, 4, 1)).astype(np.float32)
+    session = onnxruntime.InferenceSession(encoder)
+    assert [one.name for one in session.get_outputs()] == outputs
+    found = dict(zip(outputs, session.run(None, {"images": images}), strict=True))
+    posterior = jaxvae.encode(params, images)
+    for name in outputs:
+        if name == "codes":
+            assert found[name].dtype == np.int32
+            np.testing.assert_array_equal(found[name], codebook_of(params).codes(posterior.center))
+        else:
+            np.testing.assert_allclose(found[name], getattr(posterior, name), rtol=1e-5, atol=1e-5)
 
 
 class Flat(nn.Module):
