@@ -14,6 +14,7 @@ FUNCTIONS = {
     ),
     "reverse and slice in strides": lambda x: x[:, ::-1, 1::2],
     "transpose": lambda x: jnp.transpose(x, (2, 0, 1)),
+    "tile": lambda x: jnp.tile(x, (2, 1, 3)),
     "stack": lambda x: jnp.stack([x, 2 * x], axis=1),
     "sums and maxima": lambda x: jnp.max(x, 0).sum(1) + jnp.min(x, (0, 2)) + x.mean((0, 2)),
     "products in a batch": lambda x: jnp.einsum("bij,bkj->kbi", x, x),

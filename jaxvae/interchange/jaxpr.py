@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal
@@ -110,11 +111,11 @@ class Translation(ABC):
 
     def constant(self, value: Any) -> Array:
         """Add a constant."""
-        value = np.asarray(value)
-        if value.dtype.kind not in "fiub" and value.dtype != jnp.bfloat16:
+        if jnp.issubdtype(jnp.result_type(value), jax.dtypes.extended):  # such as a PRNG key
             raise InputError(
                 f"the {self.part} has a constant of type {value.dtype}: expected numbers"
             )
+        value = np.asarray(value)
         array = self.new(value.shape)
         self.constants[array.number] = value
         return array
@@ -311,6 +312,13 @@ def gather(work: Translation, equation: Any, x: Array, index: Array) -> Array:
     return work.reshape(rows, equation.outvars[0].aval.shape)
 
 
+def _tile(work: Translation, equation: Any, x: Array) -> Array:
+    sides = [n for side in x.shape for n in (1, side)]
+    pairs = zip(equation.params["reps"], x.shape, strict=True)
+    repeated = work.broadcast(work.reshape(x, sides), [n for pair in pairs for n in pair])
+    return work.reshape(repeated, equation.outvars[0].aval.shape)
+
+
 def _iota(work: Translation, equation: Any) -> Array:
     shape, axis, dtype = (equation.params[key] for key in ("shape", "dimension", "dtype"))
     sides = [1] * len(shape)
@@ -361,6 +369,7 @@ RULES: Mapping[str, Callable[..., Any]] = {
     "stack": lambda work, equation, *parts: work.stack(parts, equation.params["axis"]),
     "gather": gather,
     "iota": _iota,
+    "tile": _tile,
     "reduce_sum": _reduced("add"),
     "reduce_max": _reduced("max"),
     "reduce_min": _reduced("min"),

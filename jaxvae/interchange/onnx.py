@@ -4,6 +4,7 @@ JAX traces the function with a symbolic batch size, and `jaxvae.interchange.jaxp
 equations. The operators are those of opset 18, and the types are JAX's.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -150,20 +151,48 @@ def _index_of(kind: str) -> Callable[..., Array]:
 
 
 def _gather(work: "_Translation", equation: Any, x: Array, index: Array) -> Array:
-    """Look up rows of a table, as in x[index], or slice at an index that is a constant."""
-    how, shape = equation.params, equation.outvars[0].aval.shape
-    of_rows = lax.GatherDimensionNumbers(
-        offset_dims=tuple(range(len(index.shape) - 1, len(shape))),
-        collapsed_slice_dims=(0,),
-        start_index_map=(0,),
+    """Look up rows along an axis, as in x[:, index], or slice at a constant, as in x[:, 1]."""
+    how, rank = equation.params, len(index.shape) - 1
+    numbers, shape = how["dimension_numbers"], equation.outvars[0].aval.shape
+    axis = numbers.start_index_map[0]
+    along = lax.GatherDimensionNumbers(
+        offset_dims=(*range(axis), *range(axis + rank, len(shape))),
+        collapsed_slice_dims=(axis,),
+        start_index_map=(axis,),
     )
-    whole = tuple(how["slice_sizes"]) == (1, *x.shape[1:])
-    if index.number in work.constants or how["dimension_numbers"] != of_rows or not whole:
+    whole = tuple(how["slice_sizes"]) == (*x.shape[:axis], 1, *x.shape[axis + 1 :])
+    if numbers != along or not whole or (rank == 0 and index.number in work.constants):
         return gather(work, equation, x, index)
     if how["mode"] == lax.GatherScatterMode.CLIP:
-        first, last = (work.constant(np.int32(i)) for i in (0, x.shape[0] - 1))
+        first, last = (work.constant(np.int32(i)) for i in (0, x.shape[axis] - 1))
         index = work.map("min", work.map("max", index, first), last)
-    return work.emit("Gather", [x, work.reshape(index, index.shape[:-1])], shape, axis=0)
+    return work.emit("Gather", [x, work.reshape(index, index.shape[:-1])], shape, axis=axis)
+
+
+def _pool(kind: str) -> Callable[..., Array]:
+    def rule(work: "_Translation", equation: Any, x: Array) -> Array:
+        """Translate a pooling of all axes but the first and the last, with channels in front."""
+        how = equation.params
+        window, strides, edges = (
+            how[key] for key in ("window_dimensions", "window_strides", "padding")
+        )
+        spread = {*how["base_dilation"], *how["window_dilation"]}
+        if len(x.shape) < 3 or window[0] != 1 or window[-1] != 1 or spread != {1}:
+            raise work.unsupported(equation, f" of a window {window}")
+        last = len(x.shape) - 1
+        front, back = [0, last, *range(1, last)], [0, *range(2, last + 1), 1]
+        shape = [equation.outvars[0].aval.shape[axis] for axis in front]
+        y = work.emit(
+            kind, [work.transpose(x, front)], shape, kernel_shape=window[1:-1],
+            strides=strides[1:-1], pads=np.transpose(edges[1:-1]).ravel().tolist(),
+            **({"count_include_pad": 1} if kind == "AveragePool" else {}),
+        )  # fmt: skip
+        if kind == "AveragePool":  # times the number of pixels, the sum
+            size = np.asarray(math.prod(window), equation.outvars[0].aval.dtype)
+            y = work.map("mul", y, work.constant(size))
+        return work.transpose(y, back)
+
+    return rule
 
 
 def _conv(work: "_Translation", equation: Any, x: Array, kernel: Array) -> Array:
@@ -236,6 +265,8 @@ class _Translation(Translation):
         "argmax": _index_of("ArgMax"),
         "argmin": _index_of("ArgMin"),
         "gather": _gather,
+        "reduce_window_max": _pool("MaxPool"),
+        "reduce_window_sum": _pool("AveragePool"),
         "conv_general_dilated": _conv,
     }
 

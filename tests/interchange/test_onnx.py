@@ -1,5 +1,6 @@
 """Every operation does in ONNX Runtime what it does in JAX, for batches of any size."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +19,7 @@ ROWS = np.random.default_rng(1).normal(size=(3, 2, 3, 4)).astype(np.float32)
 IMAGE = np.random.default_rng(2).normal(size=(3, 5, 4, 2)).astype(np.float32)
 INDEX = np.array([3, 0, 3, 1], np.int32)
 SMALL = np.float32([-1, -0.999, -1e-3, -1e-6, 0, 1e-7, 1e-3, 1, 1e3, 1e30, np.inf])
+KEY = jax.random.key(0)
 TABLE = jnp.asarray(X[0])
 
 
@@ -92,6 +94,12 @@ OTHERS = {
         lambda x: jnp.argmax(x, 2) * 10 + jnp.argmin(x, 1, keepdims=True)[:, 0, :1], X),
     "rows of a table": (lambda i: TABLE[i % 3], INDEX),
     "rows of a table, clipped": (lambda i: TABLE.at[i].get(mode="clip"), INDEX),
+    "columns by a list": (lambda x: x[:, np.array([2, 0, 0, 1])], X),
+    "the largest of a window": (lambda x: nn.max_pool(x, (2, 3), (2, 1), "SAME"), IMAGE),
+    "the mean of a window": (lambda x: nn.avg_pool(x, (3, 2), (1, 2), ((1, 0), (0, 1))), IMAGE),
+    "enlarged": (lambda x: jax.image.resize(x, (x.shape[0], 10, 8, 2), "nearest"), IMAGE),
+    "enlarged by a line": (
+        lambda x: jax.image.resize(x, (x.shape[0], 7, 9, 2), "bilinear"), IMAGE),
     "an index": (lambda x: x[..., 1, :] + x[:, -1], X),
     "one-hot classes": (lambda i: jax.nn.one_hot(i, 4), INDEX),
     "quotients of whole numbers": (lambda i: (i - 2) // 2 + lax.div(i - 2, 2), INDEX),
@@ -158,6 +166,7 @@ def test_what_the_result_does_not_need_is_left_out():
         ),
         (lambda x: lax.round(x), "'round' half away from zero"),
         (lambda x: jnp.zeros((x.shape[0] + 1, 3)), "a side of batch + 1"),
+        (lambda x: x + jax.random.normal(KEY, (3, 4)), "a constant of type key<fry>"),
     ],
 )
 def test_an_operation_without_a_translation_is_named(f, says):
