@@ -11,7 +11,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal
@@ -111,10 +110,9 @@ class Translation(ABC):
 
     def constant(self, value: Any) -> Array:
         """Add a constant."""
-        if jnp.issubdtype(jnp.result_type(value), jax.dtypes.extended):  # such as a PRNG key
-            raise InputError(
-                f"the {self.part} has a constant of type {value.dtype}: expected numbers"
-            )
+        dtype = jnp.result_type(value)
+        if not any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)):
+            raise InputError(f"the {self.part} has a constant of type {dtype}: expected numbers")
         value = np.asarray(value)
         array = self.new(value.shape)
         self.constants[array.number] = value
