@@ -11,6 +11,7 @@ import pytest
 from conftest import examples_of, moved
 
 import jaxvae
+from jaxvae.interchange.onnx import to_onnx
 from jaxvae.models.codebooks import codebook_of
 from jaxvae.models.config import LIKELIHOODS, NETWORKS, POSTERIORS, PRIORS
 from jaxvae.models.vae import prior
@@ -368,6 +369,36 @@ def test_a_component_survives_config_and_checkpoint_and_trains(kind, name, tmp_p
         np.testing.assert_array_equal(a, b)
     assert jaxvae.sample(jaxvae.load(tmp_path), KEY, 2).shape == (2, *shape)
     assert replace(config, compute_dtype="bfloat16") != config
+
+
+def check_in_onnx(f, x):
+    """A function of a batch computes in ONNX Runtime what it does in JAX."""
+    import onnxruntime
+
+    expected = f(x)
+    rows = {"x": jax.ShapeDtypeStruct(x.shape[1:], x.dtype)}
+    content = to_onnx("function", f, rows, [str(i) for i in range(len(expected))])
+    found = onnxruntime.InferenceSession(content).run(None, {"x": x})
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "name"), [one for one in EVERY if one[0] != "prior"])
+def test_encoder_and_decoder_are_the_same_in_onnx(kind, name):
+    shape = shape_of(name, 4, 4) if kind == "likelihood" else SHAPE
+    params = params_of(latents_of(name), image_shape=shape, **with_partner(kind, name))
+
+    def encoder(images):
+        posterior = jaxvae.encode(params, images)
+        if name in CODE_POSTERIORS:
+            return posterior.center, codebook_of(params).codes(posterior.center)
+        return posterior.mean, posterior.log_var, posterior.center
+
+    if kind != "likelihood":
+        check_in_onnx(encoder, np.float32(IMAGES[:3]) / 255)
+    if kind != "posterior":
+        latents = np.random.default_rng(1).normal(size=(3, params.config.latent_dim))
+        check_in_onnx(lambda z: (jaxvae.decode(params, z).mean,), latents.astype("f"))
 
 
 @pytest.mark.parametrize("name", list(OBJECTIVES))

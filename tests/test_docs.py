@@ -161,7 +161,6 @@ def test_the_readmes_commands_write_what_they_say(folder, run_dir):
 @pytest.mark.parametrize("page", [page for page in PAGES[1:] if blocks(page, "python")])
 def test_the_examples_in_python_run(page, folder, readme, run_dir):
     if page == "docs/export.md":
-        pytest.importorskip("jax2onnx", reason="ONNX needs Python 3.11 or 3.12")
         params = jaxvae.init(jax.random.key(0), ModelConfig())
         export(params, "runs/mine/export", ["stablehlo", "onnx", "safetensors"])
     if page == "docs/sharing.md":  # a local folder comes before the hub

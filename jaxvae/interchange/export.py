@@ -16,9 +16,7 @@ docs/export.md describes the contents of each file and how other programs read i
 
 import importlib.util
 import json
-import logging
 import re
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -49,7 +47,7 @@ def export(params: Params, folder: str | Path, formats: Sequence[str] = FORMATS)
 
     stablehlo: encoder.stablehlo, decoder.stablehlo and sampler.stablehlo; onnx: encoder.onnx and
     decoder.onnx; safetensors: model.safetensors. Files of an earlier export are replaced after
-    all formats have been converted.
+    all formats have been converted. If a format cannot be written, the others are.
 
     Args:
       params: the model.
@@ -63,10 +61,10 @@ def export(params: Params, folder: str | Path, formats: Sequence[str] = FORMATS)
       InputError: the format is unknown; its package is missing or cannot convert this model; the
         folder cannot be written.
     """
-    return write_files(folder, converted(params, formats))
+    return write_files(folder, *converted(params, formats))
 
 
-def converted(params: Params, formats: Sequence[str]) -> dict[str, bytes]:
+def converted(params: Params, formats: Sequence[str]) -> tuple[dict[str, bytes], list[str]]:
     """Convert a model to one or several formats.
 
     Args:
@@ -74,32 +72,43 @@ def converted(params: Params, formats: Sequence[str]) -> dict[str, bytes]:
       formats: any of FORMATS.
 
     Returns:
-      The contents of the files that `export` writes, by name.
+      The contents of the files that `export` writes, by name; and for each format that cannot be
+      written, why not.
 
     Raises:
-      InputError: as for `export`.
+      InputError: the format is unknown.
     """
     contents: dict[str, bytes] = {}
+    problems = []
     for name in formats:
         if name not in FORMATS:
             raise InputError(f"the format is {name!r}: expected {', '.join(FORMATS)}")
-        contents |= _WRITERS[name](params)
-    return contents
+    for name in formats:
+        try:
+            contents |= _WRITERS[name](params)
+        except InputError as error:
+            problems.append(f"{name} cannot be written: {error}")
+    return contents, problems
 
 
-def write_files(folder: str | Path, contents: Mapping[str, bytes]) -> list[Path]:
+def write_files(
+    folder: str | Path, contents: Mapping[str, bytes], problems: Sequence[str] = ()
+) -> list[Path]:
     """Write files to a folder, each atomically.
 
     Args:
       folder: created if it does not exist.
       contents: the contents by file name.
+      problems: what could not be converted, and why.
 
     Returns:
       The paths of the files.
 
     Raises:
-      InputError: the folder cannot be written.
+      InputError: the folder cannot be written; or there are problems, after the files were written.
     """
+    if problems and not contents:
+        raise InputError("; ".join(problems))
     paths = [Path(folder) / name for name in contents]
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -107,6 +116,8 @@ def write_files(folder: str | Path, contents: Mapping[str, bytes]) -> list[Path]
             write_atomic(path, lambda file, content=content: file.write(content))  # type: ignore[misc]
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error.strerror}") from None
+    if problems:
+        raise InputError("; ".join([*problems, f"written to {folder}: {', '.join(contents)}"]))
     return paths
 
 
@@ -248,55 +259,33 @@ def _stablehlo(params: Params) -> dict[str, bytes]:
 
 
 def _onnx(params: Params) -> dict[str, bytes]:
-    if importlib.util.find_spec("jax2onnx") is None and jax.__version_info__ >= (0, 12):
-        raise InputError(
-            f"jax2onnx, which writes ONNX, does not support JAX {jax.__version__}: expected JAX "
-            "0.10 or 0.11, or the format stablehlo"
-        )
-    _require("jax2onnx")
+    _require("onnx")
     _require("onnxruntime")
+    from jaxvae.interchange.onnx import to_onnx
+
     files = {}
     # In float32 only: few programs read bfloat16.
     config = replace(params.config, compute_dtype="float32")
     functions = _functions(replace(params, config=config))
     for name in ("encoder", "decoder"):
         function = functions[name]
+        with _explain_len(name):
+            content = to_onnx(name, *function)
         try:
-            with _explain_len(name), _quiet("onnx_ir", "jax2onnx"), warnings.catch_warnings():
-                from jax2onnx import to_onnx
-
-                # It asks for float64, and takes float32.
-                warnings.filterwarnings("ignore", "Explicitly requested dtype float64")
-                model = to_onnx(
-                    function.call,
-                    _of_batch("b", function),
-                    model_name=name,
-                    input_names=list(function.inputs),
-                    output_names=function.outputs,
-                )
-            content = model.SerializeToString()
             problem = _difference(function, content, config)
-        except InputError:
-            raise
-        except Exception as error:  # jax2onnx supports some models and versions of JAX only
+        except Exception as error:  # of ONNX Runtime
             problem = " ".join(str(error).split())[:200] or type(error).__name__
         if problem:
-            from importlib.metadata import version
-
             raise InputError(
-                f"jax2onnx {version('jax2onnx')} cannot write this {name} with JAX "
-                f"{jax.__version__}: {problem}; expected JAX 0.10 or 0.11 and a model it supports, "
-                "or the format stablehlo, which supports every model"
+                f"ONNX Runtime does not compute this {name} as JAX does: {problem}; expected "
+                "equal results; choose the format stablehlo, which supports every model"
             )
         files[f"{name}.onnx"] = content
     return files
 
 
 def _difference(function: _Function, content: bytes, config: ModelConfig) -> str:
-    """Compare with ONNX Runtime: describe the first output that differs, or return "".
-
-    jax2onnx converts Flax's layers by name, and ignores options that it does not support.
-    """
+    """Compare with ONNX Runtime: describe the first output that differs, or return ""."""
     import onnxruntime
 
     rng = np.random.default_rng(0)
@@ -311,7 +300,8 @@ def _difference(function: _Function, content: bytes, config: ModelConfig) -> str
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     theirs = session.run(None, given)
     with jax.default_matmul_precision("highest"):  # the precision of ONNX Runtime on a CPU
-        ours = jax.tree.leaves(function.call(*given.values()))
+        # As one program, in which the values of the images are not validated.
+        ours = jax.tree.leaves(jax.jit(function.call)(*given.values()))
     for name, a, b in zip(function.outputs, ours, theirs, strict=True):
         off = np.abs(a - b).max()
         if not off <= 1e-4 * max(1, np.abs(a).max()):
@@ -382,17 +372,3 @@ def _explain_len(name: str) -> Iterator[None]:
             f"the {name} calls len(x), but an export has a symbolic batch size: expected "
             "x.shape[0] in modules of your own"
         ) from None
-
-
-@contextmanager
-def _quiet(*names: str) -> Iterator[None]:
-    """Silence the warnings of the named loggers."""
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -67,7 +67,7 @@ def export_run(
         if name not in FORMATS:
             raise InputError(f"the format is {name!r}: expected {', '.join(FORMATS)}")
     params, step = load_with_step(run_dir, which, **own)
-    contents = export.converted(params, [name for name in formats if name != "hub"])
+    contents, problems = export.converted(params, [name for name in formats if name != "hub"])
     if "hub" in formats:
         contents |= _to_share(run_dir, params, step, own)
         taken = [name for name in contents if os.path.lexists(folder / name)]
@@ -76,7 +76,7 @@ def export_run(
                 f"{folder / taken[0]} exists already, and is not of an earlier export: choose "
                 "another folder with --out"
             )
-    return export.write_files(folder, contents)
+    return export.write_files(folder, contents, problems)
 
 
 def from_pretrained(name: str | Path, network: Any = None, **own: Any) -> Params:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 
 import hypothesis
@@ -453,6 +454,17 @@ def test_export_writes_the_runs_model_and_tells_where(run_dir, tmp_path, capsys)
     assert len(told) == 4
     back = load_safetensors(tmp_path / "model.safetensors")
     assert jax.tree.all(jax.tree.map(np.array_equal, back, jaxvae.load(run_dir)))
+
+
+def test_export_writes_the_formats_that_it_can(run_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name == "onnx" else find_spec(name)
+    )
+    export = ["export", str(run_dir), "--to", "onnx", "safetensors", "--out", str(tmp_path)]
+    assert main(export) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "onnx cannot be written: onnx is not installed: pip install onnx; written to" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
 
 def test_summary_prints_the_default_model_or_a_runs(run_dir, capsys):

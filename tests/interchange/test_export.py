@@ -1,7 +1,6 @@
 """Exported models: every file, read by another program, computes what the model does."""
 
 import json
-import logging
 import os
 import re
 import subprocess
@@ -9,6 +8,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,15 +16,16 @@ import pytest
 from conftest import OwnDecoder, OwnEncoder, at_once, moved, refused
 
 import jaxvae
-from jaxvae.interchange.export import FORMATS, export, load_safetensors
+from jaxvae.interchange import onnx
+from jaxvae.interchange.export import export, load_safetensors
+from jaxvae.interchange.onnx import to_onnx
+from jaxvae.models.codebooks import codebook_of
 from jaxvae.models.vae import prior
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 DOCS = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)
-ONNX = find_spec("jax2onnx") is not None and jax.__version_info__ < (0, 12)
-needs_onnx = pytest.mark.skipif(not ONNX, reason="jax2onnx does not support JAX 0.12")
 
 MODELS = {
     "notebook": jaxvae.ModelConfig(),
@@ -55,12 +56,10 @@ def random_params(config):
 def model(request, tmp_path_factory):
     """(params, the folder they are exported to)."""
     params, folder = random_params(MODELS[request.param]), tmp_path_factory.mktemp("export")
-    formats = [name for name in FORMATS if name != "onnx" or (ONNX and not params.posterior)]
-    # ONNX first: what jax2onnx does to JAX while it looks must not stay.
-    paths = export(params, folder, formats[::-1])
+    paths = export(params, folder)
     assert all(path.parent == folder for path in paths)
     assert {path.name for path in folder.iterdir()} == {path.name for path in paths}
-    assert len(paths) == (6 if "onnx" in formats else 4)
+    assert len(paths) == 6
     return params, folder
 
 
@@ -148,13 +147,10 @@ def test_stablehlo_computes_the_same_where_there_is_only_jax(model):
                 assert_close(ours, [found[n] for n in found if n.startswith(name)], params)
 
 
-@needs_onnx
 def test_onnx_computes_the_same_in_onnxruntime(model):
     import onnxruntime
 
     params, folder = model
-    if params.posterior:
-        pytest.skip("jax2onnx cannot write a flow")
     for batch in (1, 5):
         given, labels = inputs(params, batch)
         ours = expected(params, given, labels)
@@ -164,23 +160,80 @@ def test_onnx_computes_the_same_in_onnxruntime(model):
             own = labels if params.config.conditional(part) else {}
             assert [one.name for one in session.get_inputs()] == [takes, *own]
             names = [one.name for one in session.get_outputs()]
-            assert names == ["mean", "log_var"][: len(ours[name])]
+            assert names == ["mean", "log_var", "center"][: len(ours[name])]
             assert_close(ours[name], session.run(None, {takes: given[takes], **own}), params)
 
 
-@needs_onnx
-def test_what_jax2onnx_cannot_write_is_told_in_a_line(tmp_path):
-    config = jaxvae.ModelConfig((4, 4, 1), 2, network="mlp", likelihood="continuous_bernoulli")
-    with refused("jax2onnx", f"cannot write this decoder with JAX {jax.__version__}"):
-        export(jaxvae.init(jax.random.key(0), config), tmp_path / "x", ["safetensors", "onnx"])
-    with refused("cannot write this encoder"):  # its layers have masks
-        export(random_params(MODELS["flow"]), tmp_path / "x", ["safetensors", "onnx"])
+@pytest.mark.parametrize(
+    ("fields", "outputs"),
+    [
+        ({"likelihood": "poisson:size=0"}, ["mean", "log_var"]),
+        ({"posterior": "vq:codes=4,dim=2", "prior": "uniform_codes"}, ["codes", "center"]),
+    ],
+)
+def test_counts_and_codes_are_exported_to_onnx(tmp_path, fields, outputs):
+    import onnxruntime
+
+    config = jaxvae.ModelConfig((4, 4, 1), 4, network="mlp:width=8", **fields)
+    params = random_params(config)
+    encoder, _ = export(params, tmp_path, ["onnx"])
+    images = np.random.default_rng(0).integers(0, 2, (5, 4, 4, 1)).astype(np.float32)
+    session = onnxruntime.InferenceSession(encoder)
+    assert [one.name for one in session.get_outputs()] == outputs
+    found = dict(zip(outputs, session.run(None, {"images": images}), strict=True))
+    posterior = jaxvae.encode(params, images)
+    for name in outputs:
+        if name == "codes":
+            assert found[name].dtype == np.int32
+            np.testing.assert_array_equal(found[name], codebook_of(params).codes(posterior.center))
+        else:
+            np.testing.assert_allclose(found[name], getattr(posterior, name), rtol=1e-5, atol=1e-5)
+
+
+class Flat(nn.Module):
+    latent_dim: int
+
+    @nn.compact
+    def __call__(self, images):
+        x = images.reshape(images.shape[0], -1)
+        return nn.Dense(self.latent_dim)(x), nn.Dense(self.latent_dim)(x)
+
+
+class Sorting(OwnDecoder):
+    @nn.compact
+    def __call__(self, z, labels=None):
+        return jnp.sort(super().__call__(z, labels), axis=1)
+
+
+def test_the_formats_that_can_be_written_are_and_the_others_told_in_a_line(tmp_path):
+    network = (Flat(2), Sorting((4, 4, 1)))
+    config = jaxvae.ModelConfig((4, 4, 1), 2, network=network)
+    params, folder = jaxvae.init(jax.random.key(0), config), tmp_path / "x"
+    with refused(
+        "onnx cannot be written: the decoder has the operation 'sort'",
+        f"written to {folder}: encoder.stablehlo, decoder.stablehlo, sampler.stablehlo, "
+        "model.safetensors",
+    ):
+        export(params, folder)
+    assert len(list(folder.iterdir())) == 4
+    with refused("'sort'"):
+        export(params, tmp_path / "y", ["onnx"])
+    assert not (tmp_path / "y").exists()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (lambda content: b"weights", "ONNX Runtime does not compute this encoder as JAX does: "),
+        (lambda content: content.replace(b"Tanh", b"Atan"), "its mean is off by 0."),
+    ],
+)
+def test_a_file_that_computes_something_else_is_not_written(tmp_path, monkeypatch, wrong, says):
+    params = random_params(MODELS["colour"])
+    monkeypatch.setattr(onnx, "to_onnx", lambda *given: wrong(to_onnx(*given)))
+    with refused(says):
+        export(params, tmp_path / "x", ["onnx"])
     assert not (tmp_path / "x").exists()
-
-
-def test_jax2onnx_leaves_settings_and_loggers_alone(model):
-    assert not jax.config.jax_enable_x64
-    assert logging.getLogger("onnx_ir").level == logging.NOTSET
 
 
 def test_safetensors_hold_every_array_by_its_place(model):
@@ -312,7 +365,12 @@ def test_safetensors_that_are_not_there_are_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "package"),
-    [("stablehlo", "flatbuffers"), ("onnx", "jax2onnx"), ("safetensors", "safetensors")],
+    [
+        ("stablehlo", "flatbuffers"),
+        ("onnx", "onnx"),
+        ("onnx", "onnxruntime"),
+        ("safetensors", "safetensors"),
+    ],
 )
 def test_a_missing_package_is_named_with_how_to_install_it(
     tmp_path, small, name, package, monkeypatch
@@ -320,17 +378,8 @@ def test_a_missing_package_is_named_with_how_to_install_it(
     monkeypatch.setattr(
         "importlib.util.find_spec", lambda name: None if name == package else find_spec(name)
     )
-    monkeypatch.setattr("jax.__version_info__", (0, 11, 2))
-    with refused(f"{package} is not installed: pip install {package}"):
+    with refused(f"{name} cannot be written: {package} is not installed: pip install {package}"):
         export(small, tmp_path / "x", [name])
-    assert not (tmp_path / "x").exists()
-
-
-def test_that_onnx_needs_an_older_jax_is_told(tmp_path, small, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr("jax.__version_info__", (0, 12, 0))
-    with refused("does not support JAX", "expected JAX 0.10 or 0.11, or the format stablehlo"):
-        export(small, tmp_path / "x", ["onnx"])
     assert not (tmp_path / "x").exists()
 
 
@@ -347,8 +396,7 @@ def test_where_nothing_can_be_written_is_told(tmp_path, small):
 def documented(tmp_path_factory):
     """Where the documentation's snippets find what they read."""
     folder = tmp_path_factory.mktemp("documented")
-    formats = FORMATS if ONNX else ("stablehlo", "safetensors")
-    export(random_params(jaxvae.ModelConfig()), folder / "runs" / "mine" / "export", formats)
+    export(random_params(jaxvae.ModelConfig()), folder / "runs" / "mine" / "export")
     return folder
 
 
@@ -369,7 +417,5 @@ def documented(tmp_path_factory):
 def test_the_documentations_snippets_run(index, holds, documented):
     assert len(SNIPPETS) == 5
     snippet = SNIPPETS[index]
-    if "onnxruntime" in snippet and not ONNX:
-        pytest.skip("jax2onnx does not support JAX 0.12")
     alone = "" if "import jaxvae" in snippet else "import sys; sys.modules['jaxvae'] = None\n"
     in_a_process(f"{alone}{snippet}\nassert {holds}", cwd=documented)
