@@ -366,7 +366,7 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(shared, tmp_path, monkeypatch):
     """The address of a hub that has the shared folder as ann/vae."""
-    constants = pytest.importorskip("huggingface_hub").constants
+    constants = pytest.importorskip("huggingface_hub.constants")
     handler = type("OneHub", (Hub,), {"folder": shared, "asked": []})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
