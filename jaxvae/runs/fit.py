@@ -48,7 +48,9 @@ def fit(
 ) -> FitResult:
     """Train a model, with a progress display on a terminal or in a notebook.
 
-    With a run directory, the same call resumes a training that was killed or interrupted.
+    With a run directory, the same call resumes a training that was killed or interrupted. It may
+    then have other `epochs`, `patience`, `learning_rate`, `schedule`, `clip_norm` and `skip_norm`,
+    as `jaxvae train --resume`; config.json records the changes.
 
     Args:
       data: a name or path, as for `jaxvae.load_data`; a `jaxvae.data.Dataset`; a pair
@@ -99,7 +101,7 @@ def fit(
             flags = {**vars(model), **vars(train), "seed": seed}
             del flags["image_shape"], flags["num_covariates"]  # taken from the data
             recorded = read_config(folder, to_train=True, **own)
-            config = replace(updated(recorded, flags, folder), data=config.data)
+            config = replace(updated(recorded, flags, folder, caller="fit"), data=config.data)
         config = directory.start(folder, config, dataset, resume=resume)
     state = loop.train(folder, config, dataset, callbacks=[*shown, *callbacks, history])
     records = history.records if folder is None else read_metrics(folder)
