@@ -54,6 +54,8 @@ python_use_unqualified_type_names = True
 smartquotes_action = "D"  # dashes, but not quotes
 html_theme = "furo"
 html_title = "jaxvae"
+html_static_path = ["_static"]
+html_css_files = ["dark.css"]
 html_math_renderer = "mathml"
 
 CONTENTS = """
