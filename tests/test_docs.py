@@ -214,3 +214,7 @@ def test_the_examples_in_python_run(page, folder, readme, run_dir):
     if page == "docs/sharing.md":  # a local folder comes before the hub
         shutil.copytree("shared", "OWNER/NAME")
     run_python(page)
+    if page == "docs/gallery.md":  # the code that draws each picture is on the page
+        pictures = re.findall(r"^!\[.+\]\(gallery/(.+)\)$", (ROOT / page).read_text(), re.M)
+        assert len(pictures) > 10
+        assert not [name for name in pictures if not (folder / name).exists()]
