@@ -701,7 +701,7 @@ def _compress(options: argparse.Namespace) -> None:
     from jaxvae.evaluation.evaluate import evaluate
     from jaxvae.runs.config import read_config, run_keys
     from jaxvae.runs.data import examples_of, load_run_data
-    from jaxvae.runs.progress import counting
+    from jaxvae.runs.progress import counting, working
 
     config = read_config(options.run, **_own(options))
     data = load_run_data(config, options.data)
@@ -712,7 +712,8 @@ def _compress(options: argparse.Namespace) -> None:
         content = compress(params, images, progress=progress)
     seconds = time.perf_counter() - began
     write_atomic(options.out, lambda file: file.write(content))
-    elbo = float(evaluate(params, run_keys(config)[1], images)["elbo"])
+    with working("evaluating"):
+        elbo = float(evaluate(params, run_keys(config)[1], images)["elbo"])
     bits, initial = 8 * len(content), header_of(content).initial_bits
     raw = images.size * (1 if config.model.likelihood.support == "binary" else 8)
     if config.train.binarization != "none":
