@@ -143,9 +143,22 @@ def as_restructured_text(app, what, name, obj, options, lines):
     lines[:] = text
 
 
+def short(types):
+    """Shorten the types of arrays: `Array`, and `ArrayLike` for the union that it stands for."""
+    types = re.sub(r"(jax\.)?jaxlib\._jax\.Array", "Array", types)
+    numbers = r"(?: \| (?:~?numpy\.number|float))*"
+    union = rf"(\w+)\[Array, (.*?)\] \| ~?(?:jaxtyping\.)?\1\[ndarray, \2\]{numbers}"
+    return re.sub(union, r"\1[ArrayLike, \2]", types)
+
+
+def shorten_signature(app, what, name, obj, options, signature, returns):
+    """Shorten the types of arrays in a signature."""
+    return signature and short(signature), returns and short(returns)
+
+
 def escape_shapes(app, what, name, obj, options, lines):
-    """Escape the asterisk of shapes like "*batch latent" in the types of attributes."""
-    lines[:] = [re.sub(r"\*", r"\\*", x) if x.startswith(":vartype") else x for x in lines]
+    """Shorten the types of attributes, and escape the asterisk of shapes like "*batch latent"."""
+    lines[:] = [short(x).replace("*", r"\*") if x.startswith(":vartype") else x for x in lines]
 
 
 def skip_repeated(app, what, name, obj, skip, options):
@@ -189,6 +202,7 @@ def setup(app):
     app.connect("source-read", adapt)
     app.connect("autodoc-process-docstring", as_restructured_text, priority=400)
     app.connect("autodoc-process-docstring", escape_shapes, priority=600)  # after napoleon
+    app.connect("autodoc-process-signature", shorten_signature)
     app.connect("autodoc-skip-member", skip_repeated)
     app.connect("build-finished", copy_start_page)
     app.connect("html-page-context", link_sources_back)
