@@ -1,13 +1,17 @@
 """Sphinx configuration: the site of README, docs, experiments and docstrings (`make docs`)."""
 
+import os
 import re
 import shutil
 from pathlib import Path
+from pkgutil import resolve_name
 
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
 
 import jaxvae
+from jaxvae.cli.commands import _COMMANDS
+from jaxvae.cli.parser import make_parser
 
 project = "jaxvae"
 author = "the authors of jaxvae"
@@ -15,6 +19,7 @@ copyright = author
 extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
 ]
@@ -28,6 +33,7 @@ include_patterns = [
     "CHANGELOG.md",
     "docs/*.md",
     "docs/*.ipynb",
+    "docs/api/*.md",
     "experiments/*/README.md",
     "experiments/speed/results/*.md",
 ]
@@ -48,6 +54,8 @@ python_use_unqualified_type_names = True
 smartquotes_action = "D"  # dashes, but not quotes
 html_theme = "furo"
 html_title = "jaxvae"
+html_static_path = ["_static"]
+html_css_files = ["dark.css"]
 html_math_renderer = "mathml"
 
 CONTENTS = """
@@ -86,7 +94,6 @@ docs/faq
 :caption: Reference
 
 docs/api
-docs/modules
 CONTRIBUTING
 CHANGELOG
 ```
@@ -102,18 +109,21 @@ experiments/speed/results/*
 
 
 def adapt(app, name, source):
-    """Add the contents to README, titles to result tables, and remove links to folders."""
+    """Add contents to README, help to commands, titles to results; remove links to folders."""
     if "/results/" in name:
         source[0] = f"# Speed: {Path(name).name.replace('_', ' ')}\n\n{source[0]}"
     source[0] = re.sub(r"\[([^]]*)\]\(results\)", r"\1", source[0])
     if name == root_doc:
         source[0] += CONTENTS
+    if name == "docs/api/commands":
+        os.environ["COLUMNS"] = "90"  # the width of the help
+        (commands,) = make_parser(_COMMANDS)._subparsers._group_actions
+        for command, parser in commands.choices.items():
+            source[0] += f"\n## jaxvae {command}\n\n```\n{parser.format_help()}```\n"
 
 
 def as_restructured_text(app, what, name, obj, options, lines):
     """Convert plain-text docstrings: blocks indented by four are equations; escape * and |."""
-    if lines and lines[0].startswith("Alias for field number"):  # Python's default for a NamedTuple
-        lines.clear()
     text = []
     for paragraph in re.split(r"\n\s*\n", "\n".join(lines)):
         if paragraph.startswith("    "):
@@ -133,15 +143,28 @@ def as_restructured_text(app, what, name, obj, options, lines):
     lines[:] = text
 
 
+def short(types):
+    """Shorten the types of arrays: `Array`, and `ArrayLike` for the union that it stands for."""
+    types = re.sub(r"(jax\.)?jaxlib\._jax\.Array", "Array", types)
+    numbers = r"(?: \| (?:~?numpy\.number|float))*"
+    union = rf"(\w+)\[Array, (.*?)\] \| ~?(?:jaxtyping\.)?\1\[ndarray, \2\]{numbers}"
+    return re.sub(union, r"\1[ArrayLike, \2]", types)
+
+
+def shorten_signature(app, what, name, obj, options, signature, returns):
+    """Shorten the types of arrays in a signature."""
+    return signature and short(signature), returns and short(returns)
+
+
 def escape_shapes(app, what, name, obj, options, lines):
-    """Escape the asterisk of shapes like "*batch latent" in the types of attributes."""
-    lines[:] = [re.sub(r"\*", r"\\*", x) if x.startswith(":vartype") else x for x in lines]
+    """Shorten the types of attributes, and escape the asterisk of shapes like "*batch latent"."""
+    lines[:] = [short(x).replace("*", r"\*") if x.startswith(":vartype") else x for x in lines]
 
 
-def skip_public_names(app, what, name, obj, skip, options):
-    """Describe public names once, on the page of the public API."""
+def skip_repeated(app, what, name, obj, skip, options):
+    """Describe public names once, as `jaxvae.NAME`, and fields of a NamedTuple in its docstring."""
     public = name in jaxvae.__all__ and getattr(jaxvae, name) is obj
-    return skip or (public and app.env.docname == "docs/modules")
+    return skip or public or type(obj).__name__ == "_tuplegetter"
 
 
 def write_math(self, node):
@@ -154,11 +177,19 @@ def write_math(self, node):
 
 
 def link_sources_back(app, pagename, templatename, context, doctree):
-    """Link a module's source to docs/modules; viewcode links all names to one page."""
+    """Link source code to the names it is documented by; viewcode takes one prefix for a module."""
     if pagename.startswith("_modules/jaxvae/"):
         module = pagename.removeprefix("_modules/").replace("/", ".")
-        there = rf"(/modules\.html#)(?:{re.escape(module)}|jaxvae)\."
-        context["body"] = re.sub(there, rf"\1{module}.", context["body"])
+        prefixes = (module, module.rpartition(".")[0], "jaxvae")
+        documented = app.env.get_domain("py").objects
+
+        def target(link):
+            names = [f"{prefix}.{link[2]}" for prefix in reversed(prefixes)]
+            here = resolve_name(names[-1])
+            return link[1] + next(n for n in names if n in documented and resolve_name(n) == here)
+
+        there = rf"(\.html#)(?:{'|'.join(map(re.escape, prefixes))})\.([\w.]+)"
+        context["body"] = re.sub(there, target, context["body"])
 
 
 def copy_start_page(app, exception):
@@ -171,7 +202,8 @@ def setup(app):
     app.connect("source-read", adapt)
     app.connect("autodoc-process-docstring", as_restructured_text, priority=400)
     app.connect("autodoc-process-docstring", escape_shapes, priority=600)  # after napoleon
-    app.connect("autodoc-skip-member", skip_public_names)
+    app.connect("autodoc-process-signature", shorten_signature)
+    app.connect("autodoc-skip-member", skip_repeated)
     app.connect("build-finished", copy_start_page)
     app.connect("html-page-context", link_sources_back)
     app.add_html_math_renderer("mathml", (write_math, None), (write_math, None))

@@ -1,11 +1,13 @@
 """The examples of README.md and docs/*.md, as a newcomer would run them, but with a few images."""
 
+import inspect
 import re
 import shlex
 import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 
 import jax
 import pytest
@@ -21,6 +23,7 @@ from jaxvae.data.dataset import Dataset
 from jaxvae.interchange.export import export
 from jaxvae.models.config import ModelConfig
 from jaxvae.runs.sweep import configured
+from jaxvae.training.config import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -72,6 +75,50 @@ def test_every_command_is_one(page):
             flags = {name: value for name in config_fields()
                      if (value := getattr(options, name)) is not None}  # fmt: skip
             configured({name: value for name, value in flags.items() if not is_dotted_path(value)})
+
+
+def reference(directives):
+    """The full names that the API reference describes with some of Sphinx's directives."""
+    text = "".join(path.read_text() for path in sorted((ROOT / "docs/api").glob("*.md")))
+    return re.findall(rf"^\.\. auto(?:{directives}):: (\S+)$", text, re.M)
+
+
+@pytest.fixture(scope="module")
+def described():
+    """The objects that the API reference describes."""
+    found = [resolve_name(name) for name in reference("class|function|module")]
+    for module in map(resolve_name, reference("module")):
+        own = [
+            n for n, x in vars(module).items() if getattr(x, "__module__", "") == module.__name__
+        ]
+        found += [getattr(module, name) for name in getattr(module, "__all__", own)]
+    return found
+
+
+def test_the_reference_has_every_public_name_once_and_in_its_list(described):
+    names = reference("class|function")
+    public = [f"jaxvae.{name}" for name in jaxvae.__all__]
+    assert sorted(name for name in names if name.count(".") == 1) == sorted(public)
+    listed = re.findall(r"^   (jaxvae\.\S+)$", (ROOT / "docs/api.md").read_text(), re.M)
+    assert len(listed) == len({*listed})
+    assert {*listed} >= {*public}
+    assert all(resolve_name(name) in described for name in listed)
+
+
+def test_the_reference_has_every_component(described):
+    for config in (jaxvae.ModelConfig, TrainConfig):
+        for registry in config._registries.values():
+            for entry in registry.entries.values():
+                assert entry in described or not inspect.isclass(entry), entry
+
+
+def test_the_reference_has_what_examples_import(described):
+    program = "\n".join("\n".join(blocks(page, "python")) for page in PAGES)
+    imports = re.findall(r"^from (jaxvae\S*) import (.+)$", program, re.M)
+    names = {f"{module}.{name}" for module, some in imports for name in some.split(", ")}
+    assert names
+    for name in names:
+        assert resolve_name(name) in described, name
 
 
 @pytest.mark.parametrize("language", ["", "python"])
@@ -166,3 +213,7 @@ def test_the_examples_in_python_run(page, folder, readme, run_dir):
     if page == "docs/sharing.md":  # a local folder comes before the hub
         shutil.copytree("shared", "OWNER/NAME")
     run_python(page)
+    if page == "docs/gallery.md":  # the code that draws each picture is on the page
+        pictures = re.findall(r"^!\[.+\]\(gallery/(.+)\)$", (ROOT / page).read_text(), re.M)
+        assert len(pictures) > 10
+        assert not [name for name in pictures if not (folder / name).exists()]

@@ -214,7 +214,6 @@ def _train(options: argparse.Namespace) -> None:
         models = sweep.resumed(run_dir, flags)
     else:
         models = {"": resumed(run_dir, _of_one_model(flags, run_dir))}
-    data = load_run_data(next(iter(models.values())), options.data)
     if len(models) > 1 and processes.several():
         raise InputError(
             f"a sweep of {len(models)} models needs a single process: expected one model, or one "
@@ -224,7 +223,8 @@ def _train(options: argparse.Namespace) -> None:
         raise InputError(
             f"--tensorboard is for a single model, but {len(models)} are trained: leave it out"
         )
-    callbacks: list[Any] = [Progress()]
+    progress = Progress()
+    callbacks: list[Any] = [progress]
     if options.profile:
         callbacks.append(Profiler())
     if options.tensorboard:
@@ -238,14 +238,16 @@ def _train(options: argparse.Namespace) -> None:
     own = [imported("callback", path) for path in options.callbacks or ()]
     callbacks += expect_callbacks(own)
     start = {"resume": options.resume, "new_data": options.new_data}
-    try:
-        if len(models) > 1:
-            paths = _train_many(run_dir, models, data, start, callbacks)
-        else:
-            (config,) = models.values()
-            paths = _train_one(run_dir, config, data, start, callbacks)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"; resume with: {resume_command(run_dir)}") from None
+    with progress.preparing():
+        data = load_run_data(next(iter(models.values())), options.data)
+        try:
+            if len(models) > 1:
+                paths = _train_many(run_dir, models, data, start, callbacks)
+            else:
+                (config,) = models.values()
+                paths = _train_one(run_dir, config, data, start, callbacks)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"; resume with: {resume_command(run_dir)}") from None
     if paths:
         lost = sweep.diverged(run_dir, models) if len(models) > 1 else []
         model = next(name for name in models if name not in lost)
@@ -699,7 +701,7 @@ def _compress(options: argparse.Namespace) -> None:
     from jaxvae.evaluation.evaluate import evaluate
     from jaxvae.runs.config import read_config, run_keys
     from jaxvae.runs.data import examples_of, load_run_data
-    from jaxvae.runs.progress import counting
+    from jaxvae.runs.progress import counting, working
 
     config = read_config(options.run, **_own(options))
     data = load_run_data(config, options.data)
@@ -710,7 +712,8 @@ def _compress(options: argparse.Namespace) -> None:
         content = compress(params, images, progress=progress)
     seconds = time.perf_counter() - began
     write_atomic(options.out, lambda file: file.write(content))
-    elbo = float(evaluate(params, run_keys(config)[1], images)["elbo"])
+    with working("evaluating"):
+        elbo = float(evaluate(params, run_keys(config)[1], images)["elbo"])
     bits, initial = 8 * len(content), header_of(content).initial_bits
     raw = images.size * (1 if config.model.likelihood.support == "binary" else 8)
     if config.train.binarization != "none":

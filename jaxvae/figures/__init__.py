@@ -25,6 +25,23 @@ from jaxvae.models.codebooks import is_discrete
 from jaxvae.models.vae import Params
 from jaxvae.validation import is_image
 
+__all__ = [
+    "aggregate",
+    "classes",
+    "draw_all",
+    "interpolations",
+    "latents",
+    "levels",
+    "manifold",
+    "reconstructions",
+    "samples",
+    "save",
+    "training",
+    "traversal_lines",
+    "traversals",
+    "units",
+]
+
 FORMATS = ("png", "svg", "pdf")
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, ArrayLike, Float, Integer, Key, Num
 
 from jaxvae.devices.convolution import block_size, in_blocks
 from jaxvae.errors import InputError, shown
+from jaxvae.models import layers
 from jaxvae.models.protocols import Likelihood, Model, Posterior, Prior
 from jaxvae.validation import (
     AnyKey,
@@ -61,6 +62,12 @@ class Params:
         """Return the number of parameters and the configuration; the arrays would fill pages."""
         count = sum(math.prod(getattr(leaf, "shape", ())) for leaf in jax.tree.leaves(self))
         return f"Params({count:,} parameters, config={self.config!r})"
+
+    def _repr_html_(self) -> str:
+        """Return the layer table and the text of `repr`, for notebooks."""
+        # The shapes are those of the configuration: the arrays may be stacked or deleted.
+        shapes = jax.eval_shape(init, jax.random.key(0), self.config)
+        return layers.as_html(layers.tables(shapes), repr(self))
 
     @property
     def model(self) -> Model:

@@ -5,7 +5,7 @@ import tomllib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import jax
 
@@ -190,8 +190,7 @@ MAY_CHANGE: tuple[str, ...] = (
     "fsdp",
     "workers",
 )
-# Fields that `jaxvae train --resume` may also change, in the run of a single model. Each change is
-# recorded, with the step.
+# Fields that may also change in the run of a single model. Each change is recorded, with the step.
 RECORDED = ("learning_rate", "schedule", "clip_norm", "skip_norm")
 
 
@@ -228,11 +227,15 @@ def resumed(run_dir: Path, flags: Mapping[str, Any]) -> RunConfig:
         one.
     """
     recorded = read_config(run_dir, to_train=True, **own_components(flags))
-    return updated(recorded, flags, run_dir, single=True)
+    return updated(recorded, flags, run_dir, caller="train")
 
 
 def updated(
-    recorded: RunConfig, flags: Mapping[str, Any], run_dir: Path, *, single: bool = False
+    recorded: RunConfig,
+    flags: Mapping[str, Any],
+    run_dir: Path,
+    *,
+    caller: Literal["train", "fit", "sweep"],
 ) -> RunConfig:
     """Return a recorded configuration with the flags of a resumed run.
 
@@ -240,7 +243,8 @@ def updated(
       recorded: the recorded configuration.
       flags: fields that were given, by name.
       run_dir: the run directory, for messages.
-      single: whether the command line resumes a single model, which may also change `RECORDED`.
+      caller: what resumes: the command, `jaxvae.fit` or a sweep. The first two may also change
+        `RECORDED`.
 
     Returns:
       The configuration.
@@ -248,18 +252,21 @@ def updated(
     Raises:
       InputError: a field that may not change differs from the recorded one.
     """
-    may_change, remedy = MAY_CHANGE, "leave it out"
-    if single:
-        may_change, remedy = MAY_CHANGE + RECORDED, f"{remedy}, or start a new run without --resume"
+    may_change = MAY_CHANGE if caller == "sweep" else MAY_CHANGE + RECORDED
     asked = _with_flags(recorded, flags)
     for name in flags:
         was, now = (_field(config, name) for config in (recorded, asked))
-        if was != now and name not in may_change:
-            if single and name not in {item.name for item in fields(ModelConfig)}:
+        if was == now or name in may_change:
+            continue
+        remedy = "leave it out"
+        if caller == "fit":
+            remedy = "pass that, or another run_dir"
+        elif caller == "train":
+            remedy += ", or start a new run without --resume"
+            if name not in {item.name for item in fields(ModelConfig)}:
                 remedy += f" (with --start-from {as_argument(run_dir)} it starts from this model)"
-            raise InputError(
-                f"{as_flag(name)} is {now}, but {run_dir} was started with {was}: {remedy}"
-            )
+        given = name if caller == "fit" else as_flag(name)
+        raise InputError(f"{given} is {now}, but {run_dir} was started with {was}: {remedy}")
     return asked
 
 

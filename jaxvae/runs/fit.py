@@ -1,6 +1,7 @@
 """Training in one call from Python."""
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,7 +49,9 @@ def fit(
 ) -> FitResult:
     """Train a model, with a progress display on a terminal or in a notebook.
 
-    With a run directory, the same call resumes a training that was killed or interrupted.
+    With a run directory, the same call resumes a training that was killed or interrupted. It may
+    then have other `epochs`, `patience`, `learning_rate`, `schedule`, `clip_norm` and `skip_norm`,
+    as `jaxvae train --resume`; config.json records the changes.
 
     Args:
       data: a name or path, as for `jaxvae.load_data`; a `jaxvae.data.Dataset`; a pair
@@ -82,26 +85,27 @@ def fit(
     expect_config("train", train, TrainConfig)
     callbacks = expect_callbacks(callbacks)
     config = RunConfig(data=IN_PYTHON, seed=seed, model=model, train=train)
-    if isinstance(data, str):
-        config = configured({"data": data}, config)
-        dataset = load_run_data(config, config.data)
-    else:
-        dataset = prepared(as_dataset(data, missing=takes_missing(config)), config)
     folder = None if run_dir is None else Path(run_dir)
     history = _History()
     shown = [Progress()] if progress else []
-    if folder is None:
-        config = directory.with_shape(config, dataset)
-    else:
-        resume = (folder / "config.json").exists()
-        if resume:
-            own = components(config)
-            flags = {**vars(model), **vars(train), "seed": seed}
-            del flags["image_shape"], flags["num_covariates"]  # taken from the data
-            recorded = read_config(folder, to_train=True, **own)
-            config = replace(updated(recorded, flags, folder), data=config.data)
-        config = directory.start(folder, config, dataset, resume=resume)
-    state = loop.train(folder, config, dataset, callbacks=[*shown, *callbacks, history])
+    with shown[0].preparing() if progress else nullcontext():
+        if isinstance(data, str):
+            config = configured({"data": data}, config)
+            dataset = load_run_data(config, config.data)
+        else:
+            dataset = prepared(as_dataset(data, missing=takes_missing(config)), config)
+        if folder is None:
+            config = directory.with_shape(config, dataset)
+        else:
+            resume = (folder / "config.json").exists()
+            if resume:
+                own = components(config)
+                flags = {**vars(model), **vars(train), "seed": seed}
+                del flags["image_shape"], flags["num_covariates"]  # taken from the data
+                recorded = read_config(folder, to_train=True, **own)
+                config = replace(updated(recorded, flags, folder, caller="fit"), data=config.data)
+            config = directory.start(folder, config, dataset, resume=resume)
+        state = loop.train(folder, config, dataset, callbacks=[*shown, *callbacks, history])
     records = history.records if folder is None else read_metrics(folder)
     return FitResult(state.eval_params, state, records)
 

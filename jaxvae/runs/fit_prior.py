@@ -1,6 +1,7 @@
 """Fitting a new prior to a trained model."""
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -121,15 +122,16 @@ def fit_prior(
         data_seen=(),
         changes=(),
     )
-    config, dataset = _load_data(config, data)
-    params = load(run_dir, **own)
-    _, test_key = run_keys(config)
-    before = loop.evaluator(trained, dataset, test_key)(params)
-    log_likelihood = round(_log_likelihood(params, config, dataset), 2)
-    train = replace(train, objective=PriorFit(log_likelihood=log_likelihood))
-    config = directory.start(folder, replace(config, train=train), dataset, resume=False)
     shown = [Progress()] if progress else []
-    state = loop.train(folder, config, dataset, callbacks=[*shown, *callbacks])
+    with shown[0].preparing() if progress else nullcontext():
+        config, dataset = _load_data(config, data)
+        params = load(run_dir, **own)
+        _, test_key = run_keys(config)
+        before = loop.evaluator(trained, dataset, test_key)(params)
+        log_likelihood = round(_log_likelihood(params, config, dataset), 2)
+        train = replace(train, objective=PriorFit(log_likelihood=log_likelihood))
+        config = directory.start(folder, replace(config, train=train), dataset, resume=False)
+        state = loop.train(folder, config, dataset, callbacks=[*shown, *callbacks])
     history = read_metrics(folder)
     return FitPriorResult(folder, state.eval_params, state, history, before, history[-1]["test"])
 

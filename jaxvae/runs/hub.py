@@ -86,7 +86,7 @@ def from_pretrained(name: str | Path, network: Any = None, **own: Any) -> Params
     variable HF_ENDPOINT is the address of the hub, by default https://huggingface.co.
 
     Args:
-      name: a folder, or the name of a model on a hub: "OWNER/NAME" or "OWNER/NAME@REVISION", where
+      name: a folder, or the name of a model on a hub: `OWNER/NAME` or `OWNER/NAME@REVISION`, where
         the revision is a branch, a tag or a commit.
       network: custom modules (encoder, decoder) of the model.
       own: other custom components of the model, by field.

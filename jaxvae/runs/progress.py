@@ -6,7 +6,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from importlib.util import find_spec
 from typing import Any
 
@@ -22,6 +22,7 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bar
 
+from jaxvae.devices.processes import is_first
 from jaxvae.models.vae import Params
 from jaxvae.runs.callbacks import Callback, Training
 
@@ -145,9 +146,19 @@ class Progress(Callback):
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or _Console(stderr=True)
+        self._preparation = ExitStack()
+
+    @contextmanager
+    def preparing(self) -> Iterator[None]:
+        """Show that data and model are prepared, until the training starts."""
+        with self._preparation:
+            if is_first():
+                self._preparation.enter_context(working("preparing", self._console))
+            yield
 
     def start(self, training: Training) -> None:
         """Show the bar."""
+        self._preparation.close()
         self._epochs, self._images = training.epochs, training.images
         self._noun = training.config.model.noun
         self._bar = Bar(

@@ -125,7 +125,9 @@ def resumed(run_dir: Path, flags: Mapping[str, Any]) -> dict[str, RunConfig]:
             )
     own = own_components(flags)
     recorded = read_json(run_dir / "sweep.json", partial(_models, own=own))
-    return {name: updated(config, flags, run_dir) for name, config in recorded.items()}
+    return {
+        name: updated(config, flags, run_dir, caller="sweep") for name, config in recorded.items()
+    }
 
 
 def _models(content: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, RunConfig]:

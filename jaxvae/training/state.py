@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array, ArrayLike, Int, Key, Num, UInt32
 
 from jaxvae.errors import InputError
+from jaxvae.models import layers
 from jaxvae.models.config import ModelConfig
 from jaxvae.models.vae import Params, init
 from jaxvae.training.config import PARTS, TrainConfig
@@ -41,6 +42,11 @@ class TrainState:
         """Return the step, the parameters in short and the configuration."""
         step = "deleted" if is_deleted(self.step) else self.step
         return f"TrainState(step={step}, params={self.params!r}, config={self.config!r})"
+
+    def _repr_html_(self) -> str:
+        """Return the layer table and the text of `repr`, for notebooks."""
+        shapes = jax.eval_shape(init, jax.random.key(0), self.params.config)
+        return layers.as_html(layers.tables(shapes), repr(self))
 
     @property
     def eval_params(self) -> Params:

@@ -14,7 +14,7 @@ import jaxvae
 from jaxvae.data import Dataset, load_dataset
 from jaxvae.errors import OtherData, Preempted, TrainingFailed
 from jaxvae.runs import directory, evaluation, fit, loop, sweep
-from jaxvae.runs.config import IN_PYTHON, RunConfig, read_config, run_keys
+from jaxvae.runs.config import IN_PYTHON, RunConfig, read_config, resumed, run_keys
 from jaxvae.runs.files import read_metrics
 from jaxvae.training.optimizer import SCHEDULES
 
@@ -157,6 +157,19 @@ def test_a_call_with_more_epochs_trains_on(data, tmp_path, expected):
     assert [record["epoch"] for record in result.history] == [1, 2]
 
 
+def test_a_call_with_another_learning_rate_trains_on_as_the_command_does(data, finished, tmp_path):
+    other = {"learning_rate": 1e-4, "schedule": "cosine", "clip_norm": 50.0, "epochs": 3}
+    runs = [shutil.copytree(finished, tmp_path / name) for name in ("fit", "command")]
+    by_fit = fitted(data, train=replace(TRAIN, **other), run_dir=runs[0])
+    config = directory.start(runs[1], resumed(runs[1], other), data, resume=True)
+    assert_leaves_equal(by_fit.params, loop.train(runs[1], config, data).eval_params)
+    changes = read_config(runs[0]).changes
+    assert [(change.step, change.field, change.after) for change in changes] == [
+        (16, "learning_rate", 1e-4), (16, "schedule", "cosine"), (16, "clip_norm", 50.0)
+    ]  # fmt: skip
+    assert changes == read_config(runs[1]).changes
+
+
 def test_data_that_have_moved_are_named_anew(npz, tmp_path, monkeypatch):
     """And a name is that of the same file from another working directory."""
     shutil.copy(npz, tmp_path / "a.npz")
@@ -183,17 +196,17 @@ def test_data_from_python_are_not_taken_for_a_path_of_that_name(data, tmp_path, 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"seed": 4}, "--seed is 4, but"),
-        ({"model": jaxvae.ModelConfig(network="mlp:width=9")}, "--network is mlp:width=9, but"),
-        ({"model": jaxvae.ModelConfig(network="mlp:width=8", latent_dim=3)}, "--latent-dim is 3"),
-        ({"train": jaxvae.TrainConfig(batch_size=32)}, "--batch-size is 32, but"),
-        ({"train": jaxvae.TrainConfig(batch_size=64, objective="stl")}, "--objective is stl, but"),
+        ({"seed": 4}, "seed is 4, but"),
+        ({"model": jaxvae.ModelConfig(network="mlp:width=9")}, "network is mlp:width=9, but"),
+        ({"model": jaxvae.ModelConfig(network="mlp:width=8", latent_dim=3)}, "latent_dim is 3"),
+        ({"train": jaxvae.TrainConfig(batch_size=32)}, "batch_size is 32, but"),
+        ({"train": jaxvae.TrainConfig(batch_size=64, objective="stl")}, "objective is stl, but"),
     ],
     ids=["seed", "network", "latents", "batch", "objective"],
 )
 def test_another_run_in_the_directory_is_refused(finished, data, options, says):
     before = contents(finished)
-    with refused(says, f"{finished} was started with", "leave it out"):
+    with refused(says, f"{finished} was started with", "pass that, or another run_dir"):
         fitted(data, run_dir=finished, **options)
     assert contents(finished) == before
 

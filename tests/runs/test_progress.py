@@ -123,6 +123,28 @@ def test_the_log_of_jax_is_left_as_it_was(name):
     assert (logger.level, logger.propagate, logger.handlers) == before
 
 
+def test_a_terminal_shows_that_a_training_is_prepared_and_then_its_bar():
+    file = io.StringIO()
+    progress = Progress(terminal(file))
+    with progress.preparing():
+        jax.jit(lambda x: x / 3)(2.0)
+        progress.start(TRAINING)
+        before = len(file.getvalue())
+        progress.end(None)
+    assert "preparing" in file.getvalue()[:before]
+    assert "epoch 1/2" not in file.getvalue()[: file.getvalue().index("preparing")]
+    assert "preparing" not in file.getvalue()[before:]
+    assert "epoch 1/2" in file.getvalue()
+
+
+def test_an_error_before_the_training_ends_the_line_of_its_preparation():
+    file = io.StringIO()
+    with pytest.raises(KeyError), Progress(terminal(file)).preparing():
+        raise KeyError
+    shows, hides = "\x1b[?25h", "\x1b[?25l"
+    assert file.getvalue().rindex(shows) > file.getvalue().rindex(hides)  # the cursor
+
+
 def test_images_that_are_done_are_counted():
     file = io.StringIO()
     with counting("encoding", "row", terminal(file)) as count:
@@ -135,4 +157,6 @@ def test_without_a_terminal_nothing_is_shown():
     file = io.StringIO()
     with working("evaluating", Console(file=file)), counting("x", console=Console(file=file)) as n:
         n(1, 2)
+    with Progress(Console(file=file)).preparing():
+        pass
     assert file.getvalue() == ""
