@@ -49,7 +49,7 @@ class Together:
             coordinator = f"{host}:{free.getsockname()[1]}"
         environment = os.environ | {
             "PYTHONPATH": str(Path(jaxvae.__file__).parents[1]),
-            "XDG_CACHE_HOME": str(run_dir.parent / "cache"),
+            "XDG_CACHE_HOME": os.environ["JAXVAE_TESTS_PROGRAMS"],
             "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} "
             f"--xla_force_host_platform_device_count={devices}",
         }

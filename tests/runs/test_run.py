@@ -666,7 +666,7 @@ def test_a_run_killed_again_and_again_goes_on_bit_for_bit(tmp_path, npz):
     """
     environment = os.environ | {
         "PYTHONPATH": str(Path(jaxvae.__file__).parents[1]),
-        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "XDG_CACHE_HOME": os.environ["JAXVAE_TESTS_PROGRAMS"],
     }
     killed = tmp_path / "killed"
     metrics = killed / "metrics.jsonl"
