@@ -59,7 +59,16 @@ jax.config.update("jax_compilation_cache_dir", os.environ["JAXVAE_TESTS_PROGRAMS
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 # These have the directory in their options, and so in the key under which a program is found.
 jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
-os.environ["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"
+# For the environment of commands, which may be killed, and of processes that no test kills.
+KEPT_BY_COMMANDS = {
+    "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "none",
+    "XDG_CACHE_HOME": os.environ["JAXVAE_TESTS_PROGRAMS"],
+}
+KEPT_PROGRAMS = {
+    "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "none",
+    "JAX_COMPILATION_CACHE_DIR": os.environ["JAXVAE_TESTS_PROGRAMS"],
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+}
 # Files with few tests that take long start first: at the end the other workers would wait for them.
 LONG = ("test_processes.py", "test_tpu.py", "test_tutorial.py", "test_extending.py")
 

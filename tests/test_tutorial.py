@@ -1,11 +1,11 @@
 """The tutorial, as it would run on a reader's machine but for one epoch instead of ten."""
 
 import ast
-import os
 from pathlib import Path
 
 import nbformat
 import pytest
+from conftest import KEPT_PROGRAMS
 from nbclient import NotebookClient
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -34,9 +34,9 @@ def executed():
     for cell in code_cells(notebook):
         cell.outputs = []
     folder = {"metadata": {"path": str(DOCS)}}
-    with pytest.MonkeyPatch.context() as environment:  # find what an earlier run has compiled
-        environment.setenv("JAX_COMPILATION_CACHE_DIR", os.environ["JAXVAE_TESTS_PROGRAMS"])
-        environment.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in KEPT_PROGRAMS.items():
+            environment.setenv(name, value)
         NotebookClient(notebook, timeout=300, kernel_name="python3", resources=folder).execute()
     return notebook
 
