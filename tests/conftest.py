@@ -7,6 +7,7 @@ import shutil
 import signal
 import tempfile
 import time
+from collections import Counter
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -30,11 +31,11 @@ import jaxvae  # noqa: E402
 # and tell at length of finding none.
 jax.config.update("jax_platforms", os.environ.setdefault("JAX_PLATFORMS", "cpu"))
 # The older of XLA's two code generators for the CPU compiles in half the time; JAX 0.12 has one.
+# A program is compiled in one part, not in parts for several threads, which the workers keep busy.
 # The processes that tests start inherit it.
 if jax.__version_info__[:2] == (0, 10):
-    os.environ["XLA_FLAGS"] = (
-        os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
-    )
+    flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
     # All programs of a module are lowered in one context of MLIR: to make one takes longer than to
     # lower a single operation.
     from jax._src.interpreters import mlir
@@ -45,8 +46,9 @@ gc.set_threshold(100_000, 50, 50)
 # Eight devices of one CPU, for what is shared between devices. Must come before JAX's first use.
 jax.config.update("jax_num_cpu_devices", 8)
 # What one module or worker has compiled, the others find, down to single operations: most modules
-# use the same. Not for the processes that tests start, some of which are killed while they write.
-# The next run of the tests finds it too, unless this one is killed. At most 1 GiB is kept.
+# use the same. Commands that tests start have the command line's own cache in a folder of it, as
+# some are killed while they write. The next run of the tests finds all of it, unless this one is
+# killed. At most 1 GiB is kept.
 PROGRAMS = Path(__file__).parents[1] / "build" / "test-programs"
 if "JAXVAE_TESTS_PROGRAMS" not in os.environ:
     PROGRAMS.parent.mkdir(exist_ok=True)
@@ -57,13 +59,30 @@ jax.config.update("jax_compilation_cache_dir", os.environ["JAXVAE_TESTS_PROGRAMS
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 # These have the directory in their options, and so in the key under which a program is found.
 jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+# For the environment of commands, which may be killed, and of processes that no test kills.
+KEPT_BY_COMMANDS = {
+    "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "none",
+    "XDG_CACHE_HOME": os.environ["JAXVAE_TESTS_PROGRAMS"],
+}
+KEPT_PROGRAMS = {
+    "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "none",
+    "JAX_COMPILATION_CACHE_DIR": os.environ["JAXVAE_TESTS_PROGRAMS"],
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+}
+# Files with few tests that take long start first: at the end the other workers would wait for them.
+LONG = ("test_processes.py", "test_tpu.py", "test_tutorial.py", "test_extending.py")
+
+
+def pytest_collection_modifyitems(items):
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.name not in LONG, -tests[item.path]))
 
 
 def pytest_unconfigure(config):
     if not hasattr(config, "workerinput"):  # the last of all to end
         programs = Path(os.environ["JAXVAE_TESTS_PROGRAMS"])
         shutil.rmtree(PROGRAMS, ignore_errors=True)
-        if sum(program.stat().st_size for program in programs.iterdir()) < 2**30:
+        if sum(program.stat().st_size for program in programs.rglob("*")) < 2**30:
             programs.rename(PROGRAMS)
         else:
             shutil.rmtree(programs)
@@ -92,9 +111,22 @@ def draw_coarsely(request):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def let_go_of_programs():
-    """Compiled programs take mappings of memory, of which Linux lets a process have 65,530."""
+def let_go_of_programs(request):
+    """Compiled programs take mappings of memory, of which Linux lets a process have 65,530.
+
+    Below a third of that the next module finds them, unless this one is compiled otherwise or
+    replaces what may have been traced.
+    """
+    quickly = "compile_quickly" in request.fixturenames
+    if not quickly:
+        _clear()
     yield
+    mappings = Path("/proc/self/maps").read_bytes().count(b"\n")
+    if not quickly or "setattr(" in request.path.read_text() or mappings > 20_000:
+        _clear()
+
+
+def _clear():
     jax.clear_caches()
     if jax.__version_info__[:2] == (0, 10):
         mlir.make_ir_context.cache_clear()

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import refused
+from conftest import KEPT_BY_COMMANDS, refused
 
 import jaxvae
 from jaxvae import explorer
@@ -348,7 +348,7 @@ def test_the_command_line_takes_dotted_paths_and_a_file_never_does(tmp_path):
             [sys.executable, "-m", "jaxvae", *words],
             capture_output=True, text=True, cwd=tmp_path,
             env={"PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "HOME": str(tmp_path), "PATH": "",
-                 "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+                 "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", **KEPT_BY_COMMANDS},
         )  # fmt: skip
 
     words = "--network mlp:width=8 --batch-size 16 --epochs 1 --run-dir run --data mine.squares"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from conftest import KEPT_PROGRAMS
 from nbclient import NotebookClient
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -33,7 +34,10 @@ def executed():
     for cell in code_cells(notebook):
         cell.outputs = []
     folder = {"metadata": {"path": str(DOCS)}}
-    NotebookClient(notebook, timeout=300, kernel_name="python3", resources=folder).execute()
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in KEPT_PROGRAMS.items():
+            environment.setenv(name, value)
+        NotebookClient(notebook, timeout=300, kernel_name="python3", resources=folder).execute()
     return notebook
 
 

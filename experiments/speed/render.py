@@ -52,7 +52,7 @@ def training_flop() -> int:
 
 def value(answer: dict, name: str) -> float | None:
     """A figure in its row's unit."""
-    if name == "start":
+    if name in ("start", "cold_start"):
         return answer["seconds"]
     if name.startswith("memory device"):
         return None if answer["device"] is None else answer["device"] / 2**20
@@ -77,6 +77,7 @@ def title(name: str, options: dict) -> str:
         "encode": f"encoding {options['forward_images']:,}, ms per image",
         "log_likelihood": f"log p(x), {options['ll_samples']:,} samples, ms per image",
         "start": "process start to first training step, s",
+        "cold_start": "the same with empty compilation caches, s",
         "bfloat16": "training step in bfloat16, batch 4096, ms per image",
         "seeds": "training step of 32 models, batch 128, ms per image",
     }[name]
@@ -268,7 +269,11 @@ def figure(results: dict, path: Path) -> None:
     right.axvline(1, color=COLOURS["ours"], lw=1.5)
     right.set(xscale="log", xlabel="peer / ours, median over rounds (above 1: ours takes less)")
     plain_log(right.xaxis)
-    names = {"log_likelihood": "log p(x)", "start": "start to\nfirst step"}
+    names = {
+        "log_likelihood": "log p(x)",
+        "start": "start to\nfirst step",
+        "cold_start": "cold start",
+    }
     right.set_yticks(range(len(shown)), [names.get(n, n.replace("memory", "mem.")) for n in shown])
     right.invert_yaxis()
     right.margins(x=0.12)

@@ -112,6 +112,7 @@ def measures(options: argparse.Namespace, gpu: bool) -> dict[str, list[dict]]:
             }
         ],
         "start": [{"measure": "step", "batch": 128, "repeats": 1}],
+        "cold_start": [{"measure": "step", "batch": 128, "repeats": 1}],
         "memory": [
             {"measure": "step", "batch": batch, "repeats": 3} for batch in options.memory_batches
         ],
@@ -288,7 +289,11 @@ class Run:
             try:
                 answer = self.ask(peer, group, asked)
             except WorkerError as error:
-                if group not in ("start", "memory"):  # the worker that is left cannot go on
+                if group not in (
+                    "start",
+                    "cold_start",
+                    "memory",
+                ):  # the worker that is left cannot go on
                     self.drop(peer, f"{name}: {error}")
                     continue
                 answer = {"error": str(error)}
@@ -301,29 +306,37 @@ class Run:
         return found
 
     def ask(self, peer: Peer, group: str, request: dict) -> dict:
-        if group == "start":
-            caches = {
-                name: str(self.options.envs.resolve() / "caches" / folder)
-                for name, folder in COMPILE_CACHES.items()
-            }
+        if group in ("start", "cold_start"):
+            caches = self.options.envs.resolve() / "caches"
+            if group == "cold_start":
+                caches = caches / "cold"
+                shutil.rmtree(caches, ignore_errors=True)
+            folders = {name: str(caches / folder) for name, folder in COMPILE_CACHES.items()}
             return self.fresh(
                 peer,
                 request,
-                {**caches, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"},
+                {**folders, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"},
             )
         if group == "memory":
             return self.fresh(peer, request)
         return self.workers[peer.name].ask({**request, "seconds": self.options.seconds})
 
     def fresh(self, peer: Peer, request: dict, extra: dict | None = None) -> dict:
-        """The answer of a new process, and the seconds from its start to that answer."""
-        began = time.perf_counter()
+        """The answer of a new process, and the seconds from its start to that answer.
+
+        `processor_seconds` are of all its threads, and hardly depend on other programs.
+        """
+        began, used = time.perf_counter(), sum(os.times()[2:4])
         worker = self.start(peer, extra)
         try:
             answer = worker.ask(request)
         finally:
             worker.close()
-        return {"seconds": time.perf_counter() - began, **answer}
+        seconds = {
+            "seconds": time.perf_counter() - began,
+            "processor_seconds": sum(os.times()[2:4]) - used,
+        }
+        return seconds | answer
 
     def rounds(self, groups: dict[str, list[dict]]) -> None:
         if "start" in groups:  # fill the compilation caches

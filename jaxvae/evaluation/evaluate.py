@@ -15,6 +15,7 @@ from jaxvae.errors import InputError
 from jaxvae.evaluation.log_likelihood import log_likelihood
 from jaxvae.evaluation.metrics import (
     ACTIVE,
+    Surgery,
     elbo_surgery,
     latent_probe,
     reconstruction_error,
@@ -165,9 +166,8 @@ def examine(params: Params, key: Key[Array, ""], data: Dataset) -> dict[str, Any
     posterior = encode_observed(params, images, labels)
     found: dict[str, Any] = {}
     if isinstance(posterior, Gaussian):
-        z = posterior.sample(key)
-        surgery = elbo_surgery(posterior, z, prior(params).log_prob(z))
-        found |= {name: float(part) for name, part in surgery._asdict().items()}
+        parts = _surgery(params, posterior, key)._asdict()
+        found |= {name: float(part) for name, part in parts.items()}
     if hasattr(params.model, "groups"):
         kl = kl_per_group(params, jax.random.fold_in(key, 2), images, labels)
         found["kl_per_group"] = np.asarray(kl).tolist()
@@ -176,9 +176,8 @@ def examine(params: Params, key: Key[Array, ""], data: Dataset) -> dict[str, Any
         found["code_perplexity"] = float(perplexity(book.codes(posterior.center), book.num_codes))
     else:
         variance = variance_of_means(posterior, jax.random.fold_in(key, 1))
-        found["active_units"] = int(jnp.sum(variance > ACTIVE))
-    means = with_size_of(images, decode(params, posterior.center, labels)).mean
-    found["reconstruction_error"] = float(jnp.nanmean(reconstruction_error(images, means)))
+        found["active_units"] = int(np.sum(np.asarray(variance) > ACTIVE))
+    found["reconstruction_error"] = float(_error(params, posterior.center, images, labels))
     if data.train_labels is None or data.test_labels is None:
         return found
     known, test_known = data.train_labels >= 0, data.test_labels >= 0
@@ -197,3 +196,18 @@ def examine(params: Params, key: Key[Array, ""], data: Dataset) -> dict[str, Any
         )
         found |= probe._asdict()
     return found
+
+
+@jax.jit
+def _surgery(params: Params, posterior: Gaussian, key: Key[Array, ""]) -> Surgery:
+    z = posterior.sample(key)
+    return elbo_surgery(posterior, z, prior(params).log_prob(z))
+
+
+@jax.jit
+def _error(
+    params: Params, z: Float[Array, "n latent"], images: Num[Array, " n *shape"], labels: Labels
+) -> Float[Array, ""]:
+    """Compute the mean squared error of the decoder's means at z."""
+    means = with_size_of(images, decode(params, z, labels)).mean
+    return jnp.nanmean(reconstruction_error(images, means))

@@ -16,8 +16,8 @@ from matplotlib.patheffects import withStroke
 from jaxvae.data import Dataset
 from jaxvae.errors import InputError
 from jaxvae.evaluation.metrics import ACTIVE, log_aggregate, variance_of_means
-from jaxvae.figures.grid import latent_grid
-from jaxvae.figures.pictures import activity, draws_of, encode_test_images, traversed
+from jaxvae.figures.grid import draws_of, latent_grid
+from jaxvae.figures.pictures import activity, encode_test_images, traversed
 from jaxvae.figures.style import COLOURS, DARK, LIGHT, STYLE, WARM, Picture
 from jaxvae.models.distributions import Gaussian, GaussianMixture, UnitGaussian
 from jaxvae.models.posteriors import DiagonalGaussian
@@ -45,12 +45,14 @@ def latents(params: Params, data: Dataset) -> Figure:
       The figure.
     """
     posterior = encode_test_images(params, data)
-    x, y = posterior.center[:, 0], jnp.exp(posterior.log_var[:, 0] / 2)
+    center, log_var = (np.asarray(x, float) for x in (posterior.center, posterior.log_var))
+    with np.errstate(over="ignore"):
+        x, y = center[:, 0], np.exp(log_var[:, 0] / 2)
     mean = _center(params)
     names = (f"posterior {mean} of z1", "posterior standard deviation of z1")
     if params.config.latent_dim > 1:
-        y, names = posterior.center[:, 1], (f"posterior {mean} of z1", f"posterior {mean} of z2")
-    points = np.asarray(np.stack([x, y], axis=1), np.float64)
+        y, names = center[:, 1], (f"posterior {mean} of z1", f"posterior {mean} of z2")
+    points = np.stack([x, y], axis=1)
     seen = np.all(np.isfinite(points), axis=1)
     title = f"Latents of {len(points):,} test {params.config.noun}s{_unseen(seen)}"
     labels = None if data.test_labels is None else data.test_labels[: len(points)][seen]
@@ -255,7 +257,7 @@ def aggregate(params: Params, data: Dataset, key: jax.Array) -> Figure:
 
     def reach_of(latent: int) -> tuple[float, float]:
         if marginal:
-            return _reach(np.asarray(latent_grid(p_z, latent, 2, tail=0.005)), z[:, latent])
+            return _reach(latent_grid(p_z, latent, 2, tail=0.005), z[:, latent])
         return _reach(np.quantile(drawn[:, latent], [0.005, 0.995]), z[:, latent])
 
     panels = len(shown) + (len(variance) == 2)
@@ -285,7 +287,7 @@ def aggregate(params: Params, data: Dataset, key: jax.Array) -> Figure:
         grid[0].legend(loc="upper left", fontsize=8, handlelength=1.2)
         if len(variance) == 2:
             gaussian = isinstance(posterior, Gaussian)
-            of_draws = jax.tree.map(lambda x: x[seen], posterior) if gaussian else None
+            of_draws = jax.tree.map(lambda x: np.asarray(x)[seen], posterior) if gaussian else None
             _contours(grid[2], p_z, of_draws, z, [reach_of(0), reach_of(1)])
         for axes in grid[panels:]:
             axes.remove()
@@ -333,14 +335,14 @@ def _on_grid(gaussians: Gaussian, low: np.ndarray, cell: np.ndarray) -> Gaussian
     """
     mean = np.clip((np.float64(gaussians.mean) - low) / cell, -1e9, 1e9)  # fits in float32
     log_var = np.maximum(np.float64(gaussians.log_var) - 2 * np.log(cell), 0)
-    return Gaussian(jnp.asarray(mean, jnp.float32), jnp.asarray(log_var, jnp.float32))
+    return Gaussian(*jax.device_put((np.float32(mean), np.float32(log_var))))
 
 
 def _prior_density(p_z: Prior, low: Any, cell: np.ndarray, points: np.ndarray) -> np.ndarray:
     """Compute the prior's density per cell at points of a grid whose first point is `low`."""
     if isinstance(p_z, UnitGaussian):
-        standard = jnp.zeros((1, len(cell)))
-        p_z = GaussianMixture(jnp.zeros(1), standard, standard)
+        standard = np.zeros((1, len(cell)), np.float32)
+        p_z = GaussianMixture(*jax.device_put((np.zeros(1, np.float32), standard, standard)))
     if not isinstance(p_z, GaussianMixture):
         return np.asarray(_density(p_z, low + cell * points)) * np.prod(cell)
     parts = _on_grid(Gaussian(p_z.mean, p_z.log_var), low, cell)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.special
 from PIL import Image
 
 from jaxvae.errors import InputError
@@ -18,8 +19,11 @@ from jaxvae.models.vae import Params, decode, prior
 from jaxvae.storage import write_atomic
 from jaxvae.validation import is_image
 
+Array = jax.Array | np.ndarray
+_DECODED = 100  # images at once
 
-def tile(images: jax.Array | np.ndarray, rows: int) -> np.ndarray:
+
+def tile(images: Array, rows: int) -> np.ndarray:
     """Arrange images in a grid.
 
     Args:
@@ -50,7 +54,7 @@ def pixels(image: np.ndarray) -> np.ndarray:
     return np.round(np.nan_to_num(image) * 255).astype(np.uint8)
 
 
-def save_images(images: jax.Array | np.ndarray, path: Path) -> None:
+def save_images(images: Array, path: Path) -> None:
     """Write images as a nearly square grid in a PNG file.
 
     Args:
@@ -71,8 +75,7 @@ def save_images(images: jax.Array | np.ndarray, path: Path) -> None:
         raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
-@partial(jax.jit, static_argnames="n")
-def latent_grid(p_z: Prior, latent: int, n: int, tail: float = 0.05) -> jax.Array:
+def latent_grid(p_z: Prior, latent: int, n: int, tail: float = 0.05) -> np.ndarray:
     """Compute quantiles of a latent under the prior, at n equal steps from `tail` to 1 - `tail`.
 
     They are quantiles of the marginal distribution. For a prior that is neither N(0, I) nor a
@@ -87,29 +90,41 @@ def latent_grid(p_z: Prior, latent: int, n: int, tail: float = 0.05) -> jax.Arra
     Returns:
       The quantiles in increasing order, [n].
     """
-    quantiles = jnp.linspace(tail, 1 - tail, n)
+    quantiles = np.linspace(tail, 1 - tail, n)
     if isinstance(p_z, UnitGaussian):
-        return jax.scipy.special.ndtri(quantiles)
+        return scipy.special.ndtri(quantiles)
     if not isinstance(p_z, GaussianMixture):
         # A fixed key, so that the axis is the same in every figure.
-        return jnp.quantile(p_z.sample(jax.random.key(0), 10_000)[:, latent], quantiles)
-    mean, scale = p_z.mean[:, latent], jnp.exp(p_z.log_var[:, latent] / 2)
-    x = jnp.linspace(jnp.min(mean - 4 * scale), jnp.max(mean + 4 * scale), 10_001)
-    below = jax.scipy.special.ndtr((x[:, None] - mean) / scale) @ jax.nn.softmax(p_z.logits)
-    return jnp.interp(quantiles, below, x)
+        draws = np.asarray(draws_of(p_z, jax.random.key(0), 10_000))
+        return np.quantile(draws[:, latent], quantiles)
+    with np.errstate(all="ignore"):  # a prior that diverged
+        mean = np.asarray(p_z.mean, float)[:, latent]
+        scale = np.exp(np.asarray(p_z.log_var, float)[:, latent] / 2)
+        x = np.linspace(np.min(mean - 4 * scale), np.max(mean + 4 * scale), 10_001)
+        weights = scipy.special.softmax(np.float64(p_z.logits))
+        below = scipy.special.ndtr((x[:, None] - mean) / scale) @ weights
+    return np.interp(quantiles, below, x)
 
 
-@jax.jit
-def coordinates(params: Params, z: jax.Array) -> jax.Array:
+@partial(jax.jit, static_argnames="n")
+def draws_of(p_z: Prior, key: jax.Array, n: int) -> jax.Array:
+    """Draw n latents from a prior."""
+    return p_z.sample(key, n)
+
+
+def coordinates(params: Params, z: Array) -> Array:
     """Return the coordinates that figures and explorer change, of latents [batch, latent].
 
     They are the latents themselves, but in a hierarchy the noise of which its prior makes them: if
     one latent changed by itself, the groups below would become improbable.
     """
-    if hasattr(params.model, "noise_of"):
-        noise: jax.Array = params.model.noise_of(params, z)
-        return noise
-    return z
+    return _noise_of(params, z) if hasattr(params.model, "noise_of") else z
+
+
+@jax.jit
+def _noise_of(params: Params, z: jax.Array) -> jax.Array:
+    noise: jax.Array = params.model.noise_of(params, z)  # type: ignore[attr-defined]
+    return noise
 
 
 def decode_coordinates(params: Params, z: jax.Array, labels: jax.Array | None = None) -> Likelihood:
@@ -127,11 +142,7 @@ def coordinate_prior(params: Params) -> Prior:
     return prior(params)
 
 
-_DECODED = 100  # at once
-Array = jax.Array | np.ndarray
-
-
-def means(params: Params, z: Array, labels: Array | None = None) -> jax.Array:
+def means(params: Params, z: Array, labels: Array | None = None) -> np.ndarray:
     """Decode `coordinates` [batch, latent] to the means of p(x|z).
 
     All figures decode the same number at once, so they share one compiled program.
@@ -143,7 +154,7 @@ def means(params: Params, z: Array, labels: Array | None = None) -> jax.Array:
         for x in (z, labels)
         if x is not None
     ]
-    return jnp.concatenate([_means(params, *block) for block in zip(*rows, strict=True)])[:n]
+    return np.concatenate([_means(params, *block) for block in zip(*rows, strict=True)])[:n]
 
 
 @jax.jit
@@ -173,7 +184,7 @@ def has_plane(params: Params) -> bool:
     return continuous and is_image(config.image_shape)
 
 
-def plane(params: Params, n: int) -> tuple[jax.Array, np.ndarray, np.ndarray]:
+def plane(params: Params, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Decode an n by n grid of the first two latents, with the others at 0.
 
     The first latent increases to the right and the second upwards. A model with one latent has one
@@ -188,8 +199,8 @@ def plane(params: Params, n: int) -> tuple[jax.Array, np.ndarray, np.ndarray]:
     """
     p_z = prior(params)
     latent_dim = params.config.latent_dim
-    right = np.asarray(latent_grid(p_z, 0, n))
-    down = np.asarray(latent_grid(p_z, 1, n))[::-1] if latent_dim > 1 else np.zeros(1)
+    right = latent_grid(p_z, 0, n)
+    down = latent_grid(p_z, 1, n)[::-1] if latent_dim > 1 else np.zeros(1)
     z = np.zeros((len(down), n, latent_dim), np.float32)
     z[:, :, 0] = right
     if latent_dim > 1:

@@ -1,7 +1,6 @@
 """Figures that are grids of images: samples, reconstructions, traversals, interpolations."""
 
 from collections.abc import Sequence
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +9,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from jaxvae.data import Dataset
-from jaxvae.figures.grid import coordinate_prior, coordinates, in_turn, latent_grid, means, plane
+from jaxvae.figures.grid import (
+    coordinate_prior,
+    coordinates,
+    draws_of,
+    in_turn,
+    latent_grid,
+    means,
+    plane,
+)
 from jaxvae.figures.style import image_grid
 from jaxvae.models.distributions import UnitGaussian
-from jaxvae.models.protocols import Posterior, Prior
+from jaxvae.models.protocols import Posterior
 from jaxvae.models.vae import (
     Params,
     encode_observed,
@@ -65,9 +72,9 @@ def reconstructions(params: Params, data: Dataset, n: int = 10) -> Figure:
       The figure.
     """
     chosen = _one_of_each(data.test_labels, len(data.test_images), n)
-    originals = jnp.asarray(data.test_images[chosen])
+    originals = scale_images(data.test_images[chosen])
     decoded = means(params, _coordinates_of(params, data, chosen), labels_of(params, data, chosen))
-    pairs = jnp.concatenate([scale_images(originals), decoded])
+    pairs = np.concatenate([originals, decoded])
     figure, axes = image_grid(pairs, 2, "Test images and their reconstructions")
     _name_rows(axes, params, ["image", "reconstruction"])
     return figure
@@ -122,11 +129,11 @@ def levels(params: Params, key: jax.Array, rows: int = 8) -> Figure:
       The figure.
     """
     groups = params.model.groups  # type: ignore[attr-defined]
-    noise = jax.random.normal(key, (rows, 1, params.config.latent_dim))
+    noise = np.asarray(jax.random.normal(key, (rows, 1, params.config.latent_dim)))
     group_of = np.repeat(np.arange(len(groups)), [group.size for group in groups])
     z = noise * (group_of <= np.arange(len(groups))[:, None])
     classes = params.config.num_classes
-    labels = jnp.repeat(jnp.arange(rows) % classes, len(groups)) if classes else None
+    labels = np.repeat(np.arange(rows) % classes, len(groups)) if classes else None
     images = means(params, z.reshape(-1, params.config.latent_dim), labels)
     title = "Samples with the groups up to the column's drawn, the others at their means"
     figure, axes = image_grid(images, rows, title)
@@ -151,8 +158,8 @@ def classes(params: Params, key: jax.Array, columns: int = 10) -> Figure:
       The figure, of at most ten classes.
     """
     rows = min(params.config.num_classes, _ROWS)
-    z = jnp.tile(draws_of(coordinate_prior(params), key, columns), (rows, 1))
-    images = means(params, z, jnp.repeat(jnp.arange(rows), columns))
+    z = np.tile(draws_of(coordinate_prior(params), key, columns), (rows, 1))
+    images = means(params, z, np.repeat(np.arange(rows), columns))
     title = "Samples by class (decoder means); each column is one latent sample"
     figure, axes = image_grid(images, rows, title)
     _name_rows(axes, params, [f"class {label}" for label in range(rows)])
@@ -184,7 +191,7 @@ def traversals(params: Params, data: Dataset, columns: int = 11) -> Figure:
     return figure
 
 
-def traversed(params: Params, data: Dataset, columns: int) -> tuple[jax.Array, np.ndarray]:
+def traversed(params: Params, data: Dataset, columns: int) -> tuple[np.ndarray, np.ndarray]:
     """Decode latent traversals: in each row one latent changes and the others stay fixed.
 
     The fixed latents are the posterior mean of the first test image. Rows are the ten latents whose
@@ -277,18 +284,18 @@ def interpolations(params: Params, data: Dataset, pairs: int = 4, columns: int =
     if isinstance(coordinate_prior(params), UnitGaussian) and params.config.latent_dim > 1:
         ways["spherical"] = slerp
     ends = _pairs(data.test_labels, len(data.test_images), pairs, bool(params.config.num_classes))
-    images = scale_images(jnp.asarray(data.test_images[ends.ravel()]))
+    images = np.asarray(scale_images(data.test_images[ends.ravel()]))
     labels = labels_of(params, data, ends.ravel())
     center = _coordinates_of(params, data, ends.ravel())
-    t = jnp.linspace(0, 1, columns - 2)
+    t = np.linspace(0, 1, columns - 2, dtype=np.float32)
     names = [*ways] * len(ends)
     z = [way(*center[i : i + 2], t) for i in range(0, ends.size, 2) for way in ways.values()]
-    of_rows = None if labels is None else jnp.repeat(labels[::2], len(ways) * len(t), axis=0)
-    between = means(params, jnp.concatenate(z), of_rows).reshape(
+    of_rows = None if labels is None else np.repeat(labels[::2], len(ways) * len(t), axis=0)
+    between = means(params, np.concatenate(z), of_rows).reshape(
         len(names), len(t), *images[0].shape
     )
-    first, last = (jnp.repeat(images[i::2], len(ways), axis=0)[:, None] for i in (0, 1))
-    rows = jnp.concatenate([first, between, last], axis=1)
+    first, last = (np.repeat(images[i::2], len(ways), axis=0)[:, None] for i in (0, 1))
+    rows = np.concatenate([first, between, last], axis=1)
     title = "Interpolations between the latents of two test images"
     figure, axes = image_grid(rows.reshape(-1, *images[0].shape), len(names), title)
     width = params.config.image_shape[1]
@@ -318,26 +325,19 @@ def _encoded(params: Params, data: Dataset) -> int:
 
 
 def _encode(params: Params, data: Dataset, chosen: np.ndarray) -> Posterior:
-    images = jnp.asarray(data.test_images[chosen])
-    return encode_observed(params, images, labels_of(params, data, chosen))
+    return encode_observed(params, data.test_images[chosen], labels_of(params, data, chosen))
 
 
-def _coordinates_of(params: Params, data: Dataset, chosen: np.ndarray) -> jax.Array:
+def _coordinates_of(params: Params, data: Dataset, chosen: np.ndarray) -> np.ndarray:
     """Return the coordinates of the posteriors' centers of some test images.
 
     Many images take less time than another compiled program: the chosen ones are repeated.
     """
     posterior = _encode(params, data, np.resize(chosen, max(len(chosen), _encoded(params, data))))
-    return coordinates(params, posterior.center[: len(chosen)])
+    return np.asarray(coordinates(params, np.asarray(posterior.center)[: len(chosen)]))
 
 
-@partial(jax.jit, static_argnames="n")
-def draws_of(p_z: Prior, key: jax.Array, n: int) -> jax.Array:
-    """Draw n latents from a prior."""
-    return p_z.sample(key, n)
-
-
-def activity(posterior: Posterior) -> tuple[jax.Array, np.ndarray]:
+def activity(posterior: Posterior) -> tuple[np.ndarray, np.ndarray]:
     """Return the posterior means of images, and their variances over the images.
 
     Args:
@@ -347,12 +347,12 @@ def activity(posterior: Posterior) -> tuple[jax.Array, np.ndarray]:
       The means [N, latent], or the centers of posteriors without a mean; their variances [latent],
       NaN for latents with a mean that is NaN or infinite.
     """
-    mean = posterior.center
+    mean = np.asarray(posterior.center)
     with np.errstate(invalid="ignore"):
         return mean, np.var(np.float64(mean), axis=0)  # large squares overflow float32
 
 
-def labels_of(params: Params, data: Dataset, chosen: np.ndarray) -> jax.Array | None:
+def labels_of(params: Params, data: Dataset, chosen: np.ndarray) -> np.ndarray | None:
     """Return the classes or covariates of some test images, as a conditional model takes them.
 
     Args:
@@ -366,8 +366,7 @@ def labels_of(params: Params, data: Dataset, chosen: np.ndarray) -> jax.Array | 
     labels = data.conditions(params.config, "test")
     if labels is None:
         return None
-    known: jax.Array = known_classes(params, data.test_images[chosen], jnp.asarray(labels[chosen]))
-    return known
+    return np.asarray(known_classes(params, data.test_images[chosen], labels[chosen]))
 
 
 def _coordinate(x: float) -> str:

@@ -7,14 +7,13 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import jax
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from jaxvae.errors import NotDrawn
-from jaxvae.figures.grid import pixels, tile
+from jaxvae.figures.grid import Array, pixels, tile
 from jaxvae.storage import write_atomic
 
 STYLE = {
@@ -79,7 +78,7 @@ def warn_on_failure(path: Path) -> Iterator[None]:
         warnings.warn(message, NotDrawn, stacklevel=3)
 
 
-def image_grid(images: jax.Array, rows: int, title: str) -> tuple[Figure, Axes]:
+def image_grid(images: Array, rows: int, title: str) -> tuple[Figure, Axes]:
     """Draw a grid of images, with a whole number of dots for each pixel.
 
     Args:

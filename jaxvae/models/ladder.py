@@ -32,6 +32,7 @@ from jaxvae.models.networks import (
     dense,
     he,
     he_transposed,
+    variance_scaling,
     with_planes,
 )
 from jaxvae.models.protocols import Draw, Likelihood, Posterior, Prior
@@ -233,7 +234,7 @@ class TopDown(nn.Module):
             for g, (group, width) in enumerate(zip(self.groups, widths, strict=True))
         ]
         # The sum over all groups keeps its scale whatever the depth: Child (2021), section 4.
-        scale = nn.initializers.variance_scaling(1 / len(self.groups), "fan_in", "normal")
+        scale = variance_scaling(1 / len(self.groups), "fan_in", "normal")
         self.projections = [
             dense(width, dtype=self.dtype, name=f"z_{g}", kernel_init=scale)
             for g, width in enumerate(widths)

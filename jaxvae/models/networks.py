@@ -13,9 +13,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from flax.typing import DotGeneralT, Dtype, Initializer
@@ -41,8 +42,31 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": nn.relu,
     "softplus": nn.softplus,
 }
-# The default of Keras, which the notebook uses.
-_kernel_init = nn.initializers.glorot_uniform()
+
+
+def variance_scaling(
+    scale: float, mode: Literal["fan_in", "fan_avg"], distribution: Literal["normal", "uniform"]
+) -> Initializer:
+    """Make an initializer of kernels [..., in, out] with the variance scale / fan.
+
+    Its values are those of `jax.nn.initializers.variance_scaling`. They are drawn along one axis,
+    which XLA compiles for a CPU in a third of the time.
+    """
+
+    def initialize(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+        fan_in, fan_out = (math.prod(shape[:-2]) * channels for channels in shape[-2:])
+        fan = fan_in if mode == "fan_in" else (fan_in + fan_out) / 2
+        variance, draws = jnp.array(scale / fan, dtype), (math.prod(shape),)
+        if distribution == "normal":
+            return jnp.reshape(jax.random.normal(key, draws, dtype) * jnp.sqrt(variance), shape)
+        uniform = jax.random.uniform(key, draws, dtype, minval=-1)
+        return jnp.reshape(uniform * jnp.sqrt(3 * variance), shape)
+
+    return initialize
+
+
+# Glorot uniform: the default of Keras, which the notebook uses.
+_kernel_init = variance_scaling(1.0, "fan_avg", "uniform")
 
 
 def conv_3x3(
@@ -289,8 +313,8 @@ class MlpDecoder(nn.Module):
 
 # Keeps the variance of activations through relus: He et al. (2015), Delving Deep into Rectifiers,
 # equation 10. In a transposed convolution of stride 2, a quarter of the taps meet each pixel.
-he = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
-he_transposed = nn.initializers.variance_scaling(8.0, "fan_in", "normal")
+he = variance_scaling(2.0, "fan_in", "normal")
+he_transposed = variance_scaling(8.0, "fan_in", "normal")
 
 
 class ResidualBlock(nn.Module):

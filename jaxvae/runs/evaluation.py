@@ -90,10 +90,7 @@ def measure(
     devices = devices_for(len(data.test_images))
     labels = data.conditions(config.model, "test")
     test = jax.device_put((params, key, data.test_images, labels), replicated(devices))
-    terms = data_parallel(evaluate, devices)(*test)
-    terms["log_p_x"] = data_parallel(
-        partial(mean_log_likelihood, num_samples=num_samples), devices
-    )(*test)
+    terms = data_parallel(partial(_terms, num_samples=num_samples), devices)(*test)
     del terms["loss"]
     if config.model.likelihood.support == "levels":
         shape = config.model.image_shape
@@ -108,6 +105,12 @@ def measure(
         "seconds": round(time.perf_counter() - began, 1),
         "devices": f"{devices.size} x {devices.devices.flat[0].device_kind}",
     }
+
+
+def _terms(*test: Any, num_samples: int, axis_name: str) -> dict[str, jax.Array]:
+    """Compute ELBO and log p(x) in one program, for which the encoder is compiled once."""
+    log_p_x = mean_log_likelihood(*test, num_samples=num_samples, axis_name=axis_name)
+    return evaluate(*test, axis_name=axis_name) | {"log_p_x": log_p_x}
 
 
 def described(metrics: Mapping[str, Any], noun: str) -> list[tuple[str, str, str]]:

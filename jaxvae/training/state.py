@@ -1,6 +1,7 @@
 """The training state, and the optimizer that its configuration describes."""
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import no_type_check
 
 import jax
@@ -123,10 +124,16 @@ def create_train_state(
 
 def state_of(params: Params, key: Key[Array, ""], config: TrainConfig) -> TrainState:
     """Build the state at step 0 of a training that starts from these parameters."""
-    opt_state = optimizer(config).init(params)  # type: ignore[arg-type]
+    opt_state = _opt_state(params, config)
     # A copy, because the next step donates the memory of both.
     ema = jax.tree.map(jnp.copy, params) if config.ema else None
     return TrainState(params, opt_state, jnp.int32(0), key, config, ema)
+
+
+@partial(jax.jit, static_argnames="config")
+def _opt_state(params: Params, config: TrainConfig) -> optax.OptState:
+    """Initialise the optimizer in one program, instead of one for each shape of a parameter."""
+    return optimizer(config).init(params)  # type: ignore[arg-type]
 
 
 def noise_key(state: TrainState) -> Key[Array, ""]:

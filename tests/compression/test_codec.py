@@ -1,5 +1,6 @@
 """Compressed images: the same bytes come back, at the rate of the ELBO, or a line says why not."""
 
+import os
 import subprocess
 import sys
 import zlib
@@ -7,7 +8,7 @@ import zlib
 import jax
 import numpy as np
 import pytest
-from conftest import moved, refused
+from conftest import KEPT_PROGRAMS, moved, refused
 
 import jaxvae
 from jaxvae.compression import compress, decompress, header_of
@@ -107,7 +108,8 @@ leaves = np.load("params.npz", allow_pickle=False)
 params = jax.tree.unflatten(jax.tree.structure(params), [leaves[f"arr_{{i}}"] for i in range(len(leaves))])
 np.save("images.npy", decompress(params, open("x.jaxvae", "rb").read()))
 """  # noqa: E501
-    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True)
+    command, environment = [sys.executable, "-c", program], os.environ | KEPT_PROGRAMS
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True)
     np.testing.assert_array_equal(np.load(tmp_path / "images.npy", allow_pickle=False), images)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import SignalAt, refused
+from conftest import KEPT_BY_COMMANDS, SignalAt, refused
 
 import jaxvae
 from jaxvae.devices import processes
@@ -48,8 +48,8 @@ class Together:
             free.bind(("localhost", 0))
             coordinator = f"{host}:{free.getsockname()[1]}"
         environment = os.environ | {
+            **KEPT_BY_COMMANDS,
             "PYTHONPATH": str(Path(jaxvae.__file__).parents[1]),
-            "XDG_CACHE_HOME": str(run_dir.parent / "cache"),
             "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} "
             f"--xla_force_host_platform_device_count={devices}",
         }

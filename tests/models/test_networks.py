@@ -19,6 +19,7 @@ from jaxvae.models.networks import (
     ResidualEncoder,
     SpatialDecoder,
     SpatialEncoder,
+    variance_scaling,
 )
 from jaxvae.objectives import example_keys
 
@@ -55,6 +56,16 @@ def kernels(params):
 @pytest.fixture(scope="module")
 def params():
     return init(jax.random.key(0), ModelConfig())
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (3, 3, 2, 5)])
+@pytest.mark.parametrize(
+    "how", [(1.0, "fan_avg", "uniform"), (2.0, "fan_in", "normal"), (0.5, "fan_avg", "normal")]
+)
+def test_kernels_have_the_values_of_jax_initializers(how, shape):
+    key = jax.random.key(1)
+    expected = jax.nn.initializers.variance_scaling(*how)(key, shape)
+    np.testing.assert_array_equal(variance_scaling(*how)(key, shape), expected)
 
 
 def test_parameter_counts_are_the_notebooks(params):

@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import OnDisk, OwnDecoder, OwnEncoder, SignalAt, refused
+from conftest import KEPT_BY_COMMANDS, OnDisk, OwnDecoder, OwnEncoder, SignalAt, refused
 
 import jaxvae
 from jaxvae import figures
@@ -665,8 +665,8 @@ def test_a_run_killed_again_and_again_goes_on_bit_for_bit(tmp_path, npz):
     `experiments/reliability/kill.py` does it a hundred times, at random moments.
     """
     environment = os.environ | {
+        **KEPT_BY_COMMANDS,
         "PYTHONPATH": str(Path(jaxvae.__file__).parents[1]),
-        "XDG_CACHE_HOME": str(tmp_path / "cache"),
     }
     killed = tmp_path / "killed"
     metrics = killed / "metrics.jsonl"

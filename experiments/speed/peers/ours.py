@@ -139,10 +139,10 @@ def log_likelihood(images, samples):
 
 def check(path, **model):
     """Write the weights, images and noise of the check, and answer with the terms of the loss."""
-    state, images = new_state(**model), protocol.make_images(128)
-    for _ in range(50):  # enough that no term, weight or bias is near nothing
+    state, images = new_state(**model), protocol.make_images(64)
+    for _ in range(20):  # enough that no term, weight or bias is near nothing
         state, _ = jaxvae.train_step(state, images)
-    params, images = state.params, images[:64]
+    params = state.params
     eps = np.random.default_rng(0).standard_normal((64, params.config.latent_dim), np.float32)
     weights = {
         f"{part}/{jax.tree_util.keystr(path, simple=True, separator='/')}": np.asarray(weight)
