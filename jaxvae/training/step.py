@@ -1,5 +1,6 @@
 """The training step, and an epoch of steps."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -17,6 +18,7 @@ from jaxvae.errors import InputError
 from jaxvae.models.likelihoods import binarize
 from jaxvae.models.vae import Labels, Params, expected_images, expected_labels, init
 from jaxvae.objectives import Elbo, example_keys
+from jaxvae.training.config import TrainConfig
 from jaxvae.training.optimizer import rate_at
 from jaxvae.training.state import TrainState, binarization_key, noise_key, optimizer, shuffle_key
 from jaxvae.validation import expect_number, jit
@@ -135,7 +137,8 @@ def train_epoch(
 ) -> tuple[TrainState, Metrics]:
     """Shuffle the images and take every step of an epoch, in one dispatch.
 
-    The remainder that does not fill a last batch is left out; it differs from epoch to epoch.
+    The remainder that does not fill a last batch is left out; it differs from epoch to epoch. With
+    the objective "m2" every batch has images with a label: see `shuffle`.
 
     The state is donated: its arrays are deleted and their memory is reused. Continue with the
     returned state; `jax.tree.map(jnp.copy, state)` keeps a copy of the old one.
@@ -160,7 +163,7 @@ def train_epoch(
     images = expected_images(state.params, images)
     labels = expected_labels(state.params, labels, len(images))
     _expect_numbers(learning_rate, beta)
-    batches = shuffle(state, len(images))
+    batches = shuffle(state, len(images), labels, objective=objective)
     state, totals = train_steps(
         state,
         images,
@@ -177,9 +180,29 @@ def train_epoch(
     return state, jax.tree.map(lambda total: total / len(batches), totals)
 
 
-@partial(jax.jit, static_argnames="num_images")
-def shuffle(state: TrainState, num_images: int) -> Int[Array, "steps batch"]:
+@partial(jax.jit, static_argnames=("num_images", "objective"))
+def shuffle(
+    state: TrainState,
+    num_images: int,
+    labels: Num[ArrayLike, " n *covariates"] | None = None,
+    *,
+    objective: LossFunction | None = None,
+) -> Int[Array, "steps batch"]:
     """Draw the batches of the epoch that starts at this state, as indices of the images.
+
+    With an objective that has a `labelled_share`, the images with a label are distributed evenly
+    over the batches, of each of which they are at least this share. If there are too few, they are
+    repeated, equally often, in the place of images without a label, which are left out of the
+    epoch; these differ from epoch to epoch.
+
+    Args:
+      state: training state at the start of the epoch.
+      num_images: number of training images.
+      labels: classes of the images, or -1; covariates have no effect.
+      objective: as in `train_step`.
+
+    Returns:
+      The indices.
 
     Raises:
       InputError: fewer images than one batch.
@@ -191,7 +214,29 @@ def shuffle(state: TrainState, num_images: int) -> Int[Array, "steps batch"]:
         )
     steps = num_images // batch_size
     order = jax.random.permutation(shuffle_key(state), num_images)
-    return order[: steps * batch_size].reshape(steps, batch_size)
+    places = jnp.arange(steps * batch_size)
+    repeated = steps * labelled_slots(state.config, objective)
+    if labels is None or not repeated or jnp.ndim(labels) != 1:
+        return order[places].reshape(steps, batch_size)
+    known = jnp.asarray(labels)[order] >= 0
+    order = order[jnp.argsort(~known, stable=True)]
+    count = jnp.where(jnp.any(known), jnp.sum(known), num_images)
+    places = jnp.where(places < repeated, places % count, places)
+    return order[places].reshape(batch_size, steps).T
+
+
+def labelled_slots(config: TrainConfig, objective: LossFunction | None = None) -> int:
+    """Return the least number of images with a label in a batch.
+
+    Args:
+      config: configuration of the training.
+      objective: as in `train_step`.
+
+    Returns:
+      The number, 0 unless the objective has a `labelled_share`.
+    """
+    chosen = config.objective if objective is None else objective
+    return math.ceil(getattr(chosen, "labelled_share", 0) * config.batch_size)
 
 
 @partial(jax.jit, static_argnames=("axis_name", "objective"), donate_argnames="state")
