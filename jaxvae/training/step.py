@@ -214,15 +214,15 @@ def shuffle(
         )
     steps = num_images // batch_size
     order = jax.random.permutation(shuffle_key(state), num_images)
-    places = jnp.arange(steps * batch_size)
-    repeated = steps * labelled_slots(state.config, objective)
-    if labels is None or not repeated or jnp.ndim(labels) != 1:
-        return order[places].reshape(steps, batch_size)
+    slots = labelled_slots(state.config, objective)
+    if labels is None or not slots or jnp.ndim(labels) != 1:
+        return order[: steps * batch_size].reshape(steps, batch_size)
     known = jnp.asarray(labels)[order] >= 0
     order = order[jnp.argsort(~known, stable=True)]
     count = jnp.where(jnp.any(known), jnp.sum(known), num_images)
-    places = jnp.where(places < repeated, places % count, places)
-    return order[places].reshape(batch_size, steps).T
+    in_turn = jnp.arange(steps * slots).reshape(steps, slots) % count
+    others = jnp.arange(steps * slots, steps * batch_size).reshape(-1, steps).T
+    return order[jnp.concatenate([in_turn, others], axis=1)]
 
 
 def labelled_slots(config: TrainConfig, objective: LossFunction | None = None) -> int:

@@ -245,6 +245,7 @@ def test_few_labelled_images_are_repeated_equally_often_in_every_batch():
     batches = batches_of_m2(labels)
     assert batches.shape == (6, 16)
     np.testing.assert_array_equal(np.sum(labels[batches] >= 0, axis=1), 2)  # 1.6, rounded up
+    assert all(len(set(batch)) == 16 for batch in batches)
     times = np.bincount(batches.ravel(), minlength=100)
     np.testing.assert_array_equal(times[labels >= 0], 4)
     np.testing.assert_array_equal(np.sort(times[labels < 0])[-84:], 1)
