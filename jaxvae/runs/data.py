@@ -18,7 +18,7 @@ from jaxvae.models.config import ModelConfig
 from jaxvae.models.likelihoods import binarize
 from jaxvae.runs.config import IN_PYTHON, DataRecord, RunConfig
 from jaxvae.runs.files import read_json
-from jaxvae.training.step import labelled_slots
+from jaxvae.training.config import labelled_slots
 from jaxvae.validation import expect_support, is_image, scale_images
 
 SPLITS = ("all", "train", "test")

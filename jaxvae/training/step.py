@@ -1,6 +1,5 @@
 """The training step, and an epoch of steps."""
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -18,7 +17,7 @@ from jaxvae.errors import InputError
 from jaxvae.models.likelihoods import binarize
 from jaxvae.models.vae import Labels, Params, expected_images, expected_labels, init
 from jaxvae.objectives import Elbo, example_keys
-from jaxvae.training.config import TrainConfig
+from jaxvae.training.config import labelled_slots
 from jaxvae.training.optimizer import rate_at
 from jaxvae.training.state import TrainState, binarization_key, noise_key, optimizer, shuffle_key
 from jaxvae.validation import expect_number, jit
@@ -223,20 +222,6 @@ def shuffle(
     in_turn = jnp.arange(steps * slots).reshape(steps, slots) % count
     others = jnp.arange(steps * slots, steps * batch_size).reshape(-1, steps).T
     return order[jnp.concatenate([in_turn, others], axis=1)]
-
-
-def labelled_slots(config: TrainConfig, objective: LossFunction | None = None) -> int:
-    """Return the least number of images with a label in a batch.
-
-    Args:
-      config: configuration of the training.
-      objective: as in `train_step`.
-
-    Returns:
-      The number, 0 unless the objective has a `labelled_share`.
-    """
-    chosen = config.objective if objective is None else objective
-    return math.ceil(getattr(chosen, "labelled_share", 0) * config.batch_size)
 
 
 @partial(jax.jit, static_argnames=("axis_name", "objective"), donate_argnames="state")
