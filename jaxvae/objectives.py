@@ -31,6 +31,7 @@ from jaxvae.models.vae import (
     decode,
     encode,
     encode_observed,
+    known_classes,
     log_classes,
     prior,
 )
@@ -64,7 +65,8 @@ class Objective(Protocol):
       across_batch: whether the loss of an image depends on the other images of the batch. The
         batch is then not split into blocks, and over several devices `axis_name` is passed.
 
-    An objective for images without a label, -1, has `unlabelled = True`.
+    An objective for images without a label, -1, has `unlabelled = True`. It may have a
+    `labelled_share`, the least share of images with a label in every batch.
 
     An objective for images with missing entries, NaN, has `missing = True`: without it the training
     step refuses NaN.
@@ -222,7 +224,8 @@ def elbo(params: Params, key: AnyKey, images: Images, labels: Labels = None) -> 
         ELBO(x) = E_q(z|x)[log p(x|z)] - KL(q(z|x) || p(z))
 
     The KL is exact between a Gaussian posterior and the standard normal prior; otherwise it is
-    log q(z|x) - log p(z) at the sample.
+    log q(z|x) - log p(z) at the sample. Of a conditional model it is the bound on log p(x|y). Of a
+    model with a classifier and without labels it is the bound on log p(x) of `SemiSupervised`.
 
     Args:
       params: the model.
@@ -239,6 +242,8 @@ def elbo(params: Params, key: AnyKey, images: Images, labels: Labels = None) -> 
     References:
       Kingma and Welling (2014), Auto-Encoding Variational Bayes, equation 10.
     """
+    if params.config.classifier and labels is None:
+        return SemiSupervised()(params, key, images)[1]
     return draw(params, key, images, labels).elbo()
 
 
@@ -717,10 +722,17 @@ class SemiSupervised:
     The sum over the classes is exact, and all of them have the same noise. The terms of the ELBO
     are those of log p(x, y) or log p(x), with log p(y) or KL(q(y|x) || p(y)) in the KL.
 
+    Kingma et al. sum the loss over all images, of which the share f has a label. At least the share
+    s of every batch has one: if f < s, the images with a label are repeated, and their loss, with
+    its two terms, has s (1 - f) / (f (1 - s)) times the weight of that sum. With
+    `labelled_share=0` each image comes once in an epoch, and the weights are those of the sum.
+
     Attributes:
-      alpha: weight of the classification loss of an image with a label. Kingma et al. take
-        0.1 N / M, for M labels of N images: 50 for 100 of 50,000.
+      alpha: weight of the classification loss of an image with a label. Kingma et al. take 0.1 / f:
+        50 for 100 labels of 50,000 images. With repeated images 0.1 (1 - s) / (s (1 - f)), about
+        0.9, gives the classification loss the same weight beside the images without a label.
       num_samples: number of posterior samples for each class, over which the loss is averaged.
+      labelled_share: s, rounded up to a whole number of images.
 
     References:
       Kingma, Rezende, Mohamed and Welling (2014), Semi-supervised Learning with Deep Generative
@@ -729,12 +741,16 @@ class SemiSupervised:
 
     alpha: float = 50.0
     num_samples: int = 1
+    labelled_share: float = 0.1
     across_batch = False
     unlabelled = True
 
     def __post_init__(self) -> None:
         _check_samples(self)
         _check_number(self, "alpha")
+        _check_number(self, "labelled_share")
+        if self.labelled_share > 1:
+            raise InputError(f"labelled_share is {self.labelled_share}: expected at most 1")
 
     def __call__(
         self,
@@ -783,7 +799,7 @@ class PriorFit:
 
     It has no gradient by the encoder's samples and does not evaluate the decoder. The ELBO among
     the terms is log_likelihood - KL, with a constant for E_q(z|x)[log p(x|z)], which does not
-    depend on the prior.
+    depend on the prior. Images without a label, -1, have the most probable class.
 
     Attributes:
       num_samples: number of posterior samples, over which the loss is averaged.
@@ -796,6 +812,7 @@ class PriorFit:
     num_samples: int = 1
     log_likelihood: float = 0.0
     across_batch = False
+    unlabelled = True
 
     def __post_init__(self) -> None:
         _check_samples(self)
@@ -816,7 +833,7 @@ class PriorFit:
         axis_name: str | None = None,
     ) -> tuple[Loss, Elbo]:
         """Compute the loss and the ELBO's terms, as in `Objective`; beta has no effect."""
-        posterior = encode(params, images, labels)
+        posterior = encode(params, images, known_classes(params, images, labels))
         keys = sample_keys(example_keys(key, len(posterior.mean)), self.num_samples)
         z, log_posterior = lax.stop_gradient(samples(posterior, keys))
         log_prior = prior(params).log_prob(z)

@@ -952,11 +952,21 @@ def test_m2_learns_two_clusters_from_three_labels_each():
     assert np.mean(found == classes) > 0.98
 
 
+def test_a_prior_is_fitted_to_the_latents_of_the_most_probable_class(of_classes):
+    labels = np.array([-1, 2, -1, 0, 1])
+    y = np.where(labels < 0, np.argmax(jaxvae.classify(of_classes, ROWS), axis=1), labels)
+    losses = [EVERY["prior"](of_classes, KEY, ROWS, known)[0] for known in (labels, y)]
+    np.testing.assert_array_equal(*losses)
+    assert not np.allclose(losses[0], EVERY["prior"](of_classes, KEY, ROWS, (y + 1) % 3)[0])
+
+
 def test_what_m2_needs(of_classes):
     with refused("the model has no classifier: expected ModelConfig(num_classes=..., classifier="):
         EVERY["m2"](init(KEY, replace(M2, classifier=False)), KEY, ROWS)
     with refused("alpha is -1: expected a number of at least 0"):
         EVERY["m2"](of_classes, KEY, ROWS, alpha=-1)
+    with refused("labelled_share is 1.5: expected at most 1"):
+        EVERY["m2"](of_classes, KEY, ROWS, labelled_share=1.5)
     labels = np.array([-1, 2, -1, 0, 1])
     with refused("labels are from -1 to 2: expected classes from 0 to 2"):
         jaxvae.elbo(of_classes, KEY, ROWS, labels)

@@ -100,7 +100,6 @@ COLUMNS = {
     "kl": "KL",
     "log_p_x": "log p(x)",
     "train_negative_elbo": "of training",
-    "seconds": "s",
     "processor_seconds": "processor s",
 }
 

@@ -20,9 +20,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
 import jaxvae
+from jaxvae.data import load_dataset
+from jaxvae.runs.config import RunConfig
+from jaxvae.runs.data import train_conditions
 
-LABELS = 100
-REPEATS = 60  # of a labelled image in an epoch: 18 in each batch of 200 instead of one in three
+LABELS = 100  # in every batch of 200 are 20 of them
 ALPHA = 100
 EPOCHS = {"M1": 20, "M1+M2": 30, "M2": 12}
 RESULTS = Path(__file__).with_name("results.json")
@@ -49,17 +51,6 @@ def training(objective: str, batch_size: int, binarization: str = "none") -> jax
         batch_size, learning_rate=1e-3, optimizer="adam", objective=objective,
         binarization=binarization,
     )  # fmt: skip
-
-
-def kept(labels: np.ndarray, seed: int) -> np.ndarray:
-    """Return labels of which 100, ten of each class, are kept, and the others are -1."""
-    rng = np.random.default_rng(seed)
-    rows = np.concatenate([
-        rng.permutation(np.flatnonzero(labels == k))[: LABELS // 10] for k in range(10)
-    ])  # fmt: skip
-    few = np.full(len(labels), -1, np.int32)
-    few[rows] = labels[rows]
-    return few
 
 
 def epochs(
@@ -94,11 +85,11 @@ def record(seed: int, name: str, found: dict[str, object]) -> None:
 
 def main(folder: str, seed: int = 0) -> None:
     """Measure the error of every model."""
-    (x, y), (test_x, test_y) = jaxvae.load_data(folder, labels=True)
-    x, y, test_y = np.asarray(x[:]), np.asarray(y), np.asarray(test_y)
-    few, key = kept(y, seed), jax.random.key(seed)
-    rows = few >= 0
-    repeated = np.concatenate([np.arange(len(y)), np.repeat(np.flatnonzero(rows), REPEATS - 1)])
+    data = load_dataset(folder)
+    x, test_x, test_y = np.asarray(data.train_images[:]), data.test_images, data.test_labels
+    # As `jaxvae train --labelled 100 --seed SEED`.
+    few = train_conditions(data, RunConfig(labelled=LABELS, seed=seed, model=M2))
+    rows, key = few >= 0, jax.random.key(seed)
 
     flat, flat_test = (images.reshape(len(images), -1) / 255 for images in (x[rows], test_x))
     neighbors = KNeighborsClassifier(1).fit(flat, few[rows])
@@ -116,16 +107,16 @@ def main(folder: str, seed: int = 0) -> None:
 
     def latents(epoch: int) -> jax.Array:
         noise = jax.random.normal(jax.random.fold_in(key, epoch), posterior.mean.shape)
-        return (posterior.mean + jnp.exp(posterior.log_var / 2) * noise)[repeated]
+        return posterior.mean + jnp.exp(posterior.log_var / 2) * noise
 
     train_m2 = training(f"m2:alpha={ALPHA}", 200)
     train_images = training(f"m2:alpha={ALPHA}", 200, "dynamic")
     for name, model, train, images_of, test in (
         ("M1+M2", M2_OF_LATENTS, train_m2, latents, test_posterior.mean),
-        ("M2", M2, train_images, lambda _: x[repeated], test_x),
+        ("M2", M2, train_images, lambda _: x, test_x),
     ):
         began, errors = time.process_time(), []
-        for _, params in epochs(key, model, train, images_of, few[repeated], EPOCHS[name]):
+        for _, params in epochs(key, model, train, images_of, few, EPOCHS[name]):
             errors.append(error(params, test, test_y))
             print(name, errors[-1], flush=True)
         found = {"error": errors[-1], "errors by epoch": errors,

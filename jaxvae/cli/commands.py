@@ -340,7 +340,7 @@ def _train_one(
 
     config = directory.start(run_dir, config, data, **start)
     if processes.is_first():
-        _print_start(config.data, data, f"run directory {run_dir}")
+        _print_start(config, data, f"run directory {run_dir}")
     figures = drawing.Figures()
     loop.train(run_dir, config, data, callbacks=[*callbacks, AnimationFrames(), figures])
     return figures.paths
@@ -352,10 +352,8 @@ def _train_many(
     from jaxvae.runs import drawing, sweep
 
     models = sweep.start(run_dir, models, data, **start)
-    name = next(iter(models.values())).data
-    _print_start(
-        name, data, f"{len(models)} models; run directories {run_dir}/{next(iter(models))}, ..."
-    )
+    name, config = next(iter(models.items()))
+    _print_start(config, data, f"{len(models)} models; run directories {run_dir}/{name}, ...")
     figures = drawing.Figures()
     sweep.train(run_dir, models, data, callbacks=[*callbacks, figures])
     for line in sweep.results(run_dir, models):
@@ -363,12 +361,21 @@ def _train_many(
     return figures.paths
 
 
-def _print_start(name: str, data: Any, where: str) -> None:
+def _print_start(config: Any, data: Any, where: str) -> None:
+    from jaxvae.runs.data import labelled_counts
+
     counts = f"{len(data.train_images):,} training and {len(data.test_images):,} test"
     images = is_image(data.train_images.shape[1:])
     noun = "images" if images else "examples"
     split = " (every tenth, as there is no test split)" if data.every_tenth else ""
-    print(f"{name}: {counts} {noun}{split}; {where}", file=sys.stderr)
+    print(f"{config.data}: {counts} {noun}{split}; {where}", file=sys.stderr)
+    if found := labelled_counts(data, config):
+        count, slots, times = found
+        print(
+            f"{count:,} training {noun} have a label: at least {slots} of a batch, so each comes "
+            f"{times:.1f} times in an epoch",
+            file=sys.stderr,
+        )
 
 
 def _of_one_model(flags: dict[str, Any], run_dir: Path) -> dict[str, Any]:
@@ -412,8 +419,13 @@ def _evaluate(options: argparse.Namespace) -> None:
         found = evaluation.measure(
             options.run, options.num_samples, which, options.data, **_own(options)
         )
-    noun = read_config(options.run, **_own(options)).model.noun
-    print(f"{options.run}, step {found['step']}: {found['images']:,} test {noun}s, nats per {noun}")
+    model = read_config(options.run, **_own(options)).model
+    noun = model.noun
+    of_classes = "; log p(x) = log sum_y p(y) p(x|y)" if model.classifier else ""
+    print(
+        f"{options.run}, step {found['step']}: {found['images']:,} test {noun}s, nats per {noun}"
+        f"{of_classes}"
+    )
     for _, says, value in evaluation.described(found, noun):
         print(f"  {says:34}{value:>10}")
     for group, kl in enumerate(found.get("kl_per_group", ()), start=1):

@@ -127,8 +127,7 @@ def with_covariates(
 
     Args:
       data: the data set.
-      columns: by name, numbers or text [N] of all examples in the order of the source: if that has
-        a split of its own, the training examples come first.
+      columns: by name, numbers or text [N] of all examples, in the order of `Dataset.split_rows`.
       covariates: names, separated by commas, of columns whose mean and standard deviation, or
         whose categories, are taken from the training examples. After NAME:categorical, numbers
         are categories. Or the covariates of a run, which are applied as they are.
@@ -142,9 +141,7 @@ def with_covariates(
     """
     if not covariates:
         return data
-    n = len(data.train_images) + len(data.test_images)
-    rows = np.arange(n)
-    train = rows % 10 != 0 if data.every_tenth else rows < len(data.train_images)
+    train = data.split_rows("train")
     if isinstance(covariates, str):
         covariates = [
             _fitted(name, columns[name], train, f"{path}, ", categorical=categorical)
@@ -152,7 +149,10 @@ def with_covariates(
         ]
     x = np.concatenate([c.encode(columns[c.name], f"{path}, ") for c in covariates], axis=1)
     return data._replace(
-        train_covariates=x[train], test_covariates=x[~train], covariates=tuple(covariates)
+        train_covariates=x[train],
+        test_covariates=x[~train],
+        covariates=tuple(covariates),
+        covariate_columns=columns,
     )
 
 

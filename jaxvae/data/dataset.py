@@ -1,5 +1,7 @@
 """The Dataset type, and the checks that every source of examples shares."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -46,6 +48,7 @@ class Dataset(NamedTuple):
         model is conditional; or None.
       test_covariates: as `train_covariates`.
       covariates: how columns of the source became the covariates.
+      covariate_columns: these columns, [N], by name, of all examples in the order of `split_rows`.
     """
 
     train_images: Images
@@ -57,6 +60,20 @@ class Dataset(NamedTuple):
     train_covariates: np.ndarray | None = None
     test_covariates: np.ndarray | None = None
     covariates: "tuple[Covariate, ...]" = ()
+    covariate_columns: Mapping[str, np.ndarray] = MappingProxyType({})
+
+    def split_rows(self, split: str) -> np.ndarray:
+        """Return which rows of the source belong to a split.
+
+        Args:
+          split: "all", "train" or "test".
+
+        Returns:
+          Booleans, [N]. A source with a split of its own has the training examples first.
+        """
+        rows = np.arange(len(self.train_images) + len(self.test_images))
+        test = rows % 10 == 0 if self.every_tenth else rows >= len(self.train_images)
+        return {"all": rows >= 0, "train": ~test, "test": test}[split]
 
     def conditions(self, model: Any, split: str) -> np.ndarray | None:
         """Return what a model takes as the labels of a split's examples.

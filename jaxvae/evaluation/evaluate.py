@@ -33,6 +33,7 @@ from jaxvae.models.vae import (
     expected_images,
     expected_labels,
     known_classes,
+    labels_of_bound,
     prior,
     with_size_of,
 )
@@ -53,6 +54,8 @@ def evaluate(
 ) -> dict[str, Float[Array, ""]]:
     """Compute mean metrics over a test set, with one posterior sample per image.
 
+    Of a model with a classifier they are those of log p(x), whether there are labels or not.
+
     Args:
       params: the model.
       key: PRNG key.
@@ -68,7 +71,7 @@ def evaluate(
       InputError: images of another shape than the model's.
     """
     images = expected_images(params, images)
-    labels = known_classes(params, images, expected_labels(params, labels, len(images)))
+    labels = labels_of_bound(params, labels, len(images))
     examples = own_part((example_keys(key, len(images)), images, labels), axis_name)
     terms = in_blocks(lambda block: elbo(params, *block), examples, _BLOCK)
     means = {name: jnp.mean(values) for name, values in terms._asdict().items()}
@@ -90,6 +93,8 @@ def mean_log_likelihood(
 ) -> Float[Array, ""]:
     """Average `jaxvae.log_likelihood` over a test set, in constant memory.
 
+    Of a model with a classifier it is log p(x), whether there are labels or not.
+
     Args:
       params: the model.
       key: PRNG key.
@@ -102,7 +107,7 @@ def mean_log_likelihood(
       The mean, in nats per image.
     """
     images = expected_images(params, images)
-    labels = known_classes(params, images, expected_labels(params, labels, len(images)))
+    labels = labels_of_bound(params, labels, len(images))
     examples = own_part((example_keys(key, len(images)), images, labels), axis_name)
 
     def estimate(block: tuple[Array, Array, Array | None]) -> Float[Array, " block"]:
@@ -113,7 +118,7 @@ def mean_log_likelihood(
     return lax.pmean(mean, axis_name) if axis_name else mean
 
 
-@jit(missing=True, unlabelled=True)
+@jit(missing=True)
 def kl_per_group(
     params: Params,
     key: Key[Array, "..."] | UInt32[ArrayLike, "..."],
@@ -132,7 +137,7 @@ def kl_per_group(
       E[KL(q(z_g | z_<g, x) || p(z_g | z_<g))] of each group, from the top down, in nats per image.
     """
     images = expected_images(params, images)
-    labels = known_classes(params, images, expected_labels(params, labels, len(images)))
+    labels = expected_labels(params, labels, len(images))
 
     def of_block(block: tuple[Array, Array, Array | None]) -> Float[Array, "block groups"]:
         kl = draw(params, *block).kl_per_group
@@ -156,7 +161,7 @@ def examine(params: Params, key: Key[Array, ""], data: Dataset) -> dict[str, Any
       `mutual_information` and `marginal_kl`, in nats per image, if the posterior is Gaussian;
       `active_units`, or of a hierarchy `kl_per_group`, in nats per image, or of discrete latents
       `code_perplexity`, the effective number of codes in use; `reconstruction_error`, the mean
-      square per pixel; `classifier_accuracy` of a model with a classifier, on the test images with
+      square per pixel; `classification_error` of a model with a classifier, on the test images with
       a label; and, if there are labels of at least two classes, the accuracies
       of `jaxvae.evaluation.metrics.latent_probe`.
     """
@@ -182,8 +187,8 @@ def examine(params: Params, key: Key[Array, ""], data: Dataset) -> dict[str, Any
         return found
     known, test_known = data.train_labels >= 0, data.test_labels >= 0
     if params.config.classifier and test_known.any():
-        right = jnp.argmax(classify(params, images), axis=1) == data.test_labels
-        found["classifier_accuracy"] = float(np.mean(right[test_known]))
+        wrong = jnp.argmax(classify(params, images), axis=1) != data.test_labels
+        found["classification_error"] = float(np.mean(wrong[test_known]))
     if test_known.any() and known.any() and np.ptp(data.train_labels[known]) > 0:
         train_images = jnp.asarray(data.train_images)[known]
         train_labels = None if train_labels is None else train_labels[known]

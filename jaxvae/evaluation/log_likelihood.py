@@ -23,7 +23,10 @@ def log_likelihood(
         log p(x) >= E[log 1/K sum_k p(x|z_k) p(z_k) / q(z_k|x)],    z_k ~ q(z|x)
 
     The estimate is a lower bound in expectation, which grows with K. Memory does not grow with K.
-    NaN marks missing entries, and the estimate is of log p of the others.
+    NaN marks missing entries, and the estimate is of log p of the others. Of a conditional model it
+    is of log p(x|y). Of a model with a classifier and without labels it is of
+
+        log p(x) = log sum_y p(y) p(x|y),    p(y) = 1 / classes
 
     Args:
       params: the model.
@@ -43,6 +46,14 @@ def log_likelihood(
     """
     num_samples = whole_number("num_samples", num_samples)
     images = expected_images(params, images)
+    if params.config.classifier and labels is None:
+        classes = params.config.num_classes
+
+        def of_class(y: Int[Array, ""]) -> Float[Array, " batch"]:
+            return log_likelihood(params, key, images, num_samples, jnp.full(len(images), y))
+
+        log_p_x_y = lax.map(of_class, jnp.arange(classes)) - jnp.log(classes)
+        return jax.nn.logsumexp(log_p_x_y, axis=0)
     labels = expected_labels(params, labels, len(images))
     posterior = encode(params, images, labels)
     batch = images.shape[0]

@@ -248,12 +248,16 @@ def encode(params: Params, images: Images, labels: Labels = None) -> Posterior:
 @jit(missing=True)
 def encode_observed(params: Params, images: Images, labels: Labels = None) -> Posterior:
     """Compute q(z|x) as `encode`; the encoder sees zeros in place of missing entries, NaN."""
-    images = expected_images(params, images)
-    labels = expected_labels(params, labels, images.shape[0], "encoder")
-    x = as_floats(support_of(params), images)
-    if not is_complete(images):
-        x = jnp.where(jnp.isnan(x), 0, x)
+    x = _observed(params, images)
+    labels = expected_labels(params, labels, x.shape[0], "encoder")
     return params.model.posterior(params, x, labels)
+
+
+def _observed(params: Params, images: Images) -> Float[Array, " batch *shape"]:
+    """Return images as the encoder sees them: floats, with zeros in place of NaN."""
+    images = expected_images(params, images)
+    x = as_floats(support_of(params), images)
+    return x if is_complete(images) else jnp.where(jnp.isnan(x), 0, x)
 
 
 @jit()
@@ -283,8 +287,9 @@ def log_classes(params: Params, images: Images) -> Float[Array, "batch classes"]
         raise InputError(
             "the model has no classifier: expected ModelConfig(num_classes=..., classifier=True)"
         )
-    images = as_floats(support_of(params), expected_images(params, images))
-    return params.model.log_classes(params, images)  # type: ignore[attr-defined]
+    return params.model.log_classes(  # type: ignore[attr-defined]
+        params, _observed(params, images)
+    )
 
 
 def known_classes(params: Params, images: Images, labels: Labels) -> Any:
@@ -293,6 +298,11 @@ def known_classes(params: Params, images: Images, labels: Labels) -> Any:
         return labels
     found = jnp.argmax(log_classes(params, images), axis=-1)
     return jnp.where(jnp.asarray(labels) < 0, found, labels)
+
+
+def labels_of_bound(params: Params, labels: Labels, batch: int) -> Any:
+    """Return the labels given which log p(x) is bounded: None if the classes are summed over."""
+    return None if params.config.classifier else expected_labels(params, labels, batch)
 
 
 @jit()

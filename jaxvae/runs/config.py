@@ -79,7 +79,8 @@ class RunConfig(Config):
         model is conditional: names, separated by commas. Numbers are standardised, and text is
         one-hot; NAME:categorical makes numbers one-hot too.
       labelled: number of training labels that are kept, equally many of each class, drawn by the
-        seed; the others are hidden, for the objective m2. 0: all.
+        seed; the others are hidden, for the objective m2, which repeats the labelled examples. 0:
+        all.
       data_dir: folder in which TensorFlow Datasets stores prepared data.
       manual_dir: folder of data files that you downloaded by hand.
       resize: size to which the pictures of a folder are scaled, such as 64x64.

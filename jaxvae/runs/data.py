@@ -18,6 +18,7 @@ from jaxvae.models.config import ModelConfig
 from jaxvae.models.likelihoods import binarize
 from jaxvae.runs.config import IN_PYTHON, DataRecord, RunConfig
 from jaxvae.runs.files import read_json
+from jaxvae.training.config import labelled_slots
 from jaxvae.validation import expect_support, is_image, scale_images
 
 SPLITS = ("all", "train", "test")
@@ -128,6 +129,23 @@ def train_conditions(data: Dataset, config: RunConfig) -> np.ndarray | None:
             )
         kept[rng.permutation(of_class)[:each]] = k
     return kept
+
+
+def labelled_counts(data: Dataset, config: RunConfig) -> tuple[int, int, float] | None:
+    """Describe how training examples with a label are repeated by `jaxvae.training.step.shuffle`.
+
+    Args:
+      data: the data set.
+      config: the configuration of the run.
+
+    Returns:
+      The number of training examples with a label, their least number in a batch, and how often
+      each comes in an epoch; None if they are not repeated.
+    """
+    labels, slots = train_conditions(data, config), labelled_slots(config.train)
+    count = 0 if labels is None or not slots else int(np.sum(labels >= 0))
+    times = len(data.train_images) // config.train.batch_size * slots / max(1, count)
+    return (count, slots, times) if count and times > 1 else None
 
 
 def takes_missing(config: RunConfig) -> bool:
@@ -316,14 +334,12 @@ def examples_of(
         train_images, test_images = (
             np.asarray(scale_images(x[:])) for x in (train_images, test_images)
         )
-    n = len(train_images) + len(test_images)
-    places = np.arange(n)
-    if data.every_tenth:
-        held_out = places % 10 == 0
-        places = np.where(held_out, n - len(test_images) + places // 10, np.cumsum(~held_out) - 1)
+    test = data.split_rows("test")
+    places = np.where(test, len(train_images) + np.cumsum(test), np.cumsum(~test)) - 1
 
-    def joined(train: np.ndarray | None, test: np.ndarray | None) -> np.ndarray | None:
-        return None if train is None or test is None else np.concatenate([train, test])[places]
+    def joined(*parts: np.ndarray | None) -> np.ndarray | None:
+        known = [part for part in parts if part is not None]
+        return np.concatenate(known)[places] if len(known) == 2 else None
 
     return (
         _Joined((train_images, test_images), places),

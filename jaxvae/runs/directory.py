@@ -33,7 +33,7 @@ from jaxvae.errors import InputError
 from jaxvae.models.config import ModelConfig
 from jaxvae.models.likelihoods import binarize
 from jaxvae.models.protocols import Learned
-from jaxvae.models.vae import Params
+from jaxvae.models.vae import Params, known_classes
 from jaxvae.objectives import PriorFit
 from jaxvae.runs.checkpoints import is_shared, load, metadata, newest_intact, steps_of
 from jaxvae.runs.config import (
@@ -349,12 +349,12 @@ def first_state(key: jax.Array, config: RunConfig, data: Dataset | None = None) 
 def _encoded_prior(key: jax.Array, params: Params, config: RunConfig, data: Dataset) -> Learned:
     """Return the initial parameters of a prior, from a random part of the training images."""
     rows_key, pixels_key, prior_key = jax.random.split(jax.random.fold_in(key, 2), 3)
-    images, labels = data.train_images, data.conditions(config.model, "train")
+    images, labels = data.train_images, train_conditions(data, config)
     rows = np.sort(jax.random.permutation(rows_key, len(images))[:_ENCODED])
     x = jnp.asarray(images[rows])
     if config.train.binarization == "dynamic":
         x = binarize(pixels_key, x)
-    known = None if labels is None else jnp.asarray(labels[rows])
+    known = None if labels is None else known_classes(params, x, labels[rows])
     return config.model.prior.init_from(prior_key, params, x, known)
 
 

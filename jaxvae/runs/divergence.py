@@ -4,7 +4,7 @@ In a sweep only the model that diverged ends; the training of the others continu
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,7 +20,6 @@ from jaxvae.errors import Diverged, InputError, TrainingFailed
 from jaxvae.runs.checkpoints import steps_of
 from jaxvae.runs.files import write_json
 from jaxvae.training.state import TrainState
-from jaxvae.training.step import shuffle
 
 DIVERGED = "diverged.json"
 _SHOWN = 8  # images of a batch in a message; diverged.json lists all of them
@@ -32,14 +31,15 @@ class DivergenceCheck:
 
     Attributes:
       run_dir: directory of the run or of the sweep; None: nothing is written.
-      images: number of training images.
+      batches: the batches of an epoch, as indices of training images, from the state at its start
+        and the position of the model in `models`.
       steps: steps per epoch.
       models: names of the models stacked in the state; empty for a single model.
       diverged: positions in `models` of the models that have diverged.
     """
 
     run_dir: Path | None
-    images: int
+    batches: Callable[[TrainState, int], jax.Array]
     steps: int
     models: tuple[str, ...] = ()
     diverged: set[int] = field(default_factory=set)
@@ -71,7 +71,7 @@ class DivergenceCheck:
                 local = jax.device_put(state, jax.local_devices()[0])
                 one = jax.tree.map(lambda x, i=model: x[i], local)
             at_start = replace(one, step=jnp.full_like(one.step, epoch * self.steps))
-            rows = np.asarray(shuffle(at_start, self.images))[batch].tolist()
+            rows = np.asarray(self.batches(at_start, model))[batch].tolist()
             shown = ", ".join(map(str, rows[:_SHOWN])) + ", ..." * (len(rows) > _SHOWN)
             self._fail(
                 model,

@@ -14,7 +14,7 @@ from jaxvae.evaluation.ais import ais, bidirectional_ais
 from jaxvae.evaluation.evaluate import evaluate, examine, mean_log_likelihood
 from jaxvae.evaluation.log_likelihood import log_likelihood
 from jaxvae.models.likelihoods import bits_per_dimension
-from jaxvae.models.vae import Params
+from jaxvae.models.vae import Params, known_classes
 from jaxvae.objectives import elbo, example_keys
 from jaxvae.runs.checkpoints import Which, load_with_step
 from jaxvae.runs.config import read_config, run_keys
@@ -37,7 +37,7 @@ _METRICS = {
     "active_units": "active units",
     "code_perplexity": "codes in use (perplexity)",
     "reconstruction_error": "mean squared error of a {value}",
-    "classifier_accuracy": "accuracy of q(y|x)",
+    "classification_error": "classification error of q(y|x)",
     "logistic_regression": "accuracy of logistic regression",
     "nearest_neighbors": "accuracy of 5 nearest neighbors",
 }
@@ -61,7 +61,8 @@ def measure(
 
     Returns:
       `step`, `data` (the name), `images` and `num_samples`; `elbo`, `log_likelihood`, `kl` and
-      `log_p_x`, means in nats per image; `bits_per_dimension` of log_p_x, if the likelihood is over
+      `log_p_x`, means in nats per image, of log p(x|y) if the model is conditional, but of log p(x)
+      if it has a classifier; `bits_per_dimension` of log_p_x, if the likelihood is over
       grey levels; the metrics of `jaxvae.evaluation.evaluate.examine`; `seconds` and `devices`.
 
     Raises:
@@ -145,6 +146,8 @@ def measure_bounds(
 ) -> dict[str, Any]:
     """Bound log p(x) of test images, and of images simulated from the model of a run.
 
+    Of a conditional model, also with a classifier, it is log p(x|y).
+
     Args:
       run_dir: the run directory.
       num_samples: importance samples for log p(x).
@@ -170,7 +173,7 @@ def measure_bounds(
     params, step = load_with_step(run_dir, which, **own)
     num_images = min(num_images, len(data.test_images))
     images, labels = data.test_images[:num_images], data.conditions(config.model, "test")
-    labels = None if labels is None else labels[:num_images]
+    labels = None if labels is None else known_classes(params, images, labels[:num_images])
     classes = config.model.num_classes
     simulated_labels = np.arange(num_images, dtype=np.int32) % classes if classes else labels
     _, key = run_keys(config)

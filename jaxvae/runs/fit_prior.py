@@ -13,16 +13,15 @@ import numpy as np
 from jaxvae.components import parse_spec
 from jaxvae.data import Dataset, as_dataset
 from jaxvae.errors import InputError
-from jaxvae.evaluation.evaluate import evaluate
 from jaxvae.models.config import ModelConfig
 from jaxvae.models.likelihoods import binarize
-from jaxvae.models.vae import Params
-from jaxvae.objectives import PriorFit
+from jaxvae.models.vae import Params, known_classes
+from jaxvae.objectives import PriorFit, elbo
 from jaxvae.runs import directory, loop
 from jaxvae.runs.callbacks import Callback, expect_callbacks
 from jaxvae.runs.checkpoints import load
 from jaxvae.runs.config import IN_PYTHON, RunConfig, configured, read_config, run_keys
-from jaxvae.runs.data import load_run_data, prepared
+from jaxvae.runs.data import load_run_data, prepared, train_conditions
 from jaxvae.runs.files import read_metrics, resume_command
 from jaxvae.runs.progress import Progress
 from jaxvae.training.config import TrainConfig
@@ -170,10 +169,10 @@ def _load_data(config: RunConfig, data: Any) -> tuple[RunConfig, Dataset]:
 def _log_likelihood(params: Params, config: RunConfig, data: Dataset) -> float:
     """Return the mean log-likelihood of training images, which a new prior does not change."""
     pixels_key, key = jax.random.split(run_keys(config)[0])
-    images, labels = data.train_images, data.conditions(config.model, "train")
+    images, labels = data.train_images, train_conditions(data, config)
     rows = np.linspace(0, len(images) - 1, min(len(images), _IMAGES)).astype(int)
     x = jnp.asarray(images[rows])
     if config.train.binarization == "dynamic":
         x = binarize(pixels_key, x)
-    known = None if labels is None else labels[rows]
-    return float(evaluate(params, key, x, known)["log_likelihood"])
+    known = None if labels is None else known_classes(params, x, labels[rows])
+    return float(elbo(params, key, x, known).log_likelihood.mean())

@@ -1,7 +1,7 @@
 """A trained model applied to a whole data set, batch by batch."""
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,14 @@ from jaxvae.evaluation.log_likelihood import log_likelihood
 from jaxvae.evaluation.metrics import reconstruction_error
 from jaxvae.models.codebooks import codebook_of, is_discrete
 from jaxvae.models.distributions import Gaussian
-from jaxvae.models.vae import Params, classify, encode_observed, known_classes, reconstruct_observed
+from jaxvae.models.vae import (
+    Params,
+    classify,
+    encode_observed,
+    known_classes,
+    labels_of_bound,
+    reconstruct_observed,
+)
 from jaxvae.objectives import elbo, example_keys
 from jaxvae.runs.checkpoints import Which, load
 from jaxvae.runs.config import read_config, run_keys
@@ -49,6 +56,7 @@ class Opened(NamedTuple):
       conditions: what the model takes as labels: classes, covariates or None.
       columns: names of the features, if the data are a table.
       label_column: name of the column of classes, if one was given.
+      covariate_columns: the columns of covariates, [N], by name, as they are in the data.
     """
 
     params: Params
@@ -58,6 +66,7 @@ class Opened(NamedTuple):
     conditions: np.ndarray | None
     columns: tuple[str, ...] | None
     label_column: str | None
+    covariate_columns: Mapping[str, np.ndarray]
 
 
 def open_run(
@@ -95,7 +104,9 @@ def open_run(
     examples = examples_of(data, config, split)
     params = load(run_dir, which, **own)
     key = run_keys(config)[1]
-    return Opened(params, key, *examples, data.columns, config.label_column)
+    rows = data.split_rows(split)
+    columns = {name: x[rows] for name, x in data.covariate_columns.items()}
+    return Opened(params, key, *examples, data.columns, config.label_column, columns)
 
 
 def encode_all(opened: Opened, progress: Counter | None = None) -> Arrays:
@@ -148,7 +159,9 @@ def score_all(
       Arrays [N], the most unusual example first: `index`, the place of the example, from 0;
       `log_likelihood`, an estimate of log p(x), and `elbo`, which is `expected_log_likelihood`,
       E[log p(x|z)] under q(z|x), minus `kl`, in nats; `reconstruction_error`, the mean square per
-      pixel; and `labels`, if there are any.
+      pixel; and `labels`, if there are any. Of a model with a classifier log p(x) is the sum over
+      the classes, whether there are labels or not, and the reconstruction that of the known or most
+      probable class.
 
     Raises:
       InputError: examples of another shape than the model's; another order; num_samples below 1.
@@ -157,8 +170,9 @@ def score_all(
     whole_number("num_samples", num_samples)
 
     def scored(params: Params, keys: Any, images: Any, labels: Any) -> Named:
-        terms = elbo(params, keys, images, labels)
         means = reconstruct_observed(params, images, labels)
+        labels = labels_of_bound(params, labels, len(images))
+        terms = elbo(params, keys, images, labels)
         return Named(
             log_likelihood=log_likelihood(params, keys, images, num_samples, labels),
             elbo=terms.value,
@@ -235,13 +249,13 @@ def impute_all(
 
 
 def by_columns(opened: Opened, found: Arrays) -> Arrays:
-    """Return vectors `images`, and their `labels`, as the columns of a table like the data."""
+    """Return vectors `images`, their `labels` and covariates as the columns of a table."""
     x = found["images"]
     names = opened.columns or tuple(str(i + 1) for i in range(x.shape[1]))
     columns = dict(zip(names, x.T, strict=True))
     if "labels" in found:
         columns[opened.label_column or "labels"] = found["labels"]
-    return columns
+    return columns | dict(opened.covariate_columns)
 
 
 def _labels(opened: Opened) -> Arrays:

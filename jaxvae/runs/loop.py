@@ -33,7 +33,7 @@ from jaxvae.runs.files import (
 )
 from jaxvae.training.pipeline import Epoch, epoch_pipeline
 from jaxvae.training.state import TrainState
-from jaxvae.training.step import Metrics
+from jaxvae.training.step import Metrics, shuffle
 
 Sums = Mapping[str, Any]  # sums of metrics over the steps of an epoch; in a sweep [models]
 
@@ -230,7 +230,9 @@ class _OneModel:
         images, labels = data.train_images, train_conditions(data, config)
         steps = len(images) // config.train.batch_size
         self.measure = evaluator(config, data, test_key)
-        self.divergence = DivergenceCheck(run_dir, len(images), steps)
+        self.divergence = DivergenceCheck(
+            run_dir, lambda start, _: shuffle(start, len(images), labels), steps
+        )
         saved = newest_intact(run_dir) if run_dir else None
         self._checkpoints = stack.enter_context(open_checkpoints(run_dir)) if run_dir else None
         self.begun: tuple[Sums, float] = ({}, 0.0)

@@ -43,7 +43,7 @@ from jaxvae.runs.checkpoints import (
     write,
 )
 from jaxvae.runs.config import RunConfig, as_flag, own_components, run_keys, updated
-from jaxvae.runs.data import describe
+from jaxvae.runs.data import describe, train_conditions
 from jaxvae.runs.divergence import DIVERGED, DivergenceCheck
 from jaxvae.runs.files import (
     append_metrics,
@@ -178,11 +178,6 @@ def start(
             f"{next(iter(models.values())).data} is read from disk image by image, but a sweep "
             "needs the images in memory: train one model at a time"
         )
-    if any(config.labelled for config in models.values()):
-        raise InputError(
-            "labelled draws the labels by the seed, but the models of a sweep share them: train "
-            "one model at a time"
-        )
     record = describe(data)
     lost = diverged(run_dir, models) if resume else []
     fitted = {
@@ -270,9 +265,10 @@ class _ManyModels:
         take_steps = data_parallel(_take_steps, devices, (0,), in_specs=specs, out_specs=own)
         self._measure = data_parallel(_measure, devices, in_specs=specs[:4], out_specs=own)
         model = self.config.model
-        train, self._test_set = jax.device_put(
+        images, labels, self._test_set = jax.device_put(
             (
-                (data.train_images, data.conditions(model, "train")),
+                data.train_images,
+                data.conditions(model, "train"),
                 (data.test_images, data.conditions(model, "test")),
             ),
             replicated(devices),
@@ -286,6 +282,10 @@ class _ManyModels:
             del hyper["learning_rate"]
         if not hasattr(shared.objective, "across_batch"):  # a plain function, without beta
             del hyper["beta"]
+        if self.config.labelled:  # each has labels of its own, drawn by its seed
+            hyper["labels"] = jnp.array(
+                [train_conditions(data, config) for config in self._configs]
+            )
         train_keys, test_keys = map(jnp.stack, zip(*map(run_keys, self._configs), strict=True))
         for folder in (run_dir, *self._folders):
             stack.enter_context(locked(folder))
@@ -309,10 +309,13 @@ class _ManyModels:
         self.state, hyper, self._test_keys = jax.device_put(
             (states, hyper, test_keys), one_part_each
         )
-        images = len(data.train_images)
-        steps = images // shared.batch_size
-        self.epoch_of = _pipeline(take_steps, hyper, train)
-        self.divergence = DivergenceCheck(run_dir, images, steps, tuple(models))
+        steps = len(images) // shared.batch_size
+        self.epoch_of = _pipeline(take_steps, hyper, (images, labels))
+
+        def batches(start: TrainState, model: int) -> jax.Array:
+            return shuffle(start, len(images), train_conditions(data, self._configs[model]))
+
+        self.divergence = DivergenceCheck(run_dir, batches, steps, tuple(models))
         with disk_errors(run_dir):
             for folder in (run_dir, *self._folders):
                 truncate_history(folder, loop.step_of(self.state) // steps)
@@ -408,9 +411,12 @@ def _pipeline(
     examples: tuple[jax.Array, jax.Array | None],
 ) -> Epoch:
     """Return the dispatches of an epoch of all models, like `training.pipeline` for one model."""
+    n = len(examples[0])
+    labels, axis = (hyper["labels"], 0) if "labels" in hyper else (examples[1], None)
+    of_each = jax.vmap(lambda state, labels: shuffle(state, n, labels), (0, axis))
 
     def epoch(start: TrainState, first: int) -> Iterator[tuple[int, Advance]]:
-        batches = jax.vmap(partial(shuffle, num_images=len(examples[0])))(start)
+        batches = of_each(start, labels)
         models, steps, batch_size = batches.shape
         at_once = max(1, _IMAGES_PER_DISPATCH // (models * batch_size))
 
@@ -433,8 +439,8 @@ def _take_steps(
     images, labels = examples
 
     def one(model: Any) -> tuple[TrainState, Metrics]:
-        state, (batches, hyper) = model
-        return train_steps(state, images, batches, first, last, labels, **hyper)
+        state, (batches, own) = model
+        return train_steps(state, images, batches, first, last, **{"labels": labels} | own)
 
     return _for_each(one, (states, own))
 

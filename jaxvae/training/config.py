@@ -1,6 +1,7 @@
 """The training configuration."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, no_type_check
 
@@ -133,3 +134,17 @@ class TrainConfig(Config):
             if written:
                 fields[name] = f"{fields.get(name, defaults[name])}:{','.join(written)}"
         return fields
+
+
+def labelled_slots(config: TrainConfig, objective: Any = None) -> int:
+    """Return the least number of images with a label in a batch.
+
+    Args:
+      config: configuration of the training.
+      objective: as in `train_step`.
+
+    Returns:
+      The number, 0 unless the objective has a `labelled_share`.
+    """
+    chosen = config.objective if objective is None else objective
+    return math.ceil(getattr(chosen, "labelled_share", 0) * config.batch_size)

@@ -19,7 +19,7 @@ from jaxvae.data import Images
 from jaxvae.devices.sharding import AXIS, data_parallel, shard
 from jaxvae.training.config import TrainConfig
 from jaxvae.training.state import TrainState
-from jaxvae.training.step import LossFunction, Metrics, shuffle, train_portion, train_steps
+from jaxvae.training.step import Metrics, shuffle, train_portion, train_steps
 
 _IMAGES_PER_DISPATCH = 1024  # the progress bar moves after each dispatch
 _AHEAD = 4  # portions that are read ahead
@@ -35,7 +35,6 @@ def epoch_pipeline(
     mesh: jax.sharding.Mesh,
     specs: Any,
     *,
-    objective: LossFunction | None = None,
     workers: int = 0,
 ) -> Epoch:
     """Return a function that yields the dispatches of an epoch.
@@ -46,7 +45,6 @@ def epoch_pipeline(
       config: training configuration; `epochs` and `batch_size` set the length of the run.
       mesh: the devices over which every batch is split.
       specs: sharding of the state, a PartitionSpec or a tree of them.
-      objective: as in `train_step`.
       workers: processes that read images from disk; 0: threads of this process.
 
     Returns:
@@ -56,11 +54,11 @@ def epoch_pipeline(
       the steps.
     """
     if isinstance(images, np.ndarray) and jax.process_count() == 1:
-        return _resident(images, labels, mesh, specs, objective)
+        return _resident(images, labels, mesh, specs)
     steps = config.epochs * (len(images) // config.batch_size)
     rows = jax.P(None, AXIS)
     take = data_parallel(
-        partial(train_portion, objective=objective, steps=steps),
+        partial(train_portion, steps=steps),
         mesh,
         donate_argnums=(0,),
         in_specs=(specs, rows, rows, jax.P()),
@@ -74,12 +72,11 @@ def _resident(
     labels: Num[np.ndarray, " n *covariates"] | None,
     mesh: jax.sharding.Mesh,
     specs: Any,
-    objective: LossFunction | None,
 ) -> Epoch:
     """Return the dispatches of images that are copied to every device."""
     rest = jax.P()
     take = data_parallel(
-        partial(train_steps, objective=objective),
+        train_steps,
         mesh,
         donate_argnums=(0,),
         in_specs=(specs, rest, rest, rest, rest, rest),
@@ -88,7 +85,7 @@ def _resident(
     examples = shard((images, labels), mesh)
 
     def epoch(start: TrainState, first: int) -> Iterator[tuple[int, Advance]]:
-        batches = shuffle(start, len(images))
+        batches = shuffle(start, len(images), examples[1])
         at_once = max(1, _IMAGES_PER_DISPATCH // batches.shape[1])
 
         def advance(state: TrainState, first: int, last: int) -> tuple[TrainState, Metrics]:
@@ -111,7 +108,7 @@ def _streamed(
     """Return the dispatches of images that every process reads in portions."""
 
     def epoch(start: TrainState, first: int) -> Iterator[tuple[int, Advance]]:
-        batches = np.asarray(shuffle(start, len(images)))
+        batches = np.asarray(shuffle(start, len(images), labels))
         batch = batches.shape[1]
         here = batch // jax.process_count()
         own = batches[first:, jax.process_index() * here :][:, :here]

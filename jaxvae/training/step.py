@@ -17,6 +17,7 @@ from jaxvae.errors import InputError
 from jaxvae.models.likelihoods import binarize
 from jaxvae.models.vae import Labels, Params, expected_images, expected_labels, init
 from jaxvae.objectives import Elbo, example_keys
+from jaxvae.training.config import labelled_slots
 from jaxvae.training.optimizer import rate_at
 from jaxvae.training.state import TrainState, binarization_key, noise_key, optimizer, shuffle_key
 from jaxvae.validation import expect_number, jit
@@ -135,7 +136,8 @@ def train_epoch(
 ) -> tuple[TrainState, Metrics]:
     """Shuffle the images and take every step of an epoch, in one dispatch.
 
-    The remainder that does not fill a last batch is left out; it differs from epoch to epoch.
+    The remainder that does not fill a last batch is left out; it differs from epoch to epoch. With
+    the objective "m2" every batch has images with a label: see `shuffle`.
 
     The state is donated: its arrays are deleted and their memory is reused. Continue with the
     returned state; `jax.tree.map(jnp.copy, state)` keeps a copy of the old one.
@@ -160,7 +162,7 @@ def train_epoch(
     images = expected_images(state.params, images)
     labels = expected_labels(state.params, labels, len(images))
     _expect_numbers(learning_rate, beta)
-    batches = shuffle(state, len(images))
+    batches = shuffle(state, len(images), labels, objective=objective)
     state, totals = train_steps(
         state,
         images,
@@ -177,9 +179,29 @@ def train_epoch(
     return state, jax.tree.map(lambda total: total / len(batches), totals)
 
 
-@partial(jax.jit, static_argnames="num_images")
-def shuffle(state: TrainState, num_images: int) -> Int[Array, "steps batch"]:
+@partial(jax.jit, static_argnames=("num_images", "objective"))
+def shuffle(
+    state: TrainState,
+    num_images: int,
+    labels: Num[ArrayLike, " n *covariates"] | None = None,
+    *,
+    objective: LossFunction | None = None,
+) -> Int[Array, "steps batch"]:
     """Draw the batches of the epoch that starts at this state, as indices of the images.
+
+    With an objective that has a `labelled_share`, the images with a label are distributed evenly
+    over the batches, of each of which they are at least this share. If there are too few, they are
+    repeated, equally often, in the place of images without a label, which are left out of the
+    epoch; these differ from epoch to epoch.
+
+    Args:
+      state: training state at the start of the epoch.
+      num_images: number of training images.
+      labels: classes of the images, or -1; covariates have no effect.
+      objective: as in `train_step`.
+
+    Returns:
+      The indices.
 
     Raises:
       InputError: fewer images than one batch.
@@ -191,7 +213,15 @@ def shuffle(state: TrainState, num_images: int) -> Int[Array, "steps batch"]:
         )
     steps = num_images // batch_size
     order = jax.random.permutation(shuffle_key(state), num_images)
-    return order[: steps * batch_size].reshape(steps, batch_size)
+    slots = labelled_slots(state.config, objective)
+    if labels is None or not slots or jnp.ndim(labels) != 1:
+        return order[: steps * batch_size].reshape(steps, batch_size)
+    known = jnp.asarray(labels)[order] >= 0
+    order = order[jnp.argsort(~known, stable=True)]
+    count = jnp.where(jnp.any(known), jnp.sum(known), num_images)
+    in_turn = jnp.arange(steps * slots).reshape(steps, slots) % count
+    others = jnp.arange(steps * slots, steps * batch_size).reshape(-1, steps).T
+    return order[jnp.concatenate([in_turn, others], axis=1)]
 
 
 @partial(jax.jit, static_argnames=("axis_name", "objective"), donate_argnames="state")

@@ -101,10 +101,15 @@ def test_samples_are_numbers_in_a_file_which_is_a_data_set_again(run_dir, tmp_pa
     assert np.ptp(arrays[0]) > 0
 
 
-def test_a_sweep_of_conditional_models_of_vectors(table, tmp_path):
+def test_a_sweep_of_conditional_models_of_vectors_with_few_labels(table, tmp_path, capsys):
     flags = ["--data", str(table), "--label-column", "kind", "--num-classes", "2", *VECTORS]
+    flags += ["--classifier", "--objective", "m2", "--labelled", "4"]
     run = ["train", *flags, "--epochs", "1", "--run-dir", str(tmp_path / "many")]
     assert main([*run, "--seeds", "2"]) == 0
+    said = capsys.readouterr().err
+    assert (
+        "4 training examples have a label: at least 13 of a batch, so each comes 6.5 time" in said
+    )
     drawn = {path.stem for path in (tmp_path / "many/seed-1/figures").iterdir()}
     assert drawn == {"latents", "aggregate", "units", "traversals", "training"}
 
@@ -142,9 +147,19 @@ def test_a_run_with_covariates_resumes_and_encodes_other_data_as_its_own(
     covariates = np.float32(np.column_stack([np.eye(2), age]))
     params, x = jaxvae.load(whole), np.float32([[1, 2], [3, 4]])
     expected = jaxvae.decode(params, jaxvae.encode(params, x).mean, covariates).mean
-    found = np.loadtxt(out, delimiter=",", skiprows=1)
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
-    for command in ("evaluate", "score", "encode", "impute"):
+    found = load_dataset(str(out), covariate_columns=config.covariates)
+    x = np.concatenate([found.test_images, found.train_images])
+    np.testing.assert_allclose(x, expected, rtol=1e-4, atol=1e-5)
+    assert [list(column) for column in found.covariate_columns.values()] == [["a", "b"], [3, 5]]
+    # The test rows are every tenth.
+    impute = ["impute", str(whole), "--num-samples", "5", "--split", "test", "--out", str(out)]
+    assert main(impute) == 0
+    rows = [line.split(",") for line in table.read_text().splitlines()]
+    written = [line.replace('"', "").split(",") for line in out.read_text().splitlines()]
+    assert written[0] == ["height", "weight", "kind", "age"]
+    assert [row[2] for row in written[1:]] == [row[1] for row in rows[1::10]]
+    assert [float(row[3]) for row in written[1:]] == [float(row[3]) for row in rows[1::10]]
+    for command in ("evaluate", "score", "encode"):
         words = [] if command == "evaluate" else ["--out", str(tmp_path / "any.npz")]
         words += [] if command == "encode" else ["--num-samples", "5"]
         assert main([command, str(whole), *words]) == 0

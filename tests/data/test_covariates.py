@@ -70,6 +70,9 @@ def test_numbers_are_standardised_and_text_is_one_hot(tmp_path, name):
     for found, rows in ((data.train_covariates, TRAIN), (data.test_covariates, ~TRAIN)):
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, expected()[rows], rtol=1e-5, atol=1e-6)
+    assert list(data.covariate_columns) == ["batch", "age", "donor"]
+    for name, values in (("batch", BATCH), ("age", AGE)):
+        np.testing.assert_array_equal(data.covariate_columns[name], values)
 
 
 def test_an_npz_file_with_a_split_has_the_training_examples_first(tmp_path):

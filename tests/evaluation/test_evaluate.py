@@ -4,6 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
+import scipy.stats
+from conftest import moved
 
 import jaxvae
 from jaxvae.data import Dataset
@@ -108,3 +111,60 @@ def test_a_flow_that_makes_the_latents_constant_leaves_no_active_units(images):
     outputs = params.posterior["step_1"]["outputs"]
     outputs["bias"] = outputs["bias"].at[2:].set(-42)
     assert evaluate.examine(params, jax.random.key(1), data)["active_units"] == 0
+
+
+# ---- A model with a classifier ----
+
+M2 = jaxvae.ModelConfig((3,), 1, "mlp:width=4", "gaussian", num_classes=3, classifier=True)
+X = np.random.default_rng(5).normal(size=(5, 3)).astype(np.float32)
+LABELS = np.array([-1, 2, -1, 0, 1])
+
+
+@pytest.fixture(scope="module")
+def of_classes():
+    return moved(jaxvae.init(jax.random.key(0), M2), 0.3)
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_log_p_x_of_a_classifier_is_the_sum_over_the_classes(of_classes, missing):
+    """Each of which is integrated over z on a grid."""
+    x, z = X.copy(), np.linspace(-8, 8, 2001)[:, None]
+    if missing:
+        x[0, 1] = x[3, 2] = np.nan
+    log_p_z = scipy.stats.norm.logpdf(z[:, 0]) + np.log(z[1, 0] - z[0, 0])
+    each = np.empty((5, 3))
+    for y in range(3):
+        p_x = jaxvae.decode(of_classes, z, np.full(len(z), y))
+        for i in range(5):
+            log_p_x_z = np.float64(p_x.log_prob(np.broadcast_to(x[i], (len(z), 3))))
+            each[i, y] = scipy.special.logsumexp(log_p_x_z + log_p_z)
+    expected = scipy.special.logsumexp(each + np.log(1 / 3), axis=1)
+    found = jaxvae.log_likelihood(of_classes, jax.random.key(1), x, 100_000)
+    np.testing.assert_allclose(found, expected, atol=0.03)
+    assert np.ptp(each - expected[:, None], axis=1).min() > 0.1
+    if not missing:
+        found = jaxvae.log_likelihood(of_classes, jax.random.key(1), x, 50)
+        mean = evaluate.mean_log_likelihood(
+            of_classes, jax.random.key(1), x, LABELS, num_samples=50
+        )
+        np.testing.assert_allclose(mean, np.mean(found), rtol=1e-5)
+
+
+def test_the_elbo_of_a_classifier_is_of_log_p_x_with_and_without_labels(of_classes):
+    keys = jax.random.split(jax.random.key(1), 5)
+    q = np.float64(jaxvae.classify(of_classes, X))
+    each = [jaxvae.elbo(of_classes, keys, X, np.full(5, y)) for y in range(3)]
+    expected = sum(q[:, y] * (each[y].value + np.log(1 / 3) - np.log(q[:, y])) for y in range(3))
+    np.testing.assert_allclose(jaxvae.elbo(of_classes, keys, X).value, expected, rtol=1e-4)
+    found = evaluate.evaluate(of_classes, keys, X, LABELS)
+    np.testing.assert_allclose(found["elbo"], np.mean(expected), rtol=1e-4)
+    assert found["loss"] == -found["elbo"]
+    kl = sum(q[:, y] * (each[y].kl + np.log(3 * q[:, y])) for y in range(3))
+    np.testing.assert_allclose(found["kl"], np.mean(kl), rtol=1e-3)
+
+
+def test_the_classification_error_is_that_of_the_test_images_with_a_label(of_classes):
+    y = np.argmax(jaxvae.classify(of_classes, X), axis=1)
+    labels = np.where([True, True, False, True, False], [y[0], (y[1] + 1) % 3, 0, y[3], 0], -1)
+    found = evaluate.examine(of_classes, jax.random.key(1), Dataset(X, labels, X, labels))
+    assert found["classification_error"] == pytest.approx(1 / 3)

@@ -22,6 +22,10 @@ from jaxvae.training.step import shuffle, train_steps
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
+def batches_of_64(state, model):
+    return shuffle(state, 64)
+
+
 def poisoned(params, keys, images):
     """The ELBO, but NaN for an image whose first pixel is 255."""
     terms = jaxvae.elbo(params, keys, images)
@@ -108,7 +112,7 @@ def test_a_sweep_of_which_all_models_diverge_ends_and_so_does_its_resume(tmp_pat
 
 def test_parameters_of_one_of_many_models_that_are_no_numbers_are_left_out(tmp_path):
     states = jax.tree.map(lambda x: jnp.stack([x, x, x]), _state())
-    divergence = DivergenceCheck(tmp_path, 64, 4, ("a", "b", "c"))
+    divergence = DivergenceCheck(tmp_path, batches_of_64, 4, ("a", "b", "c"))
     bad = jax.tree.map(lambda x: x.at[1].set(jnp.inf), states.params)
     with pytest.warns(Diverged, match="a parameter of b is NaN or infinite after step 0"):
         divergence.check_finite(replace(states, params=bad), {"elbo": np.zeros(3)})
@@ -128,7 +132,7 @@ def test_whether_numbers_are_finite_is_asked_in_one_program():
 
 def test_parameters_that_are_no_numbers_are_not_saved(tmp_path):
     state = _state()
-    divergence = DivergenceCheck(tmp_path, 64, 4)
+    divergence = DivergenceCheck(tmp_path, batches_of_64, 4)
     divergence.check_finite(state, {"elbo": -3.0})
     bad = replace(state, params=jax.tree.map(lambda x: x * jnp.inf, state.params))
     with pytest.raises(TrainingFailed, match="a parameter is NaN or infinite after step 0"):
@@ -169,7 +173,7 @@ def test_extreme_images_train(make, likelihood):
     state = jaxvae.create_train_state(jax.random.key(0), config, train_config)
     for _ in range(3):
         state, metrics = jaxvae.train_epoch(state, images)
-    DivergenceCheck("", len(images), 1).check_finite(state, jax.device_get(metrics))
+    DivergenceCheck("", batches_of_64, 1).check_finite(state, jax.device_get(metrics))
 
 
 def test_a_thousand_latents_train(images):
@@ -186,12 +190,12 @@ def test_a_thousand_latents_train(images):
 
 def test_a_run_directory_without_a_checkpoint_says_so(tmp_path):
     with pytest.raises(TrainingFailed, match="no checkpoint was saved"):
-        DivergenceCheck(tmp_path, 8, 1).check_finite(_state(), {"elbo": np.inf})
+        DivergenceCheck(tmp_path, batches_of_64, 1).check_finite(_state(), {"elbo": np.inf})
     assert read_metrics(tmp_path) == []
 
 
 def test_a_training_without_a_run_directory_names_none():
-    divergence = DivergenceCheck(None, 64, 4)
+    divergence = DivergenceCheck(None, batches_of_64, 4)
     with pytest.raises(
         TrainingFailed, match="after step 0; no checkpoint was saved; train again with"
     ):

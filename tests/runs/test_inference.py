@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+import scipy.special
 from conftest import moved, refused
 
 import jaxvae
@@ -42,7 +43,7 @@ def small_batches():
 def opened(x=X, labels=None, **model):
     params = moved(jaxvae.init(KEY, jaxvae.ModelConfig(**MODEL | model)), 0.3)
     conditions = labels if params.config.num_classes else None
-    return Opened(params, KEY, x, labels, conditions, None, None)
+    return Opened(params, KEY, x, labels, conditions, None, None, {})
 
 
 def test_encoding_in_batches_is_encode():
@@ -151,6 +152,22 @@ def test_the_other_functions_take_the_observed_entries():
     np.testing.assert_allclose(found["reconstruction_error"], error, rtol=1e-4, atol=1e-5)
 
 
+def test_scores_of_a_classifier_are_sums_over_the_classes():
+    """With the reconstruction of the known or most probable class."""
+    labels = np.where(np.arange(40) % 2, 1, -1)
+    one = opened(labels=labels, num_classes=2, classifier=True)
+    found = score_all(one, 5)
+    each = [jaxvae.log_likelihood(one.params, KEY, X, 5, np.full(40, y)) for y in range(2)]
+    expected = scipy.special.logsumexp(np.stack(each), axis=0) - np.log(2)
+    order = found["index"]
+    np.testing.assert_allclose(found["log_likelihood"], expected[order], rtol=1e-4, atol=1e-5)
+    elbo = jaxvae.elbo(one.params, KEY, X).value[order]
+    np.testing.assert_allclose(found["elbo"], elbo, rtol=1e-4, atol=1e-5)
+    y = np.where(labels < 0, np.argmax(jaxvae.classify(one.params, X), axis=1), labels)
+    error = np.mean((X - jaxvae.reconstruct(one.params, X, y)) ** 2, axis=1)[order]
+    np.testing.assert_allclose(found["reconstruction_error"], error, rtol=1e-4, atol=1e-5)
+
+
 def test_vectors_as_columns_have_the_names_of_the_data():
     labels = np.arange(40)
     columns = by_columns(opened(), {"images": X, "labels": labels})
@@ -159,6 +176,8 @@ def test_vectors_as_columns_have_the_names_of_the_data():
     columns = by_columns(named, {"images": X, "labels": labels})
     assert list(columns) == ["a", "b", "c", "kind"]
     np.testing.assert_array_equal(columns["b"], X[:, 1])
+    columns = by_columns(named._replace(covariate_columns={"batch": labels}), {"images": X})
+    assert list(columns) == ["a", "b", "c", "batch"]
 
 
 def test_examples_are_in_the_order_of_the_data():

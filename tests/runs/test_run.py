@@ -26,8 +26,9 @@ from jaxvae.figures.pictures import labels_of
 from jaxvae.runs import directory, drawing, evaluation, files, inference, loop, sweep
 from jaxvae.runs.checkpoints import open_checkpoints, write
 from jaxvae.runs.config import RunConfig, configured, read_config, resumed, run_keys
-from jaxvae.runs.data import describe, load_run_data, train_conditions
+from jaxvae.runs.data import describe, labelled_counts, load_run_data, train_conditions
 from jaxvae.runs.files import read_metrics
+from jaxvae.runs.fit_prior import fit_prior
 from jaxvae.runs.inference import encode_all, open_run
 from jaxvae.runs.tensorboard import TensorBoard
 
@@ -999,18 +1000,25 @@ def test_a_few_labels_of_each_class_are_kept_and_the_others_hidden(npz):
     np.testing.assert_array_equal(
         train_conditions(data, replace(config, labelled=0)), data.train_labels
     )
+    # In 8 steps.
+    assert labelled_counts(data, config) == (12, 7, pytest.approx(56 / 12))
+    assert labelled_counts(data, replace(config, labelled=0)) is None
 
 
-def test_a_run_with_few_labels_learns_resumes_and_reports_its_accuracy(npz, tmp_path):
+def test_a_run_with_few_labels_learns_resumes_and_reports_its_error(npz, tmp_path):
     flags = FEW | {"data": str(npz), "learning_rate": 1e-2, "optimizer": "adam"}
     run = tmp_path / "run"
     trained(run, flags | {"epochs": 5})
     trained(run, {"epochs": 6}, resume=True)
     found = evaluation.measure(run, 5)
     data, params = load_run_data(read_config(run)), jaxvae.load(run)
-    right = np.argmax(jaxvae.classify(params, data.test_images), 1) == data.test_labels
-    assert found["classifier_accuracy"] == pytest.approx(np.mean(right))
-    assert np.mean(right) > 0.9
+    wrong = np.argmax(jaxvae.classify(params, data.test_images), 1) != data.test_labels
+    assert found["classification_error"] == pytest.approx(np.mean(wrong))
+    assert np.mean(wrong) < 0.1
+    # A prior is fitted with the same few labels.
+    fitted = fit_prior(run, "mixture:components=2", epochs=1, progress=False)
+    assert fitted.params.config.prior != params.config.prior
+    assert fitted.before == pytest.approx(read_metrics(run)[-1]["test"], rel=1e-5)
 
 
 def test_missing_labels_in_the_data_are_filled_in_by_the_classifier(tmp_path, npz):
@@ -1024,7 +1032,7 @@ def test_missing_labels_in_the_data_are_filled_in_by_the_classifier(tmp_path, np
     y = np.argmax(jaxvae.classify(params, data.test_images), 1)
     y = np.where(data.test_labels < 0, y, data.test_labels)
     key = run_keys(read_config(tmp_path / "run"))[1]
-    expected = jaxvae.elbo(params, key, data.test_images, y).value.mean()
+    expected = jaxvae.elbo(params, key, data.test_images).value.mean()
     assert evaluation.measure(tmp_path / "run", 2)["elbo"] == pytest.approx(
         float(expected), rel=1e-4
     )

@@ -14,7 +14,7 @@ from jaxvae.errors import Preempted
 from jaxvae.runs import directory, loop, sweep
 from jaxvae.runs.checkpoints import write
 from jaxvae.runs.config import read_config, resumed, run_keys
-from jaxvae.runs.data import load_run_data
+from jaxvae.runs.data import load_run_data, train_conditions
 from jaxvae.runs.files import read_metrics
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -115,6 +115,17 @@ def test_conditional_models_of_many_are_trained_and_measured_with_their_labels(
     terms = jaxvae.elbo(jaxvae.load(run_dir / name), key, test.test_images, test.test_labels)
     recorded = read_metrics(run_dir / name)[-1]["test"]
     assert recorded["elbo"] == pytest.approx(float(terms.value.mean()), rel=1e-4)
+
+
+def test_each_model_of_many_has_the_few_labels_of_its_own_seed(tmp_path, npz):
+    flags = {"data": str(npz), "network": NETWORK, "num_classes": 3, "classifier": True}
+    flags |= {"objective": "m2:alpha=10", "labelled": 12, "batch_size": 64, "epochs": 1}
+    models, states = trained(tmp_path / "both", flags, seeds=2)
+    alone = trained_alone(tmp_path / "alone", models["seed-1"])
+    for a, b in zip(*map(jax.tree.leaves, (states.params, alone.params)), strict=True):
+        np.testing.assert_allclose(a[1], b, rtol=1e-3, atol=1e-5)
+    of_seeds = [train_conditions(load_run_data(config), config) for config in models.values()]
+    assert np.any(of_seeds[0] != of_seeds[1])
 
 
 def test_labels_that_are_missing_leave_no_directory(tmp_path):

@@ -233,6 +233,63 @@ def test_every_epoch_has_each_image_at_most_once_in_an_order_of_its_own(state, i
     assert not np.array_equal(first, shuffle(later, 60))
 
 
+def batches_of_m2(labels, batch_size=16, share=0.1):
+    config = jaxvae.TrainConfig(batch_size, objective=f"m2:labelled_share={share}")
+    state = replace(small_state(), config=config)
+    return np.asarray(shuffle(state, len(labels), labels))
+
+
+def test_few_labelled_images_are_repeated_equally_often_in_every_batch():
+    labels = np.full(100, -1)
+    labels[[3, 50, 51]] = 0, 1, 0
+    batches = batches_of_m2(labels)
+    assert batches.shape == (6, 16)
+    np.testing.assert_array_equal(np.sum(labels[batches] >= 0, axis=1), 2)  # 1.6, rounded up
+    assert all(len(set(batch)) == 16 for batch in batches)
+    times = np.bincount(batches.ravel(), minlength=100)
+    np.testing.assert_array_equal(times[labels >= 0], 4)
+    np.testing.assert_array_equal(np.sort(times[labels < 0])[-84:], 1)
+    assert times[labels < 0].sum() == 84
+
+
+def test_labelled_images_that_are_frequent_enough_are_distributed_evenly_once():
+    labels = np.where(np.arange(100) % 3, -1, 1)  # 34 of 100 for six batches
+    batches = batches_of_m2(labels)
+    assert set(np.sum(labels[batches] >= 0, axis=1)) == {5, 6}
+    assert len(set(batches.ravel())) == 96
+
+
+@pytest.mark.parametrize("labels", [np.full(100, -1), np.zeros(100, int)])
+def test_images_of_which_no_or_every_one_has_a_label_come_once(labels):
+    batches = batches_of_m2(labels)
+    assert len(set(batches.ravel())) == 96
+    assert np.any(np.sort(batches.ravel()) != np.arange(96))
+
+
+def test_labelled_images_need_not_be_repeated():
+    labels = np.where(np.arange(100) < 3, 0, -1)
+    assert len(set(batches_of_m2(labels, share=0).ravel())) == 96
+
+
+def test_an_epoch_of_m2_has_labelled_images_in_every_step():
+    """With the labels that the objective is called with."""
+    seen = []
+
+    def objective(params, keys, images, labels):
+        jax.debug.callback(lambda y: seen.append(np.sum(y >= 0)), labels)
+        terms = jaxvae.elbo(params, keys, images, jnp.maximum(labels, 0))
+        return -terms.value, terms
+
+    objective.unlabelled, objective.labelled_share = True, 0.25
+    model = jaxvae.ModelConfig((3,), 2, "mlp:width=4", "gaussian", num_classes=3, classifier=True)
+    config = jaxvae.TrainConfig(batch_size=8, objective=objective)
+    state = jaxvae.create_train_state(jax.random.key(0), model, config)
+    x = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
+    jaxvae.train_epoch(state, x, np.where(np.arange(40) == 7, 2, -1).astype(np.int32))
+    jax.effects_barrier()
+    assert seen == [2] * 5
+
+
 def test_more_images_per_batch_than_there_are_is_refused(state, images):
     with pytest.raises(jaxvae.InputError, match="batch_size is 16: expected at most the 10"):
         jaxvae.train_epoch(state, images[:10])
