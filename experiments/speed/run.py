@@ -220,6 +220,8 @@ class Run:
 
     def drop(self, peer: Peer, why: object) -> None:
         self.leave_out(f"{peer.name}: {why}")
+        if peer.name == "ours":
+            raise SystemExit("ours does not work: there is nothing to compare")
         self.peers = [other for other in self.peers if other != peer]
         if worker := self.workers.pop(peer.name, None):
             worker.close()
@@ -244,8 +246,6 @@ class Run:
                 reference = self.check(peer, reference)
             except WorkerError as error:
                 self.drop(peer, error)
-                if peer.name == "ours":
-                    raise SystemExit("ours does not work: there is nothing to compare") from error
         (self.options.out / "check.npz").unlink(missing_ok=True)
 
     def check(self, peer: Peer, reference: dict | None, **model: str) -> dict:
