@@ -70,13 +70,16 @@ def machine() -> str:
 def record(run_dir: Path) -> dict:
     config = read_config(run_dir)
     lines = read_metrics(run_dir)
+    evaluation = json.loads((run_dir / "evaluation.json").read_text())
+    if "data" in evaluation:
+        evaluation["data"] = Path(evaluation["data"]).name
     return {
         "command": command(config),
         "seed": config.seed,
         "epochs": lines[-1]["epoch"],
         "seconds": round(sum(line["seconds"] for line in lines)),
         "machine": machine(),
-        "evaluation": json.loads((run_dir / "evaluation.json").read_text()),
+        "evaluation": evaluation,
         "test_elbo": {
             line["epoch"]: round(line["test"]["elbo"], 3)
             for line in lines
