@@ -109,7 +109,6 @@ def draw(
     *,
     path: bool = False,
     relaxed: bool = False,
-    missing: bool = False,
 ) -> Draw:
     """Sample the posterior and evaluate the log-densities at the samples.
 
@@ -121,7 +120,6 @@ def draw(
       num_samples: samples per image.
       path: differentiate log q(z|x) only through z, not through the parameters of the posterior.
       relaxed: sample the relaxation of the posterior, if it has one.
-      missing: whether NaN marks missing entries, which are left out.
 
     Returns:
       The samples and their log-densities.
@@ -129,7 +127,7 @@ def draw(
     Raises:
       InputError: as in `jaxvae.encode`; `path` with a posterior without `log_prob`.
     """
-    posterior = (encode_observed if missing else encode)(params, images, labels)
+    posterior = encode(params, images, labels)
     if relaxed:
         posterior = getattr(posterior, "relaxation", None) or posterior
     images = as_array("images", images)
@@ -377,19 +375,29 @@ class ImportanceWeighted:
 
         loss = -log 1/k sum_i w_i,    w_i = p(x|z_i) (p(z_i) / q(z_i|x))^beta,    z_i ~ q(z|x)
 
+    Its gradient is that of sum_i v_i log w_i with fixed v_i = w_i / sum_j w_j. With `backward=m`, m
+    of the k samples are drawn with the probabilities v_i and the gradient is that of the mean of
+    their log w_i. Its expectation is the same, its variance larger. k samples then take only the
+    forward pass, and m the forward and the backward pass.
+
     Attributes:
       num_samples: k.
+      backward: m; 0: all samples take the backward pass.
 
     References:
-      Burda, Grosse and Salakhutdinov (2016), Importance Weighted Autoencoders, equation 8.
+      Burda, Grosse and Salakhutdinov (2016), Importance Weighted Autoencoders, equation 8, and
+      section 3 for drawing a sample by its weight.
     """
 
     num_samples: int = 1
+    backward: int = 0
     across_batch = False
     missing = False
 
     def __post_init__(self) -> None:
         _check_samples(self)
+        backward = whole_number("backward", self.backward, least=0, most=self.num_samples)
+        object.__setattr__(self, "backward", backward)
 
     def __call__(
         self,
@@ -406,14 +414,32 @@ class ImportanceWeighted:
         Raises:
           InputError: training samples a relaxation of the posterior.
         """
-        drawn = draw(params, key, images, labels, self.num_samples, missing=self.missing)
-        if getattr(drawn.posterior, "relaxation", None) is not None:
-            raise InputError(
-                "the objective 'iwae' weights samples by log q(z|x), which relaxed samples do not "
-                "have: expected the objective 'elbo', or the posterior's straight_through=true"
-            )
-        log_w = drawn.log_likelihood - beta * drawn.log_ratio
-        return -_log_mean_exp(log_w) + drawn.penalty, drawn.elbo(exact=False)
+        images = as_array("images", images)
+        own = example_keys(key, len(images))
+        keys = sample_keys(own, self.num_samples)
+
+        def log_weights(params: Params, keys: Key[Array, "samples batch"]) -> tuple[Array, Draw]:
+            posterior = (encode_observed if self.missing else encode)(params, images, labels)
+            if getattr(posterior, "relaxation", None) is not None:
+                raise InputError(
+                    "the objective 'iwae' weights samples by log q(z|x), which relaxed samples do "
+                    "not have: expected the objective 'elbo', or the posterior's "
+                    "straight_through=true"
+                )
+            drawn = draw_at(params, posterior, keys, images, labels)
+            return drawn.log_likelihood - beta * drawn.log_ratio - drawn.penalty, drawn
+
+        if not self.backward:
+            log_w, drawn = log_weights(params, keys)
+            return -_log_mean_exp(log_w), drawn.elbo(exact=False)
+        log_w, drawn = log_weights(lax.stop_gradient(params), keys)
+        log_w = lax.stop_gradient(log_w)
+        (choice,) = numbered_keys(own, jnp.array([self.num_samples]))
+        chosen = _resampled(choice, log_w, self.backward)
+        log_w_chosen, _ = log_weights(params, keys[chosen, jnp.arange(len(images))])
+        mean = jnp.mean(log_w_chosen, axis=0)
+        bound = _log_mean_exp(log_w) + mean - lax.stop_gradient(mean)  # mean: for the gradient
+        return -bound, drawn.elbo(exact=False)
 
 
 @dataclass(frozen=True)
@@ -974,6 +1000,17 @@ def with_log_prob(posterior: Any) -> Any:
 
 def _log_mean_exp(log_weights: Float[Array, "samples batch"]) -> Loss:
     return jax.nn.logsumexp(log_weights, axis=0) - math.log(len(log_weights))
+
+
+def _resampled(
+    keys: Key[Array, " batch"], log_weights: Float[Array, "samples batch"], m: int
+) -> Int[Array, "m batch"]:
+    """Draw m indices of samples in proportion to their weights, by systematic resampling."""
+    offsets = jax.vmap(jax.random.uniform)(keys)
+    positions = (jnp.arange(m)[:, None] + offsets) / m
+    cumulative = jnp.cumsum(jax.nn.softmax(log_weights, axis=0), axis=0)
+    index = jnp.sum(cumulative[:, None] < positions, axis=0)
+    return jnp.minimum(index, len(log_weights) - 1)  # the sum may round to less than 1
 
 
 def _check_samples(objective: Any) -> None:

@@ -18,6 +18,7 @@ from jaxvae.evaluation.metrics import (
     Surgery,
     elbo_surgery,
     latent_probe,
+    probed,
     reconstruction_error,
     variance_of_means,
 )
@@ -190,12 +191,14 @@ def examine(params: Params, key: Key[Array, ""], data: Dataset) -> dict[str, Any
         wrong = jnp.argmax(classify(params, images), axis=1) != data.test_labels
         found["classification_error"] = float(np.mean(wrong[test_known]))
     if test_known.any() and known.any() and np.ptp(data.train_labels[known]) > 0:
-        train_images = jnp.asarray(data.train_images)[known]
-        train_labels = None if train_labels is None else train_labels[known]
+        rows = np.flatnonzero(known)
+        rows = rows[probed(data.train_labels[rows])]
+        train_images = jnp.asarray(data.train_images[rows])
+        train_labels = None if train_labels is None else train_labels[rows]
         train_mean = encode_observed(params, train_images, train_labels).center
         probe = latent_probe(
             np.asarray(train_mean),
-            data.train_labels[known],
+            data.train_labels[rows],
             np.asarray(posterior.center)[test_known],
             data.test_labels[test_known],
         )

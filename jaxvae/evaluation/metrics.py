@@ -248,7 +248,7 @@ def latent_probe(
             "the posterior means are not finite: expected numbers; train again, with a smaller "
             "learning rate"
         )
-    rows = _spread(np.asarray(train_labels))
+    rows = probed(np.asarray(train_labels))
     train, labels = train[rows], np.asarray(train_labels)[rows]
     if len(np.unique(labels)) < 2:
         raise InputError(
@@ -262,7 +262,7 @@ def latent_probe(
     )
 
 
-def _spread(labels: Shaped[np.ndarray, " n"]) -> Int[np.ndarray, " rows"]:
+def probed(labels: Shaped[np.ndarray, " n"]) -> Int[np.ndarray, " rows"]:
     """Return the rows of the training images that a probe uses."""
     count = min(len(labels), _PROBED)
     return np.argsort(labels, kind="stable")[np.arange(count) * len(labels) // count]

@@ -746,7 +746,7 @@ WRONG = {
     ),
     "free bits": (
         "train --objective iwae:free_bits=1",
-        "objective 'iwae' has no option 'free_bits': expected among 'num_samples'",
+        "objective 'iwae' has no option 'free_bits': expected among 'num_samples', 'backward'",
     ),
     "a part that is none": (
         "train --trainable head",

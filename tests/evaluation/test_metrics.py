@@ -305,7 +305,7 @@ def test_a_probe_of_many_images_learns_from_all_classes(monkeypatch, order):
         labels = np.sort(labels)
     if order == "in turn":
         labels = np.arange(1200) % 10
-    rows = metrics._spread(labels)
+    rows = metrics.probed(labels)
     assert len(rows) == len(set(rows)) == 200
     assert np.bincount(labels[rows]).tolist() == [20] * 10
     mean = (20 * np.eye(10)[labels]).astype("f")
@@ -314,7 +314,7 @@ def test_a_probe_of_many_images_learns_from_all_classes(monkeypatch, order):
 
 def test_few_images_are_all_learned_from():
     labels = np.array([2, 0, 1, 1, 0])
-    assert sorted(metrics._spread(labels)) == [0, 1, 2, 3, 4]
+    assert sorted(metrics.probed(labels)) == [0, 1, 2, 3, 4]
     mean = np.array([[0.0], [9.0], [9.1]])
     labels = np.array([0, 1, 1])
     assert latent_probe(mean, labels, mean[1:], labels[1:]) == (1, 1)
