@@ -455,6 +455,7 @@ class MissingImportanceWeighted(ImportanceWeighted):
 
     Attributes:
       num_samples: k.
+      backward: as in `ImportanceWeighted`.
 
     References:
       Mattei and Frellsen (2019), MIWAE: Deep Generative Modelling and Imputation of Incomplete Data
