@@ -36,6 +36,7 @@ from jaxvae.compression.latents import Latents, latents_of, program
 from jaxvae.errors import InputError
 from jaxvae.models.protocols import Likelihood
 from jaxvae.models.vae import Params, expected_images
+from jaxvae.validation import expect_unit_interval
 
 # Images at once: with more, the first chunk that is full needs more random bits, or comes later.
 # Convolutions process up to 8 images as one block on any number of devices.
@@ -248,6 +249,7 @@ def _as_symbols(
     if x.dtype == np.bool_:
         x = x.astype(np.float32)
     expected_images(params, x[:1])
+    expect_unit_interval(x)
     step = 255 // (levels - 1)
     if x.dtype != np.uint8:
         scaled = 255 * x.astype(np.float32)

@@ -206,6 +206,9 @@ def test_models_and_images_that_cannot_be_compressed_are_refused():
     levels = params_of(likelihood="discretized_logistic")
     with refused("images are of type float32, and not all pixels are levels k / 255"):
         compress(levels, grey / np.float32(254))
+    for outside in (-1 / 255, 2, np.nan):
+        with refused("images have", "expected floats between 0 and 1, or uint8 from 0 to 255"):
+            compress(levels, np.full((2, *SHAPE), outside, np.float32))
     with refused("images are of type int64"):
         compress(levels, grey.astype(np.int64))
     with refused("images have shape"):
