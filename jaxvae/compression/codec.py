@@ -124,6 +124,11 @@ def decompress(
     header, body = unpack(data)
     if header.model != digest_of_model(params):
         raise InputError("it was compressed by another model: pass that one")
+    if header.image_shape != params.config.image_shape or np.any(body.chunks > _BATCH):
+        raise InputError(
+            f"it is damaged: its images have shape {header.image_shape}, in chunks of up to "
+            f"{body.chunks.max(initial=0)}: expected {params.config.image_shape}, up to {_BATCH}"
+        )
     levels = _levels(params)
     stack = Stack(body.heads, body.words)
     images = np.empty((header.images, *params.config.image_shape), np.uint8)

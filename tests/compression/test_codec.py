@@ -156,6 +156,11 @@ def test_an_invented_file_is_refused_before_memory_is_allocated(compressed):
         decompress(params, pack(header, body._replace(heads=body.heads[:0])))
     with refused("it is damaged"):
         decompress(params, with_checksum(data[:-5]))
+    with refused("it is damaged: its images have shape (1, 1, 1)", f"expected {SHAPE}"):
+        decompress(params, pack(header._replace(image_shape=(1, 1, 1)), body))
+    chunk = np.array([header.images], np.uint8)
+    with refused("it is damaged", f"in chunks of up to {header.images}: expected", ", up to 8"):
+        decompress(params, pack(header, body._replace(chunks=chunk)))
 
 
 def test_another_model_is_refused(compressed):
