@@ -39,7 +39,7 @@ from jaxvae.models.vae import (
     with_size_of,
 )
 from jaxvae.objectives import draw, elbo, example_keys
-from jaxvae.validation import jit
+from jaxvae.validation import as_floats, jit, support_of
 
 _BLOCK = 1000  # images at once, which bounds memory
 
@@ -218,4 +218,4 @@ def _error(
 ) -> Float[Array, ""]:
     """Compute the mean squared error of the decoder's means at z."""
     means = with_size_of(images, decode(params, z, labels)).mean
-    return jnp.nanmean(reconstruction_error(images, means))
+    return jnp.nanmean(reconstruction_error(as_floats(support_of(params), images), means))

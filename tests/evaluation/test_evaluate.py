@@ -85,6 +85,14 @@ def test_what_is_examined_is_of_the_test_images_and_their_labels(images):
     assert probe._asdict().items() <= found.items()
 
 
+def test_the_reconstruction_error_of_counts_is_of_their_values():
+    config = jaxvae.ModelConfig((2, 3, 1), 1, network="mlp:width=4", likelihood="poisson:size=0")
+    params, x = jaxvae.init(jax.random.key(0), config), np.full((4, 2, 3, 1), 7, np.uint8)
+    found = evaluate.examine(params, jax.random.key(1), Dataset(x, None, x, None))
+    error = np.mean((7 - np.float64(jaxvae.reconstruct(params, x))) ** 2)
+    assert found["reconstruction_error"] == pytest.approx(error, rel=1e-5)
+
+
 @pytest.mark.parametrize("labels", [None, np.full(64, 7)], ids=["no labels", "one class"])
 def test_without_two_classes_there_is_nothing_to_tell_apart(images, labels, params):
     found = evaluate.examine(params, jax.random.key(1), dataset(images, labels))
