@@ -28,13 +28,13 @@ from jaxvae.models.distributions import Gaussian
 from jaxvae.models.vae import (
     Labels,
     Params,
-    classify,
     decode,
     encode_observed,
     expected_images,
     expected_labels,
     known_classes,
     labels_of_bound,
+    log_classes,
     prior,
     with_size_of,
 )
@@ -188,7 +188,7 @@ def examine(params: Params, key: Key[Array, ""], data: Dataset) -> dict[str, Any
         return found
     known, test_known = data.train_labels >= 0, data.test_labels >= 0
     if params.config.classifier and test_known.any():
-        wrong = jnp.argmax(classify(params, images), axis=1) != data.test_labels
+        wrong = jnp.argmax(log_classes(params, images), axis=1) != data.test_labels
         found["classification_error"] = float(np.mean(wrong[test_known]))
     if test_known.any() and known.any() and np.ptp(data.train_labels[known]) > 0:
         rows = np.flatnonzero(known)

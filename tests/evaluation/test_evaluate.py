@@ -176,3 +176,11 @@ def test_the_classification_error_is_that_of_the_test_images_with_a_label(of_cla
     labels = np.where([True, True, False, True, False], [y[0], (y[1] + 1) % 3, 0, y[3], 0], -1)
     found = evaluate.examine(of_classes, jax.random.key(1), Dataset(X, labels, X, labels))
     assert found["classification_error"] == pytest.approx(1 / 3)
+
+
+def test_test_images_with_missing_entries_are_classified_too(of_classes):
+    x = X.copy()
+    x[0, 1] = np.nan
+    y = np.argmax(jaxvae.classify(of_classes, np.nan_to_num(x)), axis=1)
+    found = evaluate.examine(of_classes, jax.random.key(1), Dataset(X, y, x, y))
+    assert found["classification_error"] == 0
