@@ -100,6 +100,13 @@ def test_without_two_classes_there_is_nothing_to_tell_apart(images, labels, para
     assert set(found) == names
 
 
+def test_there_is_no_probe_without_a_second_class_among_its_images(images, params, monkeypatch):
+    monkeypatch.setattr(metrics, "_PROBED", 16)
+    labels = np.where(np.arange(64) == 63, 1, 0)
+    found = evaluate.examine(params, jax.random.key(1), dataset(images, labels))
+    assert "nearest_neighbors" not in found
+
+
 def test_a_flow_has_no_density_to_take_the_kl_apart(images):
     config = jaxvae.ModelConfig((8, 8, 1), 2, network="mlp", posterior="iaf:steps=1")
     params = jaxvae.init(jax.random.key(0), config)
