@@ -422,9 +422,8 @@ class ImportanceWeighted:
             posterior = (encode_observed if self.missing else encode)(params, images, labels)
             if getattr(posterior, "relaxation", None) is not None:
                 raise InputError(
-                    "the objective 'iwae' weights samples by log q(z|x), which relaxed samples do "
-                    "not have: expected the objective 'elbo', or the posterior's "
-                    "straight_through=true"
+                    "this objective weights samples by log q(z|x), which relaxed samples do not "
+                    "have: expected the objective 'elbo', or the posterior's straight_through=true"
                 )
             drawn = draw_at(params, posterior, keys, images, labels)
             return drawn.log_likelihood - beta * drawn.log_ratio - drawn.penalty, drawn
