@@ -378,7 +378,8 @@ class ImportanceWeighted:
     Its gradient is that of sum_i v_i log w_i with fixed v_i = w_i / sum_j w_j. With `backward=m`, m
     of the k samples are drawn with the probabilities v_i and the gradient is that of the mean of
     their log w_i. Its expectation is the same, its variance larger. k samples then take only the
-    forward pass, and m the forward and the backward pass.
+    forward pass, and m the forward and the backward pass. Second derivatives, and derivatives of
+    the ELBO's terms, are then wrong: use `backward=0` for them.
 
     Attributes:
       num_samples: k.
@@ -454,6 +455,7 @@ class MissingImportanceWeighted(ImportanceWeighted):
 
     Attributes:
       num_samples: k.
+      backward: as of "iwae".
 
     References:
       Mattei and Frellsen (2019), MIWAE: Deep Generative Modelling and Imputation of Incomplete Data
