@@ -126,6 +126,10 @@ def bidirectional_ais(
     which start at the latents z from which the image was generated: given the image, z is an exact
     sample of p(z|x). The gap between the bounds limits the error of each.
 
+    Counts with a library size are drawn at that `size`, and log p(x) is given their own total. z is
+    then an exact sample of p(z|x) for `poisson`, whose shares do not depend on the size. For the
+    other counts it is not, and the upper bound is approximate.
+
     Args:
       params: the model.
       key: a PRNG key, or [n] keys, one for each image.
