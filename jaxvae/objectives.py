@@ -378,7 +378,8 @@ class ImportanceWeighted:
     Its gradient is that of sum_i v_i log w_i with fixed v_i = w_i / sum_j w_j. With `backward=m`, m
     of the k samples are drawn with the probabilities v_i and the gradient is that of the mean of
     their log w_i. Its expectation is the same, its variance larger. k samples then take only the
-    forward pass, and m the forward and the backward pass.
+    forward pass, and m the forward and the backward pass. Second derivatives, and derivatives of
+    the ELBO's terms, are then wrong: use `backward=0` for them.
 
     Attributes:
       num_samples: k.
@@ -422,9 +423,8 @@ class ImportanceWeighted:
             posterior = (encode_observed if self.missing else encode)(params, images, labels)
             if getattr(posterior, "relaxation", None) is not None:
                 raise InputError(
-                    "the objective 'iwae' weights samples by log q(z|x), which relaxed samples do "
-                    "not have: expected the objective 'elbo', or the posterior's "
-                    "straight_through=true"
+                    "this objective weights samples by log q(z|x), which relaxed samples do not "
+                    "have: expected the objective 'elbo', or the posterior's straight_through=true"
                 )
             drawn = draw_at(params, posterior, keys, images, labels)
             return drawn.log_likelihood - beta * drawn.log_ratio - drawn.penalty, drawn
@@ -520,7 +520,8 @@ class DoublyReparameterized:
             params, z, beta, lax.stop_gradient(posterior), images, native(labels)
         )
         log_likelihood, kl = jnp.mean(log_p_x, axis=0), jnp.mean(log_ratio, axis=0)
-        return -bound, Elbo(log_likelihood - kl, log_likelihood, kl)
+        loss = getattr(posterior, "penalty", 0.0) - bound
+        return loss, Elbo(log_likelihood - kl, log_likelihood, kl)
 
 
 @jax.custom_jvp
@@ -632,7 +633,8 @@ class BetaTC:
             log_q_z - log_q_z_j,
             log_q_z_j - log_p_z,
         )
-        return -log_p_x + information + beta * correlation + latents, drawn.elbo()
+        loss = -log_p_x + information + beta * correlation + latents + drawn.penalty
+        return loss, drawn.elbo()
 
 
 @dataclass(frozen=True)
@@ -804,16 +806,20 @@ class SemiSupervised:
             jnp.repeat(every, batch),
             self.num_samples,
         )
-        log_likelihood, kl = (x.reshape(classes, batch).T for x in drawn.elbo()[1:])
+        _, *terms = drawn.elbo()
+        penalty = jnp.broadcast_to(drawn.penalty, (classes * batch,))
+        log_likelihood, kl, penalty = (x.reshape(classes, batch).T for x in (*terms, penalty))
         y = jnp.full(batch, -1) if labels is None else jnp.asarray(native(labels))
         known, of_label = y >= 0, y[:, None] == every
         # What the bounds are averaged over: the label, or q(y|x).
         weights = jnp.where(known[:, None], of_label, jnp.exp(log_q))
         entropy = jnp.where(known, 0, -jnp.sum(jnp.exp(log_q) * log_q, axis=1))
         of_class = math.log(classes) - entropy
-        log_likelihood, kl = (jnp.sum(weights * x, axis=1) for x in (log_likelihood, kl))
+        log_likelihood, kl, penalty = (
+            jnp.sum(weights * x, axis=1) for x in (log_likelihood, kl, penalty)
+        )
         log_q_y = jnp.sum(jnp.where(of_label, log_q, 0), axis=1)
-        loss = -(log_likelihood - beta * kl - of_class) - self.alpha * log_q_y
+        loss = -(log_likelihood - beta * kl - of_class) - self.alpha * log_q_y + penalty
         kl = kl + of_class
         return loss, Elbo(log_likelihood - kl, log_likelihood, kl)
 

@@ -9,7 +9,7 @@ encoder can be right, or wrong by a known amount. Tipping and Bishop (1999), equ
 """
 
 import inspect
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import flax.linen as nn
@@ -35,8 +35,10 @@ from jaxvae import (
     log_likelihood,
     train_step,
 )
+from jaxvae.models.distributions import Gaussian
 from jaxvae.models.likelihoods import GaussianPixels
 from jaxvae.models.networks import MlpDecoder, MlpEncoder
+from jaxvae.models.posteriors import DiagonalGaussian
 from jaxvae.models.vae import prior
 from jaxvae.objectives import OBJECTIVES, WARMUPS, Elbo, example_keys
 
@@ -924,6 +926,27 @@ def test_m2_weights_the_kl_of_the_latents_alone(of_classes):
     kl = [jaxvae.elbo(of_classes, KEY, ROWS, np.full(5, k)).kl for k in range(3)]
     expected = np.sum(np.stack(kl, 1) * jaxvae.classify(of_classes, ROWS), axis=1)
     np.testing.assert_allclose(losses[1] - losses[0], expected, rtol=1e-3)
+
+
+class Penalised(Gaussian):
+    @property
+    def penalty(self):
+        return jnp.sum(self.mean**2, axis=-1)
+
+
+@dataclass(frozen=True)
+class PenalisedFamily(DiagonalGaussian):
+    def bind(self, learned, encoded):
+        return Penalised(*encoded[:2])
+
+
+@pytest.mark.parametrize("name", ["beta_tc", "dreg", "m2"])
+def test_the_penalty_of_a_posterior_is_part_of_the_loss(of_classes, name):
+    labels = np.array([0, 2, 1, 0, 1])
+    penalised = replace(of_classes, config=replace(M2, posterior=PenalisedFamily()))
+    loss, without = (EVERY[name](p, KEY, ROWS, labels)[0] for p in (penalised, of_classes))
+    expected = np.sum(np.float64(encode(of_classes, ROWS, labels).mean) ** 2, axis=1)
+    np.testing.assert_allclose(loss - without, expected, rtol=1e-4)
 
 
 def test_the_unlabelled_bound_is_below_log_p_x(of_classes):

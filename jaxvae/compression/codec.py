@@ -36,6 +36,7 @@ from jaxvae.compression.latents import Latents, latents_of, program
 from jaxvae.errors import InputError
 from jaxvae.models.protocols import Likelihood
 from jaxvae.models.vae import Params, expected_images
+from jaxvae.validation import expect_unit_interval
 
 # Images at once: with more, the first chunk that is full needs more random bits, or comes later.
 # Convolutions process up to 8 images as one block on any number of devices.
@@ -123,6 +124,11 @@ def decompress(
     header, body = unpack(data)
     if header.model != digest_of_model(params):
         raise InputError("it was compressed by another model: pass that one")
+    if header.image_shape != params.config.image_shape or np.any(body.chunks > _BATCH):
+        raise InputError(
+            f"it is damaged: its images have shape {header.image_shape}, in chunks of up to "
+            f"{body.chunks.max(initial=0)}: expected {params.config.image_shape}, up to {_BATCH}"
+        )
     levels = _levels(params)
     stack = Stack(body.heads, body.words)
     images = np.empty((header.images, *params.config.image_shape), np.uint8)
@@ -248,6 +254,7 @@ def _as_symbols(
     if x.dtype == np.bool_:
         x = x.astype(np.float32)
     expected_images(params, x[:1])
+    expect_unit_interval(x)
     step = 255 // (levels - 1)
     if x.dtype != np.uint8:
         scaled = 255 * x.astype(np.float32)

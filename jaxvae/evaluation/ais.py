@@ -30,7 +30,7 @@ from jaxvae.models.distributions import UnitGaussian
 from jaxvae.models.protocols import Likelihood, Prior
 from jaxvae.models.vae import Labels, Params, expected_images, expected_labels, prior
 from jaxvae.objectives import example_keys, numbered_keys
-from jaxvae.validation import AnyKey, jit, scale_images, whole_number
+from jaxvae.validation import AnyKey, as_floats, jit, support_of, whole_number
 
 _STEEPNESS = 4.0  # of the sigmoidal schedule
 _ACCEPTANCE = 0.65  # acceptance rate to which step sizes are adapted
@@ -51,14 +51,14 @@ class Sandwich(NamedTuple):
 
     lower: Float[Array, " n"]
     upper: Float[Array, " n"]
-    images: Float[Array, "n height width channels"]
+    images: Float[Array, " n *shape"]
 
 
 @jit(static_argnames=("num_steps", "num_chains", "num_leapfrog"))
 def ais(
     params: Params,
     key: AnyKey,
-    images: Num[ArrayLike, "batch height width channels"],
+    images: Num[ArrayLike, " batch *shape"],
     num_steps: int = 1000,
     labels: Labels = None,
     *,
@@ -100,7 +100,8 @@ def ais(
     """
     images = expected_images(params, images)
     labels = expected_labels(params, labels, len(images))
-    chains = _Chains(*_densities(params), scale_images(images), labels, params, num_leapfrog)
+    x = as_floats(support_of(params), images)
+    chains = _Chains(*_densities(params), x, labels, params, num_leapfrog)
     betas = sigmoidal_schedule(num_steps, chains.dtype)
     lower, _ = chains.lower_bound(example_keys(key, len(images)), num_chains, betas)
     return lower
@@ -124,6 +125,10 @@ def bidirectional_ais(
     The weights w are those of `ais`. The weights w' are of chains from the posterior to the prior,
     which start at the latents z from which the image was generated: given the image, z is an exact
     sample of p(z|x). The gap between the bounds limits the error of each.
+
+    Counts with a library size are drawn at that `size`, and log p(x) is given their own total. z is
+    then an exact sample of p(z|x) for `poisson`, whose shares do not depend on the size. For the
+    other counts it is not, and the upper bound is approximate.
 
     Args:
       params: the model.
@@ -157,7 +162,7 @@ def bidirectional_ais(
 
     def generate(
         key: Key[Array, ""], z: Float[Array, " latent"], label: Num[Array, "*covariates"] | None
-    ) -> Float[Array, "height width channels"]:
+    ) -> Float[Array, "*shape"]:
         return likelihood(z[None], None if label is None else label[None]).sample(key)[0]
 
     images = jax.vmap(generate)(x_keys, z, labels)
@@ -216,7 +221,7 @@ class _Chains:
 
     prior: Prior
     likelihood: Callable[..., Likelihood]
-    images: Float[Array, "batch height width channels"]
+    images: Float[Array, " batch *shape"]
     labels: Num[Array, " batch *covariates"] | None
     params: Params
     num_leapfrog: int

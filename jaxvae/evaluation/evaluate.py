@@ -28,18 +28,18 @@ from jaxvae.models.distributions import Gaussian
 from jaxvae.models.vae import (
     Labels,
     Params,
-    classify,
     decode,
     encode_observed,
     expected_images,
     expected_labels,
     known_classes,
     labels_of_bound,
+    log_classes,
     prior,
     with_size_of,
 )
 from jaxvae.objectives import draw, elbo, example_keys
-from jaxvae.validation import jit
+from jaxvae.validation import as_floats, jit, support_of
 
 _BLOCK = 1000  # images at once, which bounds memory
 
@@ -186,13 +186,13 @@ def examine(params: Params, key: Key[Array, ""], data: Dataset) -> dict[str, Any
     found["reconstruction_error"] = float(_error(params, posterior.center, images, labels))
     if data.train_labels is None or data.test_labels is None:
         return found
-    known, test_known = data.train_labels >= 0, data.test_labels >= 0
+    test_known = data.test_labels >= 0
     if params.config.classifier and test_known.any():
-        wrong = jnp.argmax(classify(params, images), axis=1) != data.test_labels
+        wrong = jnp.argmax(log_classes(params, images), axis=1) != data.test_labels
         found["classification_error"] = float(np.mean(wrong[test_known]))
-    if test_known.any() and known.any() and np.ptp(data.train_labels[known]) > 0:
-        rows = np.flatnonzero(known)
-        rows = rows[probed(data.train_labels[rows])]
+    rows = np.flatnonzero(data.train_labels >= 0)
+    rows = rows[probed(data.train_labels[rows])]  # without a class that is rare, there may be one
+    if test_known.any() and len(np.unique(data.train_labels[rows])) > 1:
         train_images = jnp.asarray(data.train_images[rows])
         train_labels = None if train_labels is None else train_labels[rows]
         train_mean = encode_observed(params, train_images, train_labels).center
@@ -218,4 +218,4 @@ def _error(
 ) -> Float[Array, ""]:
     """Compute the mean squared error of the decoder's means at z."""
     means = with_size_of(images, decode(params, z, labels)).mean
-    return jnp.nanmean(reconstruction_error(images, means))
+    return jnp.nanmean(reconstruction_error(as_floats(support_of(params), images), means))

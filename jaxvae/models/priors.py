@@ -14,10 +14,12 @@ from jaxvae.models.distributions import GaussianMixture, UnitGaussian
 from jaxvae.models.pixels import sigmoid
 from jaxvae.models.protocols import Learned
 from jaxvae.validation import (
+    as_floats,
     at_least_float32,
     is_image,
     is_of_pixels,
     scale_images,
+    support_of,
     whole_number,
 )
 
@@ -86,7 +88,8 @@ class Mixture:
           Dempster, Laird and Rubin (1977), Maximum Likelihood from Incomplete Data via the EM
           Algorithm. Scott (1992), Multivariate Density Estimation, equation 6.42.
         """
-        posterior = params.model.posterior(params, scale_images(images), labels)
+        x = as_floats(support_of(params), images)
+        posterior = params.model.posterior(params, x, labels)
         draws = -(-self.components // len(images))
         keys = jax.random.split(key, (draws, len(images)))
         z = jnp.concatenate([posterior.sample_and_log_prob(each)[0] for each in keys])

@@ -404,6 +404,11 @@ def sample(
     each = temperature if isinstance(temperature, tuple) else (temperature,)
     if not all(is_number(t) and 0 <= t < math.inf for t in each):
         raise InputError(f"temperature is {shown(temperature)}: expected a number of at least 0")
+    if isinstance(temperature, tuple) and not hasattr(params.model, "groups"):
+        raise InputError(
+            f"temperature has {len(temperature)} numbers, but the model has no groups of latents: "
+            "expected one number, or the network 'ladder'"
+        )
     if params.config.num_classes and labels is None:
         labels = jnp.arange(n) % params.config.num_classes
     p_z: Any = prior(params)

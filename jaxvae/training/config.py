@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any, ClassVar, no_type_check
 
 import optax
@@ -147,4 +148,5 @@ def labelled_slots(config: TrainConfig, objective: Any = None) -> int:
       The number, 0 unless the objective has a `labelled_share`.
     """
     chosen = config.objective if objective is None else objective
-    return math.ceil(getattr(chosen, "labelled_share", 0) * config.batch_size)
+    share = Fraction(str(getattr(chosen, "labelled_share", 0)))  # 0.07 * 100 is above 7 in floats
+    return math.ceil(share * config.batch_size)

@@ -31,6 +31,10 @@ ELEMENTWISE = (
     "rmsprop", "rprop", "sgd", "sign_sgd", "signum", "yogi",
 )  # fmt: skip
 
+# Arrays of several axes that are not kernels: the biases of attention, [heads, features], and the
+# vectors of vector quantization, which stay as they are.
+_NO_KERNELS = ("bias", "vectors")
+
 # Options of optax's schedules that are learning rates.
 _VALUES = {"init_value", "peak_value", "end_value", "value"}
 
@@ -318,6 +322,7 @@ def _kernels(params: P) -> P:
 
     def is_kernel(path: Any, x: Any) -> bool:
         part = getattr(path[0], "name", "") if path else ""
-        return x.ndim > 1 and part not in ("prior", "likelihood")
+        name = getattr(path[-1], "key", "") if path else ""
+        return x.ndim > 1 and part not in ("prior", "likelihood") and name not in _NO_KERNELS
 
     return jax.tree_util.tree_map_with_path(is_kernel, params)

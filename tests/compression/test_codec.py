@@ -156,6 +156,11 @@ def test_an_invented_file_is_refused_before_memory_is_allocated(compressed):
         decompress(params, pack(header, body._replace(heads=body.heads[:0])))
     with refused("it is damaged"):
         decompress(params, with_checksum(data[:-5]))
+    with refused("it is damaged: its images have shape (1, 1, 1)", f"expected {SHAPE}"):
+        decompress(params, pack(header._replace(image_shape=(1, 1, 1)), body))
+    chunk = np.array([header.images], np.uint8)
+    with refused("it is damaged", f"in chunks of up to {header.images}: expected", ", up to 8"):
+        decompress(params, pack(header, body._replace(chunks=chunk)))
 
 
 def test_another_model_is_refused(compressed):
@@ -206,6 +211,9 @@ def test_models_and_images_that_cannot_be_compressed_are_refused():
     levels = params_of(likelihood="discretized_logistic")
     with refused("images are of type float32, and not all pixels are levels k / 255"):
         compress(levels, grey / np.float32(254))
+    for outside in (-1 / 255, 2, np.nan):
+        with refused("images have", "expected floats between 0 and 1, or uint8 from 0 to 255"):
+            compress(levels, np.full((2, *SHAPE), outside, np.float32))
     with refused("images are of type int64"):
         compress(levels, grey.astype(np.int64))
     with refused("images have shape"):

@@ -256,6 +256,16 @@ def test_double_precision_is_kept():
         assert found.dtype == jnp.float64
 
 
+def test_counts_are_not_scaled():
+    config = jaxvae.ModelConfig((2, 3, 1), 1, network="mlp:width=4", likelihood="poisson:size=0")
+    params, x = jaxvae.init(KEY, config), np.random.default_rng(0).poisson(3, (2, 2, 3, 1))
+    log_p_x = [
+        ais(params, KEY, x.astype(dtype), 1, num_chains=3, num_leapfrog=1)
+        for dtype in (np.uint8, np.int32, np.float32)
+    ]
+    np.testing.assert_allclose(log_p_x, [log_p_x[2]] * 3)
+
+
 def test_codes_are_refused():
     params = small(prior="uniform_codes", posterior="fsq:levels=3x2")
     for bound in (partial(ais, images=IMAGES), partial(bidirectional_ais, n=2)):

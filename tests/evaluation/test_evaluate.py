@@ -85,11 +85,26 @@ def test_what_is_examined_is_of_the_test_images_and_their_labels(images):
     assert probe._asdict().items() <= found.items()
 
 
+def test_the_reconstruction_error_of_counts_is_of_their_values():
+    config = jaxvae.ModelConfig((2, 3, 1), 1, network="mlp:width=4", likelihood="poisson:size=0")
+    params, x = jaxvae.init(jax.random.key(0), config), np.full((4, 2, 3, 1), 7, np.uint8)
+    found = evaluate.examine(params, jax.random.key(1), Dataset(x, None, x, None))
+    error = np.mean((7 - np.float64(jaxvae.reconstruct(params, x))) ** 2)
+    assert found["reconstruction_error"] == pytest.approx(error, rel=1e-5)
+
+
 @pytest.mark.parametrize("labels", [None, np.full(64, 7)], ids=["no labels", "one class"])
 def test_without_two_classes_there_is_nothing_to_tell_apart(images, labels, params):
     found = evaluate.examine(params, jax.random.key(1), dataset(images, labels))
     names = {"mutual_information", "marginal_kl", "active_units", "reconstruction_error"}
     assert set(found) == names
+
+
+def test_there_is_no_probe_without_a_second_class_among_its_images(images, params, monkeypatch):
+    monkeypatch.setattr(metrics, "_PROBED", 16)
+    labels = np.where(np.arange(64) == 63, 1, 0)
+    found = evaluate.examine(params, jax.random.key(1), dataset(images, labels))
+    assert "nearest_neighbors" not in found
 
 
 def test_a_flow_has_no_density_to_take_the_kl_apart(images):
@@ -168,3 +183,11 @@ def test_the_classification_error_is_that_of_the_test_images_with_a_label(of_cla
     labels = np.where([True, True, False, True, False], [y[0], (y[1] + 1) % 3, 0, y[3], 0], -1)
     found = evaluate.examine(of_classes, jax.random.key(1), Dataset(X, labels, X, labels))
     assert found["classification_error"] == pytest.approx(1 / 3)
+
+
+def test_test_images_with_missing_entries_are_classified_too(of_classes):
+    x = X.copy()
+    x[0, 1] = np.nan
+    y = np.argmax(jaxvae.classify(of_classes, np.nan_to_num(x)), axis=1)
+    found = evaluate.examine(of_classes, jax.random.key(1), Dataset(X, y, x, y))
+    assert found["classification_error"] == 0

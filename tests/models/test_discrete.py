@@ -378,7 +378,7 @@ def test_training_by_the_elbo_takes_relaxed_samples_unless_straight_through():
     loss, of_relaxed = objective(relaxed, KEY, IMAGES)
     assert np.all(np.abs(of_relaxed.log_likelihood - terms.log_likelihood) > 1e-6)
     np.testing.assert_allclose(of_relaxed.kl, terms.kl, rtol=1e-6)
-    with refused("'iwae' weights samples by log q(z|x)", "straight_through=true"):
+    with refused("this objective weights samples by log q(z|x)", "straight_through=true"):
         OBJECTIVES.parse("iwae")(relaxed, KEY, IMAGES)
     loss, _ = OBJECTIVES.parse("iwae:num_samples=4")(hard, KEY, IMAGES)
     assert np.isfinite(loss).all()

@@ -350,6 +350,9 @@ def test_the_temperature_scales_the_noise_of_each_group():
     assert jaxvae.sample(params, KEY, 3, temperature=(1.0, 0.5, 0.0)).shape == (3, *SHAPE)
     with refused("temperature has 2 numbers: expected one, or one for each of the 3 groups"):
         jaxvae.sample(params, KEY, 3, temperature=(1.0, 0.5))
+    plain = jaxvae.init(KEY, jaxvae.ModelConfig(SHAPE, network="mlp:width=4"))
+    with refused("temperature has 2 numbers, but the model has no groups", "expected one number"):
+        jaxvae.sample(plain, KEY, 3, temperature=(1.0, 0.5))
 
 
 def test_a_conditional_ladder_uses_the_classes():

@@ -188,6 +188,16 @@ def test_a_mixture_starts_from_the_latents(fields, components):
     assert distance < 6 * jnp.sqrt(3 / components)
 
 
+def test_a_mixture_starts_from_the_latents_of_counts_that_are_not_scaled():
+    config = ModelConfig((2, 2, 1), 1, network="mlp:width=4", likelihood="poisson:size=0")
+    params, counts = jaxvae.init(KEY, config), np.random.default_rng(0).poisson(3, (9, 2, 2, 1))
+    of_bytes, of_floats = (
+        Mixture(2).init_from(KEY, params, jnp.asarray(counts, dtype), None)
+        for dtype in (jnp.uint8, jnp.float32)
+    )
+    np.testing.assert_allclose(of_bytes["mean"], of_floats["mean"])
+
+
 def test_a_vamp_prior_starts_from_images():
     images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 1), np.uint8)
     config = ModelConfig((8, 8, 1), 2, network="mlp:width=8", prior=Vamp(6))

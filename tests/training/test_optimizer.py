@@ -202,6 +202,20 @@ def test_weight_decay_spares_all_but_the_kernels_of_the_networks(name):
     assert params.likelihood
 
 
+def test_weight_decay_spares_biases_of_attention_and_the_fixed_vectors_of_codes():
+    model = replace(SMALL, latent_dim=4, prior="uniform_codes", posterior="vq:codes=4,dim=2")
+    params = jaxvae.init(jax.random.key(0), model)
+    attention = {"query": {"bias": jnp.ones((2, 3)), "kernel": jnp.ones((4, 2, 3))}}
+    params = replace(params, encoder={**params.encoder, **attention})
+    update = optimizer(jaxvae.TrainConfig(optimizer="adamw:weight_decay=0.1"))
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    changes, _ = update.update(zeros, update.init(params), params)
+    for changed in (changes.posterior["kernel"], changes.encoder["query"]["kernel"]):
+        assert np.any(changed)
+    for same in (changes.posterior["vectors"], changes.encoder["query"]["bias"]):
+        assert not np.any(same)
+
+
 # Objects of optax
 
 

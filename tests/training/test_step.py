@@ -252,6 +252,11 @@ def test_few_labelled_images_are_repeated_equally_often_in_every_batch():
     assert times[labels < 0].sum() == 84
 
 
+def test_a_share_that_is_a_whole_number_of_images_is_not_rounded_up():
+    labels = np.where(np.arange(100) < 3, 0, -1)
+    assert np.sum(labels[batches_of_m2(labels, 100, 0.07)] >= 0) == 7
+
+
 def test_labelled_images_that_are_frequent_enough_are_distributed_evenly_once():
     labels = np.where(np.arange(100) % 3, -1, 1)  # 34 of 100 for six batches
     batches = batches_of_m2(labels)
