@@ -293,6 +293,11 @@ class _ManyModels:
         self._checkpoints = [
             stack.enter_context(open_checkpoints(folder)) for folder in self._folders
         ]
+        # A kill may have left models ahead of the others, and Orbax writes no earlier steps.
+        for checkpoints in self._checkpoints:
+            for step in checkpoints.all_steps():
+                if saved is None or step > saved:
+                    checkpoints.delete(step)
         self.begun: tuple[loop.Sums, float] = ({}, 0.0)
         if saved is None:
             ones = [directory.first_state(key, self.config, data) for key in train_keys]

@@ -232,6 +232,22 @@ def test_sigterm_saves_every_model_in_mid_epoch(tmp_path, npz, monkeypatch):
             np.testing.assert_array_equal(a, b)
 
 
+def test_a_model_that_a_kill_left_ahead_is_saved_at_earlier_steps(tmp_path, npz, monkeypatch):
+    """Killed between two models' checkpoints, and after that stopped at an earlier step."""
+    monkeypatch.setattr(sweep, "_IMAGES_PER_DISPATCH", 128)  # a step of both models
+    flags = {"data": str(npz), "network": NETWORK, "batch_size": 64, "epochs": 1}
+    models = sweep.configured(flags, 2)
+    data = load_run_data(next(iter(models.values())))
+    models = sweep.start(tmp_path, models, data, resume=False)
+    with pytest.raises(Preempted, match="saved after step 5"):
+        sweep.train(tmp_path, models, data, callbacks=[SignalAt(5)])
+    shutil.rmtree(tmp_path / "seed-1" / "checkpoints")
+    for step in (3, 4):
+        with pytest.raises(Preempted, match=f"saved after step {step}"):
+            sweep.train(tmp_path, models, data, callbacks=[SignalAt(3 if step == 3 else 1)])
+        assert {int(jaxvae.restore(tmp_path / name).step) for name in models} == {step}
+
+
 def test_models_are_saved_from_the_host(tmp_path, npz, monkeypatch):
     """A slice of what several devices share would be a program in which they wait."""
     written = []
