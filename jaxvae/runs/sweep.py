@@ -197,11 +197,13 @@ def start(
     refuse_links(*(run_dir / name for name in fitted))
     directory.make_directory(run_dir)
     with locked(run_dir):
+        if not resume:  # again, as another training may have started there meanwhile
+            directory.expect_no_run(run_dir)
         all_of_them = {name: fitted.get(name, config) for name, config in models.items()}
         recorded = {name: config.to_dict() for name, config in all_of_them.items()}
         write_json(run_dir / "sweep.json", {"jaxvae": version(), **recorded})
         for name, config in fitted.items():
-            directory.write_config(run_dir / name, config)
+            directory.write_config(run_dir / name, config, new=not resume)
     return all_of_them
 
 

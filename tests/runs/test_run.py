@@ -791,6 +791,28 @@ def test_a_run_is_not_started_over_another(finished, npz):
     assert (run_dir / "config.json").read_text() == before
 
 
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_of_two_runs_that_start_at_once_the_first_has_the_directory(
+    tmp_path, npz, monkeypatch, seeds
+):
+    """Another one starts after this one has found the directory free."""
+    first, second = (configured({"data": str(npz), "seed": seed}) for seed in (1, 2))
+    data = load_run_data(first)
+
+    def meanwhile(*_):
+        monkeypatch.undo()
+        directory.start(tmp_path, first, data, resume=False)
+
+    monkeypatch.setattr(directory, "check_first_step", meanwhile)
+    with refused(f"{tmp_path} already holds a run"):
+        if seeds == 1:
+            directory.start(tmp_path, second, data, resume=False)
+        else:
+            sweep.start(tmp_path, {"a": first, "b": second}, data, resume=False)
+    assert read_config(tmp_path).seed == 1
+    assert not (tmp_path / "sweep.json").exists()
+
+
 def test_a_batch_larger_than_the_data_leaves_no_directory(tmp_path, npz):
     with pytest.raises(jaxvae.InputError, match="batch_size is 513: expected at most"):
         trained(tmp_path / "run", {"data": str(npz), "batch_size": 513})
