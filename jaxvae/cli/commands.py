@@ -292,7 +292,7 @@ def _config_and_data(options: argparse.Namespace) -> tuple[Any, Any]:
 
     config = read_config(options.run, **_own(options))
     data = load_run_data(config, options.data)
-    warn_of_other_data(options.run, config, data)
+    warn_of_other_data(options.run, config, data, options.data)
     return config, data
 
 

@@ -239,16 +239,19 @@ def difference(record: DataRecord, trained_on: DataRecord) -> str | None:
     return f"it also has {now}, but with other pixels or labels"
 
 
-def warn_of_other_data(run_dir: Path, config: RunConfig, data: Dataset) -> None:
+def warn_of_other_data(
+    run_dir: Path, config: RunConfig, data: Dataset, typed: str | None = None
+) -> None:
     """Warn, with the category `OtherData`, if a run was not trained on this data set.
 
     Args:
       run_dir: the run directory.
       config: the configuration of the run.
       data: the data set.
+      typed: its name or path, if it is not the recorded one.
     """
     if config.data_seen and (found := difference(describe(data), config.data_seen[-1])):
-        subject = "this" if config.data == IN_PYTHON else config.data
+        subject = typed or ("this" if config.data == IN_PYTHON else config.data)
         warnings.warn(
             f"{subject} is not the data set that {run_dir} was trained on: {found}",
             OtherData,

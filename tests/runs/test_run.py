@@ -628,6 +628,9 @@ def test_a_measurement_on_other_data_says_so(finished, tmp_path, npz):
     (run_dir / "config.json").write_text(json.dumps(config.to_dict()))
     with pytest.warns(OtherData, match=f"{other} is not the data set that {run_dir} was trained"):
         evaluation.measure(run_dir, num_samples=2)
+    third = shutil.copy(other, tmp_path / "third.npz")
+    with pytest.warns(OtherData, match=f"{third} is not the data set that {run_dir} was trained"):
+        evaluation.measure(run_dir, num_samples=2, data_name=str(third))
 
 
 def test_a_run_of_many_choices_goes_on_bit_for_bit(conditional, tmp_path, npz):
