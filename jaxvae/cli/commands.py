@@ -553,6 +553,11 @@ def _expect_ending(path: Path, ends: tuple[str, ...], shape: tuple[int, ...] = (
         listed = f"{', '.join(ends[:-1])} or {ends[-1]}" if len(ends) > 1 else ends[0]
         reason = f", as the examples have shape {shape}" if shape and not is_image(shape) else ""
         raise InputError(f"--out is {path}: expected a file name ending in {listed}{reason}")
+    _expect_folder_of(path)
+
+
+def _expect_folder_of(path: Path) -> None:
+    """Raise InputError unless a file to write has a folder, before it is computed."""
     if not path.parent.is_dir():
         raise InputError(
             f"--out is {path}, which cannot be written: there is no folder {path.parent}; make it "
@@ -716,6 +721,7 @@ def _compress(options: argparse.Namespace) -> None:
     from jaxvae.runs.progress import counting, working
 
     config = read_config(options.run, **_own(options))
+    _expect_folder_of(options.out)
     data = load_run_data(config, options.data)
     images = examples_of(data, config, options.split)[0][:]
     params = _params(options)
@@ -741,10 +747,12 @@ def _compress(options: argparse.Namespace) -> None:
 
 def _decompress(options: argparse.Namespace) -> None:
     from jaxvae.compression import decompress
-    from jaxvae.data.files import write_images
+    from jaxvae.data.files import expect_free, write_images
     from jaxvae.runs.progress import counting
     from jaxvae.storage import read_bytes
 
+    _expect_folder_of(options.out)
+    expect_free(options.out)
     content = read_bytes(options.file)
     try:
         with counting("decompressing") as progress:
@@ -803,6 +811,7 @@ def _explore(options: argparse.Namespace) -> None:
     if out.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"--out is {out}: expected a file name ending in .html")
     _, data = _config_and_data(options)
+    _expect_folder_of(out)
     with working("writing the page"):
         explorer.write(out, _params(options), data, options.run.resolve().name)
     print(out)

@@ -834,6 +834,13 @@ WRONG = {
         "expected a file name ending in .html",
     ),
     "explore no run": ("explore {tmp}", "is not a run directory"),
+    "explore nowhere": ("explore {run} --out {tmp}/no/a.html", "written: there is no folder"),
+    "compress nowhere": ("compress {run} --out {tmp}/no/a", "which cannot be written: there is no"),
+    "decompress nowhere": ("decompress {run} {npz} --out {tmp}/no/a.npz", "there is no folder"),
+    "decompress over files": (
+        "decompress {run} {npz} --out {tmp}",
+        "exists already: expected a new folder, or a file name ending in .npz or .npy",
+    ),
     "summary of no run": ("summary {npz}", "is not a run directory"),
 }
 
