@@ -535,6 +535,11 @@ def _sampled_covariates(options: argparse.Namespace, params: Any, seed: int) -> 
             raise InputError(
                 "--covariates was given, but the model has no covariates: leave it out"
             )
+        if options.data is not None:
+            raise InputError(
+                "--data was given, of which samples take the covariates, but the model has none: "
+                "leave it out"
+            )
         return None
     _, data = _config_and_data(options)
     known = data.conditions(params.config, "train")

@@ -814,6 +814,10 @@ WRONG = {
         "expected a file name ending in .png",
     ),
     "sample nowhere": ("sample {run} --n 1 --out {tmp}/no/a.png", "cannot be written"),
+    "sample of data": (
+        "sample {run} --n 1 --out {tmp}/a.png --data {npz}",
+        "--data was given, of which samples take the covariates, but the model has none: leave it",
+    ),
     "sample of no run": ("sample {tmp} --n 1 --out {tmp}/a.png", "is not a run directory"),
     "figures of no run": ("figures {tmp}/none", "is not a run directory"),
     "export nothing": ("export {tmp} --to safetensors", "holds no checkpoint"),
