@@ -223,6 +223,10 @@ def _train(options: argparse.Namespace) -> None:
         raise InputError(
             f"--tensorboard is for a single model, but {len(models)} are trained: leave it out"
         )
+    if len(models) > 1 and any(config.fsdp for config in models.values()):
+        raise InputError(
+            f"--fsdp is for a single model, but {len(models)} are trained: leave it out"
+        )
     progress = Progress()
     callbacks: list[Any] = [progress]
     if options.profile:

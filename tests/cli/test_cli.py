@@ -686,6 +686,10 @@ WRONG = {
         "train --data {npz} --seeds 2 --tensorboard --run-dir {tmp}/x",
         "--tensorboard is for a single model, but 2 are trained: leave it out",
     ),
+    "shards of many": (
+        "train --data {npz} --seeds 2 --fsdp --run-dir {tmp}/x",
+        "--fsdp is for a single model, but 2 are trained: leave it out",
+    ),
     "figures of many": ("figures {many}", "is a sweep: expected"),
     "negative seed": ("train --seed -1", "seed is -1: expected at least 0"),
     "large batch": ("train --data {npz} --batch-size 1000", "batch_size is 1000: expected at most"),
