@@ -27,7 +27,7 @@ from jaxvae.errors import (
     Preempted,
     TrainingFailed,
 )
-from jaxvae.runs.files import as_argument, resume_command
+from jaxvae.runs.files import as_argument, resume_command, typed_again
 from jaxvae.storage import write_atomic
 from jaxvae.validation import is_image
 
@@ -312,14 +312,19 @@ def _print_next_steps(
       images: whether the model is of images.
     """
     whole, one = as_argument(run_dir), as_argument(run_dir / model)
+    of_model, again = (
+        typed_again(run_dir / model, parts) for parts in (("model",), ("data", "model"))
+    )
     print(f"{len(figures)} figures; the first: {figures[0]}", file=sys.stderr)
     name = _program_name()
-    explore = {f"{name} explore {one}": "write an interactive latent-space explorer"}
-    sample = f"{name} sample {one} --n 64 --out samples.{'png' if images else 'npz'}"
+    explore = {f"{name} explore {one}{again}": "write an interactive latent-space explorer"}
+    sample = f"{name} sample {one}{of_model} --n 64 --out samples.{'png' if images else 'npz'}"
     lines = (explore if images else {}) | {
-        f"{name} evaluate {one}": "print test ELBO, log p(x) and other metrics",
+        f"{name} evaluate {one}{again}": "print test ELBO, log p(x) and other metrics",
         sample: f"draw new {'images' if images else 'examples'}",
-        f"{name} train --resume --run-dir {whole} --epochs N": "continue training to N epochs",
+        f"{name} train --resume --run-dir {whole}{typed_again(run_dir)} --epochs N": (
+            "continue training to N epochs"
+        ),
     }
     width = max(map(len, lines))
     for line, says in lines.items():

@@ -20,8 +20,6 @@ from jaxvae.training.config import TrainConfig
 from jaxvae.training.optimizer import ELEMENTWISE
 from jaxvae.validation import expect_bool, whole_number
 
-IN_PYTHON = "python"  # the name of data that were passed as arrays
-
 
 @dataclass(frozen=True)
 class DataRecord(Config):
@@ -406,7 +404,11 @@ def _with_flags(config: RunConfig, flags: Mapping[str, Any]) -> RunConfig:
     for name in ("data", "data_dir", "manual_dir", "start_from"):
         # A run may be resumed from another working directory.
         path = top.get(name)
-        if isinstance(path, str) and Path(path).exists() and not (name == "data" and is_named(path)):
+        if (
+            isinstance(path, str)
+            and Path(path).exists()
+            and not (name == "data" and is_named(path))
+        ):
             top[name] = str(Path(path).resolve())
     model = replace(config.model, **own(ModelConfig))
     return replace(config, model=model, train=replace(config.train, **own(TrainConfig)), **top)

@@ -16,8 +16,8 @@ from jaxvae.data.covariates import Covariate, Covariates
 from jaxvae.errors import InputError, OtherData
 from jaxvae.models.config import ModelConfig
 from jaxvae.models.likelihoods import binarize
-from jaxvae.runs.config import IN_PYTHON, DataRecord, RunConfig
-from jaxvae.runs.files import read_json
+from jaxvae.runs.config import DataRecord, RunConfig
+from jaxvae.runs.files import IN_PYTHON, read_json
 from jaxvae.training.config import labelled_slots
 from jaxvae.validation import expect_support, is_image, scale_images
 

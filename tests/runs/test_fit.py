@@ -14,8 +14,8 @@ import jaxvae
 from jaxvae.data import Dataset, load_dataset
 from jaxvae.errors import OtherData, Preempted, TrainingFailed
 from jaxvae.runs import directory, evaluation, fit, loop, sweep
-from jaxvae.runs.config import IN_PYTHON, RunConfig, read_config, resumed, run_keys
-from jaxvae.runs.files import read_metrics
+from jaxvae.runs.config import RunConfig, read_config, resumed, run_keys
+from jaxvae.runs.files import IN_PYTHON, read_metrics
 from jaxvae.training.optimizer import SCHEDULES
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
