@@ -251,7 +251,9 @@ def _train(options: argparse.Namespace) -> None:
                 (config,) = models.values()
                 paths = _train_one(run_dir, config, data, start, callbacks)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"; resume with: {resume_command(run_dir)}") from None
+            started = any((run_dir / name).exists() for name in ("config.json", "sweep.json"))
+            remedy = f"; resume with: {resume_command(run_dir)}" if started else ""
+            raise KeyboardInterrupt(remedy) from None
     if paths:
         lost = sweep.diverged(run_dir, models) if len(models) > 1 else []
         model = next(name for name in models if name not in lost)

@@ -570,6 +570,10 @@ def test_an_interrupted_training_says_how_to_go_on(npz, tmp_path, capsys, monkey
     assert main(["train", "--data", str(npz), "--run-dir", str(path)]) == 1
     expected = f"jaxvae: interrupted; resume with: jaxvae train --resume --run-dir {path}"
     assert capsys.readouterr().err.splitlines()[-1] == expected
+    monkeypatch.setattr("jaxvae.runs.directory.check_first_step", interrupt)
+    assert main(["train", "--data", str(npz), "--run-dir", str(tmp_path / "none")]) == 1
+    assert capsys.readouterr().err == "jaxvae: interrupted\n"
+    assert not (tmp_path / "none").exists()
 
 
 COUNT = """
