@@ -79,13 +79,25 @@ def configured(
       The configurations by the names of the models, at least one.
 
     Raises:
-      InputError: an unknown field, a wrong value, or too many models.
+      InputError: an unknown field, a wrong value, too many models, or several learning rates or
+        betas that an optimizer or objective of the user's own would not use.
     """
     if seeds < 1:
         raise InputError(f"--seeds is {seeds}: expected at least 1")
     several = ("learning_rate", "beta")
     base = run_config.configured({n: x for n, x in flags.items() if n not in several}, base)
     choices = {name: flags.get(name, [getattr(base.train, name)]) for name in several}
+    own_rate = isinstance(base.train.optimizer, optax.GradientTransformation)
+    own_loss = not hasattr(base.train.objective, "across_batch")
+    for name, part, own in (
+        ("learning_rate", "optimizer", own_rate),
+        ("beta", "objective", own_loss),
+    ):
+        if own and len(choices[name]) > 1:
+            raise InputError(
+                f"{as_flag(name)} has several values, but the {part} is your own, which does not "
+                f"use it: expected one; leave {as_flag(name)} out"
+            )
     for name, values in choices.items():
         if len(set(values)) < len(values):
             raise InputError(f"{as_flag(name)} has a repeated value: expected each value once")

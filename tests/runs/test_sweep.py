@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
 from conftest import OnDisk, OwnDecoder, OwnEncoder, SignalAt, refused
 
@@ -291,6 +292,22 @@ def test_more_models_than_the_machine_can_hold_are_refused(tmp_path, npz, monkey
     with refused("3 models need 0 GB for parameters and optimizer state"):
         sweep.start(tmp_path / "run", models, data, resume=False)
     assert not (tmp_path / "run").exists()
+
+
+def own_loss(params, key, images, labels=None):
+    terms = jaxvae.elbo(params, key, images, labels)
+    return -terms.value, terms
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [("learning_rate", {"optimizer": optax.sgd(1e-3)}), ("beta", {"objective": own_loss})],
+)
+def test_values_that_no_model_would_use_are_refused(name, own):
+    flag = "--" + name.replace("_", "-")
+    with refused(f"{flag} has several values, but the {next(iter(own))} is your own"):
+        sweep.configured({name: [1.0, 2.0], **own})
+    assert len(sweep.configured({name: [1.0], **own}, 2)) == 2
 
 
 def test_a_sweep_goes_on_with_its_own_data_alone(tmp_path, npz):
