@@ -838,7 +838,8 @@ def _summary(options: argparse.Namespace) -> None:
     from jaxvae.models.summary import summary
     from jaxvae.runs.config import read_config
 
-    print(summary(read_config(options.run).model if options.run else ModelConfig()))
+    own = _own(options)
+    print(summary(read_config(options.run, **own).model if options.run else ModelConfig(**own)))
 
 
 def _benchmark(options: argparse.Namespace) -> None:

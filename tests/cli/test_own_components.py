@@ -164,6 +164,7 @@ def test_a_prior_with_options_is_trained_and_named_again_by_each_command(
         "figures": [run],
         "export": [run, "--to", "safetensors", "--out", tmp_path / "export"],
         "explore": [run],
+        "summary": [run],
     }
     del sys.modules["mine_vae"]
     module.unlink()
