@@ -258,7 +258,9 @@ def _train(options: argparse.Namespace) -> None:
         lost = sweep.diverged(run_dir, models) if len(models) > 1 else []
         model = next(name for name in models if name not in lost)
         images = is_image(data.train_images.shape[1:])
-        _print_next_steps(run_dir, model if len(models) > 1 else "", paths, images=images)
+        patience = models[model].train.patience
+        name = model if len(models) > 1 else ""
+        _print_next_steps(run_dir, name, paths, images=images, patience=patience)
 
 
 def _flags(options: argparse.Namespace) -> dict[str, Any]:
@@ -303,7 +305,7 @@ def _config_and_data(options: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def _print_next_steps(
-    run_dir: Path, model: str, figures: list[Path], *, images: bool = True
+    run_dir: Path, model: str, figures: list[Path], *, images: bool = True, patience: int = 0
 ) -> None:
     """Print the number of figures and the next commands.
 
@@ -312,6 +314,7 @@ def _print_next_steps(
       model: subfolder of the sweep.
       figures: paths of the figures.
       images: whether the model is of images.
+      patience: that of the training, which may have ended it.
     """
     whole, one = as_argument(run_dir), as_argument(run_dir / model)
     of_model, again = (
@@ -324,9 +327,8 @@ def _print_next_steps(
     lines = (explore if images else {}) | {
         f"{name} evaluate {one}{again}": "print test ELBO, log p(x) and other metrics",
         sample: f"draw new {'images' if images else 'examples'}",
-        f"{name} train --resume --run-dir {whole}{typed_again(run_dir)} --epochs N": (
-            "continue training to N epochs"
-        ),
+        f"{name} train --resume --run-dir {whole}{typed_again(run_dir)} --epochs N"
+        + " --patience 0" * bool(patience): "continue training to N epochs",
     }
     width = max(map(len, lines))
     for line, says in lines.items():

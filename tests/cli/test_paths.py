@@ -42,6 +42,12 @@ def test_what_a_training_says_to_try_next_works_in_a_shell(capsys):
         assert Path(run) == Path(NAME)
 
 
+def test_a_training_that_patience_may_have_ended_goes_on_without(tmp_path, capsys):
+    _print_next_steps(tmp_path, "", [Path("a.png")], patience=3)
+    command = capsys.readouterr().err.splitlines()[-1].split("  ")[1]
+    assert command.endswith("--epochs N --patience 0")
+
+
 def test_an_interrupted_training_says_how_to_go_on_in_a_shell(train, tmp_path, capsys, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
