@@ -9,9 +9,11 @@ A run counts once `jaxvae evaluate` has measured it.
 import json
 import os
 import platform
+import shlex
 import sys
 from pathlib import Path
 
+from jaxvae.cli.parser import config_fields
 from jaxvae.devices.sharding import cores
 from jaxvae.runs.config import RunConfig, as_flag, read_config
 from jaxvae.runs.files import read_metrics
@@ -29,23 +31,11 @@ COLUMNS = {
 
 def command(config: RunConfig) -> str:
     """The command line that makes a run, without its directory."""
-    words = ["jaxvae train", "--data", Path(config.data).name]
+    words = ["jaxvae train", "--data", name_of(config.data)]
     own, plain = (
         {**c.to_dict(), **c.model.to_dict(), **c.train.to_dict()} for c in (config, RunConfig())
     )
-    for name in sorted(
-        own.keys()
-        - {
-            "data",
-            "data_dir",
-            "manual_dir",
-            "image_shape",
-            "model",
-            "train",
-            "data_seen",
-            "changes",
-        }
-    ):
+    for name in sorted(config_fields().keys() - {"data", "data_dir", "manual_dir"}):
         value = own[name]
         if value == plain[name]:
             continue
@@ -55,8 +45,13 @@ def command(config: RunConfig) -> str:
         elif isinstance(value, list):
             words += value
         elif value is not True:
-            words.append(str(value))
+            words.append(shlex.quote(str(value)))
     return " ".join(words)
+
+
+def name_of(data: str) -> str:
+    """The data without the folders of this machine."""
+    return data if data.startswith("tfds:") else Path(data).name
 
 
 def machine() -> str:
@@ -72,7 +67,7 @@ def record(run_dir: Path) -> dict:
     lines = read_metrics(run_dir)
     evaluation = json.loads((run_dir / "evaluation.json").read_text())
     if "data" in evaluation:
-        evaluation["data"] = Path(evaluation["data"]).name
+        evaluation["data"] = name_of(evaluation["data"])
     return {
         "command": command(config),
         "seed": config.seed,

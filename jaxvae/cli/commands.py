@@ -27,7 +27,7 @@ from jaxvae.errors import (
     Preempted,
     TrainingFailed,
 )
-from jaxvae.runs.files import as_argument, resume_command
+from jaxvae.runs.files import as_argument, resume_command, typed_again
 from jaxvae.storage import write_atomic
 from jaxvae.validation import is_image
 
@@ -223,6 +223,10 @@ def _train(options: argparse.Namespace) -> None:
         raise InputError(
             f"--tensorboard is for a single model, but {len(models)} are trained: leave it out"
         )
+    if len(models) > 1 and any(config.fsdp for config in models.values()):
+        raise InputError(
+            f"--fsdp is for a single model, but {len(models)} are trained: leave it out"
+        )
     progress = Progress()
     callbacks: list[Any] = [progress]
     if options.profile:
@@ -247,12 +251,16 @@ def _train(options: argparse.Namespace) -> None:
                 (config,) = models.values()
                 paths = _train_one(run_dir, config, data, start, callbacks)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"; resume with: {resume_command(run_dir)}") from None
+            started = any((run_dir / name).exists() for name in ("config.json", "sweep.json"))
+            remedy = f"; resume with: {resume_command(run_dir)}" if started else ""
+            raise KeyboardInterrupt(remedy) from None
     if paths:
         lost = sweep.diverged(run_dir, models) if len(models) > 1 else []
         model = next(name for name in models if name not in lost)
         images = is_image(data.train_images.shape[1:])
-        _print_next_steps(run_dir, model if len(models) > 1 else "", paths, images=images)
+        patience = models[model].train.patience
+        name = model if len(models) > 1 else ""
+        _print_next_steps(run_dir, name, paths, images=images, patience=patience)
 
 
 def _flags(options: argparse.Namespace) -> dict[str, Any]:
@@ -292,12 +300,12 @@ def _config_and_data(options: argparse.Namespace) -> tuple[Any, Any]:
 
     config = read_config(options.run, **_own(options))
     data = load_run_data(config, options.data)
-    warn_of_other_data(options.run, config, data)
+    warn_of_other_data(options.run, config, data, options.data)
     return config, data
 
 
 def _print_next_steps(
-    run_dir: Path, model: str, figures: list[Path], *, images: bool = True
+    run_dir: Path, model: str, figures: list[Path], *, images: bool = True, patience: int = 0
 ) -> None:
     """Print the number of figures and the next commands.
 
@@ -306,16 +314,21 @@ def _print_next_steps(
       model: subfolder of the sweep.
       figures: paths of the figures.
       images: whether the model is of images.
+      patience: that of the training, which may have ended it.
     """
     whole, one = as_argument(run_dir), as_argument(run_dir / model)
+    of_model, again = (
+        typed_again(run_dir / model, parts) for parts in (("model",), ("data", "model"))
+    )
     print(f"{len(figures)} figures; the first: {figures[0]}", file=sys.stderr)
     name = _program_name()
-    explore = {f"{name} explore {one}": "write an interactive latent-space explorer"}
-    sample = f"{name} sample {one} --n 64 --out samples.{'png' if images else 'npz'}"
+    explore = {f"{name} explore {one}{again}": "write an interactive latent-space explorer"}
+    sample = f"{name} sample {one}{of_model} --n 64 --out samples.{'png' if images else 'npz'}"
     lines = (explore if images else {}) | {
-        f"{name} evaluate {one}": "print test ELBO, log p(x) and other metrics",
+        f"{name} evaluate {one}{again}": "print test ELBO, log p(x) and other metrics",
         sample: f"draw new {'images' if images else 'examples'}",
-        f"{name} train --resume --run-dir {whole} --epochs N": "continue training to N epochs",
+        f"{name} train --resume --run-dir {whole}{typed_again(run_dir)} --epochs N"
+        + " --patience 0" * bool(patience): "continue training to N epochs",
     }
     width = max(map(len, lines))
     for line, says in lines.items():
@@ -535,6 +548,11 @@ def _sampled_covariates(options: argparse.Namespace, params: Any, seed: int) -> 
             raise InputError(
                 "--covariates was given, but the model has no covariates: leave it out"
             )
+        if options.data is not None:
+            raise InputError(
+                "--data was given, of which samples take the covariates, but the model has none: "
+                "leave it out"
+            )
         return None
     _, data = _config_and_data(options)
     known = data.conditions(params.config, "train")
@@ -553,6 +571,11 @@ def _expect_ending(path: Path, ends: tuple[str, ...], shape: tuple[int, ...] = (
         listed = f"{', '.join(ends[:-1])} or {ends[-1]}" if len(ends) > 1 else ends[0]
         reason = f", as the examples have shape {shape}" if shape and not is_image(shape) else ""
         raise InputError(f"--out is {path}: expected a file name ending in {listed}{reason}")
+    _expect_folder_of(path)
+
+
+def _expect_folder_of(path: Path) -> None:
+    """Raise InputError unless a file to write has a folder, before it is computed."""
     if not path.parent.is_dir():
         raise InputError(
             f"--out is {path}, which cannot be written: there is no folder {path.parent}; make it "
@@ -716,6 +739,7 @@ def _compress(options: argparse.Namespace) -> None:
     from jaxvae.runs.progress import counting, working
 
     config = read_config(options.run, **_own(options))
+    _expect_folder_of(options.out)
     data = load_run_data(config, options.data)
     images = examples_of(data, config, options.split)[0][:]
     params = _params(options)
@@ -741,10 +765,12 @@ def _compress(options: argparse.Namespace) -> None:
 
 def _decompress(options: argparse.Namespace) -> None:
     from jaxvae.compression import decompress
-    from jaxvae.data.files import write_images
+    from jaxvae.data.files import expect_free, write_images
     from jaxvae.runs.progress import counting
     from jaxvae.storage import read_bytes
 
+    _expect_folder_of(options.out)
+    expect_free(options.out)
     content = read_bytes(options.file)
     try:
         with counting("decompressing") as progress:
@@ -803,6 +829,7 @@ def _explore(options: argparse.Namespace) -> None:
     if out.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"--out is {out}: expected a file name ending in .html")
     _, data = _config_and_data(options)
+    _expect_folder_of(out)
     with working("writing the page"):
         explorer.write(out, _params(options), data, options.run.resolve().name)
     print(out)
@@ -813,7 +840,8 @@ def _summary(options: argparse.Namespace) -> None:
     from jaxvae.models.summary import summary
     from jaxvae.runs.config import read_config
 
-    print(summary(read_config(options.run).model if options.run else ModelConfig()))
+    own = _own(options)
+    print(summary(read_config(options.run, **own).model if options.run else ModelConfig(**own)))
 
 
 def _benchmark(options: argparse.Namespace) -> None:

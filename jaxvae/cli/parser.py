@@ -397,6 +397,9 @@ def make_parser(
     summary = command("summary", "print the layers of a model and their parameter counts")
     summary.add_argument("run", type=Path, nargs="?", metavar="RUN_DIR",
                          help=f"{_RUN_DIR}; default: the default model")  # fmt: skip
+    own = summary.add_argument_group("custom components", _CUSTOM)
+    for name in ModelConfig._registries:
+        own.add_argument(as_flag(name), metavar="PATH[:KEY=VALUE,...]")
     command("benchmark", "compare the speed of the training step with plain Flax")
     completion = command("completion", "print a shell script that completes commands and flags")
     completion.add_argument("shell", choices=SHELLS)

@@ -16,6 +16,7 @@ from jaxvae.data.dataset import (
     as_labels,
     expect_labels,
     expect_no_columns,
+    is_named,
     split_every_tenth,
 )
 from jaxvae.data.pictures import Resize
@@ -153,7 +154,7 @@ def load_dataset(
     if not isinstance(name, str):
         raise InputError(f"the data are {name!r}: expected a name, or a path as a string")
     size = Resize.parse(resize, crop)
-    if name in ("mnist-5k", "mnist") or name.startswith("tfds:"):
+    if is_named(name):
         expect_no_columns(name, label_column=label_column, covariate_columns=covariate_columns)
         data = _load_named(name, data_dir, manual_dir)
     else:

@@ -93,6 +93,11 @@ class Dataset(NamedTuple):
         return None if labels is None else labels.astype(np.int32)
 
 
+def is_named(data: str) -> bool:
+    """Return whether data are named, such as "mnist"; a path of that name is written "./mnist"."""
+    return data in ("mnist-5k", "mnist") or data.startswith("tfds:")
+
+
 def split_every_tenth(images: np.ndarray, labels: np.ndarray | None) -> Dataset:
     """Split off the first image and every tenth after it as test images.
 

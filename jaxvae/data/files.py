@@ -126,6 +126,7 @@ def write_images(path: Path, images: np.ndarray) -> None:
         path cannot be written.
     """
     try:
+        expect_free(path)
         if path.suffix == ".npz":
             write_atomic(path, lambda file: np.savez_compressed(file, images=images))
         elif path.suffix == ".npy":
@@ -136,6 +137,23 @@ def write_images(path: Path, images: np.ndarray) -> None:
         raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
+def expect_free(path: Path) -> None:
+    """Check that `write_images` may write to a path: a file, or a folder without files.
+
+    Args:
+      path: as in `write_images`.
+
+    Raises:
+      InputError: it is a folder with files.
+    """
+    if path.suffix in (".npz", ".npy"):
+        return
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(
+            f"{path} exists already: expected a new folder, or a file name ending in .npz or .npy"
+        )
+
+
 def _write_pictures(folder: Path, images: np.ndarray) -> None:
     from PIL import Image
 
@@ -143,10 +161,6 @@ def _write_pictures(folder: Path, images: np.ndarray) -> None:
         raise InputError(
             f"{folder} is a folder of PNG files, but images have {images.shape[-1]} channels: "
             "expected 1 or 3; choose a file name ending in .npz or .npy"
-        )
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(
-            f"{folder} exists already: expected a new folder, or a file name ending in .npz or .npy"
         )
     part = Path(tempfile.mkdtemp(prefix=".jaxvae-", suffix=".part", dir=folder.parent))
     try:

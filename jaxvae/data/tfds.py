@@ -95,7 +95,7 @@ def load(
             dataset = _decode(builder, name)
             if isinstance(dataset.train_images, np.ndarray):
                 _write_cache(cache, dataset)
-    return dataset
+    return dataset._replace(every_tenth=_held_out(builder) is None)
 
 
 @contextlib.contextmanager
@@ -308,7 +308,7 @@ def _any_host_answers(urls: Iterable[str], timeout: float = _TIMEOUT) -> bool:
 
 def _decode(builder: Any, name: str) -> Dataset:
     features, splits = builder.info.features, builder.info.splits
-    held_out = next((s for s in ("test", "validation") if s in splits), None)
+    held_out = _held_out(builder)
     if "train" not in splits:
         raise InputError(f"{name} has no split train, only {', '.join(splits) or 'none'}")
     try:
@@ -334,6 +334,11 @@ def _decode(builder: Any, name: str) -> Dataset:
             f"cannot read {name}: {_one_line(error)}; if its files are damaged, remove"
             f" {builder.data_dir} to prepare it again"
         ) from error
+
+
+def _held_out(builder: Any) -> str | None:
+    """Return the split of the test images; None: they are every tenth of "train"."""
+    return next((s for s in ("test", "validation") if s in builder.info.splits), None)
 
 
 class _Examples:

@@ -31,8 +31,9 @@ from jaxvae.errors import Damaged, InputError, TrainingFailed
 from jaxvae.interchange.export import WEIGHTS, load_safetensors_with_step
 from jaxvae.models.config import ModelConfig
 from jaxvae.models.vae import Params
-from jaxvae.runs.config import IN_PYTHON, RunConfig, expect_components, read_config
+from jaxvae.runs.config import RunConfig, expect_components, read_config
 from jaxvae.runs.files import (
+    IN_PYTHON,
     NewerVersion,
     cannot_write,
     damaged_name,

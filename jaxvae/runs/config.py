@@ -11,6 +11,7 @@ import jax
 
 from jaxvae.components import Config, expect_known, is_dotted_path
 from jaxvae.data.covariates import Covariate, column_names
+from jaxvae.data.dataset import is_named
 from jaxvae.data.pictures import Resize
 from jaxvae.errors import InputError, either, shown
 from jaxvae.models.config import ModelConfig
@@ -18,8 +19,6 @@ from jaxvae.runs.files import NewerVersion, as_argument, read_json, without_vers
 from jaxvae.training.config import TrainConfig
 from jaxvae.training.optimizer import ELEMENTWISE
 from jaxvae.validation import expect_bool, whole_number
-
-IN_PYTHON = "python"  # the name of data that were passed as arrays
 
 
 @dataclass(frozen=True)
@@ -404,8 +403,13 @@ def _with_flags(config: RunConfig, flags: Mapping[str, Any]) -> RunConfig:
     top = own(RunConfig)
     for name in ("data", "data_dir", "manual_dir", "start_from"):
         # A run may be resumed from another working directory.
-        if isinstance(top.get(name), str) and Path(top[name]).exists():
-            top[name] = str(Path(top[name]).resolve())
+        path = top.get(name)
+        if (
+            isinstance(path, str)
+            and Path(path).exists()
+            and not (name == "data" and is_named(path))
+        ):
+            top[name] = str(Path(path).resolve())
     model = replace(config.model, **own(ModelConfig))
     return replace(config, model=model, train=replace(config.train, **own(TrainConfig)), **top)
 

@@ -16,8 +16,8 @@ from jaxvae.data.covariates import Covariate, Covariates
 from jaxvae.errors import InputError, OtherData
 from jaxvae.models.config import ModelConfig
 from jaxvae.models.likelihoods import binarize
-from jaxvae.runs.config import IN_PYTHON, DataRecord, RunConfig
-from jaxvae.runs.files import read_json
+from jaxvae.runs.config import DataRecord, RunConfig
+from jaxvae.runs.files import IN_PYTHON, read_json
 from jaxvae.training.config import labelled_slots
 from jaxvae.validation import expect_support, is_image, scale_images
 
@@ -239,16 +239,19 @@ def difference(record: DataRecord, trained_on: DataRecord) -> str | None:
     return f"it also has {now}, but with other pixels or labels"
 
 
-def warn_of_other_data(run_dir: Path, config: RunConfig, data: Dataset) -> None:
+def warn_of_other_data(
+    run_dir: Path, config: RunConfig, data: Dataset, typed: str | None = None
+) -> None:
     """Warn, with the category `OtherData`, if a run was not trained on this data set.
 
     Args:
       run_dir: the run directory.
       config: the configuration of the run.
       data: the data set.
+      typed: its name or path, if it is not the recorded one.
     """
     if config.data_seen and (found := difference(describe(data), config.data_seen[-1])):
-        subject = "this" if config.data == IN_PYTHON else config.data
+        subject = typed or ("this" if config.data == IN_PYTHON else config.data)
         warnings.warn(
             f"{subject} is not the data set that {run_dir} was trained on: {found}",
             OtherData,

@@ -84,23 +84,27 @@ def start(
         check_first_step(config, data)
     wait_for_all("run is valid on all processes")
     if is_first():
-        write_config(run_dir, config)
+        write_config(run_dir, config, new=not resume)
     wait_for_all("run directory exists")
     return config
 
 
-def write_config(run_dir: Path, config: RunConfig) -> None:
+def write_config(run_dir: Path, config: RunConfig, *, new: bool = False) -> None:
     """Make the run directory and write config.json.
 
     Args:
       run_dir: the run directory.
       config: the configuration of the run.
+      new: whether the directory must not hold a run yet.
 
     Raises:
-      InputError: another training is running in the directory, or it cannot be written.
+      InputError: another training is running in the directory, or it cannot be written; or as for
+        `expect_no_run`.
     """
     make_directory(run_dir)
     with locked(run_dir):
+        if new:  # again, as another training may have started there meanwhile
+            expect_no_run(run_dir)
         write_json(run_dir / "config.json", {"jaxvae": version(), **config.to_dict()})
 
 

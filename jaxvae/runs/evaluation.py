@@ -71,7 +71,7 @@ def measure(
     began = time.perf_counter()
     config = read_config(run_dir, **own)
     data = load_run_data(config, data_name)
-    warn_of_other_data(run_dir, config, data)
+    warn_of_other_data(run_dir, config, data, data_name)
     # Of images on disk, read only as many as the probes of the latents need.
     rows = np.linspace(
         0, len(data.train_images) - 1, min(len(data.train_images), 10_000), dtype=int
@@ -169,7 +169,7 @@ def measure_bounds(
     began = time.perf_counter()
     config = read_config(run_dir, **own)
     data = load_run_data(config, data_name)
-    warn_of_other_data(run_dir, config, data)
+    warn_of_other_data(run_dir, config, data, data_name)
     params, step = load_with_step(run_dir, which, **own)
     num_images = min(num_images, len(data.test_images))
     images, labels = data.test_images[:num_images], data.conditions(config.model, "test")

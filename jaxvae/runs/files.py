@@ -11,11 +11,12 @@ import shlex
 import socket
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
 
+from jaxvae.components import is_dotted_path
 from jaxvae.errors import ComponentNeeded, Damaged, InputError, TrainingFailed
 from jaxvae.storage import (
     open_regular_itself,
@@ -32,6 +33,8 @@ except ImportError:  # Windows: run directories are not locked there
 
 T = TypeVar("T")
 _LOCK = ".lock"
+IN_PYTHON = "python"  # the name of data that were passed as arrays
+_ANY = "DATA"  # in the place of a name
 _METRICS = {"elbo", "log_likelihood", "kl"}
 
 
@@ -316,7 +319,37 @@ def cannot_write(run_dir: Path, reason: str) -> str:
 
 def resume_command(run_dir: Path) -> str:
     """Return the command that resumes a run."""
-    return f"jaxvae train --resume --run-dir {as_argument(run_dir)}"
+    again = typed_again(run_dir)
+    or_fit = " (or by the same call of jaxvae.fit)" if again.endswith(f" --data {_ANY}") else ""
+    return f"jaxvae train --resume --run-dir {as_argument(run_dir)}{again}{or_fit}"
+
+
+def typed_again(run_dir: Path, parts: Collection[str] = ("data", "model", "train")) -> str:
+    """Return the flags that a command on a run needs, as no command imports what a file names.
+
+    Args:
+      run_dir: the directory of a run or of a sweep; if it cannot be read, there are none.
+      parts: those of the configuration that the command reads.
+
+    Returns:
+      The custom components and data, such as " --prior mypackage.Laplace".
+    """
+    try:
+        content = json.loads(read_bytes(run_dir / "config.json"))
+    except (OSError, ValueError, RecursionError):
+        try:
+            sweep = json.loads(read_bytes(run_dir / "sweep.json"))
+            content = next(x for x in sweep.values() if isinstance(x, dict))
+        except (OSError, ValueError, RecursionError, AttributeError, StopIteration):
+            return ""
+    fields: dict[str, Any] = {}
+    for part in parts:
+        value = content.get(part) if isinstance(content, dict) else None
+        fields |= value if isinstance(value, dict) else {part: value}
+    own = {n: x for n, x in fields.items() if is_dotted_path(x) and not Path(x).exists()}
+    if fields.get("data") == IN_PYTHON:
+        own["data"] = _ANY
+    return "".join(f" --{n.replace('_', '-')} {shlex.quote(x)}" for n, x in own.items())
 
 
 def as_argument(path: Path) -> str:

@@ -13,9 +13,9 @@ from jaxvae.models.config import ModelConfig
 from jaxvae.models.vae import Params
 from jaxvae.runs import directory, loop
 from jaxvae.runs.callbacks import Callback, expect_callbacks
-from jaxvae.runs.config import IN_PYTHON, RunConfig, components, configured, read_config, updated
+from jaxvae.runs.config import RunConfig, components, configured, read_config, updated
 from jaxvae.runs.data import load_run_data, prepared, takes_missing
-from jaxvae.runs.files import read_metrics
+from jaxvae.runs.files import IN_PYTHON, read_metrics
 from jaxvae.runs.progress import Progress
 from jaxvae.training.config import TrainConfig
 from jaxvae.training.state import TrainState

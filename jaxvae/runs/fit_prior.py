@@ -20,9 +20,9 @@ from jaxvae.objectives import PriorFit, elbo
 from jaxvae.runs import directory, loop
 from jaxvae.runs.callbacks import Callback, expect_callbacks
 from jaxvae.runs.checkpoints import load
-from jaxvae.runs.config import IN_PYTHON, RunConfig, configured, read_config, run_keys
+from jaxvae.runs.config import RunConfig, configured, read_config, run_keys
 from jaxvae.runs.data import load_run_data, prepared, train_conditions
-from jaxvae.runs.files import read_metrics, resume_command
+from jaxvae.runs.files import IN_PYTHON, as_argument, read_metrics, typed_again
 from jaxvae.runs.progress import Progress
 from jaxvae.training.config import TrainConfig
 from jaxvae.training.state import TrainState
@@ -102,7 +102,8 @@ def fit_prior(
     if folder.exists():
         raise InputError(
             f"{folder} exists already: choose another directory with --out, or continue a run "
-            f"there with: {resume_command(folder)} --epochs N"
+            f"there with: jaxvae train --resume --run-dir {as_argument(folder)}"
+            f"{typed_again(folder)} --epochs N"
         )
     train = TrainConfig(
         batch_size=trained.train.batch_size if batch_size is None else batch_size,

@@ -79,13 +79,25 @@ def configured(
       The configurations by the names of the models, at least one.
 
     Raises:
-      InputError: an unknown field, a wrong value, or too many models.
+      InputError: an unknown field, a wrong value, too many models, or several learning rates or
+        betas that an optimizer or objective of the user's own would not use.
     """
     if seeds < 1:
         raise InputError(f"--seeds is {seeds}: expected at least 1")
     several = ("learning_rate", "beta")
     base = run_config.configured({n: x for n, x in flags.items() if n not in several}, base)
     choices = {name: flags.get(name, [getattr(base.train, name)]) for name in several}
+    own_rate = isinstance(base.train.optimizer, optax.GradientTransformation)
+    own_loss = not hasattr(base.train.objective, "across_batch")
+    for name, part, own in (
+        ("learning_rate", "optimizer", own_rate),
+        ("beta", "objective", own_loss),
+    ):
+        if own and len(choices[name]) > 1:
+            raise InputError(
+                f"{as_flag(name)} has several values, but the {part} is your own, which does not "
+                f"use it: expected one; leave {as_flag(name)} out"
+            )
     for name, values in choices.items():
         if len(set(values)) < len(values):
             raise InputError(f"{as_flag(name)} has a repeated value: expected each value once")
@@ -197,11 +209,13 @@ def start(
     refuse_links(*(run_dir / name for name in fitted))
     directory.make_directory(run_dir)
     with locked(run_dir):
+        if not resume:  # again, as another training may have started there meanwhile
+            directory.expect_no_run(run_dir)
         all_of_them = {name: fitted.get(name, config) for name, config in models.items()}
         recorded = {name: config.to_dict() for name, config in all_of_them.items()}
         write_json(run_dir / "sweep.json", {"jaxvae": version(), **recorded})
         for name, config in fitted.items():
-            directory.write_config(run_dir / name, config)
+            directory.write_config(run_dir / name, config, new=not resume)
     return all_of_them
 
 
@@ -293,6 +307,11 @@ class _ManyModels:
         self._checkpoints = [
             stack.enter_context(open_checkpoints(folder)) for folder in self._folders
         ]
+        # A kill may have left models ahead of the others, and Orbax writes no earlier steps.
+        for checkpoints in self._checkpoints:
+            for step in checkpoints.all_steps():
+                if saved is None or step > saved:
+                    checkpoints.delete(step)
         self.begun: tuple[loop.Sums, float] = ({}, 0.0)
         if saved is None:
             ones = [directory.first_state(key, self.config, data) for key in train_keys]

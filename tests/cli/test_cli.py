@@ -570,6 +570,10 @@ def test_an_interrupted_training_says_how_to_go_on(npz, tmp_path, capsys, monkey
     assert main(["train", "--data", str(npz), "--run-dir", str(path)]) == 1
     expected = f"jaxvae: interrupted; resume with: jaxvae train --resume --run-dir {path}"
     assert capsys.readouterr().err.splitlines()[-1] == expected
+    monkeypatch.setattr("jaxvae.runs.directory.check_first_step", interrupt)
+    assert main(["train", "--data", str(npz), "--run-dir", str(tmp_path / "none")]) == 1
+    assert capsys.readouterr().err == "jaxvae: interrupted\n"
+    assert not (tmp_path / "none").exists()
 
 
 COUNT = """
@@ -685,6 +689,10 @@ WRONG = {
     "tensorboard of many": (
         "train --data {npz} --seeds 2 --tensorboard --run-dir {tmp}/x",
         "--tensorboard is for a single model, but 2 are trained: leave it out",
+    ),
+    "shards of many": (
+        "train --data {npz} --seeds 2 --fsdp --run-dir {tmp}/x",
+        "--fsdp is for a single model, but 2 are trained: leave it out",
     ),
     "figures of many": ("figures {many}", "is a sweep: expected"),
     "negative seed": ("train --seed -1", "seed is -1: expected at least 0"),
@@ -814,6 +822,10 @@ WRONG = {
         "expected a file name ending in .png",
     ),
     "sample nowhere": ("sample {run} --n 1 --out {tmp}/no/a.png", "cannot be written"),
+    "sample of data": (
+        "sample {run} --n 1 --out {tmp}/a.png --data {npz}",
+        "--data was given, of which samples take the covariates, but the model has none: leave it",
+    ),
     "sample of no run": ("sample {tmp} --n 1 --out {tmp}/a.png", "is not a run directory"),
     "figures of no run": ("figures {tmp}/none", "is not a run directory"),
     "export nothing": ("export {tmp} --to safetensors", "holds no checkpoint"),
@@ -834,6 +846,13 @@ WRONG = {
         "expected a file name ending in .html",
     ),
     "explore no run": ("explore {tmp}", "is not a run directory"),
+    "explore nowhere": ("explore {run} --out {tmp}/no/a.html", "written: there is no folder"),
+    "compress nowhere": ("compress {run} --out {tmp}/no/a", "which cannot be written: there is no"),
+    "decompress nowhere": ("decompress {run} {npz} --out {tmp}/no/a.npz", "there is no folder"),
+    "decompress over files": (
+        "decompress {run} {npz} --out {tmp}",
+        "exists already: expected a new folder, or a file name ending in .npz or .npy",
+    ),
     "summary of no run": ("summary {npz}", "is not a run directory"),
 }
 

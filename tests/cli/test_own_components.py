@@ -154,6 +154,8 @@ def test_a_prior_with_options_is_trained_and_named_again_by_each_command(
     prior = ["--prior", "mine_vae.Wide:scale=2"]
     assert train(*prior, "--epochs", 1) == 0
     run, out = tmp_path / "run", tmp_path / "a.png"
+    suggested = capsys.readouterr().err.splitlines()[-4:]
+    assert all(f" {run} --prior mine_vae.Wide:scale=2 " in line for line in suggested)
     spec = read_config_of(run)["model"]["prior"]
     assert spec == "mine_vae.Wide:scale=2"
     commands = {
@@ -162,6 +164,7 @@ def test_a_prior_with_options_is_trained_and_named_again_by_each_command(
         "figures": [run],
         "export": [run, "--to", "safetensors", "--out", tmp_path / "export"],
         "explore": [run],
+        "summary": [run],
     }
     del sys.modules["mine_vae"]
     module.unlink()

@@ -11,6 +11,7 @@ from conftest import refused
 from jaxvae.cli.commands import _COMMANDS, _print_next_steps, main
 from jaxvae.cli.parser import make_parser
 from jaxvae.models.config import PRIORS
+from jaxvae.runs.config import configured
 from jaxvae.runs.files import as_argument, cannot_write
 from jaxvae.runs.loop import stop_message
 
@@ -41,6 +42,12 @@ def test_what_a_training_says_to_try_next_works_in_a_shell(capsys):
         assert Path(run) == Path(NAME)
 
 
+def test_a_training_that_patience_may_have_ended_goes_on_without(tmp_path, capsys):
+    _print_next_steps(tmp_path, "", [Path("a.png")], patience=3)
+    command = capsys.readouterr().err.splitlines()[-1].split("  ")[1]
+    assert command.endswith("--epochs N --patience 0")
+
+
 def test_an_interrupted_training_says_how_to_go_on_in_a_shell(train, tmp_path, capsys, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
@@ -61,6 +68,16 @@ def test_an_interrupted_training_says_how_to_go_on_in_a_shell(train, tmp_path, c
                                                 ("-x", "./-x"), ("-$x", "'./-$x'")])  # fmt: skip
 def test_a_path_is_quoted_and_no_flag(path, argument):
     assert as_argument(Path(path)) == argument
+
+
+def test_a_folder_with_the_name_of_a_data_set_is_not_the_data_of_a_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("mnist", "mnist-5k", "tfds:cifar10", "photos"):
+        (tmp_path / name).mkdir()
+    recorded = [configured({"data": name}).data for name in ("mnist", "mnist-5k", "tfds:cifar10")]
+    assert recorded == ["mnist", "mnist-5k", "tfds:cifar10"]
+    for path in ("./mnist", "photos"):
+        assert configured({"data": path}).data == str(tmp_path / path)
 
 
 def test_a_component_that_a_file_names_is_quoted():

@@ -36,6 +36,28 @@ def other(tmp_path):
         process.kill()
 
 
+@pytest.mark.parametrize("sweep", [False, True])
+def test_the_command_that_resumes_has_what_is_to_be_typed_again(tmp_path, sweep):
+    def command(**fields):
+        written = {"jaxvae": "0.2.0"} | ({"seed-0": fields, "seed-1": fields} if sweep else fields)
+        (tmp_path / ("sweep.json" if sweep else "config.json")).write_text(json.dumps(written))
+        return files.resume_command(tmp_path)
+
+    plain = f"jaxvae train --resume --run-dir {tmp_path}"
+    assert files.resume_command(tmp_path) == plain
+    model, train = {"prior": "mixture", "latent_dim": 2}, {"optimizer": "adam:b1=0.5"}
+    assert command(data="/data/a.npz", model=model, train=train) == plain
+    own = command(
+        data="my.data", model={"prior": "my.Prior:scale=2"}, train={"optimizer": "my.sgd"}
+    )
+    assert own == f"{plain} --data my.data --prior my.Prior:scale=2 --optimizer my.sgd"
+    of_fit = command(data="python", model=model, train=train)
+    assert of_fit == f"{plain} --data DATA (or by the same call of jaxvae.fit)"
+    for damaged in ("[]", "{", '{"model": 3, "seed-0": 3}'):
+        (tmp_path / ("sweep.json" if sweep else "config.json")).write_text(damaged)
+        assert files.resume_command(tmp_path) == plain
+
+
 def test_a_directory_has_one_training_at_a_time(tmp_path, other):
     says = f"{tmp_path} is being trained by process {other.pid} on"
     with refused(says), files.locked(tmp_path):

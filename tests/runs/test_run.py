@@ -628,6 +628,9 @@ def test_a_measurement_on_other_data_says_so(finished, tmp_path, npz):
     (run_dir / "config.json").write_text(json.dumps(config.to_dict()))
     with pytest.warns(OtherData, match=f"{other} is not the data set that {run_dir} was trained"):
         evaluation.measure(run_dir, num_samples=2)
+    third = shutil.copy(other, tmp_path / "third.npz")
+    with pytest.warns(OtherData, match=f"{third} is not the data set that {run_dir} was trained"):
+        evaluation.measure(run_dir, num_samples=2, data_name=str(third))
 
 
 def test_a_run_of_many_choices_goes_on_bit_for_bit(conditional, tmp_path, npz):
@@ -789,6 +792,28 @@ def test_a_run_is_not_started_over_another(finished, npz):
     with pytest.raises(jaxvae.InputError, match="already holds a run: resume it"):
         trained(run_dir, {"data": str(npz)})
     assert (run_dir / "config.json").read_text() == before
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_of_two_runs_that_start_at_once_the_first_has_the_directory(
+    tmp_path, npz, monkeypatch, seeds
+):
+    """Another one starts after this one has found the directory free."""
+    first, second = (configured({"data": str(npz), "seed": seed}) for seed in (1, 2))
+    data = load_run_data(first)
+
+    def meanwhile(*_):
+        monkeypatch.undo()
+        directory.start(tmp_path, first, data, resume=False)
+
+    monkeypatch.setattr(directory, "check_first_step", meanwhile)
+    with refused(f"{tmp_path} already holds a run"):
+        if seeds == 1:
+            directory.start(tmp_path, second, data, resume=False)
+        else:
+            sweep.start(tmp_path, {"a": first, "b": second}, data, resume=False)
+    assert read_config(tmp_path).seed == 1
+    assert not (tmp_path / "sweep.json").exists()
 
 
 def test_a_batch_larger_than_the_data_leaves_no_directory(tmp_path, npz):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
 from conftest import OnDisk, OwnDecoder, OwnEncoder, SignalAt, refused
 
@@ -232,6 +233,22 @@ def test_sigterm_saves_every_model_in_mid_epoch(tmp_path, npz, monkeypatch):
             np.testing.assert_array_equal(a, b)
 
 
+def test_a_model_that_a_kill_left_ahead_is_saved_at_earlier_steps(tmp_path, npz, monkeypatch):
+    """Killed between two models' checkpoints, and after that stopped at an earlier step."""
+    monkeypatch.setattr(sweep, "_IMAGES_PER_DISPATCH", 128)  # a step of both models
+    flags = {"data": str(npz), "network": NETWORK, "batch_size": 64, "epochs": 1}
+    models = sweep.configured(flags, 2)
+    data = load_run_data(next(iter(models.values())))
+    models = sweep.start(tmp_path, models, data, resume=False)
+    with pytest.raises(Preempted, match="saved after step 5"):
+        sweep.train(tmp_path, models, data, callbacks=[SignalAt(5)])
+    shutil.rmtree(tmp_path / "seed-1" / "checkpoints")
+    for step in (3, 4):
+        with pytest.raises(Preempted, match=f"saved after step {step}"):
+            sweep.train(tmp_path, models, data, callbacks=[SignalAt(3 if step == 3 else 1)])
+        assert {int(jaxvae.restore(tmp_path / name).step) for name in models} == {step}
+
+
 def test_models_are_saved_from_the_host(tmp_path, npz, monkeypatch):
     """A slice of what several devices share would be a program in which they wait."""
     written = []
@@ -275,6 +292,22 @@ def test_more_models_than_the_machine_can_hold_are_refused(tmp_path, npz, monkey
     with refused("3 models need 0 GB for parameters and optimizer state"):
         sweep.start(tmp_path / "run", models, data, resume=False)
     assert not (tmp_path / "run").exists()
+
+
+def own_loss(params, key, images, labels=None):
+    terms = jaxvae.elbo(params, key, images, labels)
+    return -terms.value, terms
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [("learning_rate", {"optimizer": optax.sgd(1e-3)}), ("beta", {"objective": own_loss})],
+)
+def test_values_that_no_model_would_use_are_refused(name, own):
+    flag = "--" + name.replace("_", "-")
+    with refused(f"{flag} has several values, but the {next(iter(own))} is your own"):
+        sweep.configured({name: [1.0, 2.0], **own})
+    assert len(sweep.configured({name: [1.0], **own}, 2)) == 2
 
 
 def test_a_sweep_goes_on_with_its_own_data_alone(tmp_path, npz):
