@@ -754,7 +754,7 @@ WRONG = {
     ),
     "free bits": (
         "train --objective iwae:free_bits=1",
-        "objective 'iwae' has no option 'free_bits': expected among 'num_samples', 'backward'",
+        "objective 'iwae' has no option 'free_bits': expected among 'num_samples' or 'backward'",
     ),
     "a part that is none": (
         "train --trainable head",
