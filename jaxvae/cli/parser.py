@@ -2,7 +2,7 @@
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -239,6 +239,13 @@ def _with_examples(name: str) -> dict[str, Any]:
     return {"epilog": epilog, "formatter_class": form}
 
 
+def _add_custom(command: argparse.ArgumentParser, names: Iterable[str]) -> None:
+    """Add the flags of custom components that a run was trained with."""
+    group = command.add_argument_group("custom components", _CUSTOM)
+    for name in names:
+        group.add_argument(as_flag(name), metavar="PATH[:KEY=VALUE,...]")
+
+
 def make_parser(
     functions: Mapping[str, Callable[[argparse.Namespace], None]],
 ) -> argparse.ArgumentParser:
@@ -357,9 +364,7 @@ def make_parser(
         one.add_argument("run", type=Path, metavar="RUN_DIR", help=_RUN_DIR)
         one.add_argument("--best", action="store_true",
                          help="use the epoch of the best test ELBO, not the latest")  # fmt: skip
-        own = one.add_argument_group("custom components", _CUSTOM)
-        for name in ModelConfig._registries:
-            own.add_argument(as_flag(name), metavar="PATH[:KEY=VALUE,...]")
+        _add_custom(one, ModelConfig._registries)
     decompress.add_argument("file", type=Path, metavar="FILE", help="the compressed file")
 
     fit_prior = command("fit-prior", "fit a new prior to the latents of a trained model")
@@ -377,10 +382,7 @@ def make_parser(
                            help="learning rate of Adam; default 0.003")  # fmt: skip
     fit_prior.add_argument("--batch-size", type=int, metavar="N",
                            help="images per step; default: that of the run")  # fmt: skip
-    own = fit_prior.add_argument_group("custom components", _CUSTOM)
-    for name in ModelConfig._registries:
-        if name != "prior":
-            own.add_argument(as_flag(name), metavar="PATH[:KEY=VALUE,...]")
+    _add_custom(fit_prior, [name for name in ModelConfig._registries if name != "prior"])
 
     data = _flags(RunConfig)["--data"]
     for one in (evaluate, sample, figures, explore, fit_prior, *of_a_data_set):
@@ -397,9 +399,7 @@ def make_parser(
     summary = command("summary", "print the layers of a model and their parameter counts")
     summary.add_argument("run", type=Path, nargs="?", metavar="RUN_DIR",
                          help=f"{_RUN_DIR}; default: the default model")  # fmt: skip
-    own = summary.add_argument_group("custom components", _CUSTOM)
-    for name in ModelConfig._registries:
-        own.add_argument(as_flag(name), metavar="PATH[:KEY=VALUE,...]")
+    _add_custom(summary, ModelConfig._registries)
     command("benchmark", "compare the speed of the training step with plain Flax")
     completion = command("completion", "print a shell script that completes commands and flags")
     completion.add_argument("shell", choices=SHELLS)
