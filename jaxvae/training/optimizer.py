@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, Num
+from optax.contrib import MuonDimensionNumbers, muon
 
 from jaxvae.components import Registry, option_names, written
 from jaxvae.errors import InputError
@@ -21,7 +22,12 @@ P = TypeVar("P")
 # Options whose defaults differ from optax's: RMSprop has Keras's.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "rmsprop": {"decay": 0.9, "eps": 1e-7, "eps_in_sqrt": True},
+    # Updates of the size of Adam's, so that both take the same learning rate: Liu et al. (2025),
+    # Muon is Scalable for LLM Training, section 2.2.
+    "muon": {"consistent_rms": 0.2},
 }
+
+_CONTRIB = {"muon": muon}
 
 # Optimizers that update every number independently of the others, so that a device can update its
 # part of the parameters.
@@ -34,6 +40,14 @@ ELEMENTWISE = (
 # Arrays of several axes that are not kernels: the biases of attention, [heads, features], and the
 # vectors of vector quantization, which stay as they are.
 _NO_KERNELS = ("bias", "vectors")
+
+# Arrays of `kernel` have inputs before outputs; `kernel_1`, ... of coupling layers are one for each
+# layer. Attention's, [inputs, heads, features], are left to Adam.
+_MATRICES = {
+    ("kernel", 2): MuonDimensionNumbers(0, 1),
+    ("kernel", 4): MuonDimensionNumbers((0, 1, 2), 3),
+    ("kernels", 3): MuonDimensionNumbers(1, 2),
+}
 
 # Options of optax's schedules that are learning rates.
 _VALUES = {"init_value", "peak_value", "end_value", "value"}
@@ -61,7 +75,8 @@ class Optimizer(_Named):
     """An optimizer of optax, as a function of the learning rate.
 
     Weight decay applies to the networks' kernels only: not to biases, scales or the parameters of
-    prior and likelihood.
+    prior and likelihood. `muon` updates kernels, of flows too, and Adam the rest; a convolution's
+    kernel counts as the matrix [height * width * inputs, outputs].
 
     Attributes:
       name: name of the function in optax.
@@ -73,8 +88,10 @@ class Optimizer(_Named):
 
     def __call__(self, learning_rate: Rate) -> optax.GradientTransformation:
         """Build the gradient transformation for a learning rate, which may be traced."""
-        function = getattr(optax, self.name)
+        function = _CONTRIB.get(self.name) or getattr(optax, self.name)
         options = _DEFAULTS.get(self.name, {}) | dict(self.options)
+        if function is muon:
+            options.setdefault("muon_weight_dimension_numbers", _matrices)
         for mask in {"mask", "weight_decay_mask"} & set(option_names(function)):
             options.setdefault(mask, _kernels)
         return function(learning_rate, **options)
@@ -217,6 +234,7 @@ OPTIMIZERS: Registry[Any] = Registry(
             and _takes_learning_rate(function)
         ),
         Optimizer,
+        **{name: _named(Optimizer, name, function) for name, function in _CONTRIB.items()},
     ),
 )
 SCHEDULES: Registry[Any] = Registry(
@@ -326,3 +344,13 @@ def _kernels(params: P) -> P:
         return x.ndim > 1 and part not in ("prior", "likelihood") and name not in _NO_KERNELS
 
     return jax.tree_util.tree_map_with_path(is_kernel, params)
+
+
+def _matrices(params: P) -> P:
+    """Return a tree of the axes of each matrix, for Muon, and None for every other array."""
+
+    def axes(path: Any, x: Any) -> MuonDimensionNumbers | None:
+        name = str(getattr(path[-1], "key", "")) if path else ""
+        return _MATRICES.get(("kernels" if name.startswith("kernel_") else name, x.ndim))
+
+    return jax.tree_util.tree_map_with_path(axes, params)
