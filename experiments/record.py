@@ -3,7 +3,8 @@
     python experiments/record.py FOLDER RUN_DIR...     keep these runs as FOLDER/NAME.json
     python experiments/record.py FOLDER                print the table of what is kept
 
-A run counts once `jaxvae evaluate` has measured it.
+A run counts once `jaxvae evaluate` has measured it. A network of one's own is imported from the
+current directory.
 """
 
 import json
@@ -14,6 +15,7 @@ import sys
 from pathlib import Path
 
 from jaxvae.cli.parser import config_fields
+from jaxvae.components import imported, is_dotted_path
 from jaxvae.devices.sharding import cores
 from jaxvae.runs.config import RunConfig, as_flag, read_config
 from jaxvae.runs.files import read_metrics
@@ -63,7 +65,9 @@ def machine() -> str:
 
 
 def record(run_dir: Path) -> dict:
-    config = read_config(run_dir)
+    model = json.loads((run_dir / "config.json").read_text())["model"]
+    own = {name: imported(name, value) for name, value in model.items() if is_dotted_path(value)}
+    config = read_config(run_dir, **own)
     lines = read_metrics(run_dir)
     evaluation = json.loads((run_dir / "evaluation.json").read_text())
     if "data" in evaluation:

@@ -93,6 +93,41 @@ def test_a_step_is_optaxs_on_the_gradient_of_the_mean_loss(spec, made, images):
     assert np.linalg.norm(moved - vector(changes)) < 1e-2 * np.linalg.norm(moved)
 
 
+def test_muon_makes_each_kernel_an_orthogonal_matrix_and_adam_updates_the_rest():
+    """A convolution has one matrix, coupling layers one for each; the size is that of Adam's.
+
+    The singular values of Muon's matrices lie around 1 (Jordan et al. 2024): between 0.6 and 1.3.
+    """
+    draw = np.random.default_rng(0).normal
+    shapes = {
+        "dense": {"kernel": (6, 8), "bias": (8,)},
+        "conv": {"kernel": (3, 3, 4, 8)},
+        "coupling": {"kernel_1": (2, 6, 8)},
+        "attention": {"kernel": (6, 2, 4)},
+    }
+    grads = jax.tree.map(
+        lambda shape: jnp.asarray(draw(size=shape), "f"),
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+    update = parse_optimizer("muon")(1.0)
+    changes, _ = update.update(grads, update.init(grads), grads)
+    matrices = (
+        changes["dense"]["kernel"],
+        changes["conv"]["kernel"].reshape(36, 8),
+        *changes["coupling"]["kernel_1"],
+    )
+    for matrix in matrices:
+        singular = np.linalg.svd(matrix / (0.2 * max(matrix.shape) ** 0.5), compute_uv=False)
+        assert (singular > 0.6).all()
+        assert (singular < 1.3).all()
+    adam = optax.adam(1.0, nesterov=True)
+    others = {"bias": grads["dense"]["bias"], "attention": grads["attention"]["kernel"]}
+    expected, _ = adam.update(others, adam.init(others))
+    np.testing.assert_allclose(changes["dense"]["bias"], expected["bias"], rtol=1e-5)
+    np.testing.assert_allclose(changes["attention"]["kernel"], expected["attention"], rtol=1e-5)
+
+
 def halves(tree):
     """Of every array, along its last axis, as two devices would hold it."""
     return [
