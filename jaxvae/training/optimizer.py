@@ -185,7 +185,7 @@ def _takes_learning_rate(function: Any) -> bool:
 
 
 class _OptaxNames(Mapping[str, Any]):
-    """The functions of optax that `is_one` accepts; each is looked up on access."""
+    """The functions of optax and `_CONTRIB` that `is_one` accepts, looked up on access."""
 
     def __init__(self, is_one: Callable[[str, Any], bool], make: Any, **own: Any) -> None:
         self._is_one, self._make, self._own = is_one, make, own
@@ -193,14 +193,14 @@ class _OptaxNames(Mapping[str, Any]):
     def __getitem__(self, name: str) -> Any:
         if name in self._own:
             return self._own[name]
-        function = getattr(optax, name, None)
+        function = _CONTRIB.get(name) or getattr(optax, name, None)
         if not inspect.isfunction(function) or not self._is_one(name, function):
             raise KeyError(name)
         return _named(self._make, name, function)
 
     def __iter__(self) -> Iterator[str]:
         yield from self._own
-        for name in dir(optax):
+        for name in sorted({*dir(optax), *_CONTRIB}):
             if name not in self._own and name in self:
                 yield name
 
@@ -234,7 +234,6 @@ OPTIMIZERS: Registry[Any] = Registry(
             and _takes_learning_rate(function)
         ),
         Optimizer,
-        **{name: _named(Optimizer, name, function) for name, function in _CONTRIB.items()},
     ),
 )
 SCHEDULES: Registry[Any] = Registry(
