@@ -23,7 +23,7 @@ P = TypeVar("P")
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "rmsprop": {"decay": 0.9, "eps": 1e-7, "eps_in_sqrt": True},
     # Updates of the size of Adam's, so that both take the same learning rate: Liu et al. (2025),
-    # Muon is Scalable for LLM Training, section 2.2.
+    # Muon is Scalable for LLM Training.
     "muon": {"consistent_rms": 0.2},
 }
 
