@@ -88,7 +88,7 @@ class Optimizer(_Named):
 
     def __call__(self, learning_rate: Rate) -> optax.GradientTransformation:
         """Build the gradient transformation for a learning rate, which may be traced."""
-        function = _CONTRIB.get(self.name) or getattr(optax, self.name)
+        function = _function(self.name)
         options = _DEFAULTS.get(self.name, {}) | dict(self.options)
         if function is muon:
             options.setdefault("muon_weight_dimension_numbers", _matrices)
@@ -180,6 +180,11 @@ class Burda:
         return learning_rate * 10.0 ** (-jnp.sum(step >= jnp.array(ends)) / 7)
 
 
+def _function(name: str) -> Any:
+    """Return the function of optax or `_CONTRIB` of this name, or None."""
+    return _CONTRIB.get(name) or getattr(optax, name, None)
+
+
 def _takes_learning_rate(function: Any) -> bool:
     return option_names(function)[:1] == ("learning_rate",)
 
@@ -193,7 +198,7 @@ class _OptaxNames(Mapping[str, Any]):
     def __getitem__(self, name: str) -> Any:
         if name in self._own:
             return self._own[name]
-        function = _CONTRIB.get(name) or getattr(optax, name, None)
+        function = _function(name)
         if not inspect.isfunction(function) or not self._is_one(name, function):
             raise KeyError(name)
         return _named(self._make, name, function)
@@ -339,8 +344,7 @@ def _kernels(params: P) -> P:
 
     def is_kernel(path: Any, x: Any) -> bool:
         part = getattr(path[0], "name", "") if path else ""
-        name = getattr(path[-1], "key", "") if path else ""
-        return x.ndim > 1 and part not in ("prior", "likelihood") and name not in _NO_KERNELS
+        return x.ndim > 1 and part not in ("prior", "likelihood") and _key(path) not in _NO_KERNELS
 
     return jax.tree_util.tree_map_with_path(is_kernel, params)
 
@@ -349,7 +353,12 @@ def _matrices(params: P) -> P:
     """Return a tree of the axes of each matrix, for Muon, and None for every other array."""
 
     def axes(path: Any, x: Any) -> MuonDimensionNumbers | None:
-        name = str(getattr(path[-1], "key", "")) if path else ""
+        name = _key(path)
         return _MATRICES.get(("kernels" if name.startswith("kernel_") else name, x.ndim))
 
     return jax.tree_util.tree_map_with_path(axes, params)
+
+
+def _key(path: Any) -> str:
+    """Return the last key of a path in a tree, or nothing if it ends in an attribute or index."""
+    return str(getattr(path[-1], "key", "")) if path else ""
