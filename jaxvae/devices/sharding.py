@@ -168,9 +168,12 @@ def data_parallel(
         out_specs=jax.P() if out_specs is None else out_specs,
         check_vma=False,
     )
-    compiled = jax.jit(parts, donate_argnums=donate_argnums)
     if mesh.devices.flat[0].platform != "cpu":
-        return compiled
+        return jax.jit(parts, donate_argnums=donate_argnums)
+    # XLA would also split the products of each device over all cores, where they displace those of
+    # the other devices.
+    alone = {"xla_cpu_multi_thread_eigen": mesh.size == 1}
+    compiled = jax.jit(parts, donate_argnums=donate_argnums, compiler_options=alone)
     return lambda *arguments: jax.block_until_ready(compiled(*arguments))
 
 

@@ -24,6 +24,7 @@ from jaxvae.validation import expect_number, jit
 
 Metrics = dict[str, Num[Array, ""]]
 LossFunction = Callable[..., tuple[Array, Elbo]]
+_MOST_SAMPLES = 128  # of a block's images together, as memory grows with them
 
 
 # Steps are dispatched ahead of an accelerator, so no check may wait for its results.
@@ -87,9 +88,9 @@ def train_step(
         weight = state.config.warmup(state.config.beta if beta is None else beta, state.step)
         chosen = partial(chosen, beta=weight, axis_name=axis_name if across_batch else None)
     examples = (keys, images) if labels is None else (keys, images, labels)
-    size = batch
-    if not across_batch:
-        size = max(1, block_size(batch * num_samples, state.params) // num_samples)
+    size, rows = batch, batch * num_samples
+    if not across_batch and block_size(rows, state.params) < rows:
+        size = max(1, min(block_size(batch, state.params), _MOST_SAMPLES // num_samples))
     grads, metrics = _mean_gradient(chosen, state.params, examples, size, axis_name)
     return _updated(state, grads, learning_rate, axis_name), metrics
 
