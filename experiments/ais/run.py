@@ -1,17 +1,19 @@
 """Bounds on log p(x) by annealed importance sampling, for one small model of every kind.
 
-    python experiments/ais/run.py MNIST OUT [NAME...]
+    python -m experiments.ais.run MNIST OUT [NAME...]
 
-MNIST is a folder with the four IDX files. Every model is a run directory in OUT, so that a killed
-call goes on where it was; the results are written to OUT/results.json and printed as a table.
+Run it in the root of the repository. MNIST is a folder with the four IDX files. Every model is a
+run directory in OUT, so that a killed call goes on where it was; the results are written to
+OUT/results.json and printed as a table.
 """
 
-import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jaxvae
+from experiments.resumable import measure_missing
 from jaxvae.devices.sharding import make_cores_devices
 from jaxvae.runs.evaluation import measure_bounds
 
@@ -40,7 +42,7 @@ def measure(name: str, mnist: str, out: Path) -> dict[str, Any]:
     jaxvae.fit(mnist, jaxvae.ModelConfig(**fields), train, run_dir=out / name, progress=False)
     found = measure_bounds(out / name, NUM_SAMPLES, **SIZES.get(name, SIZE))
     print(name, found, flush=True)
-    return found
+    return {name: found}
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
@@ -66,14 +68,9 @@ def main() -> None:
     if len(sys.argv) < 3:
         sys.exit(__doc__)
     mnist, out = sys.argv[1], Path(sys.argv[2])
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / "results.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
-    for name in sys.argv[3:] or MODELS:
-        if name not in results:
-            results[name] = measure(name, mnist, out)
-            path.write_text(json.dumps(results, indent=1) + "\n")
-    print(table(results))
+    names = sys.argv[3:] or MODELS
+    one = partial(measure, mnist=mnist, out=out)
+    print(table(measure_missing(out / "results.json", names, one)))
 
 
 if __name__ == "__main__":

@@ -1,18 +1,20 @@
 """The effect of each component on the test ELBO of MNIST, on one small budget and three seeds.
 
-    python experiments/components/run.py MNIST OUT [NAME...]
+    python -m experiments.components.run MNIST OUT [NAME...]
 
-MNIST is a folder with the four IDX files. Every model is a run directory in OUT, so that a killed
-call goes on where it was; the results are written to OUT/results.json and printed as a table.
+Run it in the root of the repository. MNIST is a folder with the four IDX files. Every model is a
+run directory in OUT, so that a killed call goes on where it was; the results are written to
+OUT/results.json and printed as a table.
 """
 
-import json
 import shutil
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 
 import jaxvae
+from experiments.resumable import measure_missing
 from jaxvae.devices.sharding import make_cores_devices
 from jaxvae.runs.fit_prior import fit_prior
 
@@ -83,14 +85,9 @@ def main() -> None:
     if len(sys.argv) < 3:
         sys.exit(__doc__)
     mnist, out = sys.argv[1], Path(sys.argv[2])
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / "results.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
-    for name in sys.argv[3:] or MODELS:
-        if name not in results:
-            results |= measure(name, mnist, out)
-            path.write_text(json.dumps(results, indent=1) + "\n")
-    print(table(results))
+    names = sys.argv[3:] or MODELS
+    one = partial(measure, mnist=mnist, out=out)
+    print(table(measure_missing(out / "results.json", names, one)))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
 """Imputation error on tables with half of the entries missing, beside scikit-learn's imputers.
 
-    python experiments/imputation/run.py OUT [TABLE...]
+    python -m experiments.imputation.run OUT [TABLE...]
 
-The results are written to OUT/results.json after every table and printed; a killed call goes on at
-the table where it was.
+Run it in the root of the repository. The results are written to OUT/results.json after every table
+and printed; a killed call goes on at the table where it was.
 """
 
-import json
 import statistics
 import sys
 import time
@@ -24,6 +23,7 @@ from sklearn.impute import IterativeImputer, KNNImputer, SimpleImputer
 from sklearn.preprocessing import scale
 
 import jaxvae
+from experiments.resumable import measure_missing
 
 TABLES = {
     "breast cancer": load_breast_cancer,
@@ -97,7 +97,7 @@ def squared_error(filled: Table, truth: Table) -> float:
     return float(np.nanmean((np.asarray(filled) - truth) ** 2))
 
 
-def measure(name: str) -> dict[str, list[dict]]:
+def measure(name: str) -> dict[str, dict[str, list[dict]]]:
     """Impute a table with every method and mask."""
     complete = scale(TABLES[name]().data)  # mean 0 and variance 1 of every column
     found: dict[str, list[dict]] = {method: [] for method in METHODS}
@@ -113,7 +113,7 @@ def measure(name: str) -> dict[str, list[dict]]:
             error = squared_error(filled, np.where(missing, complete, np.nan))
             found[method].append({"error": error, "seconds": seconds, **chosen})
             print(name, seed, method, found[method][-1], flush=True)
-    return found
+    return {name: found}
 
 
 def table(results: dict[str, dict[str, list[dict]]]) -> str:
@@ -133,14 +133,7 @@ def main() -> None:
         sys.exit(__doc__)
     warnings.simplefilter("ignore", ConvergenceWarning)  # of the iterative imputers
     out = Path(sys.argv[1])
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / "results.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
-    for name in sys.argv[2:] or TABLES:
-        if name not in results:
-            results[name] = measure(name)
-            path.write_text(json.dumps(results, indent=1) + "\n")
-    print(table(results))
+    print(table(measure_missing(out / "results.json", sys.argv[2:] or TABLES, measure)))
 
 
 if __name__ == "__main__":

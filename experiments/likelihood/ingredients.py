@@ -1,19 +1,21 @@
 """What each ingredient of the model `hour` is worth: one change at a time to a smaller model.
 
-    python experiments/likelihood/ingredients.py MNIST OUT [NAME...]
+    python -m experiments.likelihood.ingredients MNIST OUT [NAME...]
 
-MNIST is a folder with the four IDX files. Every model is a run directory in OUT, so that a killed
-call goes on where it was; the results are written to OUT/ingredients.json and printed as a table.
+Run it in the root of the repository. MNIST is a folder with the four IDX files. Every model is a
+run directory in OUT, so that a killed call goes on where it was; the results are written to
+OUT/ingredients.json and printed as a table.
 """
 
-import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import jaxvae
+from experiments.resumable import measure_missing
 from jaxvae.devices.sharding import make_cores_devices
-from jaxvae.runs.evaluation import measure
+from jaxvae.runs import evaluation
 
 make_cores_devices()  # before the first computation
 BASE = {
@@ -60,7 +62,7 @@ CHANGES: dict[str, dict] = {
 KEPT = ("elbo", "log_p_x", "kl", "active_units")
 
 
-def trained(name: str, mnist: str, out: Path) -> dict:
+def measure(name: str, mnist: str, out: Path) -> dict[str, dict]:
     """Train one model and evaluate it with 50 importance samples, in nats per image."""
     settings = BASE | CHANGES[name]
     seed = settings.pop("seed", 0)
@@ -68,10 +70,10 @@ def trained(name: str, mnist: str, out: Path) -> dict:
     train = jaxvae.TrainConfig(**{k: v for k, v in settings.items() if k not in MODEL})
     run_dir = out / "".join(c if c.isalnum() else "-" for c in name)
     history = jaxvae.fit(mnist, model, train, seed=seed, run_dir=run_dir, progress=False).history
-    found = measure(run_dir, 50)
+    found = evaluation.measure(run_dir, 50)
     row = {key: found[key] for key in KEPT} | {"seconds": sum(x["seconds"] for x in history)}
     print(f"{name}: log p(x) {row['log_p_x']:.2f}, {row['seconds']:.0f} s", flush=True)
-    return row
+    return {name: row}
 
 
 def table(results: dict[str, dict]) -> str:
@@ -93,17 +95,9 @@ def main() -> None:
     if len(sys.argv) < 3:
         sys.exit(__doc__)
     mnist, out = sys.argv[1], Path(sys.argv[2])
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / "ingredients.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
-    for name in sys.argv[3:] or CHANGES:
-        if name not in results:
-            row = trained(name, mnist, out)
-            # Another call may have written to the file meanwhile.
-            results = json.loads(path.read_text()) if path.exists() else {}
-            path.write_text(json.dumps(results | {name: row}, indent=1) + "\n")
-            results[name] = row
-    print(table(results))
+    names = sys.argv[3:] or CHANGES
+    one = partial(measure, mnist=mnist, out=out)
+    print(table(measure_missing(out / "ingredients.json", names, one)))
 
 
 if __name__ == "__main__":
