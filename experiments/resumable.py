@@ -1,7 +1,9 @@
 """Results by name, measured one by one and kept in a file: a killed call goes on where it was."""
 
 import json
+import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 
@@ -21,3 +23,21 @@ def measure_missing(path: Path, names: Iterable[str], measure: Callable[[str], d
             # Read again: another call may have written to the file meanwhile.
             path.write_text(json.dumps(read() | found, indent=1) + "\n")
     return read()
+
+
+def compare(
+    usage: str,
+    names: Iterable[str],
+    measure: Callable[..., dict],
+    table: Callable[[dict], str],
+    file: str = "results.json",
+) -> None:
+    """Take `MNIST OUT [NAME...]` as arguments: measure what OUT/`file` lacks, print the table.
+
+    `measure` takes a name, MNIST as `mnist` and OUT as `out`.
+    """
+    if len(sys.argv) < 3:
+        sys.exit(usage)
+    mnist, out, *chosen = sys.argv[1:]
+    one = partial(measure, mnist=mnist, out=Path(out))
+    print(table(measure_missing(Path(out) / file, chosen or names, one)))

@@ -7,13 +7,11 @@ run directory in OUT, so that a killed call goes on where it was; the results ar
 OUT/results.json and printed as a table.
 """
 
-import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jaxvae
-from experiments.resumable import measure_missing
+from experiments.resumable import compare
 from jaxvae.devices.sharding import make_cores_devices
 from jaxvae.runs.evaluation import measure_bounds
 
@@ -64,14 +62,5 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    if len(sys.argv) < 3:
-        sys.exit(__doc__)
-    mnist, out = sys.argv[1], Path(sys.argv[2])
-    names = sys.argv[3:] or MODELS
-    one = partial(measure, mnist=mnist, out=out)
-    print(table(measure_missing(out / "results.json", names, one)))
-
-
 if __name__ == "__main__":
-    main()
+    compare(__doc__, MODELS, measure, table)

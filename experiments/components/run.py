@@ -9,12 +9,10 @@ OUT/results.json and printed as a table.
 
 import shutil
 import statistics
-import sys
-from functools import partial
 from pathlib import Path
 
 import jaxvae
-from experiments.resumable import measure_missing
+from experiments.resumable import compare
 from jaxvae.devices.sharding import make_cores_devices
 from jaxvae.runs.fit_prior import fit_prior
 
@@ -81,14 +79,5 @@ def table(results: dict[str, list[dict]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    if len(sys.argv) < 3:
-        sys.exit(__doc__)
-    mnist, out = sys.argv[1], Path(sys.argv[2])
-    names = sys.argv[3:] or MODELS
-    one = partial(measure, mnist=mnist, out=out)
-    print(table(measure_missing(out / "results.json", names, one)))
-
-
 if __name__ == "__main__":
-    main()
+    compare(__doc__, MODELS, measure, table)

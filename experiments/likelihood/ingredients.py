@@ -8,12 +8,10 @@ OUT/ingredients.json and printed as a table.
 """
 
 import math
-import sys
-from functools import partial
 from pathlib import Path
 
 import jaxvae
-from experiments.resumable import measure_missing
+from experiments.resumable import compare
 from jaxvae.devices.sharding import make_cores_devices
 from jaxvae.runs import evaluation
 
@@ -91,14 +89,5 @@ def table(results: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    if len(sys.argv) < 3:
-        sys.exit(__doc__)
-    mnist, out = sys.argv[1], Path(sys.argv[2])
-    names = sys.argv[3:] or CHANGES
-    one = partial(measure, mnist=mnist, out=out)
-    print(table(measure_missing(out / "ingredients.json", names, one)))
-
-
 if __name__ == "__main__":
-    main()
+    compare(__doc__, CHANGES, measure, table, "ingredients.json")
