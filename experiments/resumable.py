@@ -2,9 +2,13 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from pathlib import Path
+
+from jaxvae.devices.processes import pass_over_missing_tpu
+from jaxvae.devices.sharding import make_cores_devices
+from jaxvae.errors import InputError, Preempted, TrainingFailed
 
 
 def measure_missing(path: Path, names: Iterable[str], measure: Callable[[str], dict]) -> dict:
@@ -27,7 +31,7 @@ def measure_missing(path: Path, names: Iterable[str], measure: Callable[[str], d
 
 def compare(
     usage: str,
-    names: Iterable[str],
+    names: Collection[str],
     measure: Callable[..., dict],
     table: Callable[[dict], str],
     file: str = "results.json",
@@ -39,5 +43,12 @@ def compare(
     if len(sys.argv) < 3:
         sys.exit(usage)
     mnist, out, *chosen = sys.argv[1:]
+    if unknown := [name for name in chosen if name not in names]:
+        sys.exit(f"unknown name {unknown[0]!r}: expected one of {', '.join(map(repr, names))}")
+    pass_over_missing_tpu()
+    make_cores_devices()
     one = partial(measure, mnist=mnist, out=Path(out))
-    print(table(measure_missing(Path(out) / file, chosen or names, one)))
+    try:
+        print(table(measure_missing(Path(out) / file, chosen or names, one)))
+    except (InputError, Preempted, TrainingFailed) as error:
+        sys.exit(str(error))

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shlex
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,6 +40,12 @@ def test_a_killed_call_measures_only_what_the_file_of_results_lacks(tmp_path):
     results = measure_missing(path, ["a", "b", "c"], measure)
     assert calls == ["a", "b", "b", "c"]
     assert results == json.loads(path.read_text()) == {"a": "A", "b": "B", "c": "C", "d": "D"}
+
+
+def test_an_unknown_name_of_a_model_is_refused_before_any_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["run", "mnist", str(tmp_path), "a", "x"])
+    with pytest.raises(SystemExit, match="unknown name 'x': expected one of 'a', 'b'"):
+        load("resumable").compare("usage", ["a", "b"], pytest.fail, pytest.fail)
 
 
 def test_a_run_is_kept_with_the_command_that_makes_it(tmp_path):

@@ -12,10 +12,8 @@ from typing import Any
 
 import jaxvae
 from experiments.resumable import compare
-from jaxvae.devices.sharding import make_cores_devices
 from jaxvae.runs.evaluation import measure_bounds
 
-make_cores_devices()  # before the first computation
 FLAT = {"network": "mlp:width=200", "latent_dim": 32}
 LADDER = {"network": "ladder:groups=4x2+2x2,width=16"}
 # The fields of each model, and the epochs of its training.

@@ -13,10 +13,8 @@ from pathlib import Path
 
 import jaxvae
 from experiments.resumable import compare
-from jaxvae.devices.sharding import make_cores_devices
 from jaxvae.runs.fit_prior import fit_prior
 
-make_cores_devices()  # before the first computation
 SEEDS = range(3)
 TRAIN = jaxvae.TrainConfig(
     batch_size=64, epochs=1, optimizer="adam", schedule="cosine", binarization="dynamic"

@@ -12,10 +12,8 @@ from pathlib import Path
 
 import jaxvae
 from experiments.resumable import compare
-from jaxvae.devices.sharding import make_cores_devices
 from jaxvae.runs import evaluation
 
-make_cores_devices()  # before the first computation
 BASE = {
     "network": "residual:width=8",
     "latent_dim": 40,
