@@ -41,7 +41,13 @@ CHANGES: dict[str, dict] = {
     "constant rate, EMA 0.99": {"schedule": "constant", "ema": 0.99},
     "EMA 0.99": {"ema": 0.99},
     "no warm-up": {"warmup": "none"},
-    "no warm-up, 20 free nats": {"warmup": "none", "objective": "elbo:free_bits=20"},
+    # Free bits need a prior with a KL in closed form: they are compared with the row before them.
+    "standard normal, no warm-up": {"prior": "standard_normal", "warmup": "none"},
+    "standard normal, no warm-up, free bits 0.5": {
+        "prior": "standard_normal",
+        "warmup": "none",
+        "objective": "elbo:free_bits=0.5",
+    },
     "batch 32": {"batch_size": 32, "warmup": "linear:steps=2000"},
     "batch 64": {"batch_size": 64, "warmup": "linear:steps=1000"},
     "batch 256": {"batch_size": 256, "warmup": "linear:steps=250"},
