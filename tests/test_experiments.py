@@ -36,8 +36,8 @@ def test_a_killed_call_measures_only_what_the_file_of_results_lacks(tmp_path):
 
     measure_missing = load("resumable").measure_missing
     with pytest.raises(KeyboardInterrupt):
-        measure_missing(path, ["a", "b", "c"], measure)
-    results = measure_missing(path, ["a", "b", "c"], measure)
+        measure_missing(path, [], ["a", "b", "c"], measure)
+    results = measure_missing(path, [], ["a", "b", "c"], measure)
     assert calls == ["a", "b", "b", "c"]
     assert results == json.loads(path.read_text()) == {"a": "A", "b": "B", "c": "C", "d": "D"}
 

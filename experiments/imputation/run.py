@@ -133,7 +133,7 @@ def main() -> None:
         sys.exit(__doc__)
     warnings.simplefilter("ignore", ConvergenceWarning)  # of the iterative imputers
     out = Path(sys.argv[1])
-    print(table(measure_missing(out / "results.json", sys.argv[2:] or TABLES, measure)))
+    print(table(measure_missing(out / "results.json", sys.argv[2:], TABLES, measure)))
 
 
 if __name__ == "__main__":
