@@ -31,6 +31,7 @@ from jaxvae.models.vae import (
     decode,
     encode,
     encode_observed,
+    expected_labels,
     known_classes,
     log_classes,
     prior,
@@ -161,6 +162,7 @@ def draw_at(
       The samples and their log-densities.
     """
     if hasattr(params.model, "draw"):
+        labels = expected_labels(params, labels, keys.shape[1], "decoder")
         return params.model.draw(params, posterior, keys, images, labels)
     z, log_posterior = samples(posterior, keys)
     p_z = prior(params)
@@ -221,9 +223,12 @@ def elbo(params: Params, key: AnyKey, images: Images, labels: Labels = None) -> 
 
         ELBO(x) = E_q(z|x)[log p(x|z)] - KL(q(z|x) || p(z))
 
-    The KL is exact between a Gaussian posterior and the standard normal prior; otherwise it is
-    log q(z|x) - log p(z) at the sample. Of a conditional model it is the bound on log p(x|y). Of a
-    model with a classifier and without labels it is the bound on log p(x) of `SemiSupervised`.
+    The KL is exact between a Gaussian posterior and the standard normal prior, and between
+    categorical codes and uniform ones. Of a ladder it is the sum of the exact KLs of its groups,
+    each given the sample of those above. Otherwise it is log q(z|x) - log p(z) at the sample.
+
+    Of a conditional model it is the bound on log p(x|y). Of a model with a classifier and without
+    labels it is the bound on log p(x) of `SemiSupervised`.
 
     Args:
       params: the model.
@@ -717,10 +722,13 @@ class MaximumMeanDiscrepancy:
         all_y = _gathered(y, axis_name)
 
         def kernel(a: Float[Array, "n latent"], b: Float[Array, "m latent"]) -> Float[Array, "n m"]:
-            # |a - b|^2 by one matrix product: its rounding error is small relative to C, and the
-            # differences themselves, of a thousand draws, take fifty times as long.
+            # |a - b|^2 by one matrix product, as the differences themselves, of a thousand draws,
+            # take fifty times as long. Its rounding error is small relative to C near the mean.
+            center = lax.stop_gradient(jnp.mean(b, axis=0))
+            a, b = a - center, b - center
             products = jnp.matmul(a, b.T, precision=lax.Precision.HIGHEST)
-            return c / (c + jnp.sum(a**2, axis=1)[:, None] + jnp.sum(b**2, axis=1) - 2 * products)
+            square = jnp.sum(a**2, axis=1)[:, None] + jnp.sum(b**2, axis=1) - 2 * products
+            return c / (c + jnp.maximum(square, 0))
 
         others = jnp.arange(whole) != (first + jnp.arange(batch))[:, None]
         of_z = jnp.sum(jnp.where(others, kernel(z, all_z), 0), axis=1) / max(1, whole - 1)
@@ -1016,7 +1024,7 @@ def _resampled(
     offsets = jax.vmap(jax.random.uniform)(keys)
     positions = (jnp.arange(m)[:, None] + offsets) / m
     cumulative = jnp.cumsum(jax.nn.softmax(log_weights, axis=0), axis=0)
-    index = jnp.sum(cumulative[:, None] < positions, axis=0)
+    index = jnp.sum(cumulative[:, None] <= positions, axis=0)
     return jnp.minimum(index, len(log_weights) - 1)  # the sum may round to less than 1
 
 
@@ -1028,7 +1036,7 @@ def _check_samples(objective: Any) -> None:
 def _check_number(objective: Any, name: str) -> None:
     value = getattr(objective, name)
     if not is_number(value) or not 0 <= value < 1e6:
-        raise InputError(f"{name} is {shown(value)}: expected a number of at least 0")
+        raise InputError(f"{name} is {shown(value)}: expected a number of at least 0, below 1e+06")
     object.__setattr__(objective, name, float(value))
 
 

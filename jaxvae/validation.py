@@ -530,5 +530,6 @@ def expect_one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is an int or a float; a bool is not."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether a value is an int or a float, of Python or NumPy; a bool is not."""
+    kinds = int | float | np.integer | np.floating
+    return isinstance(value, kinds) and not isinstance(value, bool)

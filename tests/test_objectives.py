@@ -593,6 +593,22 @@ def test_mmd_is_the_u_statistic_of_its_kernel(params, images):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), terms, elbo(params, KEY, images))
 
 
+@pytest.mark.parametrize("shift", [3e3, 1e6])
+def test_mmd_of_far_latents_has_finite_gradients(params, images, shift):
+    """There |z - y|^2, computed by a matrix product in float32, may round to less than -C."""
+    mean = {name: x + shift * (name == "bias") for name, x in params.encoder["mean"].items()}
+    params = replace(params, encoder={**params.encoder, "mean": mean})
+
+    def mmd(params):
+        loss, terms = maximum_mean_discrepancy(params, KEY, images, beta=0.0, weight=1.0)
+        return jnp.mean(loss + terms.log_likelihood)
+
+    value, gradients = jax.value_and_grad(mmd)(params)
+    assert 0.5 < value < 2  # no kernel is above 1, and those across are near 0
+    for gradient in jax.tree.leaves(gradients):
+        assert np.all(np.isfinite(gradient))
+
+
 @pytest.mark.parametrize("shift", [0.0, 0.5, 3.0])
 def test_mmd_has_the_expectation_of_the_distributions_discrepancy(pca, shift):
     """Of N(shift, I) and N(0, I): then |z - y|^2 / 2 is chi-squared, noncentral for z and y."""

@@ -39,6 +39,7 @@ class Covariate(Config):
         for name in ("mean", "std"):
             if not is_number(getattr(self, name)):
                 raise InputError(f"{name} is {shown(getattr(self, name))}: expected a number")
+            object.__setattr__(self, name, float(getattr(self, name)))
         categories = self.categories
         if not isinstance(categories, tuple | list) or not all(
             isinstance(category, str) for category in categories

@@ -168,7 +168,7 @@ class ModelConfig(Config):
                 f"image_shape is {shape}: expected (height, width, channels), as the network "
                 f"{NETWORKS.spec(self.network)!r} is for images; for other examples choose 'mlp'"
             )
-        if hasattr(self.network, "latent_dim"):
+        if self._latents_of_network:
             latent_dim = self.network.latent_dim(shape)
             if self.latent_dim not in (type(self).latent_dim, latent_dim):
                 raise InputError(
@@ -221,9 +221,13 @@ class ModelConfig(Config):
         Raises:
           InputError: a shape that the components do not go with.
         """
-        own = hasattr(self.network, "latent_dim")
-        latent_dim = type(self).latent_dim if own else self.latent_dim
+        latent_dim = type(self).latent_dim if self._latents_of_network else self.latent_dim
         return dataclasses.replace(self, image_shape=image_shape, latent_dim=latent_dim)
+
+    @property
+    def _latents_of_network(self) -> bool:
+        """Whether the network sets the number of latents, by a method `latent_dim`."""
+        return callable(getattr(self.network, "latent_dim", None))
 
     @property
     def outputs_shape(self) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from jax.scipy.special import betaln, digamma, gammaln
 from jaxtyping import Array, Float
 
 from jaxvae.models.pixels import Images, Pixels, expected_pixels, sum_observed
-from jaxvae.validation import AnyKey, at_least_float32, expect_one_of, whole_number
+from jaxvae.validation import AnyKey, as_key, at_least_float32, expect_one_of, whole_number
 
 _LARGEST = math.log(2e9)  # log of the largest mean that samples have, near the largest int32
 
@@ -83,7 +83,7 @@ class Counts(NamedTuple):
         the shape theta and the mean m.
         """
         p = self._at_least_float32()
-        mean_key, count_key, zero_key = jax.random.split(key, 3)
+        mean_key, count_key, zero_key = jax.random.split(as_key(key), 3)
         log_mean = p._log_mean()
         if p.log_theta is not None:
             log_theta = jnp.broadcast_to(p.log_theta, log_mean.shape)

@@ -92,7 +92,8 @@ def masks(layers: int, latent_dim: int) -> Bool[np.ndarray, "layers latent"]:
     """Return the latents that each coupling layer keeps.
 
     Layers 2k and 2k + 1 keep complementary halves: the latents whose index has bit k set, and
-    those where it is not set. Any two latents are in different halves of some pair of layers.
+    those where it is not set. With at least 2 ceil(log2(latent_dim)) layers any two latents are in
+    different halves of some pair of layers; with fewer, some latents always keep each other's side.
     """
     bits = max(1, (latent_dim - 1).bit_length())
     layer, latent = np.arange(layers)[:, None], np.arange(latent_dim)

@@ -179,7 +179,8 @@ class Gaussian(NamedTuple):
         self, z: Float[ArrayLike, "*samples latent"]
     ) -> Float[Array, "... latent"]:
         """Compute log N(z_j; mean_j, exp(log_var_j)), in nats."""
-        square = (z - self.mean) ** 2 * jnp.exp(-self.log_var)
+        # Scaled before it is squared: exp(-log_var) overflows for a log_var below -88.
+        square = ((z - self.mean) * jnp.exp(-self.log_var / 2)) ** 2
         return -0.5 * (jnp.log(2 * jnp.pi) + self.log_var + square)
 
     def sample(self, key: AnyKey) -> Float[Array, "*batch latent"]:

@@ -118,7 +118,7 @@ class Ladder:
         """The resolutions, from the coarsest to the finest."""
         levels = []
         for part in self.groups.split("+"):
-            match = re.fullmatch(r"(\d+)x(\d+)(?:z(\d+))?(?:w(\d+))?", part)
+            match = re.fullmatch(r"(\d+)x(\d+)(?:z([1-9]\d*))?(?:w([1-9]\d*))?", part)
             numbers = [int(n) if n else 0 for n in match.groups()] if match else [0] * 4
             factor, count, latents, width = numbers
             if not 0 < count < 1000 or not 0 < factor < 2**16 or factor & (factor - 1):

@@ -276,8 +276,9 @@ class Model(Protocol):
 class Network(Protocol):
     """A choice of encoder and decoder: `ModelConfig(network=...)`.
 
-    It may have `model(config)`, which returns the whole `Model` instead of a `VAE`. One for images
-    alone, not for vectors, has `images_only = True`.
+    It may have `model(config)`, which returns the whole `Model` instead of a `VAE`, and a method
+    `latent_dim(image_shape)`, which sets the number of latents. One for images alone, not for
+    vectors, has `images_only = True`.
     """
 
     def modules(

@@ -160,7 +160,8 @@ class VectorQuantization:
             object.__setattr__(self, name, whole_number(name, getattr(self, name), least=2))
         if not is_number(self.commitment) or not 0 <= self.commitment < 1e6:
             raise InputError(
-                f"commitment is {shown(self.commitment)}: expected a number of at least 0"
+                f"commitment is {shown(self.commitment)}: expected a number of at least 0, "
+                "below 1e+06"
             )
         object.__setattr__(self, "commitment", float(self.commitment))
 

@@ -44,10 +44,12 @@ from jaxvae.runs.config import (
     RunConfig,
     components,
     own_components,
+    read_config,
 )
 from jaxvae.runs.data import describe, difference, expect_conditions, train_conditions
 from jaxvae.runs.files import locked, read_metrics, version, write_json
 from jaxvae.storage import expect_utf8
+from jaxvae.training.optimizer import expect_rate
 from jaxvae.training.state import TrainState, create_train_state, state_of
 from jaxvae.training.step import Metrics, train_step
 
@@ -210,7 +212,7 @@ def with_data(
             f"but {run_dir} was started with {before}"
         )
     seen = _seen(run_dir, config, record, new_data=new_data) if resume else (record,)
-    _expect_a_batch(config, data)
+    _expect_steps(config, data)
     return replace(config, data_seen=seen)
 
 
@@ -228,7 +230,7 @@ def with_shape(config: RunConfig, data: Dataset) -> RunConfig:
       InputError: no valid labels for a conditional model, or fewer images than one batch.
     """
     config = _with_shape(config, data)
-    _expect_a_batch(config, data)
+    _expect_steps(config, data)
     return config
 
 
@@ -254,12 +256,15 @@ def _with_shape(config: RunConfig, data: Dataset) -> RunConfig:
     return config
 
 
-def _expect_a_batch(config: RunConfig, data: Dataset) -> None:
+def _expect_steps(config: RunConfig, data: Dataset) -> None:
+    """Check that there is a batch, and a learning rate for a run of this length."""
     if config.train.batch_size > len(data.train_images):
         raise InputError(
             f"batch_size is {config.train.batch_size}: expected at most the number of "
             f"training {config.model.noun}s, {len(data.train_images)}"
         )
+    steps = config.train.epochs * (len(data.train_images) // config.train.batch_size)
+    expect_rate(config.train.schedule, steps)
 
 
 def _seen(
@@ -376,10 +381,14 @@ def with_model_to_start_from(base: RunConfig, flags: Mapping[str, Any]) -> RunCo
       InputError: that run cannot be read, or has custom components that are not in `flags`.
     """
     start_from = flags.get("start_from", base.start_from)
-    step = None if start_from is None else newest_intact(start_from)
-    if step is None or base.model != ModelConfig():
+    if start_from is None or base.model != ModelConfig():
         return base
     own = {n: x for n, x in own_components(flags).items() if n in ModelConfig._registries}
+    if is_shared(start_from):
+        return replace(base, model=read_config(Path(start_from), **own).model)
+    step = newest_intact(start_from)
+    if step is None:
+        return base
     return replace(base, model=ModelConfig.from_dict(metadata(start_from, step)["model"], **own))
 
 

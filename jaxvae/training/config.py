@@ -81,7 +81,8 @@ class TrainConfig(Config):
             set_field(self, name, whole_number(name, getattr(self, name), least))
         if not is_number(self.learning_rate) or not 0 < self.learning_rate < 1e6:
             raise InputError(
-                f"learning_rate is {shown(self.learning_rate)}: expected a number above 0"
+                f"learning_rate is {shown(self.learning_rate)}: expected a number above 0, "
+                "below 1e+06"
             )
         for name, most in (("beta", 1e6), ("clip_norm", 1e12), ("skip_norm", 1e12), ("ema", 1)):
             value = getattr(self, name)

@@ -37,9 +37,9 @@ ELEMENTWISE = (
     "rmsprop", "rprop", "sgd", "sign_sgd", "signum", "yogi",
 )  # fmt: skip
 
-# Arrays of several axes that are not kernels: the biases of attention, [heads, features], and the
-# vectors of vector quantization, which stay as they are.
-_NO_KERNELS = ("bias", "vectors")
+# Arrays of several axes that are not kernels: the biases of attention, [heads, features], the
+# vectors of vector quantization, which stay as they are, and the learned input of a ladder.
+_NO_KERNELS = ("bias", "vectors", "top")
 
 # Arrays of `kernel` have inputs before outputs; `kernel_1`, ... of coupling layers are one for each
 # layer. Attention's, [inputs, heads, features], are left to Adam.
@@ -299,7 +299,7 @@ def parse_schedule(value: Any) -> Any:
         parsed = SCHEDULES.parse(value)
         if inspect.isfunction(parsed):
             parsed = parsed()
-        _try_out_rate(str(value), parsed)
+        expect_rate(parsed, None, str(value))
         return parsed
     if hasattr(value, "rate") or not callable(value):
         return SCHEDULES.parse(value, " or an optax schedule, a function of the step", ("rate",))
@@ -311,6 +311,27 @@ def rate_at(schedule: Any, learning_rate: Rate, step: Step, steps: int) -> Rate:
     if hasattr(schedule, "rate"):
         return schedule.rate(learning_rate, step, steps)
     return schedule(step)
+
+
+def expect_rate(schedule: Any, steps: int | None, written: str | None = None) -> None:
+    """Check that a schedule can be evaluated.
+
+    Args:
+      schedule: the schedule.
+      steps: number of steps of the run; None: not known, and no limit.
+      written: the schedule as it was given.
+
+    Raises:
+      InputError: it cannot, such as with a warm-up that is longer than the run.
+    """
+    try:
+        last = 2**30 if steps is None else steps
+        jax.eval_shape(lambda step: rate_at(schedule, 1e-3, step, last), jnp.int32(0))
+    except Exception as error:  # optax does not document what it raises
+        name = SCHEDULES.spec(schedule) if written is None else written
+        run = "" if steps is None else f" for a run of {steps} steps"
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"schedule is {name!r}, which optax refuses{run}: {reason}") from None
 
 
 def _try_out(written: str, make: Callable[[], optax.GradientTransformation]) -> None:
@@ -328,15 +349,6 @@ def _try_out(written: str, make: Callable[[], optax.GradientTransformation]) -> 
     except Exception as error:  # optax does not document what it raises
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"optimizer is {written!r}, which optax refuses: {reason}") from None
-
-
-def _try_out_rate(written: str, schedule: Any) -> None:
-    """Raise InputError unless the schedule can be evaluated."""
-    try:
-        jax.eval_shape(lambda step: rate_at(schedule, 1e-3, step, 1000), jnp.int32(0))
-    except Exception as error:  # as in `_try_out`
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"schedule is {written!r}, which optax refuses: {reason}") from None
 
 
 def _kernels(params: P) -> P:

@@ -133,6 +133,18 @@ def test_modules_of_ones_own_are_a_network():
     assert config != ModelConfig(network=(OwnEncoder(3), OWN[1]), likelihood="gaussian")
 
 
+def test_a_network_of_ones_own_may_have_a_field_latent_dim():
+    @dataclass(frozen=True)
+    class Fixed:
+        latent_dim: int = 3
+
+        def modules(self, latent_dim, outputs_shape, dtype):
+            return OWN
+
+    config = ModelConfig(network=Fixed(), latent_dim=5)
+    assert config.with_image_shape((14, 14, 1)).latent_dim == 5
+
+
 def test_of_modules_of_ones_own_json_keeps_only_that_there_are_some():
     config = ModelConfig(image_shape=(6, 5, 2), network=OWN, posterior="iaf")
     written = json.loads(json.dumps(config.to_dict()))

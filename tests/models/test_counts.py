@@ -118,6 +118,7 @@ def test_probabilities_sum_to_one_and_samples_have_them(family):
     assert p @ np.arange(n) == pytest.approx(mean[0, 0], rel=1e-4)
     assert x.shape == (n, 1)
     assert x.dtype == np.float32
+    assert p_x.sample(jax.random.key(0, impl="rbg")).shape == (n, 1)
     np.testing.assert_array_equal(x, np.rint(x))
     common = p * n > 10
     counts = np.bincount(x.ravel().astype(int), minlength=n)

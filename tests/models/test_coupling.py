@@ -84,11 +84,12 @@ def test_draws_have_the_density():
 
 
 def test_any_two_latents_are_kept_and_changed_apart():
-    kept = masks(6, 5)
-    assert kept.shape == (6, 5)
-    for i in range(5):
-        for j in range(5):
-            assert i == j or any(row[i] and not row[j] for row in kept)
+    """With 2 ceil(log2(latent_dim)) layers."""
+    for layers, latents in ((6, 5), (8, 16), (12, 40)):
+        kept = masks(layers, latents)
+        assert kept.shape == (layers, latents)
+        apart = np.any(kept[:, :, None] & ~kept[:, None, :], axis=0)
+        np.testing.assert_array_equal(apart, ~np.eye(latents, dtype=bool))
     np.testing.assert_array_equal(masks(2, 1), [[True], [False]])
 
 

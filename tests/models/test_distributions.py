@@ -73,6 +73,15 @@ def test_the_kl_is_the_mean_of_the_log_ratio_at_draws():
     np.testing.assert_allclose(log_q, q.log_prob_per_latent(z).sum(-1), rtol=1e-6)
 
 
+@pytest.mark.parametrize("log_var", [-160.0, -90.0, 170.0])
+def test_the_density_of_an_extreme_variance_is_finite(log_var):
+    """At the mean and one standard deviation away: exp(-log_var) is not a float32."""
+    p = Gaussian(jnp.zeros(2), jnp.full(2, log_var))
+    z = jnp.array([0, np.exp(np.float32(log_var / 2))])
+    expected = -0.5 * (np.log(2 * np.pi) + log_var + np.array([0, 1]))
+    np.testing.assert_allclose(p.log_prob_per_latent(z), expected, rtol=1e-5)
+
+
 def test_a_rows_draw_is_its_keys_whatever_the_batch():
     q, keys = gaussian(), jax.random.split(KEY, 6)
     z, log_q = q.sample_and_log_prob(keys)

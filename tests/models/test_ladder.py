@@ -51,6 +51,8 @@ def test_the_groups_are_at_the_resolutions_that_are_asked_for():
         ({"network": "ladder:groups=4"}, "not '4'"),
         ({"network": "ladder:groups=2x1+4x1"}, "the largest first"),
         ({"network": "ladder:groups=2x0"}, "expected FACTORxCOUNT"),
+        ({"network": "ladder:groups=4x1z0"}, "not '4x1z0'"),
+        ({"network": "ladder:groups=4x1w0"}, "not '4x1w0'"),
         ({"latent_dim": 7}, "the network has 44 latents: leave latent_dim out"),
         ({"prior": "mixture"}, "prior is 'mixture', but the network 'ladder' has a prior of its"),
         ({"posterior": "iaf"}, "posterior is 'iaf', but the network 'ladder' has a posterior"),

@@ -697,6 +697,13 @@ def test_only_the_networks_named_depend_on_the_covariates(name, conditions, take
             assert_equal(jax.tree.leaves(f(params, given)), jax.tree.leaves(f(params, given, c)))
 
 
+@pytest.mark.parametrize("network", ["mlp:width=4", "ladder:groups=2x1,width=4,latents=1"])
+def test_the_elbo_of_a_conditional_decoder_needs_labels(network):
+    config = ModelConfig((4, 4, 1), network=network, num_classes=3, conditions="decoder")
+    with refused("labels are missing: expected shape (2,), classes from 0 to 2 (num_classes=3)"):
+        jaxvae.elbo(jaxvae.init(KEY, config), KEY, np.zeros((2, 4, 4, 1), np.uint8))
+
+
 class LinearDecoder(nn.Module):
     """x = W z + B c + b."""
 

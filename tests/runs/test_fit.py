@@ -283,9 +283,12 @@ def test_wrong_arguments_are_refused_and_leave_no_directory(data, tmp_path):
         fitted(data, callbacks=[print], run_dir=run_dir)
     stl = jaxvae.TrainConfig(batch_size=64, objective="stl")
     flow = jaxvae.ModelConfig(network="mlp:width=8", posterior="iaf:steps=1")
+    warmup = "warmup_cosine_decay_schedule:warmup_steps"
     for place in (run_dir, None):
         with refused("expected the posterior 'gaussian'"):
             fitted(data, flow, stl, run_dir=place)
+        with refused("which optax refuses for a run of ", " steps"):
+            fitted(data, MODEL, replace(TRAIN, schedule=f"{warmup}=500"), run_dir=place)
     assert list(tmp_path.iterdir()) == []
 
 

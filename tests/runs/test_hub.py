@@ -23,8 +23,8 @@ from conftest import OwnDecoder, OwnEncoder, at_once, moved, refused
 
 import jaxvae
 from jaxvae.cli.commands import main
-from jaxvae.runs.config import configured, read_config
-from jaxvae.runs.directory import write_config
+from jaxvae.runs import directory
+from jaxvae.runs.config import RunConfig, configured, read_config
 from jaxvae.runs.files import append_metrics, write_json
 from jaxvae.runs.hub import export_run, from_pretrained
 
@@ -49,7 +49,9 @@ def run_of(folder, data="mnist-5k", train=None, **model):
     state = jaxvae.create_train_state(jax.random.key(0), config, train)
     ema = None if state.ema is None else moved(state.ema, 0.05, seed=2)
     state = replace(state, params=moved(state.params, 0.05), ema=ema, step=state.step + STEP)
-    write_config(folder, replace(configured({"data": str(data)}), model=config, train=train))
+    directory.write_config(
+        folder, replace(configured({"data": str(data)}), model=config, train=train)
+    )
     jaxvae.save(folder, state)
     return folder
 
@@ -308,9 +310,10 @@ def test_commands_take_a_shared_folder(run, shared, npz, tmp_path, capsys):
 
 
 def test_a_run_starts_from_a_shared_folder(shared, npz):
-    flags = {"data": str(npz), "network": SMALL["network"], "start_from": str(shared)}
-    config = replace(configured(flags), model=read_config(shared).model)
-    first = jaxvae.runs.directory.first_state(jax.random.key(1), config)
+    flags = {"data": str(npz), "start_from": str(shared)}
+    config = configured(flags, directory.with_model_to_start_from(RunConfig(), flags))
+    assert config.model == read_config(shared).model
+    first = directory.first_state(jax.random.key(1), config)
     assert_same(first.params, from_pretrained(shared))
 
 

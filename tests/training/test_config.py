@@ -3,6 +3,7 @@
 import json
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from conftest import refused
@@ -103,6 +104,12 @@ OLD = {  # as version 0.1 wrote it
     "schedule": "constant",
     "binarization": "none",
 }
+
+
+def test_numbers_may_be_numpys():
+    config = TrainConfig(learning_rate=np.float32(0.5), beta=np.int64(2))
+    assert config == TrainConfig(learning_rate=0.5, beta=2.0)
+    assert json.loads(json.dumps(config.to_dict()))["learning_rate"] == 0.5
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from jaxvae.training.optimizer import (
     ELEMENTWISE,
     OPTIMIZERS,
     SCHEDULES,
+    expect_rate,
     parse_optimizer,
     parse_schedule,
     rate_at,
@@ -249,6 +250,31 @@ def test_weight_decay_spares_biases_of_attention_and_the_fixed_vectors_of_codes(
         assert np.any(changed)
     for same in (changes.posterior["vectors"], changes.encoder["query"]["bias"]):
         assert not np.any(same)
+
+
+def test_weight_decay_spares_the_learned_input_of_a_ladder():
+    model = jaxvae.ModelConfig(image_shape=(4, 4, 1), network="ladder:groups=4x1,width=4,latents=1")
+    params = jax.tree.map(lambda x: x + 1.0, jaxvae.init(jax.random.key(0), model))
+    update = optimizer(jaxvae.TrainConfig(optimizer="adamw:weight_decay=0.1"))
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    changes, _ = update.update(zeros, update.init(params), params)
+    decayed = {
+        path[-1].key: bool(np.any(change))
+        for path, change in jax.tree_util.tree_leaves_with_path(changes.decoder)
+    }
+    assert decayed == {"kernel": True, "bias": False, "top": False}
+
+
+# A warm-up and the length of the run
+
+
+def test_a_warm_up_may_be_long_but_not_longer_than_the_run():
+    schedule = "warmup_cosine_decay_schedule:warmup_steps=5000"
+    config = jaxvae.TrainConfig(schedule=schedule, learning_rate=0.5)
+    expect_rate(config.schedule, 5001)
+    assert rate_at(config.schedule, 0.5, 2500, 20_000) == 0.25
+    with refused(f"schedule is {schedule!r}, which optax refuses for a run of 5000 steps: "):
+        expect_rate(config.schedule, 5000)
 
 
 # Objects of optax
