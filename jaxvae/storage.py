@@ -28,7 +28,14 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     Args:
       path: the file.
       write: writes the content to an open binary file.
+
+    Raises:
+      OSError: it cannot be written, or is a device, such as /dev/null, which it would replace.
     """
+    with suppress(FileNotFoundError):
+        mode = path.lstat().st_mode
+        if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+            raise OSError(errno.EINVAL, "it is a device, not a file", str(path))
     part = path.with_name(f".jaxvae-{secrets.token_hex(8)}.part")
     try:
         with part.open("xb") as file:  # fails where there is anything of that name, links too

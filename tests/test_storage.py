@@ -1,5 +1,8 @@
 """Files that are written whole or not at all."""
 
+import os
+from pathlib import Path
+
 import jax
 import pytest
 
@@ -23,6 +26,14 @@ def test_a_file_whose_writing_fails_is_the_old_one(tmp_path, error):
     with pytest.raises(error):
         storage.write_atomic(path, write)
     assert [(one.name, one.read_text()) for one in tmp_path.iterdir()] == [("a.json", "old")]
+
+
+def test_a_device_is_not_replaced(monkeypatch, tmp_path):
+    made = []
+    monkeypatch.setattr(Path, "open", lambda path, mode: made.append(path))
+    with pytest.raises(OSError, match="it is a device, not a file"):
+        storage.write_atomic(Path(os.devnull), lambda file: file.write(b"new"))
+    assert not made
 
 
 def test_a_name_that_is_taken_is_not_written_to(tmp_path, monkeypatch):

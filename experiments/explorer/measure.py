@@ -120,7 +120,7 @@ def main() -> None:
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         for run_dir, (path, params) in zip(options.runs, pages, strict=True):
-            page = browser.new_page(viewport={"width": 1280, "height": 900})
+            page = browser.new_page(viewport={"width": 1280, "height": 930})
             found = measured(page, path, params)
             print(run_dir.name, json.dumps(found, indent=1))
             text = json.dumps(found, indent=1) + "\n"

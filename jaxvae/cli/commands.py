@@ -296,10 +296,11 @@ def _params(options: argparse.Namespace) -> Any:
 def _config_and_data(options: argparse.Namespace) -> tuple[Any, Any]:
     """Return configuration and data of the run that a command was given."""
     from jaxvae.runs.config import read_config
-    from jaxvae.runs.data import load_run_data, warn_of_other_data
+    from jaxvae.runs.data import as_examples_of, load_run_data, warn_of_other_data
 
     config = read_config(options.run, **_own(options))
     data = load_run_data(config, options.data)
+    data = as_examples_of(options.data or config.data, data, config.model)
     warn_of_other_data(options.run, config, data, options.data)
     return config, data
 
@@ -508,7 +509,7 @@ def _sample(options: argparse.Namespace) -> None:
         whole_number("--seed", options.seed, 0, 2**32 - 1)
     config = read_config(options.run, **_own(options))
     shape = config.model.image_shape
-    _expect_ending(options.out, (".png",) if is_image(shape) else _endings(shape), shape)
+    _expect_ending(options, (".png",) if is_image(shape) else _endings(shape), shape)
     needed = options.n * math.prod(shape) * _BYTES_PER_SAMPLED
     if (available := memory()) is not None and needed > available:
         raise InputError(
@@ -542,7 +543,13 @@ def _sampled_covariates(options: argparse.Namespace, params: Any, seed: int) -> 
 
     from jaxvae.data.covariates import rows_with
 
-    given = dict(part.partition("=")[::2] for part in (options.covariates or "").split(",") if part)
+    parts = (options.covariates or "").split(",") if options.covariates else []
+    given = {name.strip(): value for name, _, value in (part.partition("=") for part in parts)}
+    if not all(given) or len(given) < len(parts):
+        raise InputError(
+            f"--covariates is {options.covariates!r}: expected NAME=VALUE,NAME=VALUE, and each "
+            "column once"
+        )
     if not params.config.num_covariates:
         if given:
             raise InputError(
@@ -565,17 +572,34 @@ def _endings(shape: tuple[int, ...]) -> tuple[str, ...]:
     return (".npz", ".csv", ".parquet") if len(shape) == 1 else (".npz",)
 
 
-def _expect_ending(path: Path, ends: tuple[str, ...], shape: tuple[int, ...] = ()) -> None:
-    """Raise InputError unless a file to write has one of these endings, and a folder."""
+def _expect_ending(
+    options: argparse.Namespace, ends: tuple[str, ...], shape: tuple[int, ...] = ()
+) -> None:
+    """Raise InputError unless the file to write has one of these endings, and a place."""
+    path = options.out
     if path.suffix.lower() not in ends:
         listed = f"{', '.join(ends[:-1])} or {ends[-1]}" if len(ends) > 1 else ends[0]
         reason = f", as the examples have shape {shape}" if shape and not is_image(shape) else ""
         raise InputError(f"--out is {path}: expected a file name ending in {listed}{reason}")
-    _expect_folder_of(path)
+    if path.is_dir():
+        raise InputError(f"--out is {path}, which is a folder: expected a file name")
+    _expect_place(path, _data_of(options))
 
 
-def _expect_folder_of(path: Path) -> None:
-    """Raise InputError unless a file to write has a folder, before it is computed."""
+def _data_of(options: argparse.Namespace) -> str:
+    """Return the name or path of the data that a command reads."""
+    from jaxvae.runs.config import read_config
+
+    return str(options.data or read_config(options.run, **_own(options)).data)
+
+
+def _expect_place(path: Path, source: str | Path) -> None:
+    """Raise InputError unless a file to write has a folder and is not the source of its content.
+
+    This is checked before the content is computed.
+    """
+    if Path(source).is_file() and path.exists() and path.samefile(source):
+        raise InputError(f"--out is {path}, the file that is read: expected another name")
     if not path.parent.is_dir():
         raise InputError(
             f"--out is {path}, which cannot be written: there is no folder {path.parent}; make it "
@@ -598,7 +622,7 @@ def _encode(options: argparse.Namespace) -> None:
     from jaxvae.runs.inference import encode_all
     from jaxvae.runs.progress import counting
 
-    _expect_ending(options.out, (".npz", ".csv", ".parquet"))
+    _expect_ending(options, (".npz", ".csv", ".parquet"))
     opened = _open(options)
     noun = opened.params.config.noun
     with counting("encoding", noun) as progress:
@@ -617,7 +641,7 @@ def _score(options: argparse.Namespace) -> None:
     from jaxvae.runs.progress import counting
 
     _at_least_one("--num-samples", options.num_samples)
-    _expect_ending(options.out, (".npz", ".csv", ".parquet"))
+    _expect_ending(options, (".npz", ".csv", ".parquet"))
     opened = _open(options, missing=True)
     config = opened.params.config
     with counting("scoring", config.noun) as progress:
@@ -664,7 +688,7 @@ def _impute(options: argparse.Namespace) -> None:
     _at_least_one("--num-samples", options.num_samples)
     whole_number("--draws", options.draws, 0)
     shape = read_config(options.run, **_own(options)).model.image_shape
-    _expect_ending(options.out, _endings(shape), shape)
+    _expect_ending(options, _endings(shape), shape)
     npz = options.out.suffix.lower() == ".npz"
     if options.draws and not npz:
         raise InputError(
@@ -695,7 +719,7 @@ def _reconstruct(options: argparse.Namespace) -> None:
 
     shape = read_config(options.run, **_own(options)).model.image_shape
     ends = (".npz", ".png") if is_image(shape) else _endings(shape)
-    _expect_ending(options.out, ends, shape)
+    _expect_ending(options, ends, shape)
     opened = _open(options)
     noun = opened.params.config.noun
     with counting("reconstructing", noun) as progress:
@@ -720,10 +744,12 @@ def _figures(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
+    from jaxvae.runs.config import read_config
     from jaxvae.runs.hub import export_run
     from jaxvae.runs.progress import working
     from jaxvae.storage import make_folder
 
+    read_config(options.run, **_own(options))  # no folder is made where there is no run
     out = options.out or make_folder(options.run, "export")
     with working("exporting"):
         paths = export_run(options.run, out, options.to, _which(options), **_own(options))
@@ -732,14 +758,19 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _compress(options: argparse.Namespace) -> None:
-    from jaxvae.compression import compress, header_of
+    from jaxvae.compression import compress, header_of, is_compressed
     from jaxvae.evaluation.evaluate import evaluate
     from jaxvae.runs.config import read_config, run_keys
     from jaxvae.runs.data import examples_of, load_run_data
     from jaxvae.runs.progress import counting, working
 
     config = read_config(options.run, **_own(options))
-    _expect_folder_of(options.out)
+    _expect_place(options.out, _data_of(options))
+    if options.out.exists() and not is_compressed(options.out):
+        raise InputError(
+            f"--out is {options.out}, which exists already and is not a file of compressed images: "
+            "expected another name"
+        )
     data = load_run_data(config, options.data)
     images = examples_of(data, config, options.split)[0][:]
     params = _params(options)
@@ -769,7 +800,7 @@ def _decompress(options: argparse.Namespace) -> None:
     from jaxvae.runs.progress import counting
     from jaxvae.storage import read_bytes
 
-    _expect_folder_of(options.out)
+    _expect_place(options.out, options.file)
     expect_free(options.out)
     content = read_bytes(options.file)
     try:
@@ -829,7 +860,7 @@ def _explore(options: argparse.Namespace) -> None:
     if out.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"--out is {out}: expected a file name ending in .html")
     _, data = _config_and_data(options)
-    _expect_folder_of(out)
+    _expect_place(out, _data_of(options))
     with working("writing the page"):
         explorer.write(out, _params(options), data, options.run.resolve().name)
     print(out)

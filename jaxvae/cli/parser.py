@@ -77,9 +77,10 @@ _FIT_PRIOR = """Fit a new prior to the latents of a trained model. Encoder, deco
 likelihood do not change. The result is a new run, which all other commands take:
 evaluate, sample, figures, explore, export, and train --resume for more epochs."""
 _COMPRESS = """Compress images by the model of a run, without loss. Decompression needs the same
-run, the same versions of JAX and NumPy and the same kind of processor; otherwise it refuses the
-file. Images of a run with binarization are binarized first, as in evaluation: each pixel is drawn
-with its grey level as the probability, by a fixed key."""
+parameters, the same versions of JAX and NumPy and the same kind of processor; otherwise it refuses
+the file. If the run is trained further, keep its parameters by export --to hub first. Images of a
+run with binarization are binarized first, as in evaluation: each pixel is drawn with its grey level
+as the probability, by a fixed key."""
 _ENCODE = """Write the mean and the log variance of the posterior q(z|x) of every example, in the
 order of the data: of a discrete model the codes, and of a flow the center of the posterior. Labels
 are written too, where there are any."""

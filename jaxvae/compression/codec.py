@@ -123,7 +123,10 @@ def decompress(
     """
     header, body = unpack(data)
     if header.model != digest_of_model(params):
-        raise InputError("it was compressed by another model: pass that one")
+        raise InputError(
+            "it was compressed by another model, or by this one before further training: pass "
+            "those parameters"
+        )
     if header.image_shape != params.config.image_shape or np.any(body.chunks > _BATCH):
         raise InputError(
             f"it is damaged: its images have shape {header.image_shape}, in chunks of up to "

@@ -17,6 +17,7 @@ import json
 import math
 import struct
 import zlib
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -26,11 +27,21 @@ from jaxtyping import UInt8, UInt32, UInt64
 from jaxvae.data.arrays import expect_memory
 from jaxvae.errors import InputError
 from jaxvae.models.vae import Params
+from jaxvae.storage import open_regular
 
 _MAGIC = b"\x89jaxvae\n"
 _VERSION = 1
 _FIXED = struct.Struct("<8sBIIIIIHIIH32s32s")
 _CRC = struct.Struct("<I")
+
+
+def is_compressed(path: Path) -> bool:
+    """Return whether a path is a file of compressed images."""
+    try:
+        with open(path, "rb", opener=open_regular) as file:
+            return file.read(len(_MAGIC)) == _MAGIC
+    except OSError:
+        return False
 
 
 class Header(NamedTuple):
@@ -121,6 +132,8 @@ def unpack(data: bytes) -> tuple[Header, Body]:
     of_chunks, made_by, of_heads, of_words = (
         data[start:end] for start, end in zip(ends, [*ends[1:], len(data)], strict=True)
     )
+    if not all(shape):  # any number of images without pixels would need no memory
+        raise damaged
     try:
         expect_memory(images * math.prod(shape))
         sizes = zlib.decompressobj().decompress(of_chunks, images + 1)

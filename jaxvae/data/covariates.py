@@ -65,7 +65,14 @@ class Covariate(Config):
                     f"{subject}column {self.name!r} holds {str(column[0])!r}: expected numbers, as "
                     "in the training data"
                 )
-            return ((column - self.mean) / self.std).astype(np.float32)[:, None]
+            scaled = (column - self.mean) / self.std
+            large = np.flatnonzero(np.abs(scaled) > np.finfo(np.float32).max)
+            if large.size:
+                raise InputError(
+                    f"{subject}column {self.name!r} holds {column[large[0]]:g}: expected a number "
+                    f"near those of the training data, whose mean is {self.mean:g}"
+                )
+            return scaled.astype(np.float32)[:, None]
         text = _as_text(column)
         one_hot = text[:, None] == np.array(self.categories)
         unknown = np.flatnonzero(~one_hot.any(axis=1))

@@ -32,6 +32,7 @@ _IDX = re.compile(r"idx[134](-ubyte|(\.gz)?$)")
 # Names of folders that hold a split, in any case. The first one that exists is used.
 _TRAIN = ("train", "training")
 _HELD_OUT = ("test", "testing", "val", "valid", "validation")
+ENDINGS = (".npz", ".npy", ".csv", ".tsv", ".parquet", ".h5ad", ".gz")  # of files of data
 _ENDS = frozenset[str]().union(*FORMATS.values())
 
 

@@ -19,7 +19,7 @@ from jaxvae.errors import InputError
 from jaxvae.explorer.program import Program, decoder_program
 from jaxvae.figures.grid import coordinates, decode_coordinates, pixels, tile
 from jaxvae.figures.style import COLOURS
-from jaxvae.models.vae import Params, encode
+from jaxvae.models.vae import Params, encode, expected_labels, known_classes
 from jaxvae.storage import write_atomic
 from jaxvae.validation import is_image
 
@@ -67,8 +67,8 @@ def page(params: Params, data: Dataset, title: str) -> str:
       The text of the page.
 
     Raises:
-      InputError: the decoder has an operation that `program` cannot translate, or the model is not
-        of images, or has covariates.
+      InputError: the decoder has an operation that `program` cannot translate; the model is not of
+        images, or has covariates; or it has classes, and the data have no labels.
     """
     if not is_image(params.config.image_shape):
         raise InputError(
@@ -84,6 +84,8 @@ def page(params: Params, data: Dataset, title: str) -> str:
     count = min(len(data.test_images), _IMAGES)
     images = np.asarray(data.test_images[:count])
     labels = None if data.test_labels is None else np.asarray(data.test_labels[:count])
+    if params.config.num_classes:
+        labels = np.asarray(known_classes(params, images, expected_labels(params, labels, count)))
     center = encode(params, images, _classes(params, labels)).center
     latents = np.asarray(coordinates(params, center), np.float32)
     half = False

@@ -13,6 +13,7 @@ import numpy as np
 from jaxvae.components import imported, is_dotted_path
 from jaxvae.data import Dataset, Images, as_dataset, load_dataset
 from jaxvae.data.covariates import Covariate, Covariates
+from jaxvae.data.files import ENDINGS
 from jaxvae.errors import InputError, OtherData
 from jaxvae.models.config import ModelConfig
 from jaxvae.models.likelihoods import binarize
@@ -46,7 +47,7 @@ def load_run_data(config: RunConfig, typed: str | None = None, *, missing: bool 
     """
     name = config.data if typed is None else typed
     missing = missing or takes_missing(config)
-    if is_dotted_path(name) and not Path(name).exists():
+    if is_dotted_path(name) and not Path(name).exists() and not name.endswith(ENDINGS):
         if typed is None:
             raise InputError(
                 f"the data of this run come from the custom function {name}: pass it again with "
@@ -349,6 +350,33 @@ def examples_of(
         joined(data.train_labels, data.test_labels),
         joined(*(data.conditions(config.model, split) for split in ("train", "test"))),
     )
+
+
+def as_examples_of(name: str, data: Dataset, model: ModelConfig) -> Dataset:
+    """Return a data set to which a trained model is applied.
+
+    Args:
+      name: name of the data in error messages.
+      data: the data set.
+      model: the model.
+
+    Returns:
+      The data set. For a model with a classifier, missing labels are -1, no label.
+
+    Raises:
+      InputError: examples of another shape, or as for `expect_conditions`.
+    """
+    if (shape := data.train_images.shape[1:]) != model.image_shape:
+        raise InputError(
+            f"{name} holds {model.noun}s of shape {shape}: expected {model.image_shape}, the shape "
+            "of those that the model was trained on"
+        )
+    if model.classifier and data.train_labels is None:
+        data = data._replace(train_labels=np.full(len(data.train_images), -1))
+    if model.classifier and data.test_labels is None:
+        data = data._replace(test_labels=np.full(len(data.test_images), -1))
+    expect_conditions(name, data, model)
+    return data
 
 
 def expect_conditions(name: str, data: Dataset, model: ModelConfig) -> None:

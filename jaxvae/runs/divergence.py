@@ -104,6 +104,9 @@ class DivergenceCheck:
                         {"step": step, "not_finite": what},
                         f"{what} {self._of(model)}is NaN or infinite after step {step}",
                     )
+        if self.run_dir and not self.models and is_first():
+            with suppress(OSError):  # of an earlier attempt
+                (self.run_dir / DIVERGED).unlink(missing_ok=True)
 
     def mask_diverged(self, values: Any) -> Any:
         """Return a metric as float64, with NaN for the models that have diverged."""

@@ -22,7 +22,7 @@ import jax
 from jaxvae.errors import InputError
 from jaxvae.interchange import export
 from jaxvae.models.vae import Params
-from jaxvae.runs.checkpoints import Which, is_shared, load, load_with_step
+from jaxvae.runs.checkpoints import Which, load, load_with_step
 from jaxvae.runs.config import RunConfig, components, read_config
 from jaxvae.runs.evaluation import described
 from jaxvae.runs.files import is_number, read_json, read_metrics, version
@@ -71,12 +71,20 @@ def export_run(
     if "hub" in formats:
         contents |= _to_share(run_dir, params, step, own)
         taken = [name for name in contents if os.path.lexists(folder / name)]
-        if taken and not is_shared(folder):
+        if taken and not _is_exported(folder):
             raise InputError(
                 f"{folder / taken[0]} exists already, and is not of an earlier export: choose "
                 "another folder with --out"
             )
     return export.write_files(folder, contents, problems)
+
+
+def _is_exported(folder: Path) -> bool:
+    """Return whether the files of a folder are of an earlier export, as its card says."""
+    try:
+        return b"\nlibrary_name: jaxvae\n" in read_bytes(folder / "README.md")
+    except OSError:
+        return False
 
 
 def from_pretrained(name: str | Path, network: Any = None, **own: Any) -> Params:

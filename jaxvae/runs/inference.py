@@ -28,8 +28,8 @@ from jaxvae.objectives import elbo, example_keys
 from jaxvae.runs.checkpoints import Which, load
 from jaxvae.runs.config import read_config, run_keys
 from jaxvae.runs.data import (
+    as_examples_of,
     examples_of,
-    expect_conditions,
     load_run_data,
     warn_of_other_data,
 )
@@ -100,7 +100,7 @@ def open_run(
     name = data_name or config.data
     if data_name is None:
         warn_of_other_data(run_dir, config, data)
-    expect_conditions(name, data, config.model)
+    data = as_examples_of(name, data, config.model)
     examples = examples_of(data, config, split)
     params = load(run_dir, which, **own)
     key = run_keys(config)[1]

@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import jax
 import matplotlib as mpl
 import numpy as np
 import pytest
+from conftest import moved
 from PIL import Image
 
 import jaxvae
@@ -418,6 +419,23 @@ def test_explore_writes_a_page_into_the_run_or_where_it_is_told(conditional, tmp
     assert (tmp_path / "a.html").read_text() == page  # of one epoch, the latest is the best
 
 
+def test_data_that_are_not_the_models_are_refused_by_figures_and_explore(
+    conditional, npz, tmp_path, capsys
+):
+    x = np.zeros((20, 12, 8, 1), np.uint8)
+    np.savez(tmp_path / "shape.npz", x_train=x, x_test=x)
+    with np.load(npz) as found:
+        np.savez(tmp_path / "labels.npz", x_train=found["x_train"], x_test=found["x_test"])
+    expected = {
+        "shape": "holds images of shape (12, 8, 1): expected (8, 8, 1)",
+        "labels": "has no train labels: expected classes from 0 to 2",
+    }
+    for name, says in expected.items():
+        for command in ("figures", "explore"):
+            assert main([command, str(conditional), "--data", str(tmp_path / f"{name}.npz")]) == 2
+            assert says in capsys.readouterr().err
+
+
 def test_sample_writes_a_picture_that_the_seed_decides(run_dir, tmp_path, capsys):
     pictures = []
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
@@ -521,6 +539,29 @@ def test_compress_and_decompress_restore_the_images(run_dir, tmp_path, capsys):
     assert capsys.readouterr().err.startswith(f"jaxvae: {file}: it is damaged")
     assert main(["compress", str(run_dir), "--out", file]) == 2
     assert "pixels that are 0 or 1" in capsys.readouterr().err
+    for taken in (run_dir / "config.json", run_dir):
+        before = (run_dir / "config.json").read_bytes()
+        assert main(["compress", str(run_dir), "--data", x, "--out", str(taken)]) == 2
+        assert "exists already and is not a file of compressed" in capsys.readouterr().err
+        assert (run_dir / "config.json").read_bytes() == before
+
+
+def test_a_file_is_decompressed_after_more_training_by_the_parameters_that_were_kept(
+    run_dir, tmp_path, capsys
+):
+    x, file, kept = (str(tmp_path / name) for name in ("x.npy", "x.jaxvae", "kept"))
+    images = np.random.default_rng(0).integers(0, 2, (16, 8, 8, 1), np.uint8) * np.uint8(255)
+    np.save(x, images)
+    assert main(["compress", str(run_dir), "--data", x, "--out", file]) == 0
+    assert main(["export", str(run_dir), "--to", "hub", "--out", kept]) == 0
+    state = jaxvae.restore(run_dir)
+    jaxvae.save(run_dir, replace(state, params=moved(state.params, 0.1), step=state.step + 1))
+    out = ["--out", str(tmp_path / "y.npy")]
+    capsys.readouterr()
+    assert main(["decompress", str(run_dir), file, *out]) == 2
+    assert "or by this one before further training" in capsys.readouterr().err
+    assert main(["decompress", kept, file, *out]) == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), images)
 
 
 @pytest.mark.parametrize("shell", SHELLS)
@@ -828,7 +869,7 @@ WRONG = {
     ),
     "sample of no run": ("sample {tmp} --n 1 --out {tmp}/a.png", "is not a run directory"),
     "figures of no run": ("figures {tmp}/none", "is not a run directory"),
-    "export nothing": ("export {tmp} --to safetensors", "holds no checkpoint"),
+    "export nothing": ("export {tmp} --to safetensors", "is not a run directory"),
     "export to what": ("export {run}", "the following arguments are required: --to"),
     "export to words": (
         "export {run} --to text --out {tmp}/x",

@@ -225,7 +225,15 @@ WRONG = {
         ["encode", "RUN", "--out", "nowhere/z.npz"], "there is no folder nowhere; make it first"
     ),
     "data of another shape": (
-        ["encode", "RUN", "--data", "TWO", "--out", "z.npz"], "images have shape (",
+        ["encode", "RUN", "--data", "TWO", "--out", "z.npz"], "two.csv holds examples of shape (",
+    ),
+    "the data themselves": (
+        ["impute", "RUN", "--data", "TWO", "--out", "./two.csv"],
+        "--out is two.csv, the file that is read: expected another name",
+    ),
+    "a folder": (
+        ["encode", "RUN", "--out", "folder.csv"],
+        "--out is folder.csv, which is a folder: expected a file name",
     ),
     "a table of images": (
         ["reconstruct", "IMAGES", "--out", "x.csv"],
@@ -241,9 +249,11 @@ def test_wrong_input_ends_in_one_line_and_code_2(
     words, *says = WRONG[case]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "two.csv").write_text("a,kind,b\n1,x,2\n3,y,4\n")
+    (tmp_path / "folder.csv").mkdir()
     places = {"RUN": of_vectors, "IMAGES": of_images, "TWO": "two.csv"}
     assert main([str(places.get(word, word)) for word in words]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     for text in says:
         assert text in error
+    assert (tmp_path / "two.csv").read_text().startswith("a,kind,b")

@@ -195,6 +195,11 @@ def test_samples_have_covariates_of_training_examples_or_those_given(
     capsys.readouterr()
     assert main([*sample, "--covariates", "kind=c"]) == 2
     assert "column 'kind' holds 'c': expected 'a' or 'b'" in capsys.readouterr().err
+    for given in ("kind=a,kind=b", "kind=a,", ","):
+        assert main([*sample, "--covariates", given]) == 2
+        assert f"--covariates is '{given}': expected NAME=VALUE,NAME" in capsys.readouterr().err
+    assert main([*sample, "--covariates", "age=1e39"]) == 2
+    assert "column 'age' holds 1e+39: expected a number near" in capsys.readouterr().err
 
 
 WRONG = {

@@ -317,6 +317,7 @@ WRONG = {
     "an empty part": ("--callback .Counts", "expected a dotted path, such as package.module.Name"),
     "no images": ("--data os.sep", "images"),
     "no data": ("--data mine_vae.nothing", "mine_vae.nothing is not a file, and data is "),
+    "no file": ("--data mine_vae.npz", "mine_vae.npz does not exist: expected mnist-5k, "),
 }
 
 

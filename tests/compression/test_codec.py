@@ -156,6 +156,8 @@ def test_an_invented_file_is_refused_before_memory_is_allocated(compressed):
         decompress(params, pack(header, body._replace(heads=body.heads[:0])))
     with refused("it is damaged"):
         decompress(params, with_checksum(data[:-5]))
+    with refused("it is damaged"):  # without pixels, which need no memory
+        decompress(params, pack(header._replace(images=2**31, image_shape=(0, 1, 1)), body))
     with refused("it is damaged: its images have shape (1, 1, 1)", f"expected {SHAPE}"):
         decompress(params, pack(header._replace(image_shape=(1, 1, 1)), body))
     chunk = np.array([header.images], np.uint8)
@@ -165,7 +167,7 @@ def test_an_invented_file_is_refused_before_memory_is_allocated(compressed):
 
 def test_another_model_is_refused(compressed):
     params, data = compressed
-    with refused("it was compressed by another model: pass that one"):
+    with refused("it was compressed by another model, or by this one before further training: "):
         decompress(moved(params, 1e-6), data)
     with refused("it was compressed by another model"):
         decompress(params_of(likelihood="discretized_logistic"), data)

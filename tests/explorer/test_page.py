@@ -1,5 +1,6 @@
 """The page, in a real browser."""
 
+import json
 import re
 
 import jax
@@ -419,6 +420,20 @@ def test_a_page_too_large_has_weights_in_half_the_bytes_and_fewer_images(browser
 def test_a_page_that_cannot_be_written_says_so(tmp_path):
     with refused("cannot be written: No such file or directory"):
         explorer.write(tmp_path / "nowhere" / "out.html", model(), dataset(), "run")
+
+
+def test_missing_labels_are_the_classifiers_or_refused():
+    fields = {"image_shape": (8, 8, 1), "network": "mlp:width=4", "num_classes": 3}
+    data = dataset()
+    data.test_labels[::2] = -1
+    params = jaxvae.init(jax.random.key(0), jaxvae.ModelConfig(**fields, classifier=True))
+    found = np.argmax(jaxvae.classify(params, data.test_images), axis=-1)
+    labels = np.where(data.test_labels < 0, found, data.test_labels)
+    written = json.dumps(labels.tolist(), separators=(",", ":"))
+    assert f'"labels":{written}' in explorer.page(params, data, "title")
+    params = jaxvae.init(jax.random.key(0), jaxvae.ModelConfig(**fields, conditions="decoder"))
+    with refused("labels are missing"):
+        explorer.page(params, data._replace(test_labels=None), "title")
 
 
 def test_a_model_with_covariates_is_refused():

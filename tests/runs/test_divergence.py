@@ -57,6 +57,9 @@ def test_the_step_the_images_and_the_last_good_checkpoint_are_named(tmp_path, np
     assert written == {"step": 19, "epoch": 2, "batch": 3, "images": batch.tolist()}
     assert steps_of(tmp_path) == [16]
     assert (tmp_path / "metrics.jsonl").read_text() == before
+    # A resumed run that succeeds removes it.
+    loop.train(tmp_path, config, data._replace(train_images=np.minimum(clean, 254)))
+    assert not (tmp_path / "diverged.json").exists()
 
 
 MANY = {"network": "mlp:width=8", "batch_size": 64, "epochs": 2, "learning_rate": [9e5, 1e-3]}

@@ -207,6 +207,9 @@ def test_files_of_others_are_not_overwritten(run, tmp_path):
     (tmp_path / "README.md").write_text("mine")
     with refused("README.md exists already", "choose another folder with --out"):
         export_run(run, tmp_path, ["hub"])
+    export_run(run, tmp_path, ["safetensors"])
+    with refused("model.safetensors exists already"):
+        export_run(run, tmp_path, ["hub"])
     assert (tmp_path / "README.md").read_text() == "mine"
     export_run(run, run, ["safetensors"])
     with refused("model.safetensors exists already"):
