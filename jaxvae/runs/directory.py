@@ -49,7 +49,7 @@ from jaxvae.runs.config import (
 from jaxvae.runs.data import describe, difference, expect_conditions, train_conditions
 from jaxvae.runs.files import locked, read_metrics, version, write_json
 from jaxvae.storage import expect_utf8
-from jaxvae.training.optimizer import expect_rate
+from jaxvae.training.optimizer import OptaxSchedule, expect_rate
 from jaxvae.training.state import TrainState, create_train_state, state_of
 from jaxvae.training.step import Metrics, train_step
 
@@ -263,8 +263,9 @@ def _expect_steps(config: RunConfig, data: Dataset) -> None:
             f"batch_size is {config.train.batch_size}: expected at most the number of "
             f"training {config.model.noun}s, {len(data.train_images)}"
         )
-    steps = config.train.epochs * (len(data.train_images) // config.train.batch_size)
-    expect_rate(config.train.schedule, steps)
+    if isinstance(config.train.schedule, OptaxSchedule):
+        steps = config.train.epochs * (len(data.train_images) // config.train.batch_size)
+        expect_rate(config.train.schedule, steps)
 
 
 def _seen(

@@ -257,12 +257,13 @@ def test_a_sweep_in_the_directory_is_refused(data, npz, tmp_path):
         ),
         ({"train": 3}, "the data holds images of shape (): expected (images, height, width)"),
         (None, "the data holds images of shape ()"),
-        ("none.npz", "none.npz is not a file"),
+        ("nowhere.images", "nowhere.images is not a file, and data is 'nowhere.images'"),
+        ("none.npz", "none.npz does not exist: expected mnist-5k"),
         ("/nowhere/none.npz", "/nowhere/none.npz does not exist: expected"),
     ],
     ids=["flat", "empty", "large", "nan", "two shapes", "channels", "few", "ragged", "three",
          "labels",
-         "dict", "none", "module", "file"],
+         "dict", "none", "module", "file", "file elsewhere"],
 )  # fmt: skip
 @pytest.mark.parametrize("with_run_dir", [False, True])
 def test_wrong_data_are_refused_and_leave_no_directory(tmp_path, wrong, says, with_run_dir):
