@@ -543,7 +543,7 @@ def _sampled_covariates(options: argparse.Namespace, params: Any, seed: int) -> 
 
     from jaxvae.data.covariates import rows_with
 
-    parts = (options.covariates or "").split(",") if options.covariates else []
+    parts = options.covariates.split(",") if options.covariates else []
     given = {name.strip(): value for name, _, value in (part.partition("=") for part in parts)}
     if not all(given) or len(given) < len(parts):
         raise InputError(
@@ -576,6 +576,8 @@ def _expect_ending(
     options: argparse.Namespace, ends: tuple[str, ...], shape: tuple[int, ...] = ()
 ) -> None:
     """Raise InputError unless the file to write has one of these endings, and a place."""
+    from jaxvae.runs.config import read_config
+
     path = options.out
     if path.suffix.lower() not in ends:
         listed = f"{', '.join(ends[:-1])} or {ends[-1]}" if len(ends) > 1 else ends[0]
@@ -583,14 +585,7 @@ def _expect_ending(
         raise InputError(f"--out is {path}: expected a file name ending in {listed}{reason}")
     if path.is_dir():
         raise InputError(f"--out is {path}, which is a folder: expected a file name")
-    _expect_place(path, _data_of(options))
-
-
-def _data_of(options: argparse.Namespace) -> str:
-    """Return the name or path of the data that a command reads."""
-    from jaxvae.runs.config import read_config
-
-    return str(options.data or read_config(options.run, **_own(options)).data)
+    _expect_place(path, options.data or read_config(options.run, **_own(options)).data)
 
 
 def _expect_place(path: Path, source: str | Path) -> None:
@@ -765,7 +760,7 @@ def _compress(options: argparse.Namespace) -> None:
     from jaxvae.runs.progress import counting, working
 
     config = read_config(options.run, **_own(options))
-    _expect_place(options.out, _data_of(options))
+    _expect_place(options.out, options.data or config.data)
     if options.out.exists() and not is_compressed(options.out):
         raise InputError(
             f"--out is {options.out}, which exists already and is not a file of compressed images: "
@@ -859,8 +854,8 @@ def _explore(options: argparse.Namespace) -> None:
     out = options.out or options.run / "explorer.html"
     if out.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"--out is {out}: expected a file name ending in .html")
-    _, data = _config_and_data(options)
-    _expect_place(out, _data_of(options))
+    config, data = _config_and_data(options)
+    _expect_place(out, options.data or config.data)
     with working("writing the page"):
         explorer.write(out, _params(options), data, options.run.resolve().name)
     print(out)

@@ -84,6 +84,8 @@ class DivergenceCheck:
     def check_finite(self, state: TrainState, measured: Mapping[str, Any]) -> None:
         """Check that everything that is saved after a step is finite.
 
+        If it is, a single run has no diverged.json of an earlier attempt any more.
+
         Args:
           state: training state to be saved.
           measured: test metrics to be saved.
@@ -105,7 +107,7 @@ class DivergenceCheck:
                         f"{what} {self._of(model)}is NaN or infinite after step {step}",
                     )
         if self.run_dir and not self.models and is_first():
-            with suppress(OSError):  # of an earlier attempt
+            with suppress(OSError):
                 (self.run_dir / DIVERGED).unlink(missing_ok=True)
 
     def mask_diverged(self, values: Any) -> Any:
