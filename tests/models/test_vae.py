@@ -13,7 +13,7 @@ from conftest import OF_IMAGES, OwnDecoder, OwnEncoder, moved, refused
 
 import jaxvae
 from jaxvae import ModelConfig, Params, TrainConfig
-from jaxvae.models.config import POSTERIORS, PRIORS
+from jaxvae.models.config import PRIORS
 from jaxvae.models.vae import prior
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -600,10 +600,10 @@ SMALL = {
 
 @pytest.mark.parametrize(
     ("likelihood", "prior_name", "posterior"),
-    [  # every pair of two choices
-        (likelihood, prior, "fsq" if prior in CODES else list(POSTERIORS)[(i + j) % 2])
-        for i, likelihood in enumerate(OF_IMAGES)
-        for j, prior in enumerate(PRIORS)
+    [  # every prior with each of its posteriors, and every likelihood
+        (OF_IMAGES[(i + j) % len(OF_IMAGES)], prior, posterior)
+        for i, prior in enumerate(PRIORS)
+        for j, posterior in enumerate(["fsq"] if prior in CODES else ["gaussian", "iaf"])
     ],
 )
 def test_every_model_is_trained_sampled_saved_and_loaded(
