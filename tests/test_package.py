@@ -152,24 +152,23 @@ assert_type(jaxvae.log_likelihood(params, key, images, 10), jax.Array)
 
 def test_a_users_program_is_type_checked_strictly(tmp_path):
     """Of three programs: a correct one, and two with a mistake in the line that is added."""
-    mistakes = {
-        "correct": ("", []),
-        "wrong_type": ('jaxvae.sample(params, key, "4")', ['"str"; expected "int"']),
-        "too_few": ("jaxvae.elbo(params, images)", ["call-arg"]),
+    programs = {
+        "correct": ("", ""),
+        "wrong_type": ('jaxvae.sample(params, key, "4")', '"str"; expected "int"'),
+        "too_few": ("jaxvae.elbo(params, images)", "call-arg"),
     }
-    programs = {name: tmp_path / f"{name}.py" for name in mistakes}
-    for name, (line, _) in mistakes.items():
-        programs[name].write_text(PROGRAM + line)
-    words = f"{sys.executable} -m mypy --strict --follow-imports silent".split()
+    for name, (line, _) in programs.items():
+        (tmp_path / f"{name}.py").write_text(PROGRAM + line)
     checked = subprocess.run(
-        [*words, *programs.values()],
+        [sys.executable, "-m", "mypy", "--strict", "--follow-imports", "silent", tmp_path],
         cwd=ROOT,
         env=os.environ | {"MYPYPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )
-    lines = checked.stdout.splitlines()
-    for name, (_, errors) in mistakes.items():
-        found = [line for line in lines if f"{name}.py:" in line and "error:" in line]
-        assert len(found) == len(errors), checked.stdout + checked.stderr
-        assert all(error in line for error, line in zip(errors, found, strict=True))
+    assert checked.returncode == 1, checked.stdout + checked.stderr
+    for name, (_, error) in programs.items():
+        found = [line for line in checked.stdout.splitlines() if f"{name}.py:" in line]
+        assert len(found) == bool(error), checked.stdout
+        assert all(error in line for line in found)
+    assert "in 2 files (checked 3 source files)" in checked.stdout
