@@ -412,7 +412,7 @@ def _of_one_model(flags: dict[str, Any], run_dir: Path) -> dict[str, Any]:
 def _evaluate(options: argparse.Namespace) -> None:
     from jaxvae.runs import evaluation
     from jaxvae.runs.config import as_flag, read_config
-    from jaxvae.runs.progress import working
+    from jaxvae.runs.progress import counting
 
     _at_least_one("--num-samples", options.num_samples)
     which = _which(options)
@@ -429,12 +429,12 @@ def _evaluate(options: argparse.Namespace) -> None:
     if options.method == "ais":
         _print_bounds(options, numbers)
         return
-    with working("evaluating"):
-        found = evaluation.measure(
-            options.run, options.num_samples, which, options.data, **_own(options)
-        )
     model = read_config(options.run, **_own(options)).model
     noun = model.noun
+    with counting("evaluating", noun) as progress:
+        found = evaluation.measure(
+            options.run, options.num_samples, which, options.data, progress, **_own(options)
+        )
     of_classes = "; log p(x) = log sum_y p(y) p(x|y)" if model.classifier else ""
     print(
         f"{options.run}, step {found['step']}: {found['images']:,} test {noun}s, nats per {noun}"

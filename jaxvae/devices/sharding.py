@@ -14,7 +14,7 @@ from jaxvae.errors import InputError
 
 AXIS = "batch"
 _LEAST_DIVIDED = 256  # numbers per part of an array: smaller parts are slower to gather
-_LEAST = 8  # images per device: with fewer, another device makes a step slower
+LEAST = 8  # images per device: with fewer, another device makes a step slower
 
 
 def make_cores_devices() -> None:
@@ -39,7 +39,7 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def devices_for(items: int, least: int = _LEAST) -> jax.sharding.Mesh:
+def devices_for(items: int, least: int = LEAST) -> jax.sharding.Mesh:
     """Make a mesh of as many devices as can split `items` equally.
 
     Args:
@@ -67,6 +67,19 @@ def devices_for(items: int, least: int = _LEAST) -> jax.sharding.Mesh:
     chosen = [d for i, d in enumerate(devices) if i % per_process < count]
     kind = jax.sharding.AxisType.Auto
     return jax.make_mesh((len(chosen),), (AXIS,), (kind,), devices=chosen)
+
+
+def divisible(items: int) -> int:
+    """Round up a number of examples so that `devices_for` uses every device it can.
+
+    Args:
+      items: examples of a batch that can be filled up.
+
+    Returns:
+      The number, a multiple of as many devices as have `LEAST` examples each.
+    """
+    count = max(1, min(jax.device_count(), items // LEAST))
+    return -(-items // count) * count
 
 
 def replicated(mesh: jax.sharding.Mesh) -> jax.NamedSharding:

@@ -12,7 +12,6 @@ from jaxvae.data import Dataset
 from jaxvae.devices.convolution import in_blocks
 from jaxvae.devices.sharding import own_part
 from jaxvae.errors import InputError
-from jaxvae.evaluation.log_likelihood import log_likelihood
 from jaxvae.evaluation.metrics import (
     ACTIVE,
     Surgery,
@@ -80,43 +79,6 @@ def evaluate(
         means = lax.pmean(means, axis_name)
     value = means.pop("value")
     return {"loss": -value, "elbo": value, **means}
-
-
-@jit(static_argnames=("num_samples", "axis_name"), missing=True, unlabelled=True)
-def mean_log_likelihood(
-    params: Params,
-    key: Key[Array, "..."] | UInt32[ArrayLike, "..."],
-    images: Num[ArrayLike, " n *shape"],
-    labels: Labels = None,
-    *,
-    num_samples: int,
-    axis_name: str | None = None,
-) -> Float[Array, ""]:
-    """Average `jaxvae.log_likelihood` over a test set, in constant memory.
-
-    Of a model with a classifier it is log p(x), whether there are labels or not.
-
-    Args:
-      params: the model.
-      key: PRNG key.
-      images: float32 in [0, 1], or uint8.
-      labels: classes or covariates of the images, if the model is conditional.
-      num_samples: importance samples per image.
-      axis_name: as in `evaluate`.
-
-    Returns:
-      The mean, in nats per image.
-    """
-    images = expected_images(params, images)
-    labels = labels_of_bound(params, labels, len(images))
-    examples = own_part((example_keys(key, len(images)), images, labels), axis_name)
-
-    def estimate(block: tuple[Array, Array, Array | None]) -> Float[Array, " block"]:
-        keys, images, labels = block
-        return log_likelihood(params, keys, images, num_samples, labels)
-
-    mean = jnp.mean(in_blocks(estimate, examples, _BLOCK))
-    return lax.pmean(mean, axis_name) if axis_name else mean
 
 
 @jit(missing=True)

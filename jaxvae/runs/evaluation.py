@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxvae.devices.sharding import AXIS, data_parallel, devices_for, replicated
 from jaxvae.evaluation.ais import ais, bidirectional_ais
-from jaxvae.evaluation.evaluate import evaluate, examine, mean_log_likelihood
+from jaxvae.evaluation.evaluate import examine
 from jaxvae.evaluation.log_likelihood import log_likelihood
 from jaxvae.models.likelihoods import bits_per_dimension
 from jaxvae.models.vae import Params, known_classes
@@ -25,6 +26,7 @@ from jaxvae.runs.data import (
     warn_of_other_data,
 )
 from jaxvae.runs.files import write_json
+from jaxvae.runs.inference import Counter, Opened, bound_all
 
 _METRICS = {
     "elbo": "ELBO",
@@ -48,6 +50,7 @@ def measure(
     num_samples: int,
     which: Which = "latest",
     data_name: str | None = None,
+    progress: Counter | None = None,
     **own: Any,
 ) -> dict[str, Any]:
     """Evaluate the model of a run on its test images.
@@ -57,6 +60,7 @@ def measure(
       num_samples: importance samples for log p(x).
       which: "latest", or "best" by test ELBO.
       data_name: name or path of another data set than the recorded one.
+      progress: called with the number of images whose log p(x) is estimated, and that of all.
       own: custom components of the model, by field.
 
     Returns:
@@ -88,30 +92,30 @@ def measure(
     data = data._replace(train_images=train_images)
     params, step = load_with_step(run_dir, which, **own)
     _, key = run_keys(config)
-    devices = devices_for(len(data.test_images))
-    labels = data.conditions(config.model, "test")
-    test = jax.device_put((params, key, data.test_images, labels), replicated(devices))
-    terms = data_parallel(partial(_terms, num_samples=num_samples), devices)(*test)
-    del terms["loss"]
+    test = Opened(params, key, data.test_images, conditions=data.conditions(config.model, "test"))
+    means = {
+        name: float(np.mean(values, dtype=np.float64))
+        for name, values in bound_all(test, num_samples, progress).items()
+    }
+    terms = {
+        "elbo": means["elbo"],
+        "kl": means["kl"],
+        "log_likelihood": means["expected_log_likelihood"],
+        "log_p_x": means["log_likelihood"],
+    }
     if config.model.likelihood.support == "levels":
-        shape = config.model.image_shape
-        terms["bits_per_dimension"] = bits_per_dimension(terms["log_p_x"], shape)
+        log_p_x = jnp.asarray(terms["log_p_x"])
+        terms["bits_per_dimension"] = float(bits_per_dimension(log_p_x, config.model.image_shape))
     return {
         "step": step,
         "data": config.data if data_name is None else data_name,
         "images": len(data.test_images),
         "num_samples": num_samples,
-        **{name: float(value) for name, value in terms.items()},
+        **terms,
         **examine(params, key, data),
         "seconds": round(time.perf_counter() - began, 1),
-        "devices": f"{devices.size} x {devices.devices.flat[0].device_kind}",
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }
-
-
-def _terms(*test: Any, num_samples: int, axis_name: str) -> dict[str, jax.Array]:
-    """Compute ELBO and log p(x) in one program, for which the encoder is compiled once."""
-    log_p_x = mean_log_likelihood(*test, num_samples=num_samples, axis_name=axis_name)
-    return evaluate(*test, axis_name=axis_name) | {"log_p_x": log_p_x}
 
 
 def described(metrics: Mapping[str, Any], noun: str) -> list[tuple[str, str, str]]:

@@ -2,7 +2,9 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxvae.data import Images
-from jaxvae.devices.sharding import AXIS, data_parallel, devices_for, replicated
+from jaxvae.devices.sharding import (
+    AXIS,
+    LEAST,
+    data_parallel,
+    devices_for,
+    divisible,
+    replicated,
+)
 from jaxvae.evaluation.impute import impute
 from jaxvae.evaluation.log_likelihood import log_likelihood
 from jaxvae.evaluation.metrics import reconstruction_error
@@ -36,6 +45,7 @@ from jaxvae.runs.data import (
 from jaxvae.validation import expect_one_of, whole_number
 
 _BATCH = 1000  # images at once, which bounds memory
+_DECODED = 2**15  # decoder outputs in one call, which an interrupt cannot end
 _SAMPLES = 2**26  # numbers, 256 MB
 
 SCORES = ("log_likelihood", "elbo", "reconstruction_error")
@@ -62,11 +72,11 @@ class Opened(NamedTuple):
     params: Params
     key: jax.Array
     images: Images
-    labels: np.ndarray | None
-    conditions: np.ndarray | None
-    columns: tuple[str, ...] | None
-    label_column: str | None
-    covariate_columns: Mapping[str, np.ndarray]
+    labels: np.ndarray | None = None
+    conditions: np.ndarray | None = None
+    columns: tuple[str, ...] | None = None
+    label_column: str | None = None
+    covariate_columns: Mapping[str, np.ndarray] = MappingProxyType({})
 
 
 def open_run(
@@ -140,6 +150,42 @@ def encode_all(opened: Opened, progress: Counter | None = None) -> Arrays:
     return _in_batches(encoded, opened, progress) | _labels(opened)
 
 
+def bound_all(opened: Opened, num_samples: int, progress: Counter | None = None) -> Arrays:
+    """Estimate ELBO and log p(x) of examples.
+
+    Args:
+      opened: model and examples.
+      num_samples: importance samples for log p(x).
+      progress: called with the number of examples that are done, and that of all.
+
+    Returns:
+      Arrays [N], in nats: `log_likelihood`, an estimate of log p(x), and `elbo`, which is
+      `expected_log_likelihood`, E[log p(x|z)] under q(z|x), minus `kl`. Of a model with a
+      classifier log p(x) is the sum over the classes, whether there are labels or not.
+
+    Raises:
+      InputError: examples of another shape than the model's; num_samples below 1.
+    """
+    return _in_batches(partial(_bounds, num_samples), opened, progress, _most(num_samples))
+
+
+def _bounds(num_samples: int, params: Params, keys: Any, images: Any, labels: Any) -> Named:
+    labels = labels_of_bound(params, labels, len(images))
+    terms = elbo(params, keys, images, labels)
+    return Named(
+        log_likelihood=log_likelihood(params, keys, images, num_samples, labels),
+        elbo=terms.value,
+        expected_log_likelihood=terms.log_likelihood,
+        kl=terms.kl,
+    )
+
+
+def _most(num_samples: int) -> int:
+    """Return the number of images at once for which an interrupt takes effect soon."""
+    whole_number("num_samples", num_samples)
+    return max(_DECODED // num_samples, LEAST * jax.device_count())
+
+
 def score_all(
     opened: Opened,
     num_samples: int = 100,
@@ -156,32 +202,23 @@ def score_all(
       progress: called with the number of examples that are done, and that of all.
 
     Returns:
-      Arrays [N], the most unusual example first: `index`, the place of the example, from 0;
-      `log_likelihood`, an estimate of log p(x), and `elbo`, which is `expected_log_likelihood`,
-      E[log p(x|z)] under q(z|x), minus `kl`, in nats; `reconstruction_error`, the mean square per
-      pixel; and `labels`, if there are any. Of a model with a classifier log p(x) is the sum over
-      the classes, whether there are labels or not, and the reconstruction that of the known or most
-      probable class.
+      Arrays [N], the most unusual example first: `index`, the place of the example, from 0; those
+      of `bound_all`; `reconstruction_error`, the mean square per pixel, of a model with a
+      classifier by the known or most probable class; and `labels`, if there are any.
 
     Raises:
       InputError: examples of another shape than the model's; another order; num_samples below 1.
     """
     expect_one_of("by", by, SCORES)
-    whole_number("num_samples", num_samples)
 
     def scored(params: Params, keys: Any, images: Any, labels: Any) -> Named:
         means = reconstruct_observed(params, images, labels)
-        labels = labels_of_bound(params, labels, len(images))
-        terms = elbo(params, keys, images, labels)
         return Named(
-            log_likelihood=log_likelihood(params, keys, images, num_samples, labels),
-            elbo=terms.value,
-            expected_log_likelihood=terms.log_likelihood,
-            kl=terms.kl,
+            **_bounds(num_samples, params, keys, images, labels),
             reconstruction_error=reconstruction_error(images, means),
         )
 
-    found = _in_batches(scored, opened, progress) | _labels(opened)
+    found = _in_batches(scored, opened, progress, _most(num_samples)) | _labels(opened)
     order = np.argsort(-found[by] if by == "reconstruction_error" else found[by], kind="stable")
     return {"index": order, **{name: x[order] for name, x in found.items()}}
 
@@ -241,7 +278,7 @@ def impute_all(
         )
 
     # All samples of the latents are kept.
-    most = _SAMPLES // (num_samples * opened.params.config.latent_dim)
+    most = min(_SAMPLES // (num_samples * opened.params.config.latent_dim), _most(num_samples))
     found = _in_batches(imputed, opened, progress, most) | _labels(opened)
     if num_draws:
         found["draws"] = np.moveaxis(found["draws"], 1, 0)
@@ -267,13 +304,13 @@ def _in_batches(
 ) -> Arrays:
     """Compute f(params, keys, images, labels), arrays [batch, ...], on all examples.
 
-    Every batch, of at most `most` examples, is split over the devices, and has a key for each
+    Every batch, of about `most` examples, is split over the devices, and has a key for each
     example. The last batch is filled up with copies of the last example, so that one compiled
     function serves all.
     """
     params, key, images, _, labels, *_ = opened
     n = len(images)
-    size = max(1, min(n, most, _BATCH))
+    size = divisible(max(1, min(n, most, _BATCH)))
     mesh, rows = devices_for(size), jax.P(AXIS)
 
     def of_batch(params: Params, keys: Any, images: Any, labels: Any, *, axis_name: Any) -> Named:

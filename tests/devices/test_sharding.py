@@ -16,6 +16,7 @@ from jaxvae.devices import sharding
 from jaxvae.devices.sharding import (
     data_parallel,
     devices_for,
+    divisible,
     fsdp_specs,
     gather,
     replicated,
@@ -29,6 +30,15 @@ from jaxvae.evaluation.evaluate import evaluate
 )
 def test_devices_share_a_batch_equally_and_take_enough_of_it_each(images, devices):
     assert devices_for(images).size == devices
+
+
+@pytest.mark.parametrize(
+    ("images", "filled", "devices"),
+    [(100, 104, 8), (41, 45, 5), (17, 18, 2), (7, 7, 1), (128, 128, 8)],
+)
+def test_a_batch_is_filled_up_so_that_every_device_has_a_part(images, filled, devices):
+    assert divisible(images) == filled
+    assert devices_for(filled).size == devices
 
 
 def test_an_epoch_shared_by_devices_is_the_epoch_of_one(compile_quickly):

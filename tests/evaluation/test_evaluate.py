@@ -33,13 +33,6 @@ def test_the_metrics_are_means_of_the_elbo(params, images, monkeypatch, block):
     np.testing.assert_allclose(means["kl"], jnp.mean(terms.kl), rtol=1e-5)
 
 
-def test_the_log_likelihood_is_the_mean_of_the_estimates(params, images):
-    key = jax.random.key(1)
-    each = jaxvae.log_likelihood(params, key, images, num_samples=20)
-    mean = evaluate.mean_log_likelihood(params, key, jnp.asarray(images), num_samples=20)
-    np.testing.assert_allclose(mean, jnp.mean(each), rtol=1e-5)
-
-
 CONDITIONAL = jaxvae.ModelConfig((8, 8, 1), 2, network="mlp", num_classes=3)
 
 
@@ -51,11 +44,6 @@ def test_every_image_is_measured_with_its_own_label(images, monkeypatch, block):
     means = evaluate.evaluate.__wrapped__(params, key, jnp.asarray(images), jnp.asarray(labels))
     terms = jaxvae.elbo(params, key, images, labels)
     np.testing.assert_allclose(means["elbo"], jnp.mean(terms.value), rtol=1e-5)
-    mean = evaluate.mean_log_likelihood.__wrapped__(
-        params, key, jnp.asarray(images), jnp.asarray(labels), num_samples=4
-    )
-    each = jaxvae.log_likelihood(params, key, images, 4, labels)
-    np.testing.assert_allclose(mean, jnp.mean(each), rtol=1e-5)
 
 
 def dataset(images, labels):
@@ -157,12 +145,6 @@ def test_log_p_x_of_a_classifier_is_the_sum_over_the_classes(of_classes, missing
     found = jaxvae.log_likelihood(of_classes, jax.random.key(1), x, 100_000)
     np.testing.assert_allclose(found, expected, atol=0.03)
     assert np.ptp(each - expected[:, None], axis=1).min() > 0.1
-    if not missing:
-        found = jaxvae.log_likelihood(of_classes, jax.random.key(1), x, 50)
-        mean = evaluate.mean_log_likelihood(
-            of_classes, jax.random.key(1), x, LABELS, num_samples=50
-        )
-        np.testing.assert_allclose(mean, np.mean(found), rtol=1e-5)
 
 
 def test_the_elbo_of_a_classifier_is_of_log_p_x_with_and_without_labels(of_classes):

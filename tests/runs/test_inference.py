@@ -15,6 +15,7 @@ from jaxvae.runs.config import RunConfig
 from jaxvae.runs.data import binarized, examples_of, expect_conditions
 from jaxvae.runs.inference import (
     Opened,
+    bound_all,
     by_columns,
     encode_all,
     impute_all,
@@ -43,7 +44,7 @@ def small_batches():
 def opened(x=X, labels=None, **model):
     params = moved(jaxvae.init(KEY, jaxvae.ModelConfig(**MODEL | model)), 0.3)
     conditions = labels if params.config.num_classes else None
-    return Opened(params, KEY, x, labels, conditions, None, None, {})
+    return Opened(params, KEY, x, labels, conditions)
 
 
 def test_encoding_in_batches_is_encode():
@@ -86,6 +87,29 @@ def test_scores_are_those_of_the_functions_for_a_batch():
         "reconstruction_error": error,
     }.items():
         np.testing.assert_allclose(found[name], np.asarray(values)[index], rtol=1e-4, atol=1e-5)
+
+
+def test_bounds_are_those_of_the_scores_in_the_order_of_the_data():
+    labels = np.arange(40) % 2
+    one = opened(labels=labels, num_classes=2)
+    found, scores = bound_all(one, 7), score_all(one, 7)
+    assert set(found) == {"log_likelihood", "elbo", "expected_log_likelihood", "kl"}
+    for name, values in found.items():
+        np.testing.assert_allclose(values[scores["index"]], scores[name], rtol=1e-4, atol=1e-5)
+    log_px = jaxvae.log_likelihood(one.params, KEY, X, 7, labels)
+    np.testing.assert_allclose(found["log_likelihood"], log_px, rtol=1e-4, atol=1e-5)
+    with refused("num_samples is 0"):
+        bound_all(one, 0)
+
+
+def test_many_samples_are_drawn_in_smaller_batches(monkeypatch):
+    one, seen = opened(), []
+    monkeypatch.setattr(inference, "_DECODED", 10 * 8)
+    monkeypatch.setattr(inference, "LEAST", 1)
+    found = bound_all(one, 10, lambda *counts: seen.append(counts))
+    assert seen == [(8, 40), (16, 40), (24, 40), (32, 40), (40, 40)]
+    log_px = jaxvae.log_likelihood(one.params, KEY, X, 10)
+    np.testing.assert_allclose(found["log_likelihood"], log_px, rtol=1e-4, atol=1e-5)
 
 
 def test_the_most_unusual_example_comes_first():
