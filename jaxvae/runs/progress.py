@@ -1,10 +1,11 @@
-"""Progress display: a bar on a terminal and in Jupyter, and one line per epoch everywhere."""
+"""Progress display: a bar on a terminal and in Jupyter, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import logging
 import os
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from importlib.util import find_spec
@@ -123,22 +124,31 @@ def working(what: str, console: Console | None = None) -> Iterator[None]:
 
 @contextmanager
 def counting(
-    what: str, noun: str = "image", console: Console | None = None
+    what: str, noun: str = "image", console: Console | None = None, *, interval: float = 60.0
 ) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar on a terminal or in Jupyter while images are processed.
+    """Show a bar on a terminal or in Jupyter while images are processed, and elsewhere lines.
 
     Args:
-      what: text before the bar.
+      what: text before the bar, or of a line.
       noun: what an image is called.
       console: by default standard error.
+      interval: shortest time between two lines, and before the first, in seconds.
 
     Yields:
       A function to call with the number of images that are done, and that of all.
     """
     with _shown(what, BarColumn(), TimeRemainingColumn(), console=console) as (bar, task):
-        yield lambda done, total: bar.update(
-            task, completed=done, total=total, status=f"left, {done}/{total} {noun}s"
-        )
+        last = time.monotonic()
+
+        def count(done: int, total: int) -> None:
+            nonlocal last
+            status = f"{done}/{total} {noun}s"
+            bar.update(task, completed=done, total=total, status=f"left, {status}")
+            if bar.disable and time.monotonic() >= last + interval:
+                last = time.monotonic()
+                bar.console.print(f"{what}: {status}", highlight=False, soft_wrap=True)
+
+        yield count
 
 
 class Progress(Callback):

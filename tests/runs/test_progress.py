@@ -153,7 +153,15 @@ def test_images_that_are_done_are_counted():
     assert "3/10 rows" in file.getvalue()
 
 
-def test_without_a_terminal_nothing_is_shown():
+def test_without_a_terminal_they_are_counted_in_plain_lines():
+    file = io.StringIO()
+    with counting("encoding", "row", Console(file=file), interval=0) as count:
+        count(3, 10)
+        count(10, 10)
+    assert file.getvalue() == "encoding: 3/10 rows\nencoding: 10/10 rows\n"
+
+
+def test_without_a_terminal_nothing_is_shown_of_what_takes_less_than_a_minute():
     file = io.StringIO()
     with working("evaluating", Console(file=file)), counting("x", console=Console(file=file)) as n:
         n(1, 2)
