@@ -1,4 +1,4 @@
-"""Progress display: a bar on a terminal and in Jupyter, plain lines elsewhere."""
+"""Progress: a bar on a terminal and in Jupyter, a line per minute elsewhere, a line per epoch."""
 
 from __future__ import annotations
 
@@ -126,10 +126,10 @@ def working(what: str, console: Console | None = None) -> Iterator[None]:
 def counting(
     what: str, noun: str = "image", console: Console | None = None, *, interval: float = 60.0
 ) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar on a terminal or in Jupyter while images are processed, and elsewhere lines.
+    """Show a bar on a terminal or in Jupyter while images are processed; elsewhere print lines.
 
     Args:
-      what: text before the bar, or of a line.
+      what: text before the bar, and at the start of each line.
       noun: what an image is called.
       console: by default standard error.
       interval: shortest time between two lines, and before the first, in seconds.
@@ -144,8 +144,9 @@ def counting(
             nonlocal last
             status = f"{done}/{total} {noun}s"
             bar.update(task, completed=done, total=total, status=f"left, {status}")
-            if bar.disable and time.monotonic() >= last + interval:
-                last = time.monotonic()
+            now = time.monotonic()
+            if bar.disable and now >= last + interval:
+                last = now
                 bar.console.print(f"{what}: {status}", highlight=False, soft_wrap=True)
 
         yield count
